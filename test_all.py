@@ -5,15 +5,40 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
     python test_all.py -x -q -k encoder   # any pytest option works
 """
 
+import base64
+import functools
+import gzip
+import hashlib
+import http.server
+import io
+import itertools
 import json
+import math
 import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import threading
+import time
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import attention
+import classify_imdb as imdb
+import encoder
+import losses
+import transformer
 
 ROOT = Path(__file__).resolve().parent
 
@@ -23,21 +48,23 @@ ROOT = Path(__file__).resolve().parent
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
-    """Every test starts from the same random state; one thread, because CI's cores are shared (TORCH: 2 busy threads crawl)."""
+    """Every test starts from the same random state; one thread, since two crawl where a core is busy."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def check_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
     """Largest difference, relative to max(1, largest reference value); NaN never passes."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, expected {list(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, expected {expected.dtype}"
     if actual.numel():
         difference = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
         assert difference <= tolerance, f"{what}: {difference:.3e} > {tolerance:.0e}"
 
 
-def run_script(name: str, *arguments: str, cwd: Path, folder: Path = ROOT, timeout: float = 120, **environment: str):
+def run_script(
+    name: str, *arguments: str, cwd: Path, folder: Path = ROOT, timeout: float = 240, **environment
+):
     """`python FOLDER/name arguments` in cwd; no data set is known there but what the arguments give."""
     env = {k: v for k, v in os.environ.items() if k not in ("IMDB_DATA", "MULTI30K_DATA")}
     env |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")} | environment
@@ -58,6 +85,4037 @@ def last_json(result) -> dict:
     """The report that a script prints as its last line."""
     assert result.returncode == 0, (result.returncode, result.stderr[-2000:])
     return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+# -----------------------------------------------------------------------------
+# attention.py
+
+ATTENTION_RUNGS = {
+    "loop": attention.attention_loop,
+    "written-out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
+    "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
+    "fused": attention.fused_attention,
+}
+
+
+def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
+    """Every shape that a mask may have; about a third of the pairs may not attend."""
+    shapes = {
+        "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
+        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,),
+    }  # fmt: skip
+    return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
+
+
+def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
+    """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
+    allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
+    tq, tk = shape[-2:]
+    for i, j in itertools.product(range(tq), range(tk)):
+        if causal and j - tk > i - tq:  # counted from the end: bottom-right
+            allowed[..., i, j] = False
+    return allowed
+
+
+def attention_random_inputs(dtype: torch.dtype, b, h, tq, tk, d, dv, strided: bool) -> list[Tensor]:
+    inputs = [torch.randn(b, h, t, width, dtype=dtype) for t, width in ((tq, d), (tk, d), (tk, dv))]
+    if strided:  # as heads that were split off a projection: (B, T, H, D) seen as (B, H, T, D)
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    return [x.requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_attention_four_ways_agree_with_torch(dtype, tolerance):
+    draw = random.Random(1)
+    for case in range(220):
+        b, h, tq, tk = (
+            draw.randint(1, 3),
+            draw.randint(1, 3),
+            draw.choice([1, 1, 2, 5, 7, 8]),
+            draw.randint(1, 9),
+        )
+        d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
+        kind = draw.choice(["none", "padding", "square", "keys", "queries", "heads", "full", "one"])
+        tk = (
+            tq if draw.random() < 0.3 else tk
+        )  # the square case, where the fused path takes torch's own triangle
+        mask = attention_random_mask(kind, b, h, tq, tk)
+        inputs = attention_random_inputs(dtype, b, h, tq, tk, d, dv, strided=draw.random() < 0.5)
+        allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
+        towards = torch.randn_like(expected)
+        expected_gradients = torch.autograd.grad(expected, exact, towards)
+        for name, rung in ATTENTION_RUNGS.items():
+            what = f"{name}, case {case}: {kind} causal={causal} {[tuple(x.shape) for x in inputs]}"
+            output = rung(*inputs, mask, causal)
+            assert output.dtype == dtype
+            check_close(output.double(), expected, tolerance, what)
+            empty = ~allowed.any(dim=-1)
+            assert (output[empty] == 0).all(), what
+            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+            for got, want in zip(gradients, expected_gradients, strict=True):
+                check_close(got.double(), want, tolerance, what)
+        weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
+        assert (weights[~allowed] == 0).all()
+        check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+
+
+def test_attention_other_numbers_of_leading_dimensions():
+    for shape in [(), (4,), (2, 3, 2)]:
+        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
+        mask = torch.rand(*shape, 3, 5) < 0.6
+        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
+        for name, rung in ATTENTION_RUNGS.items():
+            check_close(rung(q, k, v, mask, True), expected, 1e-12, name)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_attention_nothing_to_attend_to():
+    """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
+    for name, rung in ATTENTION_RUNGS.items():
+        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
+        assert torch.equal(rung(q, k, v), torch.zeros(2, 3, 5)), name
+        assert rung(q[:, :0], q, q).shape == (2, 0, 4), name
+        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
+        output = rung(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
+        assert torch.equal(output, torch.zeros(2, 3, 4)), name
+        gradients = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients), name
+        with torch.autograd.detect_anomaly():  # no NaN on the way, either
+            torch.autograd.grad(output.sum(), inputs)
+
+
+def test_attention_masks():
+    x, o = True, False
+    assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
+    assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
+    assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
+    assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+    padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+    assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [[o, o, o], [x, x, o], [x, x, x]]
+    assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
+    assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
+    for lengths, max_len, words in [
+        (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
+        (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
+        (torch.tensor([1.5]), None, ("float32",)),
+        (torch.tensor([[1]]), None, ("[1, 1]",)),
+    ]:
+        with pytest.raises(ValueError, match="lengths") as error:
+            attention.padding_mask(lengths, max_len)
+        assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("name", ATTENTION_RUNGS)
+def test_attention_large_logits_and_short_floats(name):
+    rung = ATTENTION_RUNGS[name]
+    q = torch.tensor([[1e4], [-1e4]]).requires_grad_()  # D = 1: the logits are q k
+    k, v = (
+        torch.tensor([[1.0], [-1.0], [0.5]]).requires_grad_(),
+        torch.tensor([[1.0], [2.0], [4.0]]).requires_grad_(),
+    )
+    output = rung(q, k, v)
+    assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
+    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+    only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
+    assert rung(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked score of +1e4 doesn't drown it
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = [(30 * torch.randn(1, 2, 9, 64)).to(dtype).requires_grad_() for _ in range(3)]
+        inputs[1] = inputs[0].detach().clone().requires_grad_()
+        assert (inputs[0] @ inputs[1].transpose(-2, -1)).isinf().any() or dtype == torch.bfloat16
+        mask = torch.rand(9, 9) < 0.5
+        output = rung(*inputs, mask, False)
+        assert output.dtype == dtype and output.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
+        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
+        check_close(rung(*small, mask, False).double(), exact, 2e-2, name)
+
+
+def test_attention_blockwise_sums_short_floats_in_float32():
+    """5,000 equal weights, the first half of the values 0, the second 1: bfloat16 itself counts to 256."""
+    q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
+    for dtype in (torch.float16, torch.bfloat16):
+        output = attention.blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype), block_size=1)
+        assert output.tolist() == [[0.5]]
+
+
+def test_attention_blockwise_is_exact_under_autocast():
+    inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
+    expected = attention.blockwise_attention(*inputs, block_size=4)
+    expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = attention.blockwise_attention(*inputs, block_size=4)
+        gradients = torch.autograd.grad(output.sum(), inputs)
+    for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", ATTENTION_RUNGS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_gradcheck(name, causal):
+    rung = ATTENTION_RUNGS[name]
+    mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
+    sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
+    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
+    assert torch.autograd.gradcheck(lambda *x: rung(*x, mask, causal), inputs)
+    if name in ("loop", "written-out"):
+        assert torch.autograd.gradgradcheck(lambda *x: rung(*x, mask, causal), inputs)
+    if name == "written-out":  # the weights are differentiable as well
+        assert torch.autograd.gradcheck(
+            lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1], inputs
+        )
+    if name == "blockwise":
+        with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
+            torch.autograd.grad(rung(*inputs).sum(), inputs, create_graph=True)
+
+
+ATTENTION_PEAK = """
+import os, sys, threading, time
+import torch
+sys.path.insert(0, sys.argv[1])
+import attention
+torch.set_num_threads(1)
+def run(T, D):
+    q, k, v = (torch.randn(1, 1, T, D, requires_grad=True) for _ in range(3))
+    before = resident()
+    output = attention.blockwise_attention(q, k, v) if sys.argv[2] == "blockwise" else \\
+        attention.scaled_dot_product_attention(q, k, v)[0]
+    output.sum().backward()
+    return before
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+run(200, 64)  # loads the libraries, starts the autograd thread
+before, peak, done = 0, 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+before = run(8192, 64)
+done = True
+thread.join()
+print((peak - before) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+def test_attention_blockwise_memory(tmp_path):
+    """T = 8192 forward and backward: under 64 MB above the inputs, where the written-out form takes 500."""
+    megabytes = {}
+    for name in ("blockwise", "written-out"):
+        command = [sys.executable, "-c", ATTENTION_PEAK, str(ROOT), name]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        megabytes[name] = float(result.stdout)
+    assert megabytes["blockwise"] < 64 and megabytes["written-out"] > 500, megabytes
+
+
+def test_attention_blockwise_never_visits_the_future():
+    grid = attention.block_grid(q_len=6, k_len=9, causal=True, size=3)
+    assert [(rows.start, [columns.stop for columns in key_blocks]) for rows, key_blocks in grid] == [
+        (0, [3, 6]),
+        (3, [3, 6, 9]),
+    ]
+    assert attention.block_grid(6, 2, True, 3)[0] == (
+        slice(0, 3),
+        [],
+    )  # more queries than keys: the first see none
+
+
+def attention_inverted(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else ~mask
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_attention_multi_head_agrees_with_torch(dtype, tolerance):
+    draw = random.Random(2)
+    for case in range(200):
+        heads, b, tq, tk = draw.choice([1, 2, 3]), draw.randint(1, 3), draw.randint(1, 6), draw.randint(1, 7)
+        c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+        kv_dim = draw.choice([None, 6, 7]) if cross else None
+        torch_module = nn.MultiheadAttention(
+            c, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True
+        ).to(dtype)
+        if bias:  # torch starts them at 0, which would hide a mix-up
+            nn.init.normal_(torch_module.in_proj_bias), nn.init.normal_(torch_module.out_proj.bias)
+        ours = attention.MultiHeadAttention.from_torch(torch_module)
+        ours.fused = draw.random() < 0.5
+        query = torch.randn(b, tq, c, dtype=dtype).requires_grad_()
+        context = torch.randn(b, tk, kv_dim or c, dtype=dtype).requires_grad_() if cross else None
+        source = query if context is None else context
+        tk = source.size(1)
+        causal = draw.random() < 0.4 and tk >= tq
+        padding = torch.rand(b, tk) < 0.7 if draw.random() < 0.6 else None
+        if padding is not None:
+            padding[:, 0] = True  # torch gives NaN where nothing may be attended to
+        triangle = torch.ones(tq, tk).tril(tk - tq).bool() if causal else None
+        expected, expected_weights = torch_module(
+            query, source, source, attention_inverted(padding), attn_mask=attention_inverted(triangle),
+            average_attn_weights=False,
+        )  # fmt: skip
+        mask = None if padding is None else padding[:, None, None, :]
+        output, weights = ours.forward_with_weights(query, context, mask, causal)
+        what = f"case {case}: heads {heads}, C {c}, Tq {tq}, Tk {tk}, cross {cross}, {causal=}, {bias=}"
+        check_close(output, expected, tolerance, what)
+        check_close(weights, expected_weights, tolerance, what)
+        assert torch.equal(output, ours(query, context, mask, causal)), what
+        towards = torch.randn_like(output)
+        tensors = [query] if context is None else [query, context]
+        theirs = dict(torch_module.named_parameters())
+        got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
+        want = torch.autograd.grad(expected, [*tensors, *theirs.values()], towards)
+        for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
+            check_close(one, other, tolerance, what)
+        mine = dict(zip([name for name, _ in ours.named_parameters()], got[len(tensors) :], strict=True))
+        others = dict(zip(theirs, want[len(tensors) :], strict=True))
+        for kind in ("weight", "bias") if bias else ("weight",):
+            packed = [mine[f"{x}_proj.{kind}"] for x in "qkv"]
+            if f"in_proj_{kind}" in others:
+                check_close(torch.cat(packed), others[f"in_proj_{kind}"], tolerance, what)
+            else:
+                for x, gradient in zip("qkv", packed, strict=True):
+                    check_close(gradient, others[f"{x}_proj_weight"], tolerance, what)
+            check_close(mine[f"out_proj.{kind}"], others[f"out_proj.{kind}"], tolerance, what)
+
+
+def test_attention_from_torch_keeps_everything():
+    source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
+    ours = attention.MultiHeadAttention.from_torch(source)
+    assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
+    assert attention.MultiHeadAttention.from_torch(source.train()).training
+    assert (
+        torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
+        and ours.k_proj.weight.dtype == torch.float64
+    )
+    with torch.no_grad():
+        source.out_proj.weight.zero_()
+    assert ours.out_proj.weight.abs().sum() > 0  # a copy
+    for arguments, words in [
+        ({"kdim": 4, "vdim": 6}, ("kdim=4", "vdim=6")),
+        ({"add_bias_kv": True}, ("add_bias_kv",)),
+        ({"add_zero_attn": True}, ("add_zero_attn",)),
+    ]:
+        with pytest.raises(ValueError) as error:
+            attention.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, **arguments))
+        assert all(word in str(error.value) for word in words)
+
+
+def test_attention_module_parameters():
+    module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert shapes == {
+        "q_proj.weight": (24, 24), "q_proj.bias": (24,), "k_proj.weight": (24, 10), "k_proj.bias": (24,),
+        "v_proj.weight": (24, 10), "v_proj.bias": (24,), "out_proj.weight": (24, 24), "out_proj.bias": (24,),
+    }  # fmt: skip
+    assert all((p == 0).all() for name, p in module.named_parameters() if name.endswith("bias"))
+    limit = math.sqrt(6 / (24 + 24))
+    assert 0.9 * limit < module.q_proj.weight.abs().max() <= limit  # Glorot, uniform
+    assert [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()] == [
+        f"{x}_proj.weight" for x in ("q", "k", "v", "out")
+    ]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_module_empty_rows_padding_and_causality(fused):
+    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+    nn.init.normal_(module.out_proj.bias)
+    x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+    mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+    output, weights = module.forward_with_weights(x, mask=mask)
+    check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the output bias")
+    assert (weights[1] == 0).all()
+    output.sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+    # What stands in the padding changes nothing, nor do more padding and the other sequences of the batch.
+    altered = x.detach().clone()
+    altered[0, 4:] = 1e3
+    check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
+    longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
+    check_close(
+        module(longer, mask=attention.padding_mask(torch.tensor([4]), 11))[0, :4], output[0, :4], 1e-12
+    )
+    check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
+    # A later token moves no earlier output; the last token moves the last output.
+    causal = module(x, causal=True)
+    altered = x.detach().clone()
+    altered[:, 4] += 1
+    moved = (module(altered, causal=True) - causal).abs().amax(dim=(0, 2))
+    assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
+
+
+def test_attention_module_second_derivatives():
+    """fused=False has them; torch's fused kernel says that it hasn't."""
+    module = attention.MultiHeadAttention(6, 2, fused=False).double()
+    x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
+    module.fused = True
+    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        torch.autograd.grad(first.sum(), x)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_dropout_only_in_training(fused):
+    module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
+    x = torch.randn(2, 7, 8)
+    plain = attention.MultiHeadAttention(8, 2)
+    plain.load_state_dict(module.state_dict())
+    module.eval()
+    check_close(module(x), plain(x), 1e-6)
+    module.train()
+    torch.manual_seed(1)
+    first, weights = module.forward_with_weights(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, module(x)) and not torch.equal(first, module(x))
+    check_close(weights, plain.forward_with_weights(x)[1], 1e-6, "weights are those before dropout")
+    mean = torch.stack([module(x) for _ in range(3000)]).mean(dim=0)
+    assert (mean - plain(x)).abs().max() < 0.1  # unbiased: what is kept is scaled up
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_functional_dropout(causal):
+    """Equal weights, values of 1: every output is 1 without dropout, and 1 on average with it."""
+    q, v = torch.zeros(400, 1), torch.ones(400, 1)
+    for rung in (lambda *a: attention.scaled_dot_product_attention(*a)[0], attention.fused_attention):
+        output = rung(q, q, v, None, causal, 0.25)[200:]  # late queries see many keys
+        assert 0.95 < output.mean() < 1.05 and 0.01 < output.std() < 0.1
+    weights = attention.scaled_dot_product_attention(q, q, v, None, causal, 0.25)[1]
+    assert (weights[-1] > 0).all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_cache_equals_one_shot(fused):
+    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+    x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
+    mask = attention.padding_mask(torch.tensor([9, 9])).clone()
+    mask[0, ..., :2] = False  # left padding
+    expected = module(x, mask=mask, causal=True)
+    for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+        cache, outputs, seen = attention.KVCache(), [], 0
+        for piece in x.split(pieces, dim=1):
+            seen += piece.size(1)
+            outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
+        assert cache.k.shape == (2, 3, 9, 4)
+        output = torch.cat(outputs, dim=1)
+        check_close(output, expected, 1e-12, str(pieces))
+        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        check_close(
+            gradient, torch.autograd.grad(expected.sum(), x, retain_graph=True)[0], 1e-12, str(pieces)
+        )
+    cache = attention.KVCache()
+    module.forward_cached(x[:, :5], cache)
+    cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
+    check_close(
+        module.forward_cached(x[[1, 1], 5:6], cache), module(x[[1, 1], :6], causal=True)[:, 5:], 1e-12
+    )
+    with pytest.raises(ValueError, match=r"\[2, 3, 6, 4\].*\[1, 3, 1, 4\]"):
+        module.forward_cached(x[:1, :1], cache)
+
+
+class AttentionCall(nn.Module):
+    """A fixed way to call the module: tracing and export take tensors alone."""
+
+    def __init__(self, causal: bool, fused: bool, cross: bool):
+        super().__init__()
+        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=10 if cross else None, fused=fused)
+        self.causal = causal
+
+    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return self.attention(query, context, mask, self.causal)
+
+
+def attention_example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> tuple:
+    context = torch.randn(b, tk, 10) if cross else None
+    mask = torch.rand(b, 1, 1, tk if cross else tq) < 0.7 if masked else None
+    return torch.randn(b, tq, 12), context, mask
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
+def test_attention_leaves_python(way):
+    """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there at the time."""
+    combinations = list(itertools.product([False, True], repeat=4))
+    if way in ("export", "compile"):  # seconds each
+        combinations = [(True, True, False, False), (True, True, True, True), (False, False, True, True)]
+    for causal, fused, cross, masked in combinations:
+        module = AttentionCall(causal, fused, cross)
+        example = attention_example(
+            2, 5, 5 if causal else 7, cross, masked
+        )  # Tq = Tk: a trace must not rely on it
+        if way == "trace":
+            keywords = {
+                k: x for k, x in zip(("query", "context", "mask"), example, strict=True) if x is not None
+            }
+            with warnings.catch_warnings():
+                if not (
+                    fused and causal and not cross and not masked
+                ):  # there Tq = Tk is asked, and is certain
+                    warnings.simplefilter("error", torch.jit.TracerWarning)  # no size may be frozen
+                converted = torch.jit.trace(module, example_kwarg_inputs=keywords)
+        elif way == "script":
+            converted = torch.jit.script(module)
+        elif way == "export":
+            auto = torch.export.Dim.AUTO
+            dynamic = (
+                {0: auto, 1: auto},
+                {0: auto, 1: auto} if cross else None,
+                {0: auto, 3: auto} if masked else None,
+            )
+            example = attention_example(2, 5, 7, cross, masked)
+            converted = torch.export.export(module, example, dynamic_shapes=dynamic).module()
+        else:
+            torch._dynamo.reset()
+            converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6)):
+            query, context, mask = attention_example(*sizes, cross, masked)
+            given = {
+                k: x for k, x in (("query", query), ("context", context), ("mask", mask)) if x is not None
+            }
+            arguments = (query, context, mask) if way == "export" else ()
+            got = converted(*arguments) if arguments else converted(**given)
+            what = f"{way} causal={causal} fused={fused} cross={cross} masked={masked} {sizes}"
+            check_close(got, module(query, context, mask), 1e-6, what)
+
+
+def test_attention_errors_name_what_is_wrong():
+    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
+    bad_inputs = [
+        ((q, torch.randn(2, 3, 7, 5), v), ("q [2, 3, 5, 4]", "k [2, 3, 7, 5]")),  # D
+        ((q, k, v[:, :, :6]), ("v [2, 3, 6, 6]",)),  # Tk
+        ((q, k[:1], v[:1]), ("k [1, 3, 7, 4]",)),  # B
+        ((q, k, v[:, :2]), ("v [2, 2, 7, 6]",)),  # H
+        ((torch.randn(4), k, v), ("q [4]",)),
+        ((q, k.double(), v), ("float64", "dtype")),
+        ((q, k, v.double()), ("float64", "dtype")),
+        ((q.long(), k.long(), v.long()), ("int64", "floating")),
+        ((q, k, v, torch.zeros(5, 7)), ("boolean", "float32")),
+        ((q, k, v, torch.ones(5, 7, dtype=torch.int64)), ("boolean", "int64")),
+        ((q, k, v, torch.ones(7, 5, dtype=torch.bool)), ("[7, 5]", "[2, 3, 5, 7]")),
+        ((q, k, v, torch.ones(2, 7, dtype=torch.bool)), ("[2, 7]",)),  # a (B, T) padding mask
+        ((q, k, v, torch.ones(1, 2, 3, 5, 7, dtype=torch.bool)), ("[1, 2, 3, 5, 7]",)),
+    ]
+    for (arguments, words), (name, rung) in itertools.product(bad_inputs, ATTENTION_RUNGS.items()):
+        with pytest.raises(ValueError) as error:
+            rung(*arguments, causal=True) if name != "written-out" and name != "blockwise" else rung(
+                *arguments
+            )
+        assert all(word in str(error.value) for word in words), (name, error.value)
+    with pytest.raises(ValueError, match="block_size.*0"):
+        attention.blockwise_attention(q, k, v, block_size=0)
+    for arguments, words in [
+        ({"d_model": 10, "n_heads": 4}, ("d_model=10", "n_heads=4")),
+        ({"d_model": 8, "n_heads": 0}, ("n_heads=0",)),
+        ({"d_model": 0, "n_heads": 1}, ("d_model=0",)),
+        ({"d_model": 8, "n_heads": 2, "dropout": 1.0}, ("dropout", "1.0")),
+        ({"d_model": 8, "n_heads": 2, "dropout": -0.1}, ("dropout", "-0.1")),
+    ]:
+        with pytest.raises(ValueError) as error:
+            attention.MultiHeadAttention(**arguments)
+        assert all(word in str(error.value) for word in words), error.value
+    module = attention.MultiHeadAttention(8, 2, kv_dim=6)
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    for arguments, words in [
+        ((x[0], y), ("query", "d_model=8", "[5, 8]")),
+        ((torch.randn(2, 5, 9), y), ("query", "[2, 5, 9]")),
+        ((x, torch.randn(2, 7, 8)), ("context", "kv_dim=6", "[2, 7, 8]")),
+        ((x, y[0]), ("context", "[7, 6]")),
+        ((x, y[:1]), ("context", "B=2", "[1, 7, 6]")),
+        ((x,), ("context", "kv_dim=6", "[2, 5, 8]")),
+        ((x, y, torch.ones(2, 5)), ("mask", "boolean")),
+        ((x, y, torch.ones(2, 7, dtype=torch.bool)), ("mask", "[2, 7]", "[2, 2, 5, 7]")),
+    ]:
+        for call in (module, module.forward_with_weights):
+            with pytest.raises(ValueError) as error:
+                call(*arguments)
+            assert all(word in str(error.value) for word in words), error.value
+
+
+def attention_example_weights(*shape: int) -> Tensor:
+    weights = torch.rand(shape).softmax(dim=-1)
+    weights[..., -1] = 0.0
+    return weights
+
+
+def test_attention_plot(tmp_path):
+    for shape in [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)]:
+        tokens = [
+            ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"][i % 6] for i in range(max(shape[-2:]))
+        ]
+        path = tmp_path / "heads.png"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = attention.plot_attention(
+                attention_example_weights(*shape), tokens[: shape[-2]], tokens[: shape[-1]], path
+            )
+        assert got == path and path.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+        path.unlink()
+    assert (
+        attention.label("a\nb") == "a\\nb"
+        and len(attention.label("x" * 50)) == 12
+        and attention.label("été") == "été"
+    )
+
+
+def test_attention_pictures_refuse_what_is_no_weights(tmp_path):
+    tokens = ["a", "b"]
+    for weights, words in [
+        (torch.rand(2, 2), ("[2, 2]",)),
+        (torch.rand(1, 2, 3), ("Tk=2", "[1, 2, 3]")),
+        (torch.rand(1, 3, 2), ("Tq=2", "[1, 3, 2]")),
+        (torch.rand(0, 2, 2), ("[0, 2, 2]",)),
+        (torch.full((1, 2, 2), 1.5), ("1.5",)),
+        (torch.full((1, 2, 2), -0.5), ("-0.5",)),
+        (torch.full((1, 2, 2), math.nan), ("nan",)),
+    ]:
+        for draw in (attention.plot_attention, attention.attention_html):
+            with pytest.raises(ValueError, match="weights") as error:
+                draw(weights, tokens, tokens, tmp_path / "x")
+            assert all(word in str(error.value) for word in words), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_page(tmp_path):
+    queries, keys = (
+        ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"],
+        ["<!--", "&amp;", "x"],
+    )
+    weights = attention_example_weights(2, 3, 5, 3)
+    weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+    page = attention.attention_html(weights, queries, keys, tmp_path / "heads.html").read_text(
+        encoding="utf-8"
+    )
+    assert (
+        re.findall(r"(?:https?:|src=|url\(|import )", page.replace("default-src", "").replace("-src", ""))
+        == []
+    )
+    assert len(re.findall("<script", page)) == len(re.findall("</script>", page)) == 2 and "<!--" not in page
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+    assert data["queries"] == queries and data["keys"] == keys and data["shape"] == [2, 3, 5, 3]
+    stored = np.frombuffer(base64.b64decode(data["weights"]), dtype="<u2").reshape(2, 3, 5, 3)
+    assert np.abs(stored / 65535 - weights.numpy()).max() < 2e-5
+    assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [65535, 1, 0]
+    assert len(attention.PAGE.strip().splitlines()) < 80
+    # 100 x 100 tokens x 48 heads stay small enough to open at once
+    page = attention.attention_html(
+        attention_example_weights(4, 12, 100, 100), ["t"] * 100, ["t"] * 100, tmp_path / "x"
+    )
+    assert page.stat().st_size < 1.4e6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.html", "x"]
+
+
+def test_attention_demo_alone_in_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "attention.py", tmp_path)
+    command = [sys.executable, "attention.py", "--max-len", "1024"]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    report = last_json(result)
+    assert result.stderr == ""
+    assert (
+        report["share_on_right_key"] >= 0.9
+        and report["exact_match"] >= 0.99
+        and report["share_one_back"] > 0.5
+    )
+    differences = [x for by_name in report["largest_difference"].values() for x in by_name.values()]
+    assert len(differences) == 12 and max(differences) < 1e-12
+    slopes = report["scaling"]["memory_slopes"]
+    assert slopes["written-out"] > 1.8 and slopes["blockwise"] < 1.2 and slopes["fused"] < 1.2
+    for key in ("settings", "seconds", "cpu", "threads", "gemm_gflops", "torch", "device", "command", "date"):
+        assert report[key], key
+    assert json.loads((tmp_path / "out/attention/report.json").read_text()) == report
+    names = sorted(path.name for path in (tmp_path / "out/attention").iterdir())
+    assert names == ["heads.html", "heads.png", "report.json", "scaling.png"]
+    assert "padding_mask([2, 4]) & causal_mask(4)" in result.stdout
+
+
+def test_attention_induction_task():
+    """The answer is the word that followed the asked one, and it stands where `places` says."""
+    batch = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
+    (tokens, places, answers), seen = batch, attention.N_SEEN
+    assert tokens.shape == (7, 2 * seen - 1) and places.shape == answers.shape == (7, seen - 1)
+    for n in range(7):
+        first, asked = tokens[n, :seen].tolist(), tokens[n, seen:].tolist()
+        assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
+        for i, word in enumerate(asked):
+            assert places[n, i] == first.index(word) + 1 and answers[n, i] == first[places[n, i]]
+    again = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+def test_attention_script_errors(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    check_one_line_error(run_script("attention.py", "--out", "taken", cwd=tmp_path), "attention.py", "taken")
+    check_one_line_error(
+        run_script("attention.py", "--max-len", "100", cwd=tmp_path), "max_len", "100", "512"
+    )
+    check_one_line_error(run_script("attention.py", "--steps", "0", cwd=tmp_path), "steps", "0")
+    check_one_line_error(run_script("attention.py", "--device", "abacus", cwd=tmp_path), "device", "abacus")
+    (tmp_path / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")")
+    (tmp_path / "out/attention").mkdir(parents=True)  # of an earlier run: no reason to stop
+    result = run_script("attention.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    check_one_line_error(result, "matplotlib")
+    result = run_script("attention.py", "--no-such-flag", cwd=tmp_path)
+    assert result.returncode == 2 and "--no-such-flag" in result.stderr and "Traceback" not in result.stderr
+    assert "default" in run_script("attention.py", "--help", cwd=tmp_path).stdout
+
+
+def test_attention_import_does_nothing(tmp_path):
+    code = (
+        "import sys, torch; seed, threads = torch.get_rng_state(), torch.get_num_threads(); import attention;"
+        "assert torch.equal(seed, torch.get_rng_state()) and threads == torch.get_num_threads();"
+        "assert 'matplotlib' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_attention_logged_benchmark():
+    """The figures that README shows are those of a run of its command."""
+    log = json.loads((ROOT / "assets/attention_benchmark.json").read_text())
+    assert log["command"] == "python attention.py --benchmark" and log["threads"] == 2
+    assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8}
+    assert log["ratio"]["median"] >= 1.0 and log["rounds"] >= 20
+    assert all(log[key] for key in ("cpu", "gemm_gflops", "torch", "date"))
+
+
+# -----------------------------------------------------------------------------
+# encoder.py
+
+
+def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
+    """A small random config; dropout is 0, so that training mode can be compared."""
+    n_heads = rng.choice([1, 2, 3, 4])
+    sizes = {
+        "vocab_size": rng.randint(5, 50), "max_len": rng.randint(12, 40), "n_layers": rng.randint(1, 3),
+        "n_heads": n_heads, "d_model": n_heads * rng.randint(1, 6), "d_ff": rng.randint(1, 40),
+        "dropout": 0.0,
+        "n_classes": rng.randint(1, 5), "norm_first": rng.random() < 0.5,
+        "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(["mean", "max", "mean+max", "first"]),
+    }  # fmt: skip
+    return encoder.EncoderConfig(**(sizes | given))
+
+
+def random_tokens(rng: random.Random, config: encoder.EncoderConfig, rows: int = 4) -> torch.Tensor:
+    """(rows, T) ids with padding after lengths from 1 to T."""
+    T = rng.randint(2, config.max_len)
+    tokens = torch.randint(0, config.vocab_size - 1, (rows, T))
+    tokens += tokens >= config.pad_id  # any id but pad_id
+    for row in tokens:
+        row[rng.randint(1, T) :] = config.pad_id
+    return tokens
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_encoder_layer_equals_torch(norm_first, activation, dtype, tolerance):
+    """Values and gradients of the input and of every parameter, with padding; eps is taken over too."""
+    for seed in range(10):
+        rng = random.Random(seed)
+        heads, T, B = rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 4)
+        theirs = nn.TransformerEncoderLayer(
+            heads * rng.randint(1, 8), heads, rng.randint(1, 30), 0.0, activation, rng.choice([1e-5, 1e-2]),
+            batch_first=True, norm_first=norm_first, dtype=dtype,
+        )  # fmt: skip
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter)  # their zero biases and unit norms would hide a forgotten one
+        ours = encoder.EncoderLayer.from_torch(theirs)
+        C = ours.attention_norm.normalized_shape[0]
+        mask = torch.rand(B, T) < 0.7
+        mask[:, 0] = True
+        x, upstream = torch.randn(B, T, C, dtype=dtype, requires_grad=True), torch.randn(B, T, C, dtype=dtype)
+        y = torch.randn(0)
+        gradients = []
+        for layer, given in (
+            (ours, {"mask": mask[:, None, None, :]}),
+            (theirs, {"src_key_padding_mask": ~mask}),
+        ):
+            result = layer(x, **given)
+            gradients.append(torch.autograd.grad((result * upstream).sum(), [x, *layer.parameters()]))
+            if layer is ours:
+                y = result
+        check_close(y, result, tolerance, "output")
+        names = dict(ours.named_parameters())
+        given = dict(zip(names, gradients[0][1:], strict=True))
+        wanted = dict(zip([n for n, _ in theirs.named_parameters()], gradients[1][1:], strict=True))
+        pairs = {
+            "attention.qkv_proj.weight": "self_attn.in_proj_weight",
+            "attention.qkv_proj.bias": "self_attn.in_proj_bias",
+            "attention.out_proj.weight": "self_attn.out_proj.weight",
+            "attention.out_proj.bias": "self_attn.out_proj.bias",
+            "attention_norm.weight": "norm1.weight", "attention_norm.bias": "norm1.bias",
+            "ffn.0.weight": "linear1.weight", "ffn.0.bias": "linear1.bias",
+            "ffn.2.weight": "linear2.weight", "ffn.2.bias": "linear2.bias",
+            "ffn_norm.weight": "norm2.weight", "ffn_norm.bias": "norm2.bias",
+        }  # fmt: skip
+        assert set(pairs) == set(names)
+        check_close(gradients[0][0], gradients[1][0], tolerance, "gradient of x")
+        for mine, yours in pairs.items():
+            check_close(given[mine], wanted[yours], tolerance, f"gradient of {mine}")
+
+
+def test_encoder_layer_from_torch_takes_what_it_has_and_refuses_the_rest():
+    for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.25, activation, batch_first=True).eval()
+        ours = encoder.EncoderLayer.from_torch(layer)
+        assert ours.dropout.p == 0.25 and not ours.training
+        x = torch.randn(2, 3, 8)
+        check_close(ours(x), layer(x), 1e-5)
+    for given in (
+        {"batch_first": False},
+        {"bias": False},
+        {"activation": nn.GELU(approximate="tanh")},
+        {"activation": F.silu},
+    ):
+        with pytest.raises(ValueError, match="from_torch|activation"):
+            encoder.EncoderLayer.from_torch(
+                nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
+            )
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_stack_equals_torch(norm_first):
+    """embedding * sqrt(C) + positions, then the layers; a final norm in pre-norm and none in post-norm."""
+    for seed in range(10):
+        rng = random.Random(seed)
+        config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
+        ours = encoder.Encoder(config).double()
+        layer = nn.TransformerEncoderLayer(
+            config.d_model,
+            config.n_heads,
+            config.d_ff,
+            0.0,
+            config.activation,
+            batch_first=True,
+            norm_first=norm_first,
+        )
+        norm = nn.LayerNorm(config.d_model) if norm_first else None
+        theirs = nn.TransformerEncoder(layer, config.n_layers, norm, enable_nested_tensor=False).double()
+        for parameter in theirs.parameters():
+            nn.init.normal_(parameter)
+        ours.layers = nn.ModuleList(encoder.EncoderLayer.from_torch(layer) for layer in theirs.layers)
+        if norm_first:
+            ours.final_norm.load_state_dict(norm.state_dict())
+        tokens = random_tokens(rng, config)
+        mask = tokens != config.pad_id
+        positions = encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
+        x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
+        expected = theirs(x, src_key_padding_mask=~mask)
+        check_close(ours(tokens)[mask], expected[mask], 1e-10)
+
+
+def test_encoder_self_attention_is_attention_py_in_short():
+    """Values, weights and gradients of both files' attention, weights copied; a row without keys, too."""
+    short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
+    with torch.no_grad():
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            getattr(long, name).weight.copy_(short.qkv_proj.weight[12 * i : 12 * i + 12])
+            getattr(long, name).bias.copy_(short.qkv_proj.bias[12 * i : 12 * i + 12])
+        long.out_proj.load_state_dict(short.out_proj.state_dict())
+    x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
+    mask = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
+    for m in (None, mask, torch.rand(5, 3, 7, 7) < 0.5):
+        expected, weights = long.forward_with_weights(x, mask=m)
+        check_close(short(x, m), expected, 1e-12)
+        check_close(short.weights(x, m), weights, 1e-12)
+        check_close(
+            *(torch.autograd.grad(y.square().sum(), x)[0] for y in (short(x, m), long(x, mask=m))), 1e-12
+        )
+
+
+def test_encoder_positions_are_the_paper_s_formula():
+    for d_model in (1, 2, 5, 8, 17):
+        table = encoder.sinusoidal_positional_encoding(30, d_model)
+        assert table.shape == (30, d_model) and table.dtype == torch.float32
+        for t, i in itertools.product(range(30), range(d_model)):
+            angle = t / 10000 ** (2 * (i // 2) / d_model)
+            assert abs(table[t, i].item() - (math.cos if i % 2 else math.sin)(angle)) < 1e-7
+    far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]  # float32 angles would be 4e-3 off here
+    assert abs(far[0].item() - math.sin(100_000)) < 1e-7 and abs(far[1].item() - math.cos(100_000)) < 1e-7
+
+
+def test_encoder_padding_and_batch_invariance():
+    """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        config = encoder_config(rng, pad_id=rng.choice([0, 2]))
+        model = encoder.EncoderClassifier(config).double().eval()
+        tokens = random_tokens(rng, config)
+        lengths = (tokens != config.pad_id).sum(1).tolist()
+        logits = model(tokens)
+        assert logits.shape == (4, config.n_classes)
+        for row, length in enumerate(lengths):
+            check_close(
+                model(tokens[row : row + 1, :length]), logits[row : row + 1], 1e-12, "alone, unpadded"
+            )
+        longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
+        check_close(model(longer), logits, 1e-12, "more padding")
+        mask = tokens != config.pad_id
+        noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
+        check_close(model(noise, mask), logits, 1e-12, "whatever stands under the mask")
+
+
+def test_encoder_masked_tokens_in_the_middle_get_no_weight_and_no_gradient():
+    config = encoder.EncoderConfig(
+        20, max_len=10, d_model=8, n_heads=2, d_ff=16, dropout=0.0, pool="mean+max"
+    )
+    model = encoder.EncoderClassifier(config).double()
+    tokens = torch.arange(1, 9).repeat(2, 1)  # (2, 8), each id once a row
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[:, 3] = False  # id 4
+    model(tokens, mask).square().sum().backward()
+    gradient = model.encoder.embedding.weight.grad.abs().sum(1)
+    assert gradient[4] == 0 and (gradient[[1, 2, 3, 5, 6, 7, 8]] > 0).all()
+    _, weights = model.encoder.forward_with_weights(tokens, mask)
+    assert (weights[..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("pool", ["mean", "max", "mean+max", "first"])
+def test_encoder_row_of_padding_alone_pools_to_0_with_finite_gradients(pool, norm_first):
+    config = encoder.EncoderConfig(
+        9, max_len=6, d_model=8, n_heads=2, d_ff=8, norm_first=norm_first, pool=pool
+    )
+    model = encoder.EncoderClassifier(config)
+    tokens = torch.tensor([[0, 0, 0], [5, 6, 0]])
+    logits = model.eval()(tokens)
+    assert torch.equal(logits[0], model.head.bias) and not torch.equal(logits[1], model.head.bias)
+    model(tokens).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    vectors, weights = model.encoder.forward_with_weights(tokens)
+    assert (weights[:, 0] == 0).all() and vectors.isfinite().all()
+
+
+def test_encoder_pools_are_their_loops():
+    for seed, pool in enumerate(["mean", "max", "mean+max", "first"] * 3):
+        config = encoder_config(random.Random(seed), pool=pool)
+        model = encoder.EncoderClassifier(config)
+        x = torch.randn(5, 7, config.d_model) - 3  # all below 0 somewhere: a max over padding's 0 would show
+        mask = torch.rand(5, 7) < 0.6
+        mask[0], mask[1] = False, True
+        for row, result in enumerate(model.pool(x, mask)):
+            real = [x[row, t] for t in range(7) if mask[row, t]]
+            mean = torch.stack(real).mean(0) if real else torch.zeros(config.d_model)
+            largest = torch.stack(real).max(0).values if real else torch.zeros(config.d_model)
+            first = x[row, 0] if mask[row, 0] else torch.zeros(config.d_model)
+            expected = {"mean": mean, "max": largest, "mean+max": torch.cat((mean, largest)), "first": first}
+            check_close(result, expected[pool], 1e-6, pool)
+
+
+def test_encoder_weights_on_request_do_not_change_the_output():
+    for seed in range(6):
+        rng = random.Random(seed)
+        config = encoder_config(rng)
+        model = encoder.Encoder(config).double()
+        tokens = random_tokens(rng, config)
+        output, weights = model.forward_with_weights(tokens)
+        assert torch.equal(output, model(tokens))
+        T = tokens.size(1)
+        assert weights.shape == (config.n_layers, 4, config.n_heads, T, T)
+        check_close(weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64), 1e-12)
+        layer, x, mask = model.layers[0], model.embed(tokens), model.attention_mask(tokens)
+        if config.norm_first:
+            x = layer.attention_norm(x)
+        theirs = nn.MultiheadAttention(config.d_model, config.n_heads, batch_first=True).double()
+        projections = layer.attention.state_dict()
+        names = {"in_proj_weight": "qkv_proj.weight", "in_proj_bias": "qkv_proj.bias"}
+        theirs.load_state_dict({name: projections[names.get(name, name)] for name in theirs.state_dict()})
+        expected = theirs(x, x, x, key_padding_mask=~mask[:, 0, 0], average_attn_weights=False)[1]
+        check_close(weights[0], expected, 1e-12, "weights of the first layer")
+
+
+def test_encoder_dropout_only_while_training():
+    config = encoder.EncoderConfig(30, max_len=8, d_model=16, n_heads=2, d_ff=32, dropout=0.5)
+    model = encoder.EncoderClassifier(config)
+    tokens = torch.randint(1, 30, (4, 8))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    for name in ("dropout", "encoder.dropout", "encoder.layers.0.dropout"):  # each place on its own
+        for other in model.modules():
+            if isinstance(other, nn.Dropout):
+                other.p = 0.0
+        model.get_submodule(name).p = 0.5
+        assert not torch.equal(model(tokens), model(tokens)), name
+    layer = model.encoder.layers[0]  # both sub-layers' outputs, each before its residual
+    for silent, other in (("attention.out_proj", "ffn.2"), ("ffn.2", "attention.out_proj")):
+        saved = [p.clone() for p in layer.get_submodule(silent).parameters()]
+        for p in layer.get_submodule(silent).parameters():
+            nn.init.zeros_(p)
+        x = torch.randn(2, 5, 16)
+        layer.dropout.p = 0.5
+        assert not torch.equal(layer(x), layer(x)), f"dropout after {other}"
+        with torch.no_grad():
+            for p, value in zip(layer.get_submodule(silent).parameters(), saved, strict=True):
+                p.copy_(value)
+
+
+def test_encoder_sees_order_by_its_positions_alone():
+    model = encoder.EncoderClassifier(
+        encoder.EncoderConfig(30, max_len=12, d_model=16, n_heads=4, d_ff=32)
+    ).eval()
+    tokens = torch.randperm(29)[None, :10] + 1
+    shuffled = tokens[:, torch.randperm(10)]
+    assert (model(tokens) - model(shuffled)).abs().max() > 1e-3
+    model.encoder.positions.zero_()
+    check_close(model(tokens), model(shuffled), 1e-5)
+
+
+def test_encoder_counts_and_state():
+    """Positions are computed, neither learned nor stored; the counts are the paper's."""
+    config = encoder.EncoderConfig(
+        11, max_len=7, d_model=8, n_heads=2, n_layers=3, d_ff=20, n_classes=4, pool="mean+max"
+    )
+    model = encoder.EncoderClassifier(config)
+    layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
+    assert sum(p.numel() for p in model.parameters()) == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
+    assert not any("positions" in name for name in model.state_dict())
+    assert isinstance(encoder.Encoder(encoder.EncoderConfig(11, norm_first=False)).final_norm, nn.Identity)
+    big = encoder.Encoder(encoder.EncoderConfig(500, d_model=64))
+    assert 0.9 < (big.embedding.weight * big.scale).std() < 1.1
+
+
+def test_encoder_bad_input_is_named():
+    ok = {"vocab_size": 10, "max_len": 8, "d_model": 8, "n_heads": 2, "d_ff": 8}
+    bad = [
+        ({"d_model": 9}, "n_heads.*d_model=9.*n_heads=2"), ({"n_layers": 0}, "n_layers.*0"),
+        ({"vocab_size": 0}, "vocab_size"), ({"max_len": 0}, "max_len"), ({"d_model": 0}, "d_model"),
+        ({"n_heads": 0}, "n_heads"), ({"d_ff": -1}, "d_ff.*-1"),
+        ({"n_classes": 0}, "n_classes"), ({"dropout": 1.0}, "dropout.*1.0"), ({"dropout": -0.1}, "dropout"),
+        ({"pad_id": 10}, "pad_id.*10"), ({"pad_id": -1}, "pad_id"),
+        ({"activation": "tanh"}, "activation.*tanh"), ({"pool": "cls"}, "pool.*cls"),
+    ]  # fmt: skip
+    for change, message in bad:
+        with pytest.raises(ValueError, match=message):
+            encoder.EncoderConfig(**(ok | change))
+    model = encoder.EncoderClassifier(encoder.EncoderConfig(**ok))
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    assert model(torch.ones(2, 8, dtype=torch.long)).shape == (2, 2)  # max_len itself fits
+    with pytest.raises(ValueError, match="max_len=8.*9"):
+        model(torch.ones(2, 9, dtype=torch.long))
+    for wrong in (torch.ones(5, dtype=torch.long), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match="tokens must be"):
+            model(wrong)
+    for wrong in (torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool), torch.ones(5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="mask must be"):
+            model.encoder(tokens, wrong)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
+@pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
+def test_encoder_scripted_traced_exported_compiled_at_other_sizes(norm_first, pool):
+    config = encoder.EncoderConfig(
+        30, max_len=20, d_model=16, n_heads=2, d_ff=32, norm_first=norm_first, pool=pool
+    )
+    model = encoder.EncoderClassifier(config).eval()
+    example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 20))
+    other[1, 4:], other[2] = 0, 0
+    dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=20)}}
+    made = {
+        "script": torch.jit.script(model),
+        "trace": torch.jit.trace(model, (example,)),
+        "export": torch.export.export(model, (example,), dynamic_shapes=dynamic).module(),
+        "compile": torch.compile(model, fullgraph=True, backend="eager"),
+    }
+    for name, module in made.items():
+        check_close(module(other), model(other), 1e-6, name)
+
+
+def test_encoder_generated_reviews_hide_the_label_from_who_counts_words():
+    reviews = encoder.generate_reviews(4000, seed=5)
+    assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
+    texts = [text for text, _ in reviews]
+    assert len(set(texts)) == 4000  # so no sentence is in two splits
+    assert not any("{" in text or "  " in text for text in texts)
+    for i in range(0, 4000, 2):
+        (positive, one), (negative, zero) = reviews[i : i + 2]
+        assert (one, zero) == (1, 0)
+        twins = sorted(positive.split()) == sorted(negative.split())
+        assert twins == (i % 4 == 0) and positive != negative
+        if not twins:  # plain: the adjectives alone tell
+            assert not set(positive.split()) & set(encoder.BAD) and not set(negative.split()) & set(
+                encoder.GOOD
+            )
+    assert encoder.word_counting_ceiling(reviews) == 0.75
+    assert encoder.word_counting_ceiling([("a b", 1), ("b a", 1), ("a b c", 0)]) == 1.0
+    for wrong in (0, 3, -2, 100_002):
+        with pytest.raises(ValueError, match="even"):
+            encoder.generate_reviews(wrong, 0)
+
+
+def test_encoder_demo_alone_in_an_empty_folder(tmp_path):
+    """The file copied alone: table, picture, report; the encoder passes the ceiling that the others can't."""
+    (tmp_path / "encoder.py").write_bytes((ROOT / "encoder.py").read_bytes())
+    result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path)
+    report = last_json(result)
+    rows = {row["model"]: row for row in report["rows"]}
+    assert rows["encoder"]["accuracy"] >= 0.99
+    assert rows["bag of words, logistic regression"]["accuracy"] <= report["ceiling"] == 0.75
+    assert rows["encoder without positions"]["accuracy"] <= 0.75
+    assert (
+        rows["encoder without positions"]["plain"] > 0.97
+        and rows["encoder without positions"]["twins"] == 0.5
+    )
+    folder = tmp_path / "out/encoder"
+    assert sorted(path.name for path in folder.iterdir()) == ["head.png", "report.json"]
+    assert (folder / "head.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert {"cpu", "threads", "gemm_gflops", "torch", "settings", "seconds"} <= set(report)
+    assert "n_train=6000" in result.stdout.splitlines()[0] and "threads=" in result.stdout.splitlines()[0]
+
+
+def test_encoder_same_seed_same_weights():
+    weights = []
+    for seed in (3, 3, 4):
+        s = encoder.Settings(n_train=200, n_test=40, epochs=1, d_model=16, d_ff=16, seed=seed, dropout=0.2)
+        tokens, labels = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,))
+        torch.manual_seed(seed)
+        model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=16, d_ff=16))
+        torch.manual_seed(0)
+        tokens, labels = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,))
+        encoder.train(model, tokens, labels, s)
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_encoder_errors_on_the_command_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_one_line_error(run_script("encoder.py", "--out", "file/below", cwd=tmp_path), "file")
+    unknown = run_script("encoder.py", "--widht", "3", cwd=tmp_path)
+    assert unknown.returncode == 2 and "unrecognized arguments: --widht" in unknown.stderr
+    usage = run_script("encoder.py", "--help", cwd=tmp_path)
+    assert usage.returncode == 0 and "default: 0.003" in usage.stdout
+    small = ["--n-train", "40", "--n-test", "40", "--epochs", "1", "--out", str(tmp_path / "out")]
+    for arguments, message in [
+        (["--n-heads", "5"], "n_heads.*64.*5"), (["--epochs", "0"], "epochs.*0"),
+        (["--n-test", "41"], "n_test.*41"), (["--device", "cuda:99"], "device.*cuda:99"),
+        (["--device", "tpus"], "device.*tpus"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            encoder.main(small + arguments)
+    with pytest.raises(ValueError, match="no_such_library"):
+        encoder.need("torch", "no_such_library")
+
+
+# -----------------------------------------------------------------------------
+# transformer.py
+
+
+def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
+    """A small model with large random weights, in biases and norms too: everything matters."""
+    config = dict(
+        vocab_size=11, max_len=24, d_model=12, n_heads=3, n_layers=2, d_ff=20, dropout=0.0, tied=False
+    )
+    model = transformer.Transformer(
+        transformer.TransformerConfig(**(config | {"norm_first": norm_first} | changes))
+    )
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
+    return model.to(dtype)
+
+
+def transformer_sentences(n=6, longest=9, vocab=11, with_eos=True):
+    """Rows of random tokens of different lengths, padded on the right; the first is the longest."""
+    lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
+    rows = [torch.randint(3, vocab, (length,)) for length in lengths]
+    if with_eos:
+        rows = [torch.cat((row[:-1], torch.tensor([2]))) for row in rows]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+
+
+def transformer_copy_attention(ours, theirs):
+    """Weights of ours into an nn.MultiheadAttention."""
+    parts = (ours.q_proj, ours.k_proj, ours.v_proj)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
+        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
+        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+
+
+def transformer_to_torch(model):
+    """nn.TransformerEncoder and nn.TransformerDecoder with copies of the model's weights."""
+    c = model.config
+    settings = dict(d_model=c.d_model, nhead=c.n_heads, dim_feedforward=c.d_ff, dropout=0.0, batch_first=True)
+    settings |= {"norm_first": c.norm_first, "dtype": next(model.parameters()).dtype}
+    norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(**settings), c.n_layers, norms[0], enable_nested_tensor=False
+    )
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**settings), c.n_layers, norms[1])
+    for stack, layers in ((encoder, model.encoder), (decoder, model.decoder)):
+        for theirs, ours in zip(stack.layers, layers, strict=True):
+            transformer_copy_attention(ours.self_attention, theirs.self_attn)
+            theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
+            theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
+            theirs.norm1.load_state_dict(ours.norm1.state_dict())
+            theirs.norm2.load_state_dict(ours.norm2.state_dict())
+            if stack is decoder:
+                transformer_copy_attention(ours.cross_attention, theirs.multihead_attn)
+                theirs.norm3.load_state_dict(ours.norm3.state_dict())
+    for norm, ours in zip(norms, (model.encoder_norm, model.decoder_norm), strict=True):
+        if norm is not None:
+            norm.load_state_dict(ours.state_dict())
+    return encoder, decoder
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
+def test_transformer_equals_torch(norm_first, dtype, tolerance, d_model, n_heads):
+    model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
+    encoder, decoder = transformer_to_torch(model)
+    src, _ = transformer_sentences()
+    tgt = F.pad(transformer_sentences(longest=7, with_eos=False)[0], (1, 0), value=1)
+    positions = transformer.sinusoidal_positions(24, d_model).to(dtype)
+
+    def embed(embedding, tokens):
+        return embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
+
+    memory, memory_mask = model.encode(src)
+    assert memory_mask.shape == (6, 1, 1, 9)
+    expected_memory = encoder(embed(model.src_embedding, src), src_key_padding_mask=src == 0)
+    real = (src != 0)[..., None]
+    check_close(memory * real, expected_memory * real, tolerance, "encoder")
+
+    causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
+    x = embed(model.tgt_embedding, tgt)
+    expected = decoder(x, expected_memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
+    expected = F.linear(expected, model.output.weight)
+    logits = model(src, tgt)
+    real = (tgt != 0)[..., None]
+    check_close(logits * real, expected * real, tolerance, "model")
+
+    upstream = torch.randn_like(logits) * real
+    ours = torch.autograd.grad((logits * upstream).sum(), list(model.parameters()))
+    ours = dict(zip([name for name, _ in model.named_parameters()], ours, strict=True))
+    names = [name for name, _ in model.named_parameters() if "embedding" in name or name == "output.weight"]
+    shared = torch.autograd.grad(
+        (expected * upstream).sum(), [model.get_parameter(n) for n in names], retain_graph=True
+    )
+    for name, grad in zip(names, shared, strict=True):
+        check_close(ours[name], grad, tolerance * 10, name)
+    (expected * upstream).sum().backward()
+    for i, theirs in enumerate(decoder.layers):
+        for mine, torchs in (
+            ("self_attention", theirs.self_attn),
+            ("cross_attention", theirs.multihead_attn),
+        ):
+            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.weight"] for p in "qkv"])
+            check_close(stacked, torchs.in_proj_weight.grad, tolerance * 10, f"{mine} weight {i}")
+            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.bias"] for p in "qkv"])
+            check_close(stacked, torchs.in_proj_bias.grad, tolerance * 10, f"{mine} bias {i}")
+        check_close(ours[f"decoder.{i}.norm3.weight"], theirs.norm3.weight.grad, tolerance * 10, f"norm3 {i}")
+    for i, theirs in enumerate(encoder.layers):
+        stacked = torch.cat([ours[f"encoder.{i}.self_attention.{p}_proj.weight"] for p in "qkv"])
+        check_close(stacked, theirs.self_attn.in_proj_weight.grad, tolerance * 10, f"encoder weight {i}")
+        check_close(
+            ours[f"encoder.{i}.feed_forward.0.weight"], theirs.linear1.weight.grad, tolerance * 10, f"ffn {i}"
+        )
+
+
+def test_transformer_parameter_counts():
+    def count(**changes):
+        with torch.device("meta"):
+            model = transformer.Transformer(transformer.TransformerConfig(**changes))
+        return sum(p.numel() for p in model.parameters())
+
+    assert count() == 63_082_496
+    assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
+    assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
+    assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+
+
+def test_transformer_tying_and_initial_scale():
+    config = transformer.TransformerConfig(vocab_size=300, d_model=64, n_heads=4, n_layers=1, d_ff=64)
+    model = transformer.Transformer(config)
+    assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
+    assert abs(model.src_embedding.weight.std().item() * 8 - 1) < 0.05  # 1 / sqrt(d_model)
+    for layer in (model.encoder[0], model.decoder[0]):
+        weight = layer.self_attention.q_proj.weight
+        assert abs(weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier, uniform
+        assert layer.self_attention.q_proj.bias.abs().max() == 0
+    untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
+    matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
+    assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+
+
+def test_transformer_positions():
+    table = transformer.sinusoidal_positions(50, 7)
+    for position, feature in itertools.product((0, 1, 49), range(7)):
+        angle = position / 10_000 ** (2 * (feature // 2) / 7)
+        expected = math.cos(angle) if feature % 2 else math.sin(angle)
+        assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+    assert table.dtype == torch.float32 and table.shape == (50, 7)
+
+
+def test_transformer_attention_with_nothing_to_see():
+    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+    mask = torch.rand(2, 5, 5) < 0.5
+    mask[0, 2] = False
+    output, weights = transformer.attention(q, k, v, mask)
+    assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+    check_close(output, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
+    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum()
+    for grad, other in zip(grads, torch.autograd.grad(expected, (q, k, v)), strict=True):
+        check_close(grad, other, 1e-12)
+    low = transformer.attention(60 * q, -60 * q, v, mask)[
+        0
+    ]  # what may be seen scores lower than any fill value
+    check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+    big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+    assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
+    model = transformer_tiny()
+    logits = model(
+        torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    )  # sources all padding
+    assert logits.isfinite().all()
+
+
+def test_transformer_causal_mask():
+    assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+    assert transformer.causal_mask(3, 3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_transformer_no_look_ahead(norm_first):
+    model = transformer_tiny(norm_first)
+    src, _ = transformer_sentences()
+    tgt = torch.randint(3, 11, (6, 8))
+    before = model(src, tgt)
+    for t in range(8):
+        changed = tgt.clone()
+        changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
+        after = model(src, changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+
+
+def test_transformer_padding_changes_nothing():
+    model = transformer_tiny()
+    src, lengths = transformer_sentences()
+    tgt = torch.randint(3, 11, (6, 5))
+    together = model(src, tgt)
+    wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+    check_close(wider, together, 1e-12, "more padding")
+    for row, length in enumerate(lengths):
+        alone = model(src[row : row + 1, :length], tgt[row : row + 1])
+        check_close(alone[0], together[row], 1e-12, "alone")
+
+
+def test_transformer_dropout_only_while_training():
+    model = transformer_tiny(dropout=0.5)
+    src, _ = transformer_sentences()
+    tgt = torch.randint(3, 11, (6, 5))
+    assert not torch.equal(model(src, tgt), model(src, tgt))
+    decoded = [transformer.greedy_decode(model, src, 12) for _ in range(2)]
+    found = [transformer.beam_search(model, src, 12)[0] for _ in range(2)]
+    assert torch.equal(*decoded) and torch.equal(*found) and model.training
+    model.eval()
+    assert torch.equal(model(src, tgt), model(src, tgt))
+    transformer.greedy_decode(model, src, 3)
+    assert not model.training
+    # Dropout acts on the embeddings and on each sublayer's output: with p near 1 nothing is left of a token.
+    nothing = transformer_tiny(dropout=0.999999)
+    assert (nothing.encode(src)[0].std(0) < 1e-9).all()
+
+
+def test_transformer_loss():
+    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(1, 11, (3, 5))
+    targets[0, 3:] = targets[1, 1:] = 0
+    loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
+    terms = []
+    for row, position in itertools.product(range(3), range(5)):
+        if targets[row, position] != 0:
+            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
+            q[targets[row, position]] += 0.8
+            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
+    assert len(terms) == 9
+    check_close(loss, torch.stack(terms).mean(), 1e-12)
+    grad = torch.autograd.grad(loss, logits)[0]
+    assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
+    low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
+    assert low.dtype == torch.float32
+    check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+
+
+def test_transformer_noam():
+    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
+    assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
+    assert abs(rates[0] - rates[3999] / 4000) < 1e-12  # a straight line up to there
+    assert abs(rates[15_999] - rates[3999] / 2) < 1e-12  # and half at four times the steps
+    for step, warmup in ((0, 10), (1, 0)):
+        with pytest.raises(ValueError, match="step and warmup"):
+            transformer.noam_lr(step, 512, warmup)
+
+
+# ---- search
+
+
+def transformer_greedy_oracle(model, src_row, max_len):
+    """One sentence, no cache, no batch: the loop that anyone can check."""
+    tokens = [1]
+    while len(tokens) <= max_len and (len(tokens) == 1 or tokens[-1] != 2):
+        logits = model(src_row[None], torch.tensor([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[1:]
+
+
+def transformer_log_prob(model, src_row, tokens):
+    logits = model(src_row[None], torch.tensor([[1, *tokens[:-1]]]))[0].log_softmax(-1)
+    return sum(logits[i, token].item() for i, token in enumerate(tokens))
+
+
+def transformer_rows(tokens):
+    """Rows up to their EOS; all after it must be padding."""
+    rows = []
+    for row in tokens.tolist():
+        end = row.index(2) + 1 if 2 in row else len(row)
+        assert all(token == 0 for token in row[end:]), row
+        rows.append(row[:end])
+    return rows
+
+
+@pytest.fixture(scope="module")
+def transformer_half_trained(tmp_path_factory):
+    """A model after two short epochs, in float64: still unsure, so that greedy, beam and penalties differ."""
+    corpus = transformer.number_corpus(3, 2500, 20, 40)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
+    s = transformer.Settings(
+        amp="off", device="cpu", d_model=32, d_ff=64, n_layers=1, epochs=2, average=1, seed=1
+    )
+    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
+    train, dev = (
+        [tuple(tokenizer.encode(text, 32) for text in pair) for pair in pairs]
+        for pairs in (corpus.train, corpus.dev)
+    )
+    training = transformer.Training(s, tokenizer, train, dev)
+    torch.set_num_threads(1)
+    training.run()
+    return training.model.double().eval(), tokenizer, corpus, training
+
+
+@pytest.fixture
+def transformer_searched(transformer_half_trained):
+    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    model, tokenizer, corpus, _ = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
+    return [(model, src)] + [
+        (transformer_tiny(bool(i)).eval(), transformer_sentences(n=5)[0]) for i in range(2)
+    ]
+
+
+@torch.no_grad()
+def test_transformer_greedy_equals_the_plain_loop(transformer_searched):
+    lengths, cut_off = set(), 0
+    for model, src in transformer_searched:
+        tokens = transformer.greedy_decode(model, src, 12)
+        rows = transformer_rows(tokens)
+        assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
+        assert torch.equal(tokens, transformer.greedy_decode(model, src, 12, use_cache=False))
+        assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+        assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
+        for i in range(len(src)):
+            assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
+        lengths |= {len(row) for row in rows}
+        cut_off += sum(row[-1] != 2 for row in rows)
+    assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+
+
+def test_transformer_cache_gives_the_same_logits():
+    model = transformer_tiny().eval()
+    src, _ = transformer_sentences()
+    tgt = torch.randint(3, 11, (6, 10))
+    memory, memory_mask = model.encode(src)
+    whole = model.decode(tgt, memory, memory_mask)
+    cache = {}
+    pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), dim=1)]
+    check_close(torch.cat(pieces, dim=1), whole, 1e-12)
+    with pytest.raises(ValueError, match="max_len=24"):
+        model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
+
+
+def test_transformer_the_memory_is_projected_once():
+    model = transformer_tiny().eval()
+    src, _ = transformer_sentences()
+    counts = {"encoder": 0, "memory": 0}
+
+    def count(name):
+        return lambda *_: counts.__setitem__(name, counts[name] + 1)
+
+    model.encoder[0].register_forward_hook(count("encoder"))
+    model.decoder[0].cross_attention.k_proj.register_forward_hook(count("memory"))
+    for use_cache, projections in ((True, 1), (False, 6)):
+        counts.update(encoder=0, memory=0)
+        with torch.no_grad():
+            model.output.weight[2] = 0.0  # next to never EOS
+        assert transformer.greedy_decode(model, src, 6, use_cache).shape[1] == 6
+        assert counts == {"encoder": 1, "memory": projections}
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+def test_transformer_full_beam_equals_brute_force(length_penalty):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+        tokens, scores = transformer.beam_search(model, src, 4, beam_size=4**4, length_penalty=length_penalty)
+        for row in range(2):
+            best, best_score = None, -math.inf
+            for n in range(1, 5):
+                for sequence in itertools.product(range(4), repeat=n):
+                    if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
+                        continue  # EOS ends, and nothing else but max_len does
+                    with torch.no_grad():
+                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
+                    score /= ((5 + n) / 6) ** length_penalty
+                    if score > best_score:
+                        best, best_score = list(sequence), score
+            assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
+            assert abs(scores[row].item() - best_score) < 1e-10
+        assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+
+
+def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
+    """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
+    beams = [([], 0.0)]
+    for _ in range(max_len):
+        candidates = [beam for beam in beams if beam[0] and beam[0][-1] == 2]
+        for tokens, log_prob in beams:
+            if not tokens or tokens[-1] != 2:
+                following = model(src_row[None], torch.tensor([[1, *tokens]]))[0, -1].log_softmax(-1).tolist()
+                candidates += [([*tokens, i], log_prob + x) for i, x in enumerate(following)]
+        beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
+    scored = [(tokens, x / ((5 + len(tokens)) / 6) ** length_penalty) for tokens, x in beams]
+    return max(scored, key=lambda beam: beam[1])
+
+
+@pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+@torch.no_grad()
+def test_transformer_beam_equals_lists(transformer_searched, beam_size, length_penalty):
+    lengths = set()
+    for model, src in transformer_searched:
+        src = src[:20]
+        tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
+        assert scores.dtype == torch.float64
+        for row, found in enumerate(transformer_rows(tokens)):
+            best, score = transformer_beam_oracle(
+                model, src[row][src[row] != 0], 10, beam_size, length_penalty
+            )
+            assert found == best and abs(scores[row].item() - score) < 1e-10
+            alone, alone_score = transformer.beam_search(
+                model, src[row : row + 1], 10, beam_size, length_penalty
+            )
+            assert transformer_rows(alone) == [found] and abs(alone_score.item() - score) < 1e-10
+            lengths.add(len(found))
+        wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
+        assert torch.equal(wider[0], tokens)
+        check_close(wider[1], scores, 1e-12)
+    assert len(lengths) > 4, lengths
+
+
+@torch.no_grad()
+def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_trained):
+    model, tokenizer, corpus, _ = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
+    found = transformer.greedy_decode(model, src, 16)
+    greedy, n_tokens, finished = transformer.sequence_log_probs(model, src, found)
+    for row, tokens in enumerate(transformer_rows(found)):
+        assert abs(greedy[row].item() - transformer_log_prob(model, src[row][src[row] != 0], tokens)) < 1e-10
+        assert n_tokens[row] == len(tokens) and finished[row] == (tokens[-1] == 2)
+    lengths = []
+    for penalty in (0.0, 1.0, 3.0):
+        tokens, scores = transformer.beam_search(model, src, 16, 4, penalty)
+        log_prob, n_tokens, _ = transformer.sequence_log_probs(model, src, tokens)
+        check_close(scores, log_prob / ((5 + n_tokens) / 6) ** penalty, 1e-6)  # the divisor here is float32
+        lengths.append(n_tokens.double().mean().item())
+        if penalty == 0:
+            assert log_prob.mean() > greedy.mean() + 0.5
+    assert lengths[0] < lengths[1] < lengths[2], lengths
+
+
+@torch.no_grad()
+def test_transformer_decoding_has_no_reference_to_see():
+    """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
+    model = transformer_tiny().eval()
+    src, _ = transformer_sentences()
+    read = []
+    model.tgt_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].clone()))
+    expected = transformer.greedy_decode(model, src, 10)
+    assert torch.equal(torch.cat(read, dim=1)[:, 1:], expected[:, :-1]) and (read[0] == 1).all()
+    # A poisoned reference: translate() has no access to the corpus's target side
+    corpus = transformer.number_corpus(0, 20, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    poisoned = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=40).eval()
+    s = transformer.Settings(beam_size=2, max_len=40)
+    found = []
+    for targets in (["eins"] * 2, ["tausend und"] * 2):
+        test = [(source, target) for (source, _), target in zip(corpus.test, targets, strict=True)]
+        found.append(
+            transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
+        )
+    assert found[0]["searches"] == found[1]["searches"]
+
+
+def test_transformer_a_step_is_the_sum_of_its_sentences():
+    """64 sentences of mixed lengths: the batch's gradient is the token-weighted sum of the single ones."""
+    corpus = transformer.number_corpus(1, 64, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    pairs = [tuple(tokenizer.encode(text, 64) for text in pair) for pair in corpus.train]
+    assert len({len(target) for _, target in pairs}) > 5
+    s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
+    training = transformer.Training(s, tokenizer, pairs, pairs)
+    model = training.model.double()
+
+    def gradient(batch):
+        loss, n_tokens = training.loss(batch, 0.1)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]), n_tokens
+
+    whole, n_all = gradient(pairs)
+    singles = [gradient([pair]) for pair in pairs]
+    assert n_all == sum(n for _, n in singles) == sum(len(target) for _, target in pairs)
+    check_close(whole, sum(g * n for g, n in singles) / n_all, 1e-10)
+
+
+def test_transformer_rejects():
+    config = transformer.TransformerConfig
+    for changes, words in (
+        ({"d_model": 10, "n_heads": 3}, "n_heads"),
+        ({"n_layers": 0}, "n_layers"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"vocab_size": 2}, "eos_id"),
+        ({"eos_id": 1}, "eos_id"),
+        ({"pad_id": -1}, "pad_id"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config(**changes)
+    model = transformer_tiny()
+    src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+    for bad_src, bad_tgt in (
+        (src[0], tgt),
+        (src.float(), tgt),
+        (src, tgt[:1]),
+        (src.repeat(1, 7), tgt),
+        (src, tgt[0]),
+    ):
+        with pytest.raises(ValueError, match="tokens|max_len|batches"):
+            model(bad_src, bad_tgt)
+    assert model(src.int(), tgt.int()).shape == (2, 3, 11)
+    assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+    for max_len in (0, 25):
+        with pytest.raises(ValueError, match="max_len"):
+            transformer.greedy_decode(model, src, max_len)
+        with pytest.raises(ValueError, match="max_len"):
+            transformer.beam_search(model, src, max_len)
+    with pytest.raises(ValueError, match="beam_size"):
+        transformer.beam_search(model, src, 5, beam_size=0)
+    assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
+
+
+# ---- data
+
+
+def test_transformer_numbers():
+    for n, english, german in (
+        (0, "zero", "null"),
+        (1, "one", "eins"),
+        (16, "sixteen", "sechzehn"),
+        (21, "twenty-one", "ein und zwanzig"),
+        (30, "thirty", "dreißig"),
+        (100, "one hundred", "einhundert"),
+        (101, "one hundred and one", "einhundert eins"),
+        (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
+        (1_000, "one thousand", "ein tausend"),
+        (1_001, "one thousand and one", "ein tausend eins"),
+        (1_100, "one thousand one hundred", "ein tausend einhundert"),
+        (101_000, "one hundred and one thousand", "einhundert ein tausend"),
+        (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+        (
+            999_999,
+            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
+            "neunhundert neun und neunzig tausend neunhundert neun und neunzig",
+        ),
+    ):
+        assert transformer.english_number(n) == english and transformer.german_number(n) == german
+    sample = [*range(2000), *range(2000, 1_000_000, 997)]
+    assert len({transformer.english_number(n) for n in sample}) == len(sample)
+    assert len({transformer.german_number(n) for n in sample}) == len(sample)
+
+
+def test_transformer_number_corpus():
+    corpus = transformer.number_corpus(0)
+    parts = [corpus.train, corpus.dev, corpus.test]
+    assert [len(part) for part in parts] == [8_000, 500, 1_000]
+    assert len({source for part in parts for source, _ in part}) == 9_500  # no number is in two parts
+    assert len({target for part in parts for _, target in part}) == 9_500
+    short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+    assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
+    assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+
+
+def test_transformer_tokenizer():
+    texts = [transformer.english_number(n) for n in range(2000)]
+    tokenizer = transformer.Tokenizer.train(texts, 400)
+    assert 259 < tokenizer.vocab_size <= 400
+    for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
+        ids = tokenizer.encode(text, 99)
+        assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
+        assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+    assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+    assert tokenizer.decode([3 + 0xFF]) == "\ufffd" if tokenizer.vocabulary[0xFF] == b"\xff" else True
+    again = transformer.Tokenizer.train(texts, 400)
+    assert again.vocabulary == tokenizer.vocabulary == transformer.Tokenizer(tokenizer.vocabulary).vocabulary
+    with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
+        tokenizer.encode("forty-two", 3)
+    assert len(tokenizer.encode("forty-two", 4)) == 4
+    with pytest.raises(ValueError, match="vocab_size"):
+        transformer.Tokenizer.train(texts, 258)
+
+
+def test_transformer_token_batches():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
+    batches = transformer.token_batches(lengths, 120, "0 0")
+    assert sorted(i for batch in batches for i in batch) == list(range(501))
+    assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    assert padded < 1.06 * sum(lengths)  # similar lengths meet
+    assert len(batches) < sum(lengths) / 120 * 1.3  # and batches are full
+    assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+    assert transformer.token_batches(lengths, 120, "0 0") == batches
+    other = transformer.token_batches(lengths, 120, "0 1")
+    assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+    assert transformer.pad([[5], [6, 7]], 0, "cpu").tolist() == [[5, 0], [6, 7]]
+
+
+def transformer_small_multi30k(folder, n=40, **changes):
+    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
+    folder.mkdir(exist_ok=True)
+    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
+    for name in transformer.MULTI30K:
+        line = german if name.endswith("de") else english
+        text = changes.get(name.replace(".", "_"), "".join(f"{line.format(i)}\n" for i in range(n)))
+        if text is not None:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+def test_transformer_multi30k_files(tmp_path):
+    folder = transformer_small_multi30k(tmp_path / "good")
+    corpus = transformer.multi30k_corpus(str(folder))
+    assert (
+        corpus.name == "own" and [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [40] * 3
+    )
+    assert corpus.train[7] == ("ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7")
+    (folder / "val.de").write_bytes(gzip.decompress((folder / "val.de.gz").read_bytes()))
+    (folder / "val.de.gz").unlink()  # unpacked files do as well
+    assert transformer.multi30k_corpus(str(folder)) == corpus
+    german = "ein hund auf der wiese\n"
+    for i, (changes, words) in enumerate(
+        (
+            ({"val_en": None}, "val.en"),
+            ({"train_en": "a dog on the meadow\n" * 39}, "train: 40 lines in German, 39 in English"),
+            ({"train_de": "a dog on the meadow\n" * 40}, "train.de isn't in its language"),
+            ({"val_en": german * 40}, "val.en isn't in its language"),
+            (
+                {"test_2016_flickr_de": german * 3 + "\n" + german * 36},
+                "test_2016_flickr.de: line 4 is empty",
+            ),
+            ({"train_de": ""}, "train.de: line 1 is empty"),
+            ({"test_2016_flickr_de": german * 1000}, "was altered"),
+        )
+    ):
+        with pytest.raises(ValueError, match=words):
+            transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
+    with pytest.raises(ValueError, match="nowhere has neither train.de.gz nor train.de"):
+        transformer.multi30k_corpus(str(tmp_path / "nowhere"))
+    whole = (folder / "train.de.gz").read_bytes()
+    latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
+    for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
+        (folder / "train.de.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="train.de.gz is damaged"):
+            transformer.multi30k_corpus(str(folder))
+
+
+@pytest.fixture
+def transformer_server():
+    """A server on 127.0.0.1 that answers with what `files` holds: bytes, or an int that is a status."""
+    files, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rsplit("/", 1)[-1]
+            asked.append(name)
+            answer = files.get(name, 404)
+            self.send_response(200 if isinstance(answer, bytes) else answer)
+            if isinstance(answer, bytes):
+                self.send_header("Content-Length", str(len(answer) + (100 if name in cut else 0)))
+            self.end_headers()
+            if isinstance(answer, bytes):
+                self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    cut = set()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/", files, asked, cut
+    server.shutdown()
+
+
+def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
+    url, files, asked, cut = transformer_server
+    text = b"ein mann auf der wiese\n" * 3
+    entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(transformer, "MULTI30K_URL", url)
+    monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached = tmp_path / "multi30k" / "train.de.gz"
+    with pytest.raises(ValueError, match="404"):
+        transformer.read_multi30k("train.de", "")
+    files["train.de.gz"] = gzip.compress(text.replace(b"mann", b"frau"))
+    with pytest.raises(ValueError, match="was altered"):
+        transformer.read_multi30k("train.de", "")
+    files["train.de.gz"] = gzip.compress(text)[:-10]
+    with pytest.raises(ValueError, match="damaged"):
+        transformer.read_multi30k("train.de", "")
+    files["train.de.gz"] = gzip.compress(text)
+    cut.add("train.de.gz")  # breaks off
+    with pytest.raises(ValueError, match="train.de.gz"):
+        transformer.read_multi30k("train.de", "")
+    assert not cached.exists()  # nothing wrong was kept
+    cut.clear()
+    assert transformer.read_multi30k("train.de", "") == (text, True)
+    asked.clear()
+    assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
+    monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
+    cached.unlink()
+    with pytest.raises(ValueError, match="--data"):
+        transformer.read_multi30k("train.de", "")
+
+
+def test_transformer_multi30k_official():
+    folder = os.environ.get("MULTI30K_DATA")
+    if not folder:
+        pytest.skip("MULTI30K_DATA is not set")
+    corpus = transformer.multi30k_corpus(folder)
+    assert corpus.name == "multi30k" and [len(p) for p in (corpus.train, corpus.dev, corpus.test)] == [
+        29_000,
+        1_014,
+        1_000,
+    ]
+    assert corpus.test[0][1].startswith("A man in an orange hat")
+
+
+# ---- training
+
+
+def test_transformer_parameter_groups():
+    model = transformer_tiny(tied=True)
+    decayed, plain = transformer.parameter_groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group, ends in (
+        (decayed, ("weight",)),
+        (plain, ("bias", "norm1.weight", "norm2.weight", "norm3.weight", "norm.weight")),
+    ):
+        assert all(names[id(p)].endswith(ends) for p in group["params"])
+    assert len(decayed["params"] + plain["params"]) == len(names)
+    assert not any("norm" in names[id(p)] for p in decayed["params"])
+
+
+def test_transformer_training_step(transformer_half_trained):
+    """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
+    _, tokenizer, corpus, _ = transformer_half_trained
+    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
+    s = transformer.Settings(
+        amp="off", device="cpu", d_model=16, d_ff=16, clip=0.1, warmup=7, lr_scale=3.0, weight_decay=0.2
+    )
+    training = transformer.Training(s, tokenizer, pairs, pairs)
+    training.model.double()  # in float32 Adam would make steps of rounding errors: k_proj.bias has gradient 0
+    expected = transformer.Transformer(training.model.config).double()
+    expected.load_state_dict(training.model.state_dict())
+    optimizer = torch.optim.AdamW(transformer.parameter_groups(expected, 0.2), betas=(0.9, 0.98), eps=1e-9)
+    losses = []
+    for step in (1, 2, 3):
+        training.step(pairs)
+        src = nn.utils.rnn.pad_sequence([torch.tensor(source) for source, _ in pairs], batch_first=True)
+        tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *target]) for _, target in pairs], batch_first=True)
+        logits = expected(src, tgt[:, :-1])
+        loss = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:], ignore_index=0, label_smoothing=0.1)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
+        for group in optimizer.param_groups:
+            group["lr"] = 3.0 * transformer.noam_lr(step, 16, 7)
+        optimizer.step()
+    for ours, theirs in zip(training.model.parameters(), expected.parameters(), strict=True):
+        check_close(ours, theirs, 1e-8)
+    n_tokens = sum(len(target) for _, target in pairs)
+    assert abs(training.progress["loss"] - sum(losses) * n_tokens) < 1e-6
+    assert (
+        training.progress["step"] == training.progress["batch"] == 3
+        and training.progress["tokens"] == 3 * n_tokens
+    )
+
+
+def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
+    """The final weights are the mean over the last epochs' ends; dev and train losses are per token."""
+    _, tokenizer, corpus, trained = transformer_half_trained
+    assert len(trained.history) == 2 and trained.history[1]["dev_loss"] < trained.history[0]["dev_loss"]
+    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:60]]
+    changes = dict(
+        amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, out=str(tmp_path), batch_tokens=200
+    )
+    for epochs, average, expected in ((4, 2, [2, 3]), (2, 5, [0, 1])):
+        s = transformer.Settings(**changes, epochs=epochs, average=average)
+        training = transformer.Training(s, tokenizer, pairs, pairs[:9])
+        ends, end_epoch = [], training.end_epoch
+
+        def recorded(ends=ends, end_epoch=end_epoch, model=training.model):
+            ends.append({name: w.clone() for name, w in model.state_dict().items()})
+            end_epoch()
+
+        training.end_epoch = recorded
+        training.run()
+        for name, weight in training.model.state_dict().items():
+            check_close(weight, torch.stack([ends[i][name] for i in expected]).mean(0), 1e-6, name)
+    with torch.no_grad():
+        losses = [(training.loss([pair], 0.0)[0].item(), len(pair[1])) for pair in pairs[:9]]
+    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
+    training.s.batch_tokens = 25  # several batches, of unequal numbers of tokens
+    assert abs(training.dev_loss() - expected) < 1e-5
+    training.progress |= {"epoch": 1, "loss": math.nan, "tokens": 1}
+    with pytest.raises(ValueError, match="lr-scale"):
+        end_epoch()
+
+
+def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, tmp_path):
+    _, tokenizer, corpus, _ = transformer_half_trained
+    pairs = [tuple(tuple(tokenizer.encode(text, 32)) for text in pair) for pair in corpus.train[:60]]
+    s = transformer.Settings(amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, epochs=3)
+    s.out, s.batch_tokens = str(tmp_path), 100
+    training = transformer.Training(s, tokenizer, [tuple(map(list, pair)) for pair in pairs], pairs[:2])
+    epochs, step = [[], [], []], training.step
+
+    def recorded(batch):
+        epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
+        step(batch)
+
+    training.step = recorded
+    training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
+    training.run()
+    for batches in epochs:
+        assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
+    assert training.progress["step"] == sum(map(len, epochs)) and len(training.history) == 3
+
+
+def test_transformer_bf16_only_where_native(monkeypatch):
+    def chosen(amp):
+        return transformer.precision(transformer.Settings(device="cpu", amp=amp))
+
+    for native, auto in ((False, "float32"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
+    assert chosen("auto") == "float32"
+
+
+def test_transformer_checkpoint_files(tmp_path, monkeypatch):
+    path = tmp_path / "x.pt"
+    content = {"kind": "model", "weights": torch.arange(1000.0), "vocabulary": [b"a", b"\xff"]}
+    transformer.save(path, content)
+    loaded = transformer.load(path, "model")
+    assert torch.equal(loaded.pop("weights"), content["weights"]) and loaded == {
+        "kind": "model",
+        "vocabulary": [b"a", b"\xff"],
+    }
+    with pytest.raises(ValueError, match="isn't a checkpoint"):
+        transformer.load(path, "checkpoint")
+    whole = path.read_bytes()
+    place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+    for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="x.pt"):
+            transformer.load(path, "model")
+
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "was run"),))
+
+    torch.save({"kind": "model", "code": Code()}, path)
+    with pytest.raises(ValueError, match="x.pt"):
+        transformer.load(path, "model")
+    assert not (tmp_path / "was run").exists()
+
+    path.write_bytes(whole)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        transformer.save(path, content)
+    assert path.read_bytes() == whole
+
+
+TRANSFORMER_KILLED = """
+import os, signal, sys
+import torch, transformer
+
+corpus = transformer.number_corpus
+transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
+place, n = sys.argv.pop(1), int(sys.argv.pop(1))  # kill -9 at the n-th call of place
+places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
+owner, name = places[place]
+original, calls = getattr(owner, name), 0
+
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == n:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(owner, name, counted)
+transformer.main()
+"""
+
+
+TRANSFORMER_SMALL = (
+    "--epochs 3 --d-model 16 --d-ff 16 --n-layers 1 --dropout 0.2 --save-every 3 --vocab-size 400"
+)
+TRANSFORMER_SMALL += " --batch-tokens 400 --amp off"
+
+
+def transformer_run(monkeypatch, out, *arguments):
+    """What the script does, in this process and on a small corpus. Returns the report."""
+    out.mkdir(exist_ok=True)
+    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(out), *arguments])
+    corpus = transformer.number_corpus(s.seed, 300, 20, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        return transformer.train_and_evaluate(s)
+
+
+def test_transformer_kill_and_go_on(tmp_path, monkeypatch, capsys):
+    undisturbed = transformer_run(monkeypatch, tmp_path / "a")
+    assert undisturbed["steps"] > 12
+    out = tmp_path / "b"
+    # in the 5th step, 2 after a checkpoint; while the next one is written; before one is moved into place
+    for place, n in (("step", 5), ("written", 1), ("moved", 2)):
+        command = [
+            sys.executable,
+            "-c",
+            TRANSFORMER_KILLED,
+            place,
+            str(n),
+            "--out",
+            str(out),
+            *TRANSFORMER_SMALL.split(),
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
+        assert not (out / "model.pt").exists() and (out / "checkpoint.pt").exists()
+        if place != "step":
+            assert (out / "checkpoint.pt.part").exists()  # what was in the making, beside the good one
+    resumed = transformer_run(monkeypatch, out)
+    assert "going on after step 6" in capsys.readouterr().out
+    models = [transformer.load(folder / "model.pt", "model")["model"] for folder in (tmp_path / "a", out)]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    for key in ("history", "searches", "steps"):
+        assert undisturbed[key] == resumed[key]
+    again = transformer_run(monkeypatch, out, "--save-every", "50")  # a setting that may change
+    assert (
+        "training was finished after step" in capsys.readouterr().out
+        and again["searches"] == resumed["searches"]
+    )
+    with pytest.raises(ValueError, match="lr_scale=0.4, not 0.7"):
+        transformer_run(monkeypatch, out, "--lr-scale", "0.7")
+    different = transformer_run(monkeypatch, tmp_path / "c", "--seed", "1", "--epochs", "1")
+    assert different["history"][0] != undisturbed["history"][0]
+
+
+# ---- the script
+
+
+def test_transformer_settings(capsys):
+    def read(*argv):
+        return transformer.settings_from_command_line(list(argv))
+
+    assert read().preset == "numbers" and read().d_model == transformer.Settings().d_model
+    multi30k = read("--preset", "multi30k", "--epochs", "3", "--no-tied")
+    assert (multi30k.epochs, multi30k.dropout, multi30k.tied) == (
+        3,
+        0.3,
+        False,
+    ) and multi30k.out != read().out
+    for argv, words in (
+        (("--epochs", "0"), "--epochs"),
+        (("--lr-scale", "-1"), "--lr-scale"),
+        (("--smoothing", "1"), "--smoothing"),
+        (("--data", "x"), "--preset multi30k"),
+        (("--device", "nonsense"), "--device nonsense"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(*argv)
+    for argv in (
+        ("--epoch", "3"),
+        ("--wrong", "1"),
+        ("--preset", "french"),
+        ("--amp", "fp8"),
+        ("--epochs", "many"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            read(*argv)
+        assert exit.value.code == 2
+    with pytest.raises(SystemExit):
+        read("--preset", "multi30k", "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(
+        f"(default: {value})" in text for value in (transformer.PRESETS["multi30k"]["vocab_size"], 0.3)
+    )
+
+
+@pytest.fixture(scope="module")
+def transformer_demo(tmp_path_factory):
+    """The default run, as a user starts it."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run_script("transformer.py", cwd=folder, timeout=240)
+
+
+def test_transformer_demo(transformer_demo):
+    folder, result = transformer_demo
+    report = last_json(result)
+    out = folder / "out" / "transformer"
+    assert report == json.loads((out / "report.json").read_text())
+    assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
+    for key in (
+        "seconds",
+        "train_seconds",
+        "torch",
+        "threads",
+        "cpu",
+        "gemm_gflops",
+        "mfu",
+        "settings",
+        "search_errors",
+    ):
+        assert key in report
+    assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
+    assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
+    rows = list(report["searches"].values())
+    assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
+
+
+def test_transformer_alignment_swaps_tens_and_units(transformer_demo):
+    """In the demo's model, "zwei und vierzig" looks at "two" before it looks at "forty"."""
+    last_json(transformer_demo[1])
+    saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt", "model")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    tokenizer = transformer.Tokenizer(saved["vocabulary"])
+    right = total = 0
+    for units, tens in itertools.product(range(2, 10), range(2, 10)):
+        n = 517_000 + 10 * tens + units
+        source = tokenizer.encode(transformer.english_number(n), 32)
+        target = tokenizer.encode(transformer.german_number(n), 32)
+        src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
+        weights = transformer.cross_attention_weights(model, src, tgt)
+        assert weights.shape == (2, 1, 4, len(target), len(source))
+        check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
+        looked_at = weights[-1, 0].mean(0).argmax(-1)  # (Tt,)
+        at_units, at_tens = looked_at[-4].item(), looked_at[-2].item()  # ... units und tens EOS
+        right += at_units > at_tens
+        total += 1
+    assert right / total > 0.9, right / total
+
+
+def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
+    last_json(transformer_demo[1])
+    folder = transformer_demo[0]
+    one = run_script("transformer.py", "--translate", "Three hundred and forty-two thousand", cwd=folder)
+    row = last_json(one)
+    assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
+    assert (
+        row["source"] == "Three hundred and forty-two thousand"
+        and row["n_tokens"] == 6
+        and -3 < row["log_prob"] < 0
+    )
+    lines = "one hundred thousand\n\nfive thousand and seventeen\n東京\n"
+    command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
+    rows = [json.loads(line) for line in many.stdout.splitlines()]
+    assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
+        rows
+    ) == 4
+    monkeypatch.chdir(folder)
+    for text, words in (("nine " * 40, "max_len=32"), ("nine " * 31, None), ("", None)):
+        s = transformer.settings_from_command_line(["--translate", text])
+        if words:
+            with pytest.raises(ValueError, match=words):
+                transformer.translate_command(s)
+        else:
+            transformer.translate_command(s)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == ""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train first"):
+        transformer.translate_command(s)
+
+
+def test_transformer_script_errors(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_one_line_error(run_script("transformer.py", "--out", "file/below", cwd=tmp_path), "file/below")
+    (tmp_path / "out" / "transformer").mkdir(parents=True)
+    (tmp_path / "out" / "transformer" / "checkpoint.pt").write_bytes(b"no checkpoint")
+    check_one_line_error(run_script("transformer.py", cwd=tmp_path), "checkpoint.pt", "damaged")
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
+    missing = run_script("transformer.py", "--out", "new", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    check_one_line_error(missing, "matplotlib is missing")  # before any work
+    assert "pairs; vocabulary" not in missing.stdout
+
+
+def test_transformer_multi30k_run(tmp_path, capsys):
+    """The Multi30k path from files to BLEU and --translate, on a corpus that can be learned by heart."""
+    data = transformer_small_multi30k(tmp_path / "data", n=12)
+    settings = (
+        "--preset multi30k --epochs 30 --d-model 32 --d-ff 32 --n-layers 1 --dropout 0 --vocab-size 400"
+    )
+    arguments = [
+        *settings.split(),
+        "--warmup",
+        "40",
+        "--amp",
+        "off",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+    ]
+    report = transformer.train_and_evaluate(transformer.settings_from_command_line(arguments))
+    assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
+    assert report["beam"] > 50, report["beam"]
+    s = transformer.settings_from_command_line(
+        ["--out", str(tmp_path), "--translate", "EIN MANN mit dem Hund"]
+    )
+    transformer.translate_command(s)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("a man")
+
+
+# -----------------------------------------------------------------------------
+# losses.py: what its tests share
+
+
+def losses_check(loss, oracle, *inputs: Tensor, tolerance: float = 1e-10) -> None:
+    """Value and gradients of loss(*inputs) against oracle(*inputs), by autograd in float64."""
+    results = []
+    for function in (loss, oracle):
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        value = function(*leaves)
+        gradients = torch.autograd.grad(value.sum(), leaves)
+        results.append((value.detach(), *gradients))
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        check_close(actual, expected, tolerance, "value" if i == 0 else f"gradient of input {i - 1}")
+
+
+def losses_check_numpy(loss, formula, *inputs: Tensor) -> None:
+    """Value against the published formula in numpy; gradients against its central differences."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = loss(*leaves)
+    gradients = torch.autograd.grad(value, leaves)
+    arrays = [x.detach().numpy().copy() for x in inputs]
+    check_close(value.detach(), torch.tensor(formula(*arrays), dtype=torch.float64), 1e-10, "value")
+    for array, gradient in zip(arrays, gradients, strict=True):
+        numeric = np.zeros_like(array)
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + 1e-6
+            above = formula(*arrays)
+            array[index] = kept - 1e-6
+            numeric[index] = (above - formula(*arrays)) / 2e-6
+            array[index] = kept
+        check_close(gradient, torch.from_numpy(numeric), 1e-7, "gradient")
+
+
+def losses_gradcheck(loss, *inputs: Tensor) -> None:
+    assert torch.autograd.gradcheck(loss, [x.detach().clone().requires_grad_() for x in inputs], atol=1e-7)
+
+
+def losses_value_and_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    value = loss(x)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def losses_class_data(n=17, k=5, *, ignored: bool = True, dtype=torch.float64):
+    logits, targets = 3 * torch.randn(n, k, dtype=dtype), torch.randint(k, (n,))
+    if ignored:
+        targets[::4] = -100
+    return logits, targets, torch.rand(k, dtype=dtype) + 0.1
+
+
+# the four losses on class logits, as functions (logits, targets, **keywords)
+LOSSES_ON_LOGITS = {
+    "smoothing": losses.label_smoothing_cross_entropy,
+    "focal": losses.focal_loss,
+    "focal_half": lambda z, y, **kw: losses.focal_loss(z, y, gamma=0.5, **kw),
+    "ordinal": losses.ordinal_loss,
+}
+# losses on embeddings with labels, and with two views
+LOSSES_ON_LABELS = {
+    "supcon": losses.supervised_contrastive_loss,
+    **{
+        f"{mining}_{margin}": lambda z, y, mining=mining, margin=margin: losses.batch_hard_triplet_loss(
+            z, y, margin, mining
+        )
+        for mining in ("hard", "semihard", "all")
+        for margin in (0.7, "soft")
+    },
+}
+LOSSES_ON_PAIRS = {"nt_xent": losses.nt_xent_loss, "info_nce": losses.info_nce_loss}
+
+# -----------------------------------------------------------------------------
+# losses.py: against independent oracles
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_losses_label_smoothing_is_torchs(smoothing, weighted, reduction):
+    for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
+        logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
+        targets = torch.randint(k, shape)
+        targets.view(-1)[::4] = -1
+        weight = torch.rand(k, dtype=torch.float64) if weighted else None
+        kw = {"ignore_index": -1, "weight": weight, "reduction": reduction}
+        losses_check(
+            lambda z, y=targets, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
+            lambda z, y=targets, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
+            logits,
+        )
+
+
+def test_losses_label_smoothing_with_an_ignored_class_and_a_forbidden_one():
+    """ignore_index may be a class (a pad id); a logit of -inf is harmless without smoothing."""
+    logits, targets, weight = losses_class_data(ignored=False)
+    targets[:2] = torch.tensor([0, 3])
+    for ignore_index, smoothing in ((0, 0.0), (3, 0.2)):
+        kw = {"ignore_index": ignore_index, "weight": weight}
+        losses_check(
+            lambda z, kw=kw, s=smoothing: losses.label_smoothing_cross_entropy(z, targets, s, **kw),
+            lambda z, kw=kw, s=smoothing: F.cross_entropy(z, targets, label_smoothing=s, **kw),
+            logits,
+        )
+    logits[:, 1], targets[targets == 1] = -math.inf, 2
+    losses_check(
+        lambda z: losses.label_smoothing_cross_entropy(z, targets, 0.0),
+        lambda z: F.cross_entropy(z, targets),
+        logits,
+    )
+    value, gradient = losses_value_and_gradient(lambda z: losses.focal_loss(z, targets), logits)
+    assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+def test_losses_only_the_target_allowed(name):
+    """Logits of -inf for all other classes: p = 1 exactly, a logsumexp over -inf alone (gradient NaN)."""
+    logits = torch.tensor([[0.0, -math.inf, -math.inf], [-math.inf, 1.0, -math.inf]], dtype=torch.float64)
+    kw = {"smoothing": 0.0} if name == "smoothing" else {}
+    value, gradient = losses_value_and_gradient(
+        lambda z: LOSSES_ON_LOGITS[name](z, torch.tensor([0, 1]), **kw), logits
+    )
+    assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
+
+
+def losses_focal_formula(logits, targets, gamma, alpha, ignore_index, reduction):
+    p = logits.softmax(1)
+    counts = targets != ignore_index
+    p_y = p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[targets.clamp(min=0)])
+    rows = torch.where(counts, rows, 0.0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counts.sum()}[reduction]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
+def test_losses_focal_is_the_formula(gamma, reduction):
+    for weighted in (False, True):
+        logits, targets, alpha = losses_class_data()
+        alpha = alpha if weighted else None
+        losses_check(
+            lambda z, a=alpha, y=targets: losses.focal_loss(z, y, gamma, a, -100, reduction),
+            lambda z, a=alpha, y=targets: losses_focal_formula(z, y, gamma, a, -100, reduction),
+            logits,
+        )
+
+
+def test_losses_focal_defaults_and_gamma_0():
+    logits, targets, _ = losses_class_data()
+    losses_check(
+        lambda z: losses.focal_loss(z, targets),
+        lambda z: losses_focal_formula(z, targets, 2.0, None, -100, "mean"),
+        logits,
+    )
+    for reduction in ("mean", "sum", "none"):
+        losses_check(
+            lambda z, r=reduction: losses.focal_loss(z, targets, gamma=0.0, reduction=r),
+            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
+            logits,
+        )
+    images, wanted = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 4, 5))
+    losses_check(
+        lambda z: losses.focal_loss(z, wanted, gamma=0.0, reduction="none"),
+        lambda z: F.cross_entropy(z, wanted, reduction="none"),
+        images,
+    )
+
+
+def losses_torchvision_focal(logits, targets, alpha, gamma, reduction):
+    """torchvision.ops.sigmoid_focal_loss, line by line (0.20)."""
+    p = torch.sigmoid(logits)
+    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    loss = ce * ((1 - p_t) ** gamma)
+    if alpha is not None:
+        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
+    return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_losses_binary_focal_is_torchvisions(reduction):
+    logits, targets = 3 * torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4)).double()
+    for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0)):
+        losses_check(
+            lambda z, g=gamma, a=alpha: losses.binary_focal_loss(z, targets, g, a, reduction),
+            lambda z, g=gamma, a=alpha: losses_torchvision_focal(z, targets, a, g, reduction),
+            logits,
+        )
+    losses_check(
+        lambda z: losses.binary_focal_loss(z, targets.bool(), 0.0, None, reduction),
+        lambda z: F.binary_cross_entropy_with_logits(z, targets, reduction=reduction),
+        logits,
+    )
+    losses_check(
+        lambda z: losses.binary_focal_loss(z, targets.long()),
+        lambda z: losses_torchvision_focal(z, targets, 0.25, 2.0, "mean"),
+        logits,
+    )
+
+
+def test_losses_binary_focal_is_the_two_class_focal():
+    z, targets = torch.randn(9, dtype=torch.float64), torch.randint(2, (9,))
+    losses_check(
+        lambda z: losses.binary_focal_loss(z, targets, 1.5, 0.3),
+        lambda z: losses.focal_loss(
+            torch.stack((torch.zeros_like(z), z), 1),
+            targets,
+            1.5,
+            torch.tensor([0.7, 0.3], dtype=torch.float64),
+        ),
+        z,
+    )
+
+
+def test_losses_contrastive_is_hadsells():
+    x1, x2 = torch.randn(2, 11, 4, dtype=torch.float64)
+    same = torch.rand(11) < 0.4
+
+    def formula(a, b, margin):
+        total = 0.0
+        for i in range(len(a)):
+            d = np.sqrt(((a[i] - b[i]) ** 2).sum())
+            total += d**2 / 2 if same[i] else max(0.0, margin - d) ** 2 / 2
+        return total / len(a)
+
+    for margin in (1.0, 3.0):
+        losses_check_numpy(
+            lambda a, b, m=margin: losses.contrastive_loss(a, b, same, m),
+            lambda a, b, m=margin: formula(a, b, m),
+            x1,
+            x2,
+        )
+    losses_check(
+        lambda a, b: losses.contrastive_loss(a, b, same.long()),
+        lambda a, b: losses.contrastive_loss(a, b, same, margin=1.0),
+        x1,
+        x2,
+    )
+
+
+def losses_numpy_unit(z):
+    return z / np.sqrt((z**2).sum(-1, keepdims=True))
+
+
+def test_losses_nt_xent_is_simclrs():
+    z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def formula(a, b, temperature):  # Chen et al., eq. 1 and algorithm 1, with loops
+        z = losses_numpy_unit(np.concatenate((a, b)))
+        n, total = len(a), 0.0
+        for i in range(2 * n):
+            partner = i + n if i < n else i - n
+            others = sum(np.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
+            total += -np.log(np.exp(z[i] @ z[partner] / temperature) / others)
+        return total / (2 * n)
+
+    losses_check_numpy(losses.nt_xent_loss, lambda a, b: formula(a, b, 0.5), z1, z2)
+    losses_check_numpy(lambda a, b: losses.nt_xent_loss(a, b, 0.1), lambda a, b: formula(a, b, 0.1), z1, z2)
+
+
+def test_losses_info_nce_is_the_formula():
+    query, keys = torch.randn(2, 5, 3, dtype=torch.float64)
+
+    def formula(q, k, temperature):
+        q, k = losses_numpy_unit(q), losses_numpy_unit(k)
+        rows = [
+            np.exp(q[i] @ k[i] / temperature) / np.exp(k @ q[i] / temperature).sum() for i in range(len(q))
+        ]
+        return -np.mean(np.log(rows))
+
+    losses_check_numpy(losses.info_nce_loss, lambda q, k: formula(q, k, 0.07), query, keys)
+    losses_check_numpy(
+        lambda q, k: losses.info_nce_loss(q, k, 1.0), lambda q, k: formula(q, k, 1.0), query, keys
+    )
+
+
+def test_losses_supervised_contrastive_is_khoslas_l_out():
+    z, labels = (
+        torch.randn(8, 3, dtype=torch.float64),
+        torch.tensor([0, 1, 0, 2, 1, 0, 7, 1]),
+    )  # 2 and 7 stand alone
+
+    def formula(z, temperature):
+        z, anchors = losses_numpy_unit(z), []
+        for i in range(len(z)):
+            others = [a for a in range(len(z)) if a != i]
+            positives = [p for p in others if labels[p] == labels[i]]
+            if positives:
+                total = sum(np.exp(z[i] @ z[a] / temperature) for a in others)
+                anchors.append(
+                    -np.mean([np.log(np.exp(z[i] @ z[p] / temperature) / total) for p in positives])
+                )
+        return np.mean(anchors)
+
+    losses_check_numpy(lambda z: losses.supervised_contrastive_loss(z, labels), lambda z: formula(z, 0.1), z)
+    losses_check_numpy(
+        lambda z: losses.supervised_contrastive_loss(z, labels, 0.7), lambda z: formula(z, 0.7), z
+    )
+
+
+def test_losses_supervised_contrastive_with_pair_labels_is_nt_xent():
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    labels = torch.arange(6).repeat(2)
+    losses_check(
+        lambda a, b: losses.supervised_contrastive_loss(torch.cat((a, b)), labels, 0.3),
+        lambda a, b: losses.nt_xent_loss(a, b, 0.3),
+        z1,
+        z2,
+    )
+
+
+def test_losses_triplet_is_torchs():
+    a, p, n = torch.randn(3, 12, 4, dtype=torch.float64)
+    for margin in (0.1, 0.5, 2.0):
+        losses_check(
+            lambda a, p, n, m=margin: losses.triplet_loss(a, p, n, m),
+            lambda a, p, n, m=margin: F.triplet_margin_loss(a, p, n, margin=m, eps=0),
+            a, p, n,
+        )  # fmt: skip
+    losses_check(
+        losses.triplet_loss, lambda a, p, n: F.triplet_margin_loss(a, p, n, margin=1.0, eps=0), a, p, n
+    )
+    losses_check(
+        lambda a, p, n: losses.triplet_loss(a, p, n, "soft"),
+        lambda a, p, n: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
+        a, p, n,
+    )  # fmt: skip
+
+
+def losses_mined(z: Tensor, labels: Tensor, margin, mining: str) -> Tensor:
+    """Brute force over Python loops, with torch's norm: what the docstring says of each mining."""
+    n, terms = len(z), []
+    d = [[(z[i] - z[j]).norm() if i != j else torch.tensor(0.0) for j in range(n)] for i in range(n)]
+    cost = lambda x: F.softplus(x) if margin == "soft" else F.relu(x + margin)  # noqa: E731
+    for a in range(n):
+        positives = [p for p in range(n) if p != a and labels[p] == labels[a]]
+        negatives = [k for k in range(n) if labels[k] != labels[a]]
+        if mining == "hard" and positives and negatives:
+            terms.append(cost(max(d[a][p] for p in positives) - min(d[a][k] for k in negatives)))
+        if mining == "semihard":
+            for p in positives:
+                farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
+                if farther:
+                    terms.append(cost(d[a][p] - min(farther)))
+        if mining == "all":
+            terms += [cost(d[a][p] - d[a][k]) for p in positives for k in negatives]
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
+@pytest.mark.parametrize("margin", [0.0, 0.2, 1.5, "soft"])
+def test_losses_batch_mined_triplet_is_brute_force(mining, margin):
+    for n, classes in ((9, 3), (12, 5), (7, 2)):
+        z, labels = torch.randn(n, 3, dtype=torch.float64), torch.randint(classes, (n,))
+        labels[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
+        losses_check(
+            lambda z, y=labels: losses.batch_hard_triplet_loss(z, y, margin, mining),
+            lambda z, y=labels: losses_mined(z, y, margin, mining),
+            z,
+        )
+
+
+def test_losses_batch_hard_defaults():
+    z, labels = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 3
+    losses_check(
+        lambda z: losses.batch_hard_triplet_loss(z, labels), lambda z: losses_mined(z, labels, 0.2, "hard"), z
+    )
+
+
+def test_losses_ordinal_is_the_formula():
+    logits, targets, _ = losses_class_data(n=6, k=5)
+
+    def formula(z):
+        p, total, counted = np.exp(z) / np.exp(z).sum(1, keepdims=True), 0.0, 0
+        for i, y in enumerate(targets.tolist()):
+            if y >= 0:
+                counted += 1
+                for k in range(4):
+                    low = p[i, : k + 1].sum()
+                    total += -np.log(low if y <= k else 1 - low) / 4
+        return total / counted
+
+    losses_check_numpy(lambda z: losses.ordinal_loss(z, targets), formula, logits)
+
+
+@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
+def test_losses_gradcheck_mined(mining):
+    z, labels = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
+    for margin in (0.3, "soft"):
+        losses_gradcheck(lambda z, m=margin: losses.batch_hard_triplet_loss(z, labels, m, mining), z)
+
+
+def test_losses_gradcheck():
+    logits, targets, weight = losses_class_data(n=7, k=4)
+    for name, loss in LOSSES_ON_LOGITS.items():
+        kw = {"smoothing": {"weight": weight}, "ordinal": {}}.get(name, {"alpha": weight})
+        for reduction in ("mean", "none"):
+            losses_gradcheck(lambda z, f=loss, kw=kw, r=reduction: f(z, targets, reduction=r, **kw), logits)
+    binary = (targets > 0).long()
+    losses_gradcheck(lambda z: losses.binary_focal_loss(z, binary, 0.5), logits[:, 0])
+    a, b, c = torch.randn(3, 6, 3, dtype=torch.float64)
+    losses_gradcheck(lambda a, b: losses.contrastive_loss(a, b, torch.arange(6) % 2, 4.0), a, b)
+    losses_gradcheck(losses.nt_xent_loss, a, b)
+    losses_gradcheck(losses.info_nce_loss, a, b)
+    losses_gradcheck(lambda z: losses.supervised_contrastive_loss(z, torch.tensor([0, 1, 0, 1, 1, 2])), a)
+    losses_gradcheck(losses.triplet_loss, a, b, c)
+    losses_gradcheck(lambda a, b, c: losses.triplet_loss(a, b, c, "soft"), a, b, c)
+
+
+# -----------------------------------------------------------------------------
+# losses.py: properties
+
+
+@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+def test_losses_permutation_of_rows_changes_nothing(name):
+    logits, targets, _ = losses_class_data()
+    order = torch.randperm(len(targets))
+    value, gradient = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets), logits)
+    permuted = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets[order]), logits[order])
+    check_close(permuted[0], value, 1e-12)
+    check_close(permuted[1], gradient[order], 1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES_ON_LABELS)
+def test_losses_permutation_and_duplicates(name):
+    """Duplicates tie for the hardest: their gradients are shared, not given to whoever comes first."""
+    loss = LOSSES_ON_LABELS[name]
+    z, labels = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3
+    z[3], z[4], labels[11] = (
+        z[0],
+        z[0],
+        5,
+    )  # a duplicate of its class, one of another class, a class of one sample
+    order = torch.randperm(12)
+    value, gradient = losses_value_and_gradient(lambda z: loss(z, labels), z)
+    permuted = losses_value_and_gradient(lambda z: loss(z, labels[order]), z[order])
+    assert value > 0 and gradient.isfinite().all()
+    check_close(permuted[0], value, 1e-12)
+    check_close(permuted[1], gradient[order], 1e-12)
+
+
+def test_losses_hard_mining_shares_the_gradient_among_ties():
+    """Two samples at one point are the farthest positives, two at another the nearest negatives."""
+    z = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    _, gradient = losses_value_and_gradient(lambda z: losses.batch_hard_triplet_loss(z, labels, 5.0), z)
+    assert torch.equal(gradient[1], gradient[2]) and torch.equal(gradient[3], gradient[4])
+    assert (gradient.norm(dim=1) > 0.01).all()
+
+
+@pytest.mark.parametrize("name", [*LOSSES_ON_PAIRS, "contrastive", "triplet"])
+def test_losses_permutation_of_pairs_changes_nothing(name):
+    z, order, same = torch.randn(3, 8, 4, dtype=torch.float64), torch.randperm(8), torch.arange(8) < 3
+    z[1, 2] = z[0, 2]  # a pair at distance 0
+    z[:, 5] = z[:, 4]  # and a pair that occurs twice
+    loss = {
+        "contrastive": lambda z, i: losses.contrastive_loss(z[0], z[1], same[i], 3.0),
+        "triplet": lambda z, i: losses.triplet_loss(z[0], z[1], z[2]),
+    }.get(name, lambda z, i: LOSSES_ON_PAIRS[name](z[0], z[1]))
+    value, gradient = losses_value_and_gradient(lambda z: loss(z, torch.arange(8)), z)
+    permuted = losses_value_and_gradient(lambda z: loss(z, order), z[:, order])
+    assert gradient.isfinite().all()
+    check_close(permuted[0], value, 1e-12)
+    check_close(permuted[1], gradient[:, order], 1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+def test_losses_an_ignored_row_changes_nothing(name):
+    loss = LOSSES_ON_LOGITS[name]
+    logits, targets, _ = losses_class_data(ignored=False)
+    value, gradient = losses_value_and_gradient(lambda z: loss(z, targets), logits)
+    for junk in (0.0, 1e4, math.inf, math.nan):
+        more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
+        ignored = torch.cat((targets, torch.tensor([-100, -100])))
+        value_more, gradient_more = losses_value_and_gradient(lambda z, y=ignored: loss(z, y), more)
+        assert torch.equal(value_more, value)
+        assert torch.equal(gradient_more, torch.cat((gradient, torch.zeros(2, 5, dtype=torch.float64))))
+    rows = loss(more, ignored, reduction="none")
+    assert rows.shape == (19,) and torch.equal(rows[-2:], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+def test_losses_all_rows_ignored_is_0(name):
+    loss = LOSSES_ON_LOGITS[name]
+    kw = {"weight": torch.rand(5)} if name == "smoothing" else {}
+    for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
+        for reduction in ("mean", "sum"):
+            targets = torch.full((len(logits),), -100)
+            value, gradient = losses_value_and_gradient(
+                lambda z, y=targets, r=reduction: loss(z, y, reduction=r, **kw), logits
+            )
+            assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
+    assert F.cross_entropy(logits, targets).isnan()  # what the docstring says of torch
+
+
+def test_losses_weights_of_0_give_0():
+    logits, targets = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
+    value, gradient = losses_value_and_gradient(
+        lambda z: losses.label_smoothing_cross_entropy(z, targets, weight=torch.tensor([0.0, 1.0])), logits
+    )
+    assert value == 0 and torch.equal(gradient, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+def test_losses_extreme_logits(name, dtype):
+    """Logits of +-1e4, right and wrong, in every precision: as float64 has it, finite gradients, no NaN."""
+    loss = LOSSES_ON_LOGITS[name]
+    logits = (1e4 * torch.tensor([[1, -1, -1], [-1, 1, -1], [1, 1, -1], [0, 0, 0], [-1, -1, 1]])).to(dtype)
+    targets = torch.tensor([0, 0, 2, 1, 2])
+    for reduction in ("mean", "sum", "none"):
+        value, gradient = losses_value_and_gradient(
+            lambda z, r=reduction: loss(z, targets, reduction=r), logits
+        )
+        expected, _ = losses_value_and_gradient(
+            lambda z, r=reduction: loss(z, targets, reduction=r), logits.double()
+        )
+        assert value.dtype == (dtype if dtype in (torch.float32, torch.float64) else torch.float32)
+        assert gradient.dtype == dtype and gradient.isfinite().all()
+        check_close(value.double(), expected, 1e-6)
+    rows, _ = losses_value_and_gradient(lambda z: loss(z, targets, reduction="none"), logits.double())
+    if name != "smoothing":  # sure and right costs 0, sure and wrong 2e4
+        assert rows[0] == 0 and rows[4] == 0
+        check_close(rows[2], (1 if name == "ordinal" else 2) * logits.double().max(), 1e-3)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 0.99, 1.0, 2.0, 5.0])
+def test_losses_focal_gradient_at_p_1(gamma):
+    """p rounds to 1 from a logit gap of 37 (float64), 17 (float32): the plain power has no slope there."""
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
+            z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
+            targets = torch.tensor([0, 1, 1])
+            for loss, x in (
+                (lambda z, y=targets: losses.focal_loss(z, y, gamma), z),
+                (lambda z, y=targets: losses.binary_focal_loss(z, y, gamma), z[:, 1] - z[:, 0]),
+            ):
+                value, gradient = losses_value_and_gradient(loss, x)
+                assert value.isfinite() and gradient.isfinite().all(), (dtype, gap)
+    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    naive = torch.autograd.grad(((1 - p) ** 0.5 * -p.log()).sum(), p)[0]
+    assert not naive.isfinite()  # the trap is there
+
+
+def test_losses_focal_near_p_1_keeps_its_digits():
+    """(1 - p)^gamma at a gap of 30 is e^(-30 gamma): 1 - p in float32 would have said 0."""
+    z, target = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
+    expected = torch.tensor(math.exp(-15.0)) * F.cross_entropy(z.double(), target).float()
+    actual = losses.focal_loss(z.double(), target, 0.5).float()
+    assert abs(actual / expected - 1) < 1e-6 and actual > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_on_embeddings_in_half_precision(dtype):
+    """Computed in float32 from the rounded inputs, under autocast too; no float16 overflow."""
+    z1, z2, z3 = (100 * torch.randn(3, 8, 16)).to(dtype)
+    labels, same = torch.arange(8) % 3, torch.arange(8) % 2 == 0
+    for name, loss in {
+        "contrastive": lambda a, b, c: losses.contrastive_loss(a, b, same, 500.0),
+        "triplet": lambda a, b, c: losses.triplet_loss(a, b, c),
+        **{name: lambda a, b, c, f=f: f(a, b) for name, f in LOSSES_ON_PAIRS.items()},
+        **{name: lambda a, b, c, f=f: f(a, labels) for name, f in LOSSES_ON_LABELS.items()},
+    }.items():
+        expected = loss(z1.float(), z2.float(), z3.float())
+        leaf = z1.clone().requires_grad_()
+        value = loss(leaf, z2, z3)
+        check_close(value.detach(), expected, 1e-6, name)
+        assert torch.autograd.grad(value, leaf)[0].isfinite().all(), name
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            check_close(loss(z1.float(), z2.float(), z3.float()), expected, 1e-6, f"{name} under autocast")
+
+
+def test_losses_embeddings_at_extremes():
+    z = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [1e-4, 0], [0, 0], [0, 0.0]])
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    for name, loss in LOSSES_ON_LABELS.items():
+        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z, labels), z)
+        assert value.isfinite() and gradient.isfinite().all(), name
+    for name, loss in LOSSES_ON_PAIRS.items():
+        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z[:3], z[3:]), z)
+        assert value.isfinite() and gradient.isfinite().all(), name
+
+
+def test_losses_distance_0_has_gradient_0():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for same in (torch.zeros(3), torch.ones(3)):
+        value, gradient = losses_value_and_gradient(lambda a, s=same: losses.contrastive_loss(a, x, s), x)
+        assert value == (0.5 if same[0] == 0 else 0) and torch.equal(gradient, torch.zeros_like(x))
+    value, gradient = losses_value_and_gradient(lambda a: losses.triplet_loss(a, x, x, 0.7), x)
+    check_close(value, torch.tensor(0.7, dtype=torch.float64), 1e-12)
+    assert torch.equal(gradient, torch.zeros_like(x))
+    bare = torch.autograd.grad((x.requires_grad_() - x.detach()).square().sum(1).sqrt().sum(), x)[0]
+    assert bare.isnan().all()  # the trap is there
+
+
+def test_losses_inputs_are_normalised_by_the_three_that_say_so():
+    z1, z2, scale = (
+        *torch.randn(2, 6, 4, dtype=torch.float64),
+        10 * torch.rand(6, 1, dtype=torch.float64) + 0.1,
+    )
+    labels = torch.arange(6) % 2
+    for loss in LOSSES_ON_PAIRS.values():
+        check_close(loss(scale * z1, z2 / scale), loss(z1, z2), 1e-12)
+    check_close(
+        losses.supervised_contrastive_loss(scale * z1, labels),
+        losses.supervised_contrastive_loss(z1, labels),
+        1e-12,
+    )
+    assert losses.batch_hard_triplet_loss(10 * z1, labels) > 2 * losses.batch_hard_triplet_loss(z1, labels)
+
+
+def test_losses_temperature_limits():
+    """Hot: every candidate is alike, log of their number. Cold: 0 if the partner is nearest, else gap / t."""
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    labels = torch.arange(6) % 2
+    hot = 1e9
+    check_close(losses.nt_xent_loss(z1, z2, hot), torch.tensor(math.log(11)).double(), 1e-7)
+    check_close(losses.info_nce_loss(z1, z2, hot), torch.tensor(math.log(6)).double(), 1e-7)
+    check_close(losses.supervised_contrastive_loss(z1, labels, hot), torch.tensor(math.log(5)).double(), 1e-7)
+    near = torch.eye(6, dtype=torch.float64)
+    for cold in (1e-2, 1e-4):
+        assert (
+            losses.nt_xent_loss(near, near, cold) < 1e-10 and losses.info_nce_loss(near, near, cold) < 1e-10
+        )
+        wrong = losses.info_nce_loss(near, near.roll(1, 0), cold)
+        check_close(wrong * cold, torch.tensor(1.0).double(), 1e-6)
+
+
+def test_losses_a_batch_without_pairs_or_triplets_is_0():
+    z = torch.randn(4, 3)
+    for labels in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
+        for name, loss in LOSSES_ON_LABELS.items():
+            if name == "supcon" and labels[3] == 0:
+                continue  # one class: every anchor has positives
+            value, gradient = losses_value_and_gradient(lambda z, y=labels, f=loss: f(z, y), z)
+            assert value == 0 and torch.equal(gradient, torch.zeros_like(z)), name
+
+
+def test_losses_collapse_is_the_margin_and_detected():
+    point = torch.randn(1, 5).expand(8, 5)
+    labels = torch.arange(8) % 2
+    for mining in ("hard", "all"):
+        check_close(losses.batch_hard_triplet_loss(point, labels, 0.2, mining), torch.tensor(0.2), 1e-6)
+        check_close(
+            losses.batch_hard_triplet_loss(point, labels, "soft", mining), torch.tensor(0.6931472), 1e-6
+        )
+    for margin in (0.2, 5.0, "soft"):
+        size = 1.0 if margin == "soft" else margin
+        assert losses.has_collapsed(point, margin)
+        spread = torch.randn(8, 5)
+        spread = spread / torch.pdist(spread).mean()
+        assert losses.has_collapsed(0.04 * size * spread, margin)
+        assert not losses.has_collapsed(0.06 * size * spread, margin)
+
+
+def test_losses_ordinal_passes_the_checklist():
+    logits, targets, _ = losses_class_data(n=40, k=5, ignored=False)
+    rows = losses.ordinal_loss(logits, targets, reduction="none")
+    assert (rows > 0).all()  # lower bound, approached when sure and right
+    sure = 50.0 * F.one_hot(targets, 5).double()
+    assert losses.ordinal_loss(sure, targets) < 1e-20 + 1e-12
+    # direction: the true class's logit always rises; a mistake farther off costs more and pulls harder
+    _, gradient = losses_value_and_gradient(lambda z: losses.ordinal_loss(z, targets), logits)
+    assert (gradient.gather(1, targets[:, None]) < 0).all()
+    wrong = 5.0 * torch.eye(5, dtype=torch.float64)  # row j is sure of class j; the truth is class 0
+    costs = losses.ordinal_loss(wrong, torch.zeros(5, dtype=torch.long), reduction="none")
+    assert (costs.diff() > 0.5).all()
+    _, gradient = losses_value_and_gradient(
+        lambda z: losses.ordinal_loss(z, torch.zeros(5, dtype=torch.long), reduction="sum"), wrong
+    )
+    assert (gradient[:, 0].diff() < 0).all()
+    # scale: between 0.5 and 1 at the start, whatever K
+    for k in (2, 5, 50):
+        targets = torch.arange(k)
+        rows = losses.ordinal_loss(torch.zeros(k, k), targets, reduction="none")
+        assert 0.25 < rows.min() and 0.5 < rows.mean() < 0.7 and rows.max() < 1
+    # limit: two classes are cross-entropy
+    logits, targets, _ = losses_class_data(k=2)
+    for reduction in ("mean", "sum", "none"):
+        losses_check(
+            lambda z, r=reduction: losses.ordinal_loss(z, targets, reduction=r),
+            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
+            logits,
+        )
+    # a proper score: the expected cost under a truth q is least where the softmax is q
+    q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+    z = q.log().requires_grad_()
+    expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
+    assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
+
+
+# -----------------------------------------------------------------------------
+# losses.py: bad input
+
+
+def losses_bad_calls():
+    z, y, one = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(1, 3)
+    nan = math.nan
+    for name, loss in {
+        "smoothing": losses.label_smoothing_cross_entropy,
+        "focal": losses.focal_loss,
+        "ordinal": losses.ordinal_loss,
+    }.items():
+        yield f"{name} target K", lambda f=loss: f(z, y + 1), ("targets", "0 .. 2", "3")
+        yield f"{name} target -1", lambda f=loss: f(z, y - 1), ("targets", "0 .. 2", "-1")
+        yield f"{name} target 100", lambda f=loss: f(z, torch.full((6,), 100)), ("targets", "100")
+        yield f"{name} float targets", lambda f=loss: f(z, y.float()), ("targets", "integers", "float32")
+        yield f"{name} bool targets", lambda f=loss: f(z, y > 0), ("targets", "integers", "bool")
+        yield f"{name} fewer targets", lambda f=loss: f(z, y[:5]), ("targets", "(6,)", "(5,)")
+        yield f"{name} one-hot targets", lambda f=loss: f(z, F.one_hot(y)), ("targets", "(6,)", "(6, 3)")
+        yield f"{name} flat logits", lambda f=loss: f(z[0], y[0]), ("logits", "(3,)")
+        yield f"{name} integer logits", lambda f=loss: f(z.long(), y), ("logits", "int64")
+        yield f"{name} reduction", lambda f=loss: f(z, y, reduction="avg"), ("reduction", "avg", "none")
+    for bad in (-0.1, 1.0, 1.5, nan):
+        yield (
+            f"smoothing {bad}",
+            lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b),
+            ("smoothing", "[0, 1)"),
+        )
+    for bad in (torch.ones(2), torch.ones(3, 1), 0.5):
+        yield "weight", lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
+        yield "alpha", lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
+    yield "negative alpha", lambda: losses.focal_loss(z, y, alpha=-torch.ones(3)), ("alpha", "-1")
+    yield "1 class", lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
+    bits = (y > 0).long()
+    for bad in (-1.0, nan, math.inf):
+        yield f"gamma {bad}", lambda b=bad: losses.focal_loss(z, y, gamma=b), ("gamma", str(bad))
+        yield (
+            f"binary gamma {bad}",
+            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, b),
+            ("gamma", str(bad)),
+        )
+        yield f"margin {bad}", lambda b=bad: losses.contrastive_loss(z, z, bits, b), ("margin", str(bad))
+        yield f"triplet margin {bad}", lambda b=bad: losses.triplet_loss(z, z, z, b), ("margin", str(bad))
+        yield (
+            f"mined margin {bad}",
+            lambda b=bad: losses.batch_hard_triplet_loss(z, y, b),
+            ("margin", str(bad)),
+        )
+        yield f"GradNorm alpha {bad}", lambda b=bad: losses.GradNorm(2, b), ("alpha", str(bad))
+    for bad in (-0.1, 1.1):
+        yield (
+            f"binary alpha {bad}",
+            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b),
+            ("alpha", "[0, 1]"),
+        )
+    yield "binary target 2", lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
+    yield "binary target 0.5", lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
+    yield "binary shapes", lambda: losses.binary_focal_loss(z, bits), ("targets", "(6, 3)", "(6,)")
+    yield (
+        "binary reduction",
+        lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None),
+        ("reduction", "None"),
+    )
+    for bad in (0.0, -1.0, nan):
+        yield f"temperature {bad}", lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
+        yield f"temperature {bad}", lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
+        yield (
+            f"temperature {bad}",
+            lambda b=bad: losses.supervised_contrastive_loss(z, y, b),
+            ("temperature", str(bad)),
+        )
+    yield "1 pair", lambda: losses.nt_xent_loss(one, one), ("z1", "2", "1")
+    yield "1 query", lambda: losses.info_nce_loss(one, one), ("query", "2", "1")
+    yield "1 anchor", lambda: losses.supervised_contrastive_loss(one, y[:1]), ("z", "2", "1")
+    yield "1 sample", lambda: losses.batch_hard_triplet_loss(one, y[:1]), ("z", "2", "1")
+    yield "no triplet", lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "1", "0")
+    yield "no pair", lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "1", "0")
+    for name, loss in LOSSES_ON_PAIRS.items():
+        yield f"{name} shapes", lambda f=loss: f(z, z[:5]), ("(6, 3)", "(5, 3)")
+        yield f"{name} dimensions", lambda f=loss: f(z[0], z[0]), ("(3,)",)
+        yield f"{name} integers", lambda f=loss: f(z.long(), z.long()), ("int64",)
+    for name, loss in LOSSES_ON_LABELS.items():
+        yield f"{name} labels", lambda f=loss: f(z, y[:5]), ("labels", "(6,)", "(5,)")
+        yield f"{name} float labels", lambda f=loss: f(z, y.float()), ("labels", "float32")
+        yield f"{name} dimensions", lambda f=loss: f(z[None], y), ("z", "(1, 6, 3)")
+    yield "same values", lambda: losses.contrastive_loss(z, z, y), ("same",)
+    yield "same shape", lambda: losses.contrastive_loss(z, z, bits[:5]), ("same", "(5,)")
+    yield "triplet shapes", lambda: losses.triplet_loss(z, z, z[:, :2]), ("negative", "(6, 2)")
+    yield "margin hard", lambda: losses.triplet_loss(z, z, z, "hard"), ("margin", "hard", "soft")
+    yield (
+        "mining",
+        lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"),
+        ("mining", "easy", "semihard"),
+    )
+    for bad in (-0.1, 1.1, nan):
+        yield f"beta {bad}", lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
+    yield "an empty class", lambda: losses.class_balanced_weights(torch.tensor([3, 0])), ("counts", "0")
+    yield "no classes", lambda: losses.class_balanced_weights(torch.tensor([])), ("counts", "[]")
+    yield "no tasks", lambda: losses.UncertaintyWeighting(0), ("n_tasks", "0")
+    yield "no tasks", lambda: losses.GradNorm(0), ("n_tasks", "0")
+    yield "3 losses", lambda: losses.UncertaintyWeighting(2)(torch.ones(3)), ("losses", "(2,)", "(3,)")
+    w = torch.ones(3, requires_grad=True)
+    yield "3 losses", lambda: losses.GradNorm(2)(w * 1, w), ("losses", "(2,)", "(3,)")
+    yield "first loss 0", lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
+
+
+def test_losses_bad_input_is_a_value_error():
+    names = []
+    for name, call, words in losses_bad_calls():
+        with pytest.raises(ValueError) as error:
+            call()
+        for word in words:
+            assert word in str(error.value), (name, word, str(error.value))
+        names.append(name)
+    assert len(names) > 100
+
+
+# -----------------------------------------------------------------------------
+# losses.py: weighting
+
+
+def test_losses_class_balanced_weights_by_hand():
+    counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
+    for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
+        effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series, summed up
+        expected = torch.tensor(
+            [3 / e / sum(1 / e for e in effective) for e in effective], dtype=torch.float64
+        )
+        check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
+    check_close(losses.class_balanced_weights(counts), losses.class_balanced_weights(counts, 0.999), 0)
+    inverse = 3 / counts / (1 / counts).sum()
+    check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
+    check_close(losses.class_balanced_weights([1000, 50, 1], 1.0), inverse.float(), 1e-6)
+    assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
+
+
+def test_losses_uncertainty_weighting_by_hand():
+    weighting = losses.UncertaintyWeighting(2).double()
+    task_losses = torch.tensor([3.0, 0.5], dtype=torch.float64, requires_grad=True)
+    assert weighting(task_losses) == 1.75  # s = 0: half the sum
+    with torch.no_grad():
+        weighting.log_variances.copy_(torch.tensor([math.log(2.0), 1.0]))
+    total = weighting(task_losses)
+    total.backward()
+    expected = (3 / 2 + math.log(2) + 0.5 / math.e + 1) / 2
+    check_close(total.detach(), torch.tensor(expected).double(), 1e-7)
+    check_close(task_losses.grad, torch.tensor([0.25, 0.5 / math.e]).double(), 1e-7)
+    check_close(weighting.log_variances.grad, torch.tensor([-0.25, (1 - 0.5 / math.e) / 2]).double(), 1e-7)
+
+
+def test_losses_uncertainty_weighting_reaches_the_analytic_optimum():
+    """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i there, and sum L_i' / L_i = 0 puts x half-way."""
+    x, weighting = (
+        torch.zeros(1, dtype=torch.float64, requires_grad=True),
+        losses.UncertaintyWeighting(2).double(),
+    )
+
+    def tasks():
+        return torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1)))
+
+    optimizer = torch.optim.LBFGS([x, *weighting.parameters()], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        total = weighting(tasks())
+        total.backward()
+        return total
+
+    optimizer.step(closure)
+    check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
+    check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
+
+
+def test_losses_gradnorm_by_hand():
+    """Two linear tasks with gradient norms 3 and 4 on the shared weights; see the numbers in the comments."""
+    gradnorm = losses.GradNorm(2, alpha=1.5).double()
+    w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    tasks = torch.stack((3 * w[0], 4 * w[1]))
+    total = gradnorm(tasks, w)
+    assert total == 7.0  # weights 1, 1
+    gradient_w, gradient_s = torch.autograd.grad(total, (w, gradnorm.log_weights), retain_graph=True)
+    check_close(gradient_w, torch.tensor([3.0, 4.0]).double(), 1e-12)
+    # G = 3, 4, targets 3.5 each: signs -, +; d w_i / d s_j = w_i (delta_ij - w_j / 2): -1.5 - 2
+    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
+    # task 0 has done half its way, task 1 nothing: r = 2/3, 4/3; targets 3.5 r^1.5 = 1.905, 5.389: signs +, -
+    moved = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
+    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
+    check_close(gradient_s, torch.tensor([3.5, -3.5]).double(), 1e-12)
+    # with alpha = 0 progress plays no part
+    gradnorm.alpha = 0.0
+    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
+    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
+    # weights 2 softmax(log 3, 0) = 1.5, 0.5: the total, and what the model's weights get
+    with torch.no_grad():
+        gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())
+    total = gradnorm(moved, w)
+    check_close(total.detach(), torch.tensor(1.5 * 1.5 + 0.5 * 4).double(), 1e-12)
+    check_close(torch.autograd.grad(total, w, retain_graph=True)[0], torch.tensor([4.5, 2.0]).double(), 1e-12)
+    # alpha = 1, weights 1.5, 0.5: G = 4.5, 2, mean 3.25, r = 2/3, 4/3, targets 2.17, 4.33: signs +, -
+    gradnorm.alpha = 1.0
+    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
+    # d G_0 / d s_0 = 3 * 1.5 * (1 - 0.75) = 1.125, d G_1 / d s_0 = 4 * 0.5 * -0.75 = -1.5: 1.125 + 1.5
+    check_close(gradient_s, torch.tensor([2.625, -2.625]).double(), 1e-12)
+    assert losses.GradNorm(2).alpha == 1.5
+
+
+def test_losses_gradnorm_keeps_its_first_losses():
+    gradnorm, w = losses.GradNorm(2), torch.ones(2, requires_grad=True)
+    gradnorm(2 * w, w)
+    gradnorm(5 * w, w)
+    copy = losses.GradNorm(2)
+    copy.load_state_dict(gradnorm.state_dict())
+    copy(3 * w, w)
+    assert torch.equal(copy.first_losses, torch.tensor([2.0, 2.0]))
+    check_close(copy.weights().sum().detach(), torch.tensor(2.0), 1e-6)
+
+
+def losses_gradnorm_pulls(alpha: float, scales: tuple, steps: int = 400):
+    """Two regressions on shared weights, in units 1 : 100 or so; returns G_i and r_i at the end."""
+    x = torch.randn(64, 6, dtype=torch.float64)
+    trunk, heads = nn.Linear(6, 8).double(), nn.ModuleList(nn.Linear(8, 1) for _ in scales).double()
+    goals = [scale * (x @ torch.randn(6, 1, dtype=torch.float64)).tanh() for scale in scales]
+    gradnorm = losses.GradNorm(len(scales), alpha).double()
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [*trunk.parameters(), *heads.parameters()], "lr": 1e-4},
+            {"params": gradnorm.parameters(), "lr": 0.025},
+        ]
+    )
+    for _ in range(steps):
+        hidden = trunk(x).tanh()
+        task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
+        optimizer.zero_grad()
+        gradnorm(task_losses, trunk.weight).backward()
+        optimizer.step()
+    hidden = trunk(x).tanh()
+    task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
+    norms = [torch.autograd.grad(loss, trunk.weight, retain_graph=True)[0].norm() for loss in task_losses]
+    progress = task_losses.detach() / gradnorm.first_losses
+    return gradnorm.weights().detach() * torch.stack(norms), progress / progress.mean()
+
+
+def test_losses_gradnorm_reaches_its_targets():
+    pulls, _ = losses_gradnorm_pulls(0.0, (1.0, 30.0))
+    check_close(pulls / pulls.mean(), torch.ones(2).double(), 0.1, "alpha 0: equal norms")
+    pulls, r = losses_gradnorm_pulls(1.0, (1.0, 30.0))
+    assert (r - 1).abs().max() > 0.2  # the tasks don't learn at one pace: the target isn't that of alpha 0
+    check_close(pulls / pulls.mean(), r, 0.1, "alpha 1")
+
+
+# -----------------------------------------------------------------------------
+# losses.py: across processes
+
+
+def losses_gather_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+
+
+def losses_gather_batch():
+    return torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def losses_gather_worker(rank: int, folder: str) -> None:
+    """One of two processes with half of the batch: writes its loss and the averaged gradients."""
+    import os
+    import sys
+
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, half = losses_gather_model(), losses_gather_batch()[:, 4 * rank : 4 * rank + 4]
+    z1, z2 = (losses.gather_batch(model(x)) for x in half)
+    loss = losses.nt_xent_loss(z1, z2)
+    loss.backward()
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+    labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
+    try:
+        losses.gather_batch(torch.ones(2 + rank, 3))
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    result = {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()], "labels": labels}
+    torch.save(result | {"message": message}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
+
+
+def test_losses_nt_xent_on_two_processes_is_one(tmp_path):
+    torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
+    model = losses_gather_model()
+    loss = losses.nt_xent_loss(
+        *(losses.gather_batch(model(x)) for x in losses_gather_batch())
+    )  # one process: as is
+    loss.backward()
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        check_close(result["loss"], loss.detach(), 1e-12)
+        for actual, p in zip(result["gradients"], model.parameters(), strict=True):
+            check_close(actual, p.grad, 1e-12)
+        assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1]
+        assert "2 to 3" in result["message"]
+
+
+# -----------------------------------------------------------------------------
+# losses.py: optimization strategies and the demo's own parts
+
+
+def test_losses_parameter_groups():
+    model = nn.Sequential(
+        nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)
+    )
+    model[1].weight.requires_grad_(False)
+    decayed, free = losses.parameter_groups(model.parameters(), 0.1)
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+    assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
+    assert sorted(p.shape[0] for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+
+
+def test_losses_warmup_cosine():
+    factors = [losses.warmup_cosine(step, 4, 12) for step in range(12)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
+    assert abs(factors[8] - 0.5) < 1e-12 and abs(factors[6] - (1 + math.sqrt(0.5)) / 2) < 1e-12
+    assert all(a > b > 0 for a, b in itertools.pairwise(factors[4:]))
+
+
+def test_losses_optimizers_decay_and_their_parameters():
+    """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
+    for name, expected in (("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 2 - 0.1 * 0.2)):
+        hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in ((3, 3), (2, 3), (3,)))
+        optimizers = losses.make_optimizers(name, [hidden], [head, bias], lr=0.1, weight_decay=0.1)
+        for p in (hidden, head, bias):
+            p.grad = torch.zeros_like(p)
+        for optimizer in optimizers:
+            optimizer.step()
+        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4, name)
+        check_close(head.detach(), torch.full((2, 3), expected), 1e-4, name)
+        assert torch.equal(bias.detach(), torch.full((3,), 2.0)), name
+    muon, adamw = losses.make_optimizers("muon", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(3, 3)]
+    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+    (sgd,) = losses.make_optimizers("sgd", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
+    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.9
+    with pytest.raises(ValueError, match="lion"):
+        losses.make_optimizers("lion", [hidden], [head], lr=0.1, weight_decay=0.1)
+
+
+def test_losses_calibration_by_hand():
+    p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
+    y = torch.tensor([0, 1, 1, 1, 0])
+    shares, confidence, right = losses.calibration_bins(p, y, 10)
+    check_close(shares, torch.tensor([0, 0, 0, 0, 0, 0, 0.4, 0, 0, 0.6]), 1e-6)
+    check_close(confidence[[6, 9]], torch.tensor([0.61, 2.86 / 3]).double(), 1e-6)
+    check_close(right[[6, 9]], torch.tensor([0.5, 2 / 3]).double(), 1e-6)
+    # of 15 bins: 0.95, 0.91 and 1.0 share [14/15, 1] but for 0.91; 0.6 and 0.62 share [9/15, 10/15)
+    expected = 0.4 * 0.11 + 0.4 * (0.975 - 1) * -1 + 0.2 * 0.91
+    check_close(losses.calibration_error(p, y), torch.tensor(expected).double(), 1e-6)
+
+
+def test_losses_side_by_side_is_each_network_alone():
+    s = losses.Settings(n_seeds=3)
+    model, x = losses.SideBySide((5, 4, 4, 2), s), torch.randn(3, 6, 5)
+    for k, out in enumerate(model(x)):
+        first, second, last = (layer[k] for layer in model.layers)
+        check_close(out, last(second(first(x[k]).relu()).relu()), 1e-6)
+    assert not torch.equal(model.layers[0][0].weight, model.layers[0][1].weight)
+    again = losses.SideBySide((5, 4, 4, 2), s)
+    assert torch.equal(again(x), model(x))
+
+
+def test_losses_digits_splits_share_no_image():
+    s = losses.Settings(n_seeds=3)
+    data = losses.digits(s)
+    assert [data[part][0].shape[1] for part in ("train", "dev", "test")] == [1000, 297, 500]
+    for k in range(3):
+        rows = torch.cat([data[part][0][k] for part in data])
+        labels = torch.cat([data[part][1][k] for part in data])
+        assert len(rows.unique(dim=0)) == 1797 and labels.bincount().min() > 170
+        assert torch.equal(
+            data["test"][0][k], data["test"][0][0]
+        )  # no seed trains or tunes on another's test
+    assert not torch.equal(data["train"][1][0], data["train"][1][1])
+
+
+def test_losses_two_views_shift_the_same_image():
+    torch.manual_seed(3)
+    x = torch.zeros(2, 3, 8, 8)
+    x[..., 3, 4] = 10.0
+    views = losses.two_views(x.flatten(2))  # (2, 6, 64)
+    assert views.shape == (2, 6, 64)
+    peak = views.argmax(-1)
+    assert ((peak // 8 - 3).abs() <= 1).all() and ((peak % 8 - 4).abs() <= 1).all() and len(peak.unique()) > 3
+    marked = torch.arange(3.0)[:, None].expand(1, 3, 64) * 100
+    assert (losses.two_views(marked)[0].amax(1) / 100).round().tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_losses_learning_rate_comes_from_dev_alone():
+    """Test labels turned to nonsense change no choice and no dev score."""
+    s = losses.Settings(n_seeds=2, steps=6, batch_size=8)
+    honest, _ = losses.demo_optimizers(s)
+    digits = losses.digits
+
+    def nonsense(settings):
+        data = digits(settings)
+        return data | {"test": (data["test"][0], (data["test"][1] + 1) % 10)}
+
+    losses.digits = nonsense
+    try:
+        other, _ = losses.demo_optimizers(s)
+    finally:
+        losses.digits = digits
+    for name, row in honest["rows"].items():
+        for column in ("dev", "learning rate", "weight norm"):
+            assert other["rows"][name][column] == row[column], (name, column)
+    assert any(other["rows"][name]["test"] != row["test"] for name, row in honest["rows"].items())
+
+
+def test_losses_optimizer_options_do_something():
+    """Each option gives other weights than the plain run; clipping bounds each seed's gradient by itself."""
+    s = losses.Settings(n_seeds=2, steps=12, batch_size=8)
+    data = losses.digits(s)
+    runs = {
+        "plain": {},
+        "schedule": {"schedule": True},
+        "clip": {"clip": True},
+        "ema": {"ema": True},
+        "decay": {"decay": 1},
+    }
+    weights = {}
+    for label, options in runs.items():
+        model, norms = losses.train_with("sgd", 0.3, data, s, **options)
+        weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert norms.shape == (2,) and norms[0] != norms[1]
+    for one, other in itertools.combinations(weights, 2):
+        assert not torch.allclose(weights[one], weights[other]), (one, other)
+    clipped = losses.train_with(
+        "sgd", 0.3, data, losses.Settings(n_seeds=2, steps=1, batch_size=8), clip=True, decay=0
+    )[0]
+    start = losses.SideBySide((64, 64, 64, 10), s)
+    for k in range(2):
+        step = [a[k].weight - b[k].weight for a, b in zip(clipped.layers, start.layers, strict=True)]
+        step += [a[k].bias - b[k].bias for a, b in zip(clipped.layers, start.layers, strict=True)]
+        assert torch.cat([p.detach().flatten() for p in step]).norm() <= 0.3 * 1.0001
+
+
+def test_losses_script(tmp_path):
+    result = run_script(
+        "losses.py", "--steps", "6", "--n-seeds", "2", "--batch-size", "8", "--out", "here", cwd=tmp_path
+    )
+    report = last_json(result)
+    assert report == json_of(tmp_path / "here" / "report.json")
+    assert list(report["tables"]) == [
+        "smoothing",
+        "imbalance",
+        "embeddings",
+        "tasks",
+        "optimizers",
+        "ordinal",
+    ]
+    for title in ("smoothing:", "imbalance", "embeddings", "two tasks", "optimizers", "design your own"):
+        assert title in result.stdout
+    assert len(report["tables"]["optimizers"]["rows"]) == 13
+    for table in report["tables"].values():
+        assert table["conclusion"] in result.stdout
+        for row in table["rows"].values():
+            assert all(len(cell) == 2 and math.isfinite(sum(cell)) for cell in row.values())
+    for key in ("settings", "seconds", "torch", "threads", "cpu", "gemm_gflops"):
+        assert report[key]
+    assert report["settings"]["n_seeds"] == 2 and len(report["pictures"]) == 5
+    for picture in report["pictures"]:
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+    assert len(list((tmp_path / "here").iterdir())) == 6
+
+
+def json_of(path):
+    import json
+
+    return json.loads(path.read_text())
+
+
+def test_losses_script_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments, words in (
+        (("--n-seeds", "1"), ("n_seeds", "2", "1")),
+        (("--steps", "5"), ("steps", "6", "5")),
+        (("--batch-size", "7"), ("batch_size", "even", "7")),
+        (("--batch-size", "2"), ("batch_size", "4", "2")),
+    ):
+        with pytest.raises(ValueError) as error:
+            losses.settings_from_command_line(list(arguments))
+        assert all(word in str(error.value) for word in words), error.value
+    with pytest.raises(SystemExit) as leaving:
+        losses.settings_from_command_line(["--learning-rate", "1"])
+    assert leaving.value.code == 2
+    check_one_line_error(run_script("losses.py", "--out", "file/below", cwd=tmp_path), "losses.py", "file")
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise ModuleNotFoundError('no', name='sklearn')")
+    check_one_line_error(
+        run_script("losses.py", cwd=tmp_path, PYTHONPATH=str(tmp_path)), "losses.py", "scikit-learn"
+    )
+    assert list((tmp_path / "out" / "losses").iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# classify_imdb.py: data
+
+NO_NETWORK = {
+    "https_proxy": "http://127.0.0.1:9",
+    "HTTPS_PROXY": "http://127.0.0.1:9",
+}  # nothing listens there
+
+
+def imdb_files(per_folder: int) -> dict[str, str]:
+    """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
+    return {
+        f"{folder}/{number}_{7 if 'pos' in folder else 2}.txt": f"{folder} {number}, a film<br />Über alles."
+        for folder in imdb.FOLDERS
+        for number in range(per_folder)
+    }
+
+
+def imdb_tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in files.items():
+            member = tarfile.TarInfo(prefix + name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+def imdb_folder(path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(imdb, "PER_FOLDER", 30)
+    files = imdb_files(30)
+    unasked = {"train/unsup/0_0.txt": "no label", "README": "read me", "train/pos/._0_7.txt": "no review"}
+    from_tar = imdb.read_imdb(imdb_tarball(tmp_path / "aclImdb_v1.tar.gz", files | unasked))
+    outer = imdb_folder(tmp_path / "there" / "aclImdb", files | unasked).parent
+    assert from_tar == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
+    assert imdb.read_imdb(imdb_tarball(tmp_path / "again.tar.gz", files, prefix="./aclImdb/")) == from_tar
+    for split in ("train", "test"):
+        assert [(r.number, r.label) for r in from_tar[split]] == [(i, 1) for i in range(30)] + [
+            (i, 0) for i in range(30)
+        ]
+        for review in from_tar[split]:
+            assert review.text.startswith(f"{split}/{'pos' if review.label else 'neg'} {review.number},")
+    other = imdb.read_imdb(imdb_folder(tmp_path / "other", files | {"test/neg/3_2.txt": "a word changed"}))
+    assert imdb.fingerprint(other) != imdb.fingerprint(from_tar)
+
+
+def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(imdb, "PER_FOLDER", 30)
+    files = imdb_files(30)
+    whole = imdb_tarball(tmp_path / "whole.tar.gz", files)
+
+    def refused(path: Path, *words: str):
+        with pytest.raises(ValueError) as error:
+            imdb.read_imdb(path)
+        assert all(word in str(error.value) for word in ("data:", str(path), *words)), error.value
+
+    refused(tmp_path / "nowhere", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no folder train/pos")
+    no_test_neg = {name: text for name, text in files.items() if not name.startswith("test/neg")}
+    refused(imdb_folder(tmp_path / "part", no_test_neg), "no folder test/neg")
+    refused(imdb_tarball(tmp_path / "part.tar.gz", no_test_neg), "0 reviews in test/neg")
+    one_less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
+    refused(imdb_folder(tmp_path / "less", one_less), "29 reviews in train/neg", "30")
+    refused(
+        imdb_tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"}),
+        "31 reviews in test/pos",
+    )
+    (tmp_path / "text").write_text("no tarball")
+    refused(tmp_path / "text", "no .tar.gz")
+    plain = tmp_path / "plain.gz"
+    plain.write_bytes(gzip.compress(b"no tar in it" * 100))
+    refused(plain, "truncated, altered")
+    data = whole.read_bytes()
+    for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1):
+        whole.write_bytes(data[:cut])
+        refused(whole, "truncated, altered")
+    header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
+    for place in random.Random(0).sample(range(header, len(data)), 60):
+        altered = bytearray(data)
+        altered[place] ^= 1 << place % 8
+        whole.write_bytes(altered)
+        refused(whole, "truncated, altered")
+    whole.write_bytes(data)
+    assert len(imdb.read_imdb(whole)["test"]) == 60
+
+
+def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
+    """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
+    monkeypatch.setattr(imdb, "PER_FOLDER", 5)
+    monkeypatch.chdir(tmp_path)
+    evil = {"../../evil.txt": "out", "/tmp/imdb_evil.txt": "out", "train/pos/../../../evil.txt": "out"}
+    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5))
+    assert len(imdb.read_imdb(imdb_tarball(path, imdb_files(5) | evil, prefix=""))["train"]) == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["evil.tar.gz"] and not Path("/tmp/imdb_evil.txt").exists()
+
+
+def test_classify_imdb_dev_split_is_blocks_of_neighbours():
+    """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
+    for per_class in (12_500, 4000, 50):
+        reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
+        train, dev = imdb.split_dev(reviews)
+        assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+        for label in (0, 1):
+            numbers = {r.number for r in dev if r.label == label}
+            assert len(numbers) == per_class // 10
+            edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
+            assert len(edges) == 10 and max(edges) - min(edges) > per_class // 2  # drawn from several places
+
+
+def test_classify_imdb_cleans_and_finds_shared_texts():
+    assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
+    texts = ["Good film!", "good   FILM", "A bad one.<br />Really"]
+    one = [imdb.Review(i, 1, text) for i, text in enumerate(texts)]
+    other = [
+        imdb.Review(i, 0, text) for i, text in enumerate(["good film", "a bad one, really!", "goodfilm", ""])
+    ]
+    assert imdb.shared_texts(one, other) == 2 and imdb.shared_texts(other, one) == 3
+
+
+def test_classify_imdb_demo_reviews_share_no_text():
+    reviews = imdb.demo_reviews(0)
+    train, dev = imdb.split_dev(reviews["train"])
+    assert (len(train), len(dev), len(reviews["test"])) == (7200, 800, 2000)
+    assert imdb.shared_texts(train, dev) == imdb.shared_texts(train + dev, reviews["test"]) == 0
+    assert all(2 * sum(r.label for r in part) == len(part) for part in (train, dev, reviews["test"]))
+
+
+IMDB_GIVEN = pytest.mark.skipif(
+    not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
+)
+
+
+@IMDB_GIVEN
+def test_classify_imdb_real_data():
+    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
+    reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
+    assert imdb.fingerprint(reviews) == imdb.IMDB_FINGERPRINT
+    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
+        assert len(reviews[split]) == 25_000 and sum(r.label for r in reviews[split]) == 12_500
+        assert sum(len(r.text.encode()) for r in reviews[split]) == size
+    assert imdb.shared_texts(reviews["train"], reviews["test"]) == 123
+    train, dev = imdb.split_dev(reviews["train"])
+    assert (len(train), len(dev)) == (22_500, 2_500) and imdb.shared_texts(train, dev) == 3
+
+
+class BreakingServer(http.server.BaseHTTPRequestHandler):
+    """Serves self.data; the class attributes say how it fails."""
+
+    data, sent_at_most, ranges, status = b"", None, True, 200
+    asked: list = []  # the Range headers
+
+    def do_GET(self):  # noqa: N802
+        self.asked.append(self.headers.get("Range"))
+        if self.status != 200:
+            return self.send_error(self.status)
+        start = int(self.headers["Range"][6:-1]) if self.ranges and self.headers.get("Range") else 0
+        body = self.data[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: self.sent_at_most])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
+    servers = []
+
+    def start(data: bytes, **given):
+        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_classify_imdb_download(tmp_path, serve):
+    data = random.Random(0).randbytes(1_000_000)
+    md5 = hashlib.md5(data).hexdigest()
+    fetch = functools.partial(imdb.download, size=len(data), md5=md5)
+    part = tmp_path / "got.part"
+
+    url, whole = serve(data)
+    fetch(url, tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == data and whole.asked == [None] and not part.exists()
+
+    url, breaking = serve(data, sent_at_most=300_000)  # breaks off, and goes on where it was asked to
+    fetch(url, tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == data
+    assert breaking.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+
+    part.write_bytes(data[:400_000])  # left by a run that was killed
+    url, whole = serve(data)
+    fetch(url, tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == data and whole.asked == ["bytes=400000-"]
+
+    part.write_bytes(data[:400_000])  # a server that knows no ranges sends all from the start
+    url, _ = serve(data, ranges=False)
+    fetch(url, tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == data
+
+
+def test_classify_imdb_download_that_fails_leaves_what_was_there(tmp_path, serve):
+    data = random.Random(1).randbytes(500_000)
+    md5 = hashlib.md5(data).hexdigest()
+    got, part = tmp_path / "got", tmp_path / "got.part"
+    altered = bytearray(data)
+    altered[123_456] ^= 1
+
+    def fails(url: str, *words: str):
+        with pytest.raises(OSError) as error:
+            imdb.download(url, got, len(data), md5)
+        assert all(word in str(error.value) for word in (url, *words)), error.value
+        assert not got.exists()
+
+    fails(serve(bytes(altered))[0], "md5")
+    assert not part.exists()  # wrong bytes are no start for the next attempt
+    fails(serve(data + b"more")[0], "md5")
+    fails(serve(data, status=404)[0], "404")
+    fails(serve(data, status=503)[0], "503")
+    fails("http://127.0.0.1:9/file", "refused")
+    assert not part.exists()
+    fails(serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 500,000")  # never gets further
+    assert part.read_bytes() == data[:100_000]
+    imdb.download(serve(data)[0], got, len(data), md5)
+    assert got.read_bytes() == data
+
+
+def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
+    data = b"tarball"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
+    monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
+    url, server = serve(data)
+    monkeypatch.setattr(imdb, "IMDB_URL", url)
+    assert imdb.find_imdb("given") == Path("given") and not server.asked
+    path = imdb.find_imdb("")
+    assert path == tmp_path / "imdb/aclImdb_v1.tar.gz" == imdb.find_imdb("") and path.read_bytes() == data
+    assert len(server.asked) == 1  # the second time it was there
+
+
+# -----------------------------------------------------------------------------
+# classify_imdb.py: tokenizer, batches, training
+
+
+def test_classify_imdb_tokenizer():
+    texts = [review.text for review in imdb.demo_reviews(0)["train"][:500]]
+    tokenizer = imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400)
+    assert tokenizer.ranks == imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400).ranks
+    assert 300 < tokenizer.vocab_size <= 400
+    odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0], "don't it's"]
+    again = imdb.Tokenizer(list(tokenizer.ranks))  # what a checkpoint holds is enough
+    for text, ids, same in zip(odd, tokenizer.encode(odd, 1000), again.encode(odd, 1000), strict=True):
+        assert ids.dtype == torch.long and torch.equal(ids, same)
+        assert ids.numel() == 0 or imdb.SPECIAL <= ids.min() <= ids.max() < tokenizer.vocab_size
+        assert tokenizer.bpe.decode([i - imdb.SPECIAL for i in ids.tolist()]) == imdb.clean(text)
+    assert (
+        len(tokenizer.encode([texts[0]], 1000)[0]) < len(texts[0].split()) * 2
+    )  # merged: no letter-by-letter
+    (whole,) = tokenizer.encode([" ".join(texts[:20])], 10_000)
+    for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+        (short,) = tokenizer.encode([" ".join(texts[:20])], max_len)
+        head = min(max_len, len(whole)) // 2 if max_len < len(whole) else len(whole)
+        tail = min(max_len, len(whole)) - head
+        assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
+    assert imdb.pad([whole[:3], whole[:0], whole[:1]]).tolist() == [
+        whole[:3].tolist(),
+        [0, 0, 0],
+        [whole[0], 0, 0],
+    ]
+    assert imdb.pad([whole[:0]]).tolist() == [[imdb.PAD]]
+
+
+def test_classify_imdb_batches_hold_each_review_once_and_little_padding():
+    rng = random.Random(0)
+    for n in (1, 31, 32, 33, 5000):
+        lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
+        batches = imdb.batches(lengths, 32, seed=1)
+        assert sorted(i for batch in batches for i in batch) == list(range(n))
+        assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
+        assert batches == imdb.batches(lengths, 32, seed=1)
+    assert batches != imdb.batches(lengths, 32, seed=2)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in batches]
+    assert means != sorted(means) and len({tuple(sorted(batch)) for batch in batches} & {
+        tuple(sorted(batch)) for batch in imdb.batches(lengths, 32, seed=2)}) < 3  # fmt: skip
+
+
+def test_classify_imdb_optimizer_and_schedule():
+    s = imdb.Settings(lr=2.0, warmup=10, weight_decay=0.5)
+    model = imdb.make_model(s, 300)
+    optimizer = imdb.make_optimizer(model, s)
+    decayed, spared = optimizer.param_groups
+    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+    rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
+    assert rates[:10] == pytest.approx(
+        [0.2 * i for i in range(1, 11)], rel=1e-3
+    )  # 1 / warmup first, then the peak
+    assert (
+        rates[500] == pytest.approx(1.0) and rates[250] == pytest.approx(1 + 2**-0.5) and 0 < rates[-1] < 1e-4
+    )
+
+
+def test_classify_imdb_bf16_only_where_the_cpu_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
+        assert imdb.choose_bf16("auto", cpu) is has
+        assert imdb.choose_bf16("bf16", cpu) is True and imdb.choose_bf16("off", cpu) is False
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
+    assert imdb.choose_bf16("auto", cpu) is False
+
+
+def test_classify_imdb_probabilities_are_each_text_s_own():
+    """In the order given, whatever stands beside a text in its batch; P(positive) is class 1's."""
+    model = imdb.make_model(imdb.Settings(d_model=16, d_ff=16, max_len=50), 300)
+    ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+    p = imdb.probabilities(model, ids, torch.device("cpu"))
+    for i in (0, 1, 70, 149):
+        check_close(p[i : i + 1], model(imdb.pad([ids[i]])).softmax(-1)[:, 1].detach(), 1e-5)
+    labels = torch.tensor([1, 0, 1, 0])
+    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.2, 0.6]), labels) == 0.5
+    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.8, 0.4]), labels) == 1.0
+
+
+def test_classify_imdb_training_flops_count_the_matrix_products():
+    """2 operations for each weight and token, 4 * C for each pair of tokens; twice that backward."""
+    s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
+    model = imdb.make_model(s, 300)
+    weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
+    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (17, 5))
+    assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
+
+
+@functools.cache
+def imdb_demo_run(folder: Path) -> subprocess.CompletedProcess:
+    return run_script("classify_imdb.py", *IMDB_SMALL, "--out", "run", cwd=folder, **NO_NETWORK)
+
+
+IMDB_SMALL = (
+    "--d-model",
+    "32",
+    "--d-ff",
+    "32",
+    "--epochs",
+    "1",
+    "--n-heads",
+    "1",
+    "--vocab-size",
+    "500",
+    "--lr",
+    "5e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def imdb_run(tmp_path_factory):
+    """A finished run on demo data: (the folder that holds it, what it printed)."""
+    folder = tmp_path_factory.mktemp("imdb")
+    return folder, imdb_demo_run(folder)
+
+
+def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
+    folder, result = imdb_run
+    report = last_json(result)
+    banner = result.stdout.split("preset=")[0]
+    assert banner.count("!" * 100) == 2 and "NOT FOUND" in banner and "127.0.0.1" not in result.stderr
+    assert "refused" in banner and "--data aclImdb_v1.tar.gz" in banner and imdb.IMDB_URL in banner
+    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.7
+    names = "test_accuracy dev_accuracy train_seconds total_seconds n_parameters preset seed"
+    names += " cpu threads gemm_gflops torch"
+    assert all(report[name] is not None for name in names.split())
+    assert report == json.loads((folder / "run/report.json").read_text())
+    assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
+    assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
+    made = {"checkpoint.pt", "confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
+    assert {path.name for path in (folder / "run").iterdir()} == made
+    mistakes = json.loads((folder / "run/mistakes.json").read_text())
+    surenesses = [m["probability"] for m in mistakes]
+    assert len(mistakes) == 20 and surenesses == sorted(surenesses) and surenesses[0] < 0.5
+    lines = [
+        line for line in result.stdout.splitlines() if "train accuracy" in line and "dev accuracy" in line
+    ]
+    assert len(lines) == 4
+
+
+def test_classify_imdb_finished_run_says_so(imdb_run):
+    folder, result = imdb_run
+    before = (folder / "run/model.pt").stat().st_mtime_ns
+    again = imdb_demo_run.__wrapped__(folder)
+    assert last_json(again) == last_json(result) and "finished" in again.stdout
+    assert (folder / "run/model.pt").stat().st_mtime_ns == before
+
+
+def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
+    """weights_only=True reads it; with the tokenizer in it, it gives the report's accuracy again."""
+    folder, result = imdb_run
+    state = torch.load(folder / "run/model.pt", weights_only=True)
+    assert set(state) == {"settings", "config", "ranks", "model"}
+    model = encoder.EncoderClassifier(encoder.EncoderConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    test_set = imdb.demo_reviews(0)["test"]
+    ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
+    p = imdb.probabilities(model, ids, torch.device("cpu"))
+    assert imdb.accuracy(p, torch.tensor([r.label for r in test_set])) == last_json(result)["test_accuracy"]
+
+
+def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
+    folder, _ = imdb_run
+    monkeypatch.chdir(tmp_path)
+    long = "the plot was clever , " * 2000  # far over the length that a file name may have
+    (tmp_path / "texts.txt").write_text(
+        "a superb film , the plot was clever\n\na dull film\n", encoding="utf-8"
+    )
+
+    def predict(what: str) -> list[dict]:
+        imdb.main(["--out", str(folder / "run"), "--predict", what])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (answer,) = predict("a superb film , the plot was clever")
+    assert list(answer) == ["label", "probability", "text"]
+    assert answer["label"] == "positive" and answer["text"] == "a superb film , the plot was clever"
+    assert 0.5 < answer["probability"] <= 1
+    from_file = predict("texts.txt")
+    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull film"]
+    assert from_file[0] == answer and from_file[2]["label"] == "negative"
+    command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
+    piped = subprocess.run(command, input=f"a dull film\n{long}", capture_output=True, text=True, timeout=60)
+    assert [json.loads(line) for line in piped.stdout.splitlines()] == [from_file[2], predict(long)[0]], (
+        piped.stderr
+    )
+
+
+def test_classify_imdb_predict_errors(imdb_run, tmp_path):
+    folder, _ = imdb_run
+    with pytest.raises(ValueError, match="nowhere/model.pt.*train a model first"):
+        imdb.main(["--predict", "a text", "--out", "nowhere"])
+    for nothing in ("", "  "):
+        with pytest.raises(ValueError, match="no text"):
+            imdb.main(["--predict", nothing, "--out", str(folder / "run")])
+    data = bytearray((folder / "run/model.pt").read_bytes())
+    (tmp_path / "bad").mkdir()
+    for place in (len(data) // 2, len(data) // 3):
+        data[place] ^= 1  # inside a tensor: torch.load would not notice
+        (tmp_path / "bad/model.pt").write_bytes(data)
+        with pytest.raises(ValueError, match="damaged"):
+            imdb.load(tmp_path / "bad/model.pt")
+    bad = run_script("classify_imdb.py", "--predict", "a text", "--out", "bad", cwd=tmp_path)
+    check_one_line_error(bad, "bad/model.pt", "damaged")
+    for content in (b"", b"no checkpoint", bytes(data[:1000])):
+        (tmp_path / "bad/model.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            imdb.load(tmp_path / "bad/model.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "bad/model.pt")
+    with pytest.raises(ValueError, match="no checkpoint of this script"):
+        imdb.load(tmp_path / "bad/model.pt")
+
+
+def imdb_start(folder: Path, *arguments: str) -> subprocess.Popen:
+    env = (
+        os.environ
+        | NO_NETWORK
+        | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "IMDB_DATA": ""}
+    )
+    command = [sys.executable, str(ROOT / "classify_imdb.py"), *IMDB_SMALL, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def imdb_wait_for(process: subprocess.Popen, condition) -> None:
+    limit = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.005)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    one, other = (torch.load(path, weights_only=True)["model"] for path in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run, tmp_path):
+    """kill -9 three times, once during a save, then the same command: the undisturbed run's weights."""
+    folder, result = imdb_run
+    out = tmp_path / "run"
+    for kill in range(3):
+        process = imdb_start(tmp_path, "--out", "run", "--save-every", "0")  # a save after each step
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if kill else 0
+        now = lambda: (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0  # noqa: E731
+        imdb_wait_for(process, lambda before=before, now=now: now() > before)
+        if kill == 2:
+            imdb_wait_for(process, (out / "checkpoint.pt.part").exists)
+        else:
+            time.sleep(0.2)
+        process.kill()
+        process.communicate()
+        assert not (out / "model.pt").exists()
+    left = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert 2 < left["step"] < 225
+    last = imdb_start(tmp_path, "--out", "run")
+    output, errors = last.communicate(timeout=120)
+    assert last.returncode == 0, errors
+    assert f"going on at step {left['step']}" in output
+    assert same_weights(out / "model.pt", folder / "run/model.pt")
+    mine, other = json.loads(output.splitlines()[-1]), last_json(result)
+    assert mine["test_accuracy"] == other["test_accuracy"]
+    drop = [{k: v for k, v in row.items() if k != "seconds"} for row in mine["history"]]
+    assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(tmp_path, number):
+    process = imdb_start(tmp_path, "--out", "run", "--epochs", "50", "--save-every", "0.1")
+    imdb_wait_for(process, (tmp_path / "run/checkpoint.pt").exists)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert "the same command goes on" in errors and "run/checkpoint.pt" in errors
+    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert state["step"] > 0 and f"step {state['step']} of" in errors
+    other = imdb_start(tmp_path, "--out", "run", "--epochs", "50", "--seed", "7", "--dropout", "0.5")
+    _, errors = other.communicate(timeout=60)
+    assert other.returncode == 2 and len(errors.strip().splitlines()) == 1
+    assert "seed 0 there, 7 now" in errors and "dropout 0.1 there, 0.5 now" in errors and "--out" in errors
+
+
+def test_classify_imdb_shuffled_labels_teach_nothing(tmp_path):
+    """The honesty check; the test set has 2,000 demo reviews, so 50 +- 4% is 3.6 standard deviations."""
+    result = run_script("classify_imdb.py", *IMDB_SMALL, "--shuffle-labels", cwd=tmp_path, **NO_NETWORK)
+    report = last_json(result)
+    assert abs(report["test_accuracy"] - 0.5) <= 0.04
+
+
+def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
+    """A demo run in OUT gives way to IMDB; a run on IMDB is never overwritten by a demo."""
+    reviews = imdb.demo_reviews(0)
+    s = imdb.Settings()
+    imdb.save(tmp_path / "checkpoint.pt", imdb.earlier_run(s, "demo", reviews, tmp_path) | {"step": 5})
+    assert imdb.earlier_run(s, "demo", reviews, tmp_path)["step"] == 5
+    assert imdb.earlier_run(s, "imdb", reviews, tmp_path)["step"] == 0
+    imdb.save(tmp_path / "checkpoint.pt", imdb.earlier_run(s, "imdb", reviews, tmp_path) | {"step": 5})
+    with pytest.raises(ValueError, match="dataset imdb there, demo now"):
+        imdb.earlier_run(s, "demo", reviews, tmp_path)
+    reviews["test"][7] = reviews["test"][7]._replace(text="another text")
+    with pytest.raises(ValueError, match="texts"):
+        imdb.earlier_run(s, "imdb", reviews, tmp_path)
+
+
+def test_classify_imdb_errors_on_the_command_line(tmp_path):
+    run = functools.partial(run_script, "classify_imdb.py", cwd=tmp_path, **NO_NETWORK)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    check_one_line_error(run(IMDB_DATA="nowhere"), "data: nowhere does not exist")
+    check_one_line_error(run("--out", "file/below"), "file")
+    for argument in ("folder", "file"):
+        with pytest.raises(ValueError, match=f"data: {tmp_path}/{argument}"):
+            imdb.main(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "cache").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "file",
+        "folder",
+        "out",
+    ]
+    assert run("--widht", "3").returncode == 2
+    for arguments, words in [
+        ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
+        ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
+        ("--vocab-size 100", "vocab_size.*258.*100"),
+        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
+        ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            imdb.settings_from_command_line(arguments.split())
+
+
+def test_classify_imdb_presets_give_way_to_flags():
+    assert imdb.settings_from_command_line([]).preset == "fast"
+    best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
+    assert best.epochs == 1 and best.max_len == imdb.PRESETS["best"]["max_len"] != imdb.Settings().max_len
+
+
+def test_classify_imdb_baseline(tmp_path):
+    report = last_json(run_script("classify_imdb.py", "--baseline", "--out", "b", cwd=tmp_path, **NO_NETWORK))
+    assert report == json.loads((tmp_path / "b/baseline.json").read_text())
+    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
 
 
 if __name__ == "__main__":
