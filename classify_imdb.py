@@ -1,6 +1,7 @@
 """Sentiment of movie reviews: encoder.py's Transformer trained from scratch on IMDB, and used.
 
-RESULT LINE
+On 2 CPU cores (torch 2.13.0): 87.65 ± 0.17% of IMDB's test reviews right after 133 s of training (3 seeds);
+TF-IDF + logistic regression: 90.36%.
 
     python classify_imdb.py                                  # finds or downloads IMDB, trains, tests, reports
     python classify_imdb.py --data aclImdb_v1.tar.gz         # or the unpacked folder
@@ -53,7 +54,7 @@ from encoder import (
 
 PRESETS = {  # what differs from the defaults below; every setting can still be given as a flag
     "fast": {},
-    "best": {"d_model": 128, "d_ff": 512, "n_layers": 2, "epochs": 3},
+    "best": {"d_model": 128, "d_ff": 512, "n_layers": 2, "epochs": 3, "amp": "auto"},
 }
 
 
@@ -67,7 +68,7 @@ class Settings:
     baseline: bool = setting(False, "train and test TF-IDF + logistic regression instead")
     shuffle_labels: bool = setting(False, "honesty check: learn shuffled labels; the test must give 50%")
     device: str = setting("", "cuda, mps or cpu; empty: cuda where there is one, else cpu")
-    amp: str = setting("auto", "bf16 autocast: auto (where the hardware has it natively), bf16 or off")
+    amp: str = setting("off", "bf16 autocast: off (faster while d_model is 64), auto (if native) or bf16")
     vocab_size: int = setting(16000, "ids: padding, mask, then byte-level BPE")
     max_len: int = setting(512, "tokens a review, of a longer one its two ends; 256 lost a point on dev")
     d_model: int = setting(64, "width; 128 was slower and no better on dev")

@@ -19,6 +19,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -4116,6 +4117,136 @@ def test_classify_imdb_baseline(tmp_path):
     report = last_json(run_script("classify_imdb.py", "--baseline", "--out", "b", cwd=tmp_path, **NO_NETWORK))
     assert report == json.loads((tmp_path / "b/baseline.json").read_text())
     assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
+
+
+# -----------------------------------------------------------------------------
+# All files: pieces that stand in two of them are the same, importing does nothing, README tells the truth
+
+
+def test_copies_positions_and_masks_are_the_same():
+    for length, width in ((1, 1), (7, 5), (33, 16)):
+        ours, theirs = (
+            f(length, width)
+            for f in (encoder.sinusoidal_positional_encoding, transformer.sinusoidal_positions)
+        )
+        check_close(ours, theirs, 1e-7)
+    for q, k in ((1, 1), (3, 3), (2, 5), (5, 2)):
+        assert torch.equal(attention.causal_mask(q, k), transformer.causal_mask(q, k))
+
+
+def test_copies_attention_is_the_same():
+    """transformer.py's attention and attention.py's, also without a key to see: values, weights, gradients."""
+    long = attention.MultiHeadAttention(12, 3).double()
+    short = transformer.MultiHeadAttention(12, 3).double()
+    short.load_state_dict(long.state_dict())
+    x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
+    for mask in (
+        torch.rand(2, 1, 4, 6) < 0.6,
+        attention.padding_mask(torch.tensor([6, 0])),
+        torch.tensor(True),
+    ):
+        expected, weights = long.forward_with_weights(x, context, mask)
+        output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+        check_close(output, expected, 1e-12)
+        check_close(short_weights, weights, 1e-12)
+        for one, other in zip(
+            *(torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)), strict=True
+        ):
+            check_close(one, other, 1e-12)
+
+
+def test_copies_smoothed_loss_is_the_same():
+    logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
+    targets[1, 2:] = 0  # padding
+    for smoothing in (0.0, 0.1, 0.4):
+        long = losses.label_smoothing_cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), smoothing, ignore_index=0
+        )
+        check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
+
+
+@pytest.mark.parametrize("module", [attention, encoder, transformer, losses, imdb])
+def test_all_files_write_atomically(module, tmp_path, monkeypatch):
+    """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
+    if not hasattr(module, "write_atomically"):
+        pytest.fail(f"{module.__name__} has no write_atomically")
+    path, done = tmp_path / "file", []
+    path.write_bytes(b"old")
+    fsync, move = module.os.fsync, module.os.replace
+
+    def note_fsync(descriptor):
+        done.append(("fsync", path.read_bytes()))
+        fsync(descriptor)
+
+    def note_move(beside, target):
+        done.append(("replace", beside.read_bytes(), beside.parent == target.parent))
+        move(beside, target)
+
+    monkeypatch.setattr(module.os, "fsync", note_fsync)
+    monkeypatch.setattr(module.os, "replace", note_move)
+    module.write_atomically(path, b"new")
+    assert done == [("fsync", b"old"), ("replace", b"new", True)] and path.read_bytes() == b"new"
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        module.write_atomically(path, b"newer")
+    assert path.read_bytes() == b"new"
+
+
+def test_all_files_do_nothing_when_imported(tmp_path):
+    """No output, no file, no thread or seed set."""
+    names = ("attention", "encoder", "transformer", "losses", "classify_imdb")
+    code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
+    code += f"import {', '.join(names)}\n"
+    code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
+    code += "assert os.listdir() == []"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_all_requirements_are_pinned():
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    lines = [line for line in lines if line]
+    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and "torch==2.13.0" in lines
+
+
+def test_readme_figures_are_the_logged_ones():
+    """IMDB's table against assets/imdb.json: accuracy mean and spread, seconds, parameters, the baseline."""
+    readme, log = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        json.loads((ROOT / "assets/imdb.json").read_text()),
+    )
+    runs = log["fast"]
+    accuracies = [100 * run["test_accuracy"] for run in runs]
+    assert len(runs) >= 3 and len({run["seed"] for run in runs}) == len(runs)
+    assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}" in readme
+    assert f"{100 * log['baseline']['test_accuracy']:.2f}" in readme
+    assert f"{statistics.mean(run['train_seconds'] for run in runs):.0f} s" in readme
+    assert f"{runs[0]['n_parameters']:,}" in readme and f"{runs[0]['gemm_gflops']}" in readme
+    assert (
+        f"{100 * log['shuffled']['test_accuracy']:.1f}%" in readme
+        and abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02
+    )
+    assert (
+        f"{log['avx2']['train_seconds']:.0f} s" in readme
+        and f"{100 * log['avx2']['test_accuracy']:.2f}" in readme
+    )
+
+
+def test_readme_commands_are_the_ones_that_ci_runs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```sh\n(python3 -m venv .*)\n```", readme)[:2]
+    assert first.endswith("classify_imdb.py") and second.endswith("test_all.py")
+    for name in re.findall(r"^python (\w+\.py)", readme, flags=re.MULTILINE):
+        assert (ROOT / name).exists(), name
+    for flag in set(re.findall(r"^python classify_imdb.py.*?(--[\w-]+)", readme, flags=re.MULTILINE)):
+        assert flag.lstrip("-").replace("-", "_") in imdb.Settings.__dataclass_fields__
 
 
 if __name__ == "__main__":
