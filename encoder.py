@@ -4,7 +4,7 @@ On 2 CPU cores (torch 2.13.0): demo 17 s. On unseen reviews whose sentiment is i
 encoder is right on 100.0%; a bag of words, or the encoder without positions, on 75%.
 
     python encoder.py                       # demo: a table, a picture of a head, a line of JSON
-    python encoder.py --norm-first false    # every setting is a flag
+    python encoder.py --no-norm-first       # every setting is a flag
 
 Vaswani et al., "Attention Is All You Need", arXiv:1706.03762 (sections in the docstrings below);
 Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745 (pre-norm).

@@ -3945,7 +3945,7 @@ def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     long = "the plot was clever , " * 2000  # far over the length that a file name may have
     (tmp_path / "texts.txt").write_text(
-        "a superb film , the plot was clever\n\na dull film\n", encoding="utf-8"
+        "a superb film , the plot was clever\n\na dull\x85film\n", encoding="utf-8"
     )
 
     def predict(what: str) -> list[dict]:
@@ -3957,10 +3957,12 @@ def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
     assert answer["label"] == "positive" and answer["text"] == "a superb film , the plot was clever"
     assert 0.5 < answer["probability"] <= 1
     from_file = predict("texts.txt")
-    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull film"]
+    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull\x85film"]
     assert from_file[0] == answer and from_file[2]["label"] == "negative"
     command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
-    piped = subprocess.run(command, input=f"a dull film\n{long}", capture_output=True, text=True, timeout=60)
+    piped = subprocess.run(
+        command, input=f"a dull\x85film\n{long}", capture_output=True, text=True, timeout=60
+    )
     assert [json.loads(line) for line in piped.stdout.splitlines()] == [from_file[2], predict(long)[0]], (
         piped.stderr
     )
@@ -4135,7 +4137,7 @@ def test_copies_positions_and_masks_are_the_same():
 
 
 def test_copies_attention_is_the_same():
-    """transformer.py's attention and attention.py's, also without a key to see: values, weights, gradients."""
+    """transformer.py's and attention.py's attention, without a key to see, too: values, weights, gradients."""
     long = attention.MultiHeadAttention(12, 3).double()
     short = transformer.MultiHeadAttention(12, 3).double()
     short.load_state_dict(long.state_dict())
