@@ -4102,7 +4102,7 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
         ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
         ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
         ("--vocab-size 100", "vocab_size.*258.*100"),
-        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
+        ("--n-heads 3", "n_heads.*64.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
         ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
@@ -4112,7 +4112,7 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
 def test_classify_imdb_presets_give_way_to_flags():
     assert imdb.settings_from_command_line([]).preset == "fast"
     best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
-    assert best.epochs == 1 and best.max_len == imdb.PRESETS["best"]["max_len"] != imdb.Settings().max_len
+    assert best.epochs == 1 and best.d_model == imdb.PRESETS["best"]["d_model"] != imdb.Settings().d_model
 
 
 def test_classify_imdb_baseline(tmp_path):
@@ -4137,7 +4137,7 @@ def test_copies_positions_and_masks_are_the_same():
 
 
 def test_copies_attention_is_the_same():
-    """transformer.py's and attention.py's attention, without a key to see, too: values, weights, gradients."""
+    """transformer.py's and attention.py's, without a key to see, too: values, weights, gradients."""
     long = attention.MultiHeadAttention(12, 3).double()
     short = transformer.MultiHeadAttention(12, 3).double()
     short.load_state_dict(long.state_dict())
