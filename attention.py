@@ -23,6 +23,7 @@ import platform
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -817,7 +818,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def main() -> None:
     s = settings_from_command_line()
     device = usable_device(s.device)
-    Path(s.out).mkdir(parents=True, exist_ok=True)  # a place that can't be written is known before the work
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=s.out).close()  # a place that can't be written is known before the work
     # The demo's tensors are small: a second thread would bring little, and nothing where the cores are busy.
     torch.set_num_threads(2 if s.benchmark else 1)
     torch.manual_seed(s.seed)

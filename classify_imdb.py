@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -481,8 +482,7 @@ def classify(s: Settings) -> dict:
     start = time.perf_counter()
     out, device = Path(s.out), pick_device(s.device)
     out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise ValueError(f"out: {out} can't be written to")
+    tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
     dataset, reviews = load_reviews(s)
     run = earlier_run(s, dataset, reviews, out)
     if (out / "report.json").exists():

@@ -20,6 +20,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -576,7 +577,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 def main(argv: list[str] | None = None) -> None:
     s = settings_from_command_line(argv)
     device = pick_device(s.device)
-    Path(s.out).mkdir(parents=True, exist_ok=True)  # first: a place that can't be written is known at once
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=s.out).close()  # a place that can't be written is known before the work
     machine = hardware()
     chosen = asdict(s) | {"device": device.type, "dtype": "float32"}
     print(" ".join(f"{name}={value}" for name, value in (chosen | machine).items()))

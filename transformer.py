@@ -28,6 +28,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 import urllib.request
 import zipfile
@@ -1138,7 +1139,8 @@ def main() -> None:
     s = settings_from_command_line()
     if s.translate is not None:
         return translate_command(s)
-    Path(s.out).mkdir(parents=True, exist_ok=True)  # before the work: what can't be written is known at once
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=s.out).close()  # a place that can't be written is known before the work
     print(" ".join(f"{k}={v}" for k, v in asdict(s).items()), f"precision={precision(s)}")
     print(f"torch={torch.__version__} threads={torch.get_num_threads()}")
     report = train_and_evaluate(s)
