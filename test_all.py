@@ -1034,8 +1034,11 @@ def test_encoder_weights_on_request_do_not_change_the_output():
         check_close(weights[0], expected, 1e-12, "weights of the first layer")
 
 
-def test_encoder_dropout_only_while_training():
-    config = encoder.EncoderConfig(30, max_len=8, d_model=16, n_heads=2, d_ff=32, dropout=0.5)
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_dropout_only_while_training(norm_first):
+    config = encoder.EncoderConfig(
+        30, max_len=8, d_model=16, n_heads=2, d_ff=32, dropout=0.5, norm_first=norm_first
+    )
     model = encoder.EncoderClassifier(config)
     tokens = torch.randint(1, 30, (4, 8))
     assert not torch.equal(model(tokens), model(tokens))
@@ -1048,17 +1051,12 @@ def test_encoder_dropout_only_while_training():
                 other.p = 0.0
         model.get_submodule(name).p = 0.5
         assert not torch.equal(model(tokens), model(tokens)), name
-    layer = model.encoder.layers[0]  # both sub-layers' outputs, each before its residual
-    for silent, other in (("attention.out_proj", "ffn.2"), ("ffn.2", "attention.out_proj")):
-        saved = [p.clone() for p in layer.get_submodule(silent).parameters()]
-        for p in layer.get_submodule(silent).parameters():
-            nn.init.zeros_(p)
+    for silent in ("attention.out_proj", "ffn.2"):  # both sub-layers' outputs: the other one alone speaks
+        layer = encoder.EncoderLayer(config)
+        for parameter in layer.get_submodule(silent).parameters():
+            nn.init.zeros_(parameter)
         x = torch.randn(2, 5, 16)
-        layer.dropout.p = 0.5
-        assert not torch.equal(layer(x), layer(x)), f"dropout after {other}"
-        with torch.no_grad():
-            for p, value in zip(layer.get_submodule(silent).parameters(), saved, strict=True):
-                p.copy_(value)
+        assert not torch.equal(layer(x), layer(x)), f"no dropout but after {silent}"
 
 
 def test_encoder_sees_order_by_its_positions_alone():
@@ -1176,17 +1174,32 @@ def test_encoder_demo_alone_in_an_empty_folder(tmp_path):
 
 
 def test_encoder_same_seed_same_weights():
-    weights = []
+    """Twice the same; another seed of the training alone gives other batches, hence other weights."""
+    tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
     for seed in (3, 3, 4):
-        s = encoder.Settings(n_train=200, n_test=40, epochs=1, d_model=16, d_ff=16, seed=seed, dropout=0.2)
-        tokens, labels = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,))
-        torch.manual_seed(seed)
-        model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=16, d_ff=16))
         torch.manual_seed(0)
-        tokens, labels = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,))
-        encoder.train(model, tokens, labels, s)
+        model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=16, d_ff=16, dropout=0.2))
+        encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_encoder_training_warms_up_and_cools_down(monkeypatch):
+    rates = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, *arguments, **given):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments, **given)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=8, n_heads=2, d_ff=8))
+    s = encoder.Settings(epochs=2, batch_size=10, lr=0.5)
+    encoder.train(model, torch.randint(1, 20, (395, 5)), torch.randint(0, 2, (395,)), s)
+    assert len(rates) == 80  # the last batch of an epoch is smaller, and counts
+    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5], rel=0.01)  # warm-up is 80 / 20 steps
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[40] == pytest.approx(0.25) and rates[-1] < 0.001
 
 
 def test_encoder_errors_on_the_command_line(tmp_path):
@@ -3514,6 +3527,101 @@ def test_losses_script_bad_input(tmp_path):
         run_script("losses.py", cwd=tmp_path, PYTHONPATH=str(tmp_path)), "losses.py", "scikit-learn"
     )
     assert list((tmp_path / "out" / "losses").iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# losses.py: the embedding losses and the ordinal one against loops, gradients by autograd
+
+
+def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+
+
+def losses_loop_info_nce(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
+    rows = []
+    for i, q in enumerate(query):
+        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
+        rows.append(-(scores[i] / sum(scores)).log())
+    return sum(rows) / len(rows)
+
+
+def losses_loop_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    z, n = [*z1, *z2], len(z1)
+    rows = []
+    for i in range(2 * n):
+        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(2 * n) if j != i}
+        rows.append(-(scores[(i + n) % (2 * n)] / sum(scores.values())).log())
+    return sum(rows) / len(rows)
+
+
+def losses_loop_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    rows = []
+    for i in range(len(z)):
+        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
+        positives = [j for j in scores if labels[j] == labels[i]]
+        if positives:
+            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
+    return sum(rows) / len(rows)
+
+
+def losses_loop_contrastive(x1: Tensor, x2: Tensor, same: Tensor, margin: float) -> Tensor:
+    rows = []
+    for a, b, together in zip(x1, x2, same.tolist(), strict=True):
+        d = (a - b).square().sum().sqrt()
+        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
+    return sum(rows) / len(rows)
+
+
+def losses_loop_ordinal(logits: Tensor, targets: Tensor) -> Tensor:
+    p, terms = logits.softmax(1), []
+    for row, target in zip(p, targets.tolist(), strict=True):
+        for k in range(len(row) - 1):
+            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log())
+    return sum(terms) / len(terms)
+
+
+def test_losses_on_embeddings_are_their_loops_gradients_included():
+    """float64, 1e-10: value and gradient of each against the formula written as loops over pairs."""
+    for n, width in ((2, 3), (5, 4), (6, 1), (7, 8)):
+        a, b = (torch.randn(n, width, dtype=torch.float64) for _ in range(2))
+        same, labels = torch.rand(n) < 0.5, torch.randint(0, 3, (n,))
+        labels[:2] = 1  # at least one pair
+        for t in (0.07, 0.5, 2.0):
+            losses_check(
+                lambda x, y, t=t: losses.info_nce_loss(x, y, t),
+                lambda x, y, t=t: losses_loop_info_nce(x, y, t),
+                a,
+                b,
+            )
+            losses_check(
+                lambda x, y, t=t: losses.nt_xent_loss(x, y, t),
+                lambda x, y, t=t: losses_loop_nt_xent(x, y, t),
+                a,
+                b,
+            )
+            losses_check(
+                lambda z, t=t, labels=labels: losses.supervised_contrastive_loss(z, labels, t),
+                lambda z, t=t, labels=labels: losses_loop_supcon(z, labels, t),
+                a,
+            )
+        for margin in (0.5, 1.0, 3.0):
+            losses_check(
+                lambda x, y, m=margin, same=same: losses.contrastive_loss(x, y, same, m),
+                lambda x, y, m=margin, same=same: losses_loop_contrastive(x, y, same, m),
+                a,
+                b,
+            )
+
+
+def test_losses_ordinal_is_its_loop_gradients_included():
+    for n, n_classes in ((1, 2), (4, 3), (6, 7)):
+        logits = 3 * torch.randn(n, n_classes, dtype=torch.float64)
+        targets = torch.randint(0, n_classes, (n,))
+        losses_check(
+            lambda z, targets=targets: losses.ordinal_loss(z, targets),
+            lambda z, targets=targets: losses_loop_ordinal(z, targets),
+            logits,
+        )
 
 
 # -----------------------------------------------------------------------------
