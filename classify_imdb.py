@@ -624,7 +624,7 @@ def test(model, tokenizer, reviews: list[Review], settings: dict, out: Path, dev
         mistake = {"label": LABELS[reviews[i].label], "probability": round(right_p[i].item(), 4)}
         mistakes.append(mistake | {"text": reviews[i].text})
     write_atomically(out / "mistakes.json", json.dumps(mistakes, indent=1).encode())
-    print(f"\ntest accuracy {accuracy(p, labels):.2%} on {len(reviews):,} reviews")
+    print(f"\ntest accuracy {accuracy(p, labels):.2%} on {len(reviews):,} reviews ({settings['dataset']})")
     print(f"the most wrong of them (20 are in {out / 'mistakes.json'}):")
     for mistake in mistakes[:5]:
         print(

@@ -3679,7 +3679,10 @@ def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
 def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(imdb, "PER_FOLDER", 30)
     files = imdb_files(30)
-    whole = imdb_tarball(tmp_path / "whole.tar.gz", files)
+    long = " ".join(
+        f"{random.Random(i).random()}" for i in range(5000)
+    )  # most of the bytes lie inside a text
+    whole = imdb_tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
 
     def refused(path: Path, *words: str):
         with pytest.raises(ValueError) as error:
