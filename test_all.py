@@ -4381,4 +4381,4 @@ def test_readme_commands_are_the_ones_that_ci_runs():
 
 
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "--durations=10", *sys.argv[1:]]))
+    sys.exit(pytest.main([__file__, "-rs", "--durations=10", *sys.argv[1:]]))
