@@ -3723,11 +3723,12 @@ def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch
 def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
     """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
     monkeypatch.setattr(imdb, "PER_FOLDER", 5)
-    monkeypatch.chdir(tmp_path)
-    evil = {"../../evil.txt": "out", "/tmp/imdb_evil.txt": "out", "train/pos/../../../evil.txt": "out"}
-    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5))
-    assert len(imdb.read_imdb(imdb_tarball(path, imdb_files(5) | evil, prefix=""))["train"]) == 10
-    assert [p.name for p in tmp_path.iterdir()] == ["evil.tar.gz"] and not Path("/tmp/imdb_evil.txt").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    evil = {"../evil.txt": "out", f"{tmp_path}/absolute.txt": "out", "train/pos/../../../evil.txt": "out"}
+    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5) | evil, prefix="")
+    assert len(imdb.read_imdb(path)["train"]) == 10
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.tar.gz", "here"]
 
 
 def test_classify_imdb_dev_split_is_blocks_of_neighbours():
