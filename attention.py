@@ -173,6 +173,8 @@ def blockwise_attention(
 
 
 class BlockwiseAttention(torch.autograd.Function):
+    """What blockwise_attention runs: keeps output and log Σ exp(score) a query, recomputes the rest."""
+
     @staticmethod
     def forward(ctx, q, k, v, allowed, causal, block_size):
         with torch.autocast(q.device.type, enabled=False):
@@ -222,6 +224,7 @@ class BlockwiseAttention(torch.autograd.Function):
 
 
 def widened_and_scaled(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in at least float32, q and k times D^-¼; same shapes."""
     wide = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
     scale = q.size(-1) ** -0.25
     return q.to(wide) * scale, k.to(wide) * scale, v.to(wide)

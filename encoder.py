@@ -418,6 +418,7 @@ def predict(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def demo(s: Settings, device: torch.device) -> dict:
+    """Trains the three models on the same reviews, prints a table, draws a picture; returns the report."""
     need("sklearn", "matplotlib")
     reviews = generate_reviews(s.n_train + s.n_test, s.seed)
     train_set, test_set = reviews[: s.n_train], reviews[s.n_train :]

@@ -510,6 +510,8 @@ class GradNorm(nn.Module):
 
 
 class GatherBatch(torch.autograd.Function):
+    """all_gather with its gradient: see gather_batch."""
+
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -653,10 +655,12 @@ def draw_batches(n: int, s: Settings):
 
 
 def pick(values: Tensor, rows: Tensor) -> Tensor:
+    """values (S, N, ...), rows (S, B) -> (S, B, ...): each seed's own rows."""
     return values[torch.arange(len(rows))[:, None], rows]
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """logits (S, N, K), y (S, N) -> share that is right, (S,)."""
     return (logits.argmax(-1) == y).double().mean(-1)  # (S,)
 
 
