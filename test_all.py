@@ -3422,25 +3422,41 @@ def test_losses_two_views_shift_the_same_image():
     assert (losses.two_views(marked)[0].amax(1) / 100).round().tolist() == [0, 1, 2, 0, 1, 2]
 
 
-def test_losses_learning_rate_comes_from_dev_alone():
-    """Test labels turned to nonsense change no choice and no dev score."""
-    s = losses.Settings(n_seeds=2, steps=6, batch_size=8)
-    honest, _ = losses.demo_optimizers(s)
-    digits = losses.digits
+@pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
+def test_losses_learning_rate_comes_from_dev_alone(name, monkeypatch):
+    """Test labels turned to nonsense change no choice and no dev score; dev labels do."""
+    s, digits = losses.Settings(n_seeds=2, steps=6, batch_size=8), losses.digits
+    demo = getattr(losses, f"demo_{name}")
 
-    def nonsense(settings):
-        data = digits(settings)
-        return data | {"test": (data["test"][0], (data["test"][1] + 1) % 10)}
+    def rows_with_nonsense(*parts: str) -> dict:
+        def nonsense(settings):
+            data = digits(settings)
+            return data | {part: (data[part][0], (data[part][1] + 1) % 10) for part in parts}
 
-    losses.digits = nonsense
-    try:
-        other, _ = losses.demo_optimizers(s)
-    finally:
-        losses.digits = digits
-    for name, row in honest["rows"].items():
-        for column in ("dev", "learning rate", "weight norm"):
-            assert other["rows"][name][column] == row[column], (name, column)
-    assert any(other["rows"][name]["test"] != row["test"] for name, row in honest["rows"].items())
+        monkeypatch.setattr(losses, "digits", nonsense)
+        return demo(s)[0]["rows"]
+
+    honest, other = rows_with_nonsense(), rows_with_nonsense("test")
+    for row, values in honest.items():
+        for column in {"dev", "learning rate", "weight norm", "confidence"} & set(values):
+            assert other[row][column] == values[column], (row, column)
+    assert any("learning rate" in values for values in honest.values()) and honest != other
+
+
+def test_losses_tuned_takes_the_rate_that_is_best_on_dev():
+    s, seen = losses.Settings(n_seeds=2), []
+
+    def train(lr: float) -> float:
+        seen.append(lr)
+        return 10 * lr
+
+    def dev_score(result: float) -> Tensor:  # best on average at the third rate, though not for seed 1
+        i = losses.RATES.index(result / 10)
+        return torch.tensor([[0.0, 0.0], [0.2, 0.9], [1.0, 0.3], [0.1, 0.2]][i])
+
+    result, rate = losses.tuned(train, dev_score, s)
+    assert tuple(seen) == losses.RATES and result == 10 * losses.RATES[2]
+    assert rate.tolist() == pytest.approx([losses.RATES[2]] * 2)
 
 
 def test_losses_optimizer_options_do_something():
@@ -4369,6 +4385,22 @@ def test_readme_figures_are_the_logged_ones():
         f"{log['avx2']['train_seconds']:.0f} s" in readme
         and f"{100 * log['avx2']['test_accuracy']:.2f}" in readme
     )
+
+
+def test_readme_translation_figures_are_the_logged_ones():
+    readme, log = (ROOT / "README.md").read_text(), json.loads((ROOT / "assets/multi30k.json").read_text())
+    for search in log["searches"].values():
+        row = f"{search['bleu']:.1f}", f"{search['log_prob']:.2f}", f"{search['n_tokens']:.1f}"
+        assert re.search(r"\|[ *]*{}[ *]*\| {} \| {} \|".format(*map(re.escape, row)), readme), row
+    for figure in (
+        f"{log['n_parameters']:,}",
+        f"{log['train_seconds']:,.0f} s",
+        f"{log['gemm_gflops']:.0f} GFLOP",
+    ):
+        assert figure in readme, figure
+    assert f"{log['search_gains']} times" in readme and f"{log['search_errors']} times" in readme
+    assert log["signature"] in readme and log["threads"] == 2
+    assert f"{log['greedy']:.1f} BLEU greedy, {log['beam']:.1f} with beam" in transformer.__doc__
 
 
 def test_readme_commands_are_the_ones_that_ci_runs():
