@@ -6,6 +6,7 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
 """
 
 import base64
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,7 @@ import attention
 import classify_imdb as imdb
 import encoder
 import losses
+import train_ddp
 import transformer
 
 ROOT = Path(__file__).resolve().parent
@@ -80,6 +83,10 @@ def check_one_line_error(result, *words: str) -> None:
     assert len(lines) == 1 and "Traceback" not in result.stderr, result.stderr
     for word in words:
         assert word in lines[0], (word, lines[0])
+
+
+def json_of(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def last_json(result) -> dict:
@@ -3516,12 +3523,6 @@ def test_losses_script(tmp_path):
     assert len(list((tmp_path / "here").iterdir())) == 6
 
 
-def json_of(path):
-    import json
-
-    return json.loads(path.read_text())
-
-
 def test_losses_script_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, words in (
@@ -3638,6 +3639,698 @@ def test_losses_ordinal_is_its_loop_gradients_included():
             lambda z, targets=targets: losses_loop_ordinal(z, targets),
             logits,
         )
+
+
+# -----------------------------------------------------------------------------
+# train_ddp.py: the model and the data
+
+
+def test_train_ddp_gpt_equals_torch_layers():
+    """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
+    model = train_ddp.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+    oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
+    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
+        pairs = [
+            (theirs.self_attn.in_proj_weight, ours.qkv.weight),
+            (theirs.self_attn.in_proj_bias, ours.qkv.bias),
+        ]
+        for name, other in (("self_attn.out_proj", ours.out), ("norm1", ours.norm1), ("norm2", ours.norm2)):
+            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
+        for name, other in (("linear1", ours.mlp[0]), ("linear2", ours.mlp[2])):
+            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
+        for target, source in pairs:
+            target.data = source.detach().clone()
+    oracle.norm.load_state_dict(model.norm.state_dict())
+    tokens = torch.randint(256, (4, 17))
+    x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
+    table = model.embedding.weight.detach().clone().requires_grad_()
+    hidden = oracle(
+        x, mask=nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64), is_causal=True
+    )
+    expected, logits = hidden @ table.T, model(tokens)
+    check_close(logits, expected, 1e-10, "logits")
+    logits.square().sum().backward()
+    expected.square().sum().backward()
+    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
+        check_close(ours.qkv.weight.grad, theirs.self_attn.in_proj_weight.grad, 1e-10, "qkv")
+        check_close(ours.mlp[0].weight.grad, theirs.linear1.weight.grad, 1e-10, "mlp")
+    check_close(model.norm.weight.grad, oracle.norm.weight.grad, 1e-10, "norm")
+
+
+def test_train_ddp_gpt_is_causal_and_checks_its_input():
+    model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
+    tokens = torch.randint(256, (2, 12))
+    before = model(tokens)
+    for place in range(12):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 256
+        difference = (model(changed) - before).abs().amax(-1)  # (B, T)
+        assert (difference[:, :place] == 0).all()
+        assert (difference[:, place] > 0).all()
+    with pytest.raises(ValueError, match="T <= 12"):
+        model(torch.zeros(1, 13, dtype=torch.long))
+    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
+        train_ddp.GPT(16, 3, 1, 8)
+    model.train()
+    torch.manual_seed(1)
+    first = model(tokens)
+    assert not torch.equal(first, model(tokens)), "dropout while training"
+
+
+def test_train_ddp_start_weights():
+    torch.manual_seed(0)
+    model = train_ddp.GPT(64, 4, 8, 128)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert p.abs().max() == 0, name
+        elif p.ndim == 2:
+            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
+            assert abs(p.std().item() / std - 1) < 0.1, name
+        else:
+            assert (p == 1).all(), name
+
+
+@pytest.mark.parametrize("max_len", [7, 32, 128])
+def test_train_ddp_every_byte_of_the_manual_is_a_target_once(max_len):
+    from pydoc_data.topics import topics
+
+    texts = sorted(set(topics.values()))
+    assert len(texts) > 50
+    train, dev = train_ddp.load_manual(max_len)
+    for sequences, expected in (
+        (dev, texts[9::10]),
+        (train, [t for i, t in enumerate(texts) if i % 10 != 9]),
+    ):
+        inputs, targets = sequences.batch(torch.arange(len(sequences.lengths)), torch.device("cpu"))
+        assert inputs.shape == targets.shape == (len(sequences.lengths), max_len)
+        real = targets != -100
+        assert torch.equal(real.sum(1), sequences.lengths) and (sequences.lengths > 0).all()
+        assert bytes(targets[real].tolist()) == "".join(expected).encode()
+        assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
+        newline = [len(text.encode()) for text in expected]
+        starts = torch.tensor([0, *newline[:-1]]).cumsum(0)
+        flat_inputs = inputs[real]
+        assert (flat_inputs[starts] == 10).all(), "a text starts from a line's end"
+    assert (train.lengths < max_len).sum() > 20, "rows of unequal length"
+
+
+def test_train_ddp_rows_of_step_are_an_endless_row_of_shuffles():
+    for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
+        steps = 3 * n
+        rows = torch.cat([train_ddp.rows_of_step(step, n, batch_size, seed=4) for step in range(steps)])
+        epochs = rows[: len(rows) // n * n].view(-1, n)
+        assert len(rows) == steps * batch_size
+        assert (epochs.sort(dim=1).values == torch.arange(n)).all()
+        assert len(epochs[:4].unique(dim=0)) == min(4, len(epochs)) if n > 5 else True
+        assert torch.equal(train_ddp.rows_of_step(2, n, batch_size, 4), rows[2 * batch_size : 3 * batch_size])
+    other = train_ddp.rows_of_step(0, 100, 32, seed=5)
+    assert not torch.equal(other, train_ddp.rows_of_step(0, 100, 32, seed=4))
+
+
+def test_train_ddp_learning_rate_and_decay():
+    s = train_ddp.Settings(steps=30, warmup=10, lr=0.5, weight_decay=0.3)
+    rates = [train_ddp.learning_rate(step, s) for step in range(30)]
+    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
+    assert rates[10] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[29] < 0.01
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert train_ddp.learning_rate(0, train_ddp.Settings(steps=5, warmup=0, lr=0.1)) == 0.1
+    model = train_ddp.GPT(16, 2, 1, 8)
+    optimizer = train_ddp.make_optimizer(model, s, torch.device("cpu"))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert isinstance(optimizer, torch.optim.AdamW) and len(decay) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
+
+
+def test_train_ddp_evaluation_and_flops_and_sample():
+    model = train_ddp.GPT(16, 2, 1, 32)
+    _, dev = train_ddp.load_manual(32)
+    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
+    x, y = dev.batch(torch.arange(len(dev.lengths)), alone.device)
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()  # the mean over real tokens
+    assert train_ddp.evaluate(model, dev, alone) == pytest.approx(expected, rel=1e-6)
+    assert model.training
+    weights = sum(p.numel() for p in model.parameters()) - 32 * 16
+    assert train_ddp.flops_per_token(model) == 6 * weights + 6 * 1 * 32 * 16
+    text = train_ddp.generate(model, "The ", 50, alone.device)
+    assert text.startswith("The ") and text == train_ddp.generate(model, "The ", 50, alone.device)
+    with torch.no_grad():  # a model that is sure of "ab" again and again, past its max_len
+        model.embedding.weight.zero_()
+        model.embedding.weight[ord("a"), 0] = model.embedding.weight[ord("b"), 1] = 1.0
+
+    class Alternates(nn.Module):
+        max_len = 8
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            assert tokens.shape[1] <= 8
+            following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
+            return 50.0 * F.one_hot(following, 256)
+
+    assert train_ddp.generate(Alternates(), "xa", 12, alone.device) == "xa" + "ba" * 6
+
+
+# -----------------------------------------------------------------------------
+# train_ddp.py: checkpoints
+
+
+def ddp_state(step: int) -> dict:
+    return {"step": step, "weights": torch.arange(1000.0) + step}
+
+
+def test_train_ddp_checkpoints_keep_the_last_and_leave_no_parts(tmp_path):
+    folder = tmp_path / "new"
+    (tmp_path / "new").mkdir()
+    (folder / "step_00000001.abc.pt.part").write_bytes(b"of a killed process")
+    (folder / "mine.txt").write_text("not a checkpoint")
+    for step in (5, 50, 500, 5000):
+        path = train_ddp.save_checkpoint(folder, step, ddp_state(step), keep=2)
+        assert path.exists()
+    names = sorted(p.name.split(".")[0] for p in folder.iterdir())
+    assert names == ["mine", "step_00000500", "step_00005000"]
+    loaded = train_ddp.load_checkpoint(folder)
+    assert loaded["step"] == 5000 and torch.equal(loaded["weights"], ddp_state(5000)["weights"])
+    assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_train_ddp_damaged_checkpoint_is_reported_and_the_one_before_taken(damage, tmp_path, capsys):
+    train_ddp.save_checkpoint(tmp_path, 1, ddp_state(1))
+    path = train_ddp.save_checkpoint(tmp_path, 2, ddp_state(2))
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data if damage == "flip" else data[: len(data) // 2 * (damage == "truncate")])
+    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
+    assert capsys.readouterr().err == "" and len(list(tmp_path.glob("*.damaged"))) == 1
+
+
+def test_train_ddp_checkpoint_runs_no_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return (Path(tmp_path / "ran").touch, ())
+
+    data = pickle.dumps({"step": Evil()})
+    (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
+    with contextlib.suppress(Exception):
+        train_ddp.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_train_ddp_checkpoint_on_a_full_disk(tmp_path):
+    """A process that may write no file above 100 kB: OSError, and what was there stays."""
+    code = f"""
+import resource, sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddp
+from pathlib import Path
+folder = Path({str(tmp_path)!r})
+train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
+except OSError as error:
+    print("OSError", train_ddp.load_checkpoint(folder)["step"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "OSError 1\n", result
+
+
+# -----------------------------------------------------------------------------
+# train_ddp.py: runs of one and of several processes
+
+DDP_TINY = "--steps 20 --batch-size 13 --max-len 24 --d-model 16 --n-heads 2 --n-layers 1 --warmup 3".split()
+DDP_TINY += "--eval-every 10 --timeout 40".split()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ddp_start(folder: Path, world: int, *arguments: str, script: Path = ROOT / "train_ddp.py", of_rank=None):
+    """`python train_ddp.py` world times, with the variables that torchrun sets (and without its seconds)."""
+    folder.mkdir(exist_ok=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(script), *arguments]
+    processes = []
+    for rank in range(world):
+        mine = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
+        more = (of_rank or {}).get(rank, [])
+        if more is not None:  # None: this rank never starts
+            processes.append(
+                subprocess.Popen(
+                    command + more, cwd=folder, env=env | mine, text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+    return processes
+
+
+def ddp_wait(processes: list, timeout: float = 120) -> list[subprocess.CompletedProcess]:
+    """What each process printed; none is left behind."""
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def ddp_run(folder: Path, world: int, *arguments: str, **options) -> list:
+    results = ddp_wait(ddp_start(folder, world, *arguments, **options))
+    assert all(r.returncode == 0 for r in results), results
+    return results
+
+
+def ddp_weights(out: Path) -> Tensor:
+    state = torch.load(out / "final.pt", weights_only=True)
+    return torch.cat([value.flatten() for value in state.values()])
+
+
+def ddp_distance(a: Path, b: Path) -> float:
+    """Norm of the difference of all weights, relative to the norm."""
+    a, b = ddp_weights(a), ddp_weights(b)
+    return ((a - b).norm() / b.norm()).item()
+
+
+def ddp_by_hand(s) -> Tensor:
+    """The same training as a plain loop over whole batches: what all ways of splitting them must give."""
+    text, _ = train_ddp.load_manual(s.max_len)
+    torch.manual_seed(s.seed)
+    model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
+    for step in range(s.steps):
+        x, y = text.batch(
+            train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed), torch.device("cpu")
+        )
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()  # the mean over real tokens
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
+
+
+def test_train_ddp_same_weights_however_the_batch_is_split(tmp_path):
+    """13 sequences of unequal length on 1 to 4 processes, with and without accumulation, in float64."""
+    arguments = [*DDP_TINY, "--dtype", "float64"]
+    s = train_ddp.settings_from_command_line(arguments)
+    expected, losses = ddp_by_hand(s), {}
+    for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
+        out = tmp_path / f"{world}x{accumulate}"
+        ddp_run(tmp_path, world, *arguments, "--accumulate", str(accumulate), "--out", str(out))
+        weights = ddp_weights(out)
+        distance = ((weights - expected).norm() / expected.norm()).item()
+        assert weights.dtype == torch.float64 and distance <= 1e-12, (world, accumulate, distance)
+        report = json_of(out / "report.json")
+        losses[world, accumulate] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
+        assert report["processes"] == world and len(report["losses"]) == 20
+        check_close(losses[world, accumulate], losses[1, 1], 1e-12, "losses")
+
+
+def test_train_ddp_two_processes_are_bitwise_one_with_two_micro_batches(tmp_path):
+    """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
+    arguments = [*DDP_TINY, "--dropout", "0.2", "--clip", "0.5"]
+    first = ddp_run(tmp_path, 1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
+    ddp_run(tmp_path, 2, *arguments, "--out", str(tmp_path / "b"))
+    ddp_run(tmp_path, 1, *arguments, "--out", str(tmp_path / "c"))
+    assert torch.equal(ddp_weights(tmp_path / "a"), ddp_weights(tmp_path / "b"))
+    assert 1e-3 < ddp_distance(tmp_path / "c", tmp_path / "a"), "other micro-batches, other dropout"
+    ddp_run(tmp_path, 1, *DDP_TINY, "--out", str(tmp_path / "d"))
+    ddp_run(tmp_path, 3, *DDP_TINY, "--out", str(tmp_path / "e"))
+    assert ddp_distance(tmp_path / "d", tmp_path / "e") <= 1e-5
+    assert last_json(first[0])["dev_loss"] < 5.6
+    again = ddp_run(tmp_path, 1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
+    assert "this run is finished" in again[0].stdout and last_json(again[0]) == json_of(
+        tmp_path / "a" / "report.json"
+    )
+    check_plots(tmp_path / "a" / "loss.png")
+
+
+def check_plots(path: Path) -> None:
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+
+
+def test_train_ddp_mixed_precision_and_data_parallel(tmp_path):
+    """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the
+    same way); DataParallel is the plain model on CPU."""
+    arguments = [*DDP_TINY, "--clip", "0.3"]
+    ddp_run(tmp_path, 1, *arguments, "--out", str(tmp_path / "fp32"))
+    ddp_run(tmp_path, 1, *arguments, "--data-parallel", "--out", str(tmp_path / "dp"))
+    assert torch.equal(ddp_weights(tmp_path / "fp32"), ddp_weights(tmp_path / "dp"))
+    for amp in ("bf16", "fp16"):
+        ddp_run(tmp_path, 2, *arguments, "--amp", amp, "--out", str(tmp_path / amp))
+        assert 0 < ddp_distance(tmp_path / amp, tmp_path / "fp32") < 0.02, amp
+        assert ddp_weights(tmp_path / amp).dtype == torch.float32
+
+
+KILLS = int(os.environ.get("KILLS", 5))  # KILLS=20 for a longer search
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_train_ddp_killed_at_random_moments(world, tmp_path):
+    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
+    arguments = [*DDP_TINY, "--steps", "60", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
+    ddp_run(tmp_path, world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
+    out, rng, kills = tmp_path / "killed", random.Random(int(time.time())), 0
+    while kills < KILLS:
+        processes = ddp_start(tmp_path, world, *arguments, "--out", str(out))
+        before, deadline = ddp_newest(out), time.monotonic() + 60
+        while ddp_newest(out) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.05)
+        for process in processes if kills % 2 else processes[-1:]:
+            process.kill()
+        results = ddp_wait(processes)
+        kills += any(r.returncode == -signal.SIGKILL for r in results)
+        if (out / "report.json").exists():
+            shutil.rmtree(out)
+    results = ddp_run(tmp_path, world, *arguments, "--out", str(out))
+    assert "going on at step" in results[0].stdout
+    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert not list(out.glob("*.part")) and len(list(out.glob("step_*.pt"))) == 2
+
+
+def ddp_newest(out: Path) -> str:
+    return max((p.name for p in out.glob("step_*.pt")), default="")
+
+
+@pytest.mark.parametrize(
+    "world, who, number", [(1, "all", "SIGTERM"), (2, "last", "SIGTERM"), (2, "all", "SIGINT")]
+)
+def test_train_ddp_signal_stops_all_ranks_at_one_step(world, who, number, tmp_path):
+    arguments = [*DDP_TINY, "--steps", "120", "--save-every", "0", "--amp", "fp16", "--dropout", "0.1"]
+    ddp_run(tmp_path, world, *arguments, "--save-every", "20", "--out", str(tmp_path / "whole"))
+    out = tmp_path / "stopped"
+    processes = ddp_start(tmp_path, world, *arguments, "--steps", "120", "--out", str(out))
+    while not processes[0].stdout.readline().startswith("step 10/"):
+        assert processes[0].poll() is None
+    for process in processes if who == "all" else processes[-1:]:
+        process.send_signal(getattr(signal, number))
+    results = ddp_wait(processes)
+    code = 128 + getattr(signal, number)
+    assert [r.returncode for r in results] == [code] * world, results
+    assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "final.pt").exists()
+    assert "the same command goes on from there" in results[0].stderr
+    assert all(r.stderr == "" for r in results[1:]), "one line an event"
+    state = train_ddp.load_checkpoint(out)
+    assert 10 <= state["step"] < 120 and state["scaler"]["_growth_tracker"] == state["step"]
+    results = ddp_run(tmp_path, world, *arguments, "--out", str(out))
+    assert f"going on at step {state['step']}" in results[0].stdout
+    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 120
+
+
+def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(tmp_path):
+    """On other numbers of processes before and after, too: world size, save_every, threads may change."""
+    arguments = [*DDP_TINY, "--dtype", "float64", "--save-every", "5", "--out", str(tmp_path / "a")]
+    ddp_run(tmp_path, 2, *arguments)
+    expected = ddp_weights(tmp_path / "a")
+    (tmp_path / "a" / "final.pt").unlink()
+    (tmp_path / "a" / "report.json").unlink()
+    newest = sorted((tmp_path / "a").glob("step_*.pt"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[-2000] ^= 16
+    newest.write_bytes(data)
+    result = ddp_run(tmp_path, 1, *arguments, "--save-every", "3")[0]
+    assert f"{newest} is damaged" in result.stderr and "going on at step 15" in result.stdout
+    assert ((ddp_weights(tmp_path / "a") - expected).norm() / expected.norm()).item() <= 1e-12
+
+
+def test_train_ddp_lost_and_late_processes(tmp_path):
+    """One that dies and one that never comes: the others say what they waited for, and end."""
+    arguments = [*DDP_TINY, "--steps", "5000", "--save-every", "0", "--out", str(tmp_path / "a")]
+    processes = ddp_start(tmp_path, 3, *arguments)
+    while not processes[0].stdout.readline().startswith("step 10/"):
+        assert processes[0].poll() is None
+    processes[1].kill()
+    results = ddp_wait(processes, timeout=60)
+    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
+    for rank in (0, 2):
+        assert f"rank {rank} waited for" in results[rank].stderr and "Traceback" not in results[rank].stderr
+    start = time.monotonic()
+    never = ddp_start(tmp_path, 2, *DDP_TINY, "--timeout", "3", of_rank={1: None})
+    result = ddp_wait(never, timeout=60)[0]
+    assert (
+        result.returncode == 1
+        and "waited for up to 3 s for 2 processes to meet at 127.0.0.1" in result.stderr
+    )
+    assert time.monotonic() - start < 40
+
+
+def test_train_ddp_unequal_settings_are_found_at_the_start(tmp_path):
+    results = ddp_wait(ddp_start(tmp_path, 2, *DDP_TINY, of_rank={1: ["--lr", "0.5"]}), timeout=60)
+    assert [r.returncode for r in results] == [2, 2]
+    check_one_line_error(
+        results[0], "rank 1 was started with other settings than rank 0", "lr 0.5 there, 0.003 here"
+    )
+    assert results[1].stderr == "" and not (tmp_path / "out").exists()
+
+
+def test_train_ddp_bad_input(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    wrong = {
+        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
+        "file": ["--out", str(tmp_path / "file")],
+        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
+    }
+    for message, arguments in wrong.items():
+        results = ddp_wait(ddp_start(tmp_path, 2, *DDP_TINY, *arguments), timeout=60)
+        check_one_line_error(results[0], message)
+        assert results[1].returncode == 2 and results[1].stderr == ""
+    wrong = [
+        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
+        (["--device", "tpu"], "device must be auto, cuda, cpu or mps, got tpu"),
+        (["--timeout", "0"], "timeout must be above 0, got 0.0"),
+        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32, got float64"),
+    ]
+    for arguments, message in wrong:
+        check_one_line_error(run_script("train_ddp.py", *DDP_TINY, *arguments, cwd=tmp_path), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_ddp_settings_are_checked():
+    good = train_ddp.Settings(steps=20, warmup=3)
+    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
+    train_ddp.check_settings(good, alone, {})
+    wrong = {
+        "steps": 0,
+        "batch_size": 0,
+        "accumulate": 0,
+        "max_len": 0,
+        "n_layers": 0,
+        "lr": -1.0,
+        "clip": -0.1,
+    }
+    wrong |= {
+        "eval_every": 0,
+        "save_every": -1,
+        "keep": 0,
+        "dropout": 1.0,
+        "dtype": "float16",
+        "amp": "fp8",
+        "seed": -1,
+    }
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            train_ddp.check_settings(train_ddp.Settings(**{"steps": 20, "warmup": 3, name: value}), alone, {})
+    with pytest.raises(ValueError, match="lr must be at least 0, got nan"):
+        train_ddp.check_settings(train_ddp.Settings(lr=float("nan")), alone, {})
+    with pytest.raises(ValueError, match="accumulate 5"):
+        train_ddp.check_settings(train_ddp.Settings(batch_size=4, accumulate=5), alone, {})
+
+
+def test_train_ddp_other_settings_do_not_mix(tmp_path):
+    run = [*DDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
+    ddp_run(tmp_path, 1, *run)
+    before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    for extra, difference in (
+        (["--lr", "0.01"], "lr 0.003 there, 0.01 here"),
+        (["--steps", "5"], "steps 4 there, 5 here"),
+        (["--max-len", "20"], "max_len 24 there, 20 here"),
+    ):
+        result = run_script("train_ddp.py", *run, *extra, cwd=tmp_path)
+        check_one_line_error(result, "holds a run of other settings", difference, "another --out")
+    assert before == {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+
+
+def test_train_ddp_diverging_run_ends_with_advice(tmp_path):
+    result = run_script("train_ddp.py", *DDP_TINY, "--lr", "1e30", "--clip", "0", cwd=tmp_path)
+    check_one_line_error(result, "the loss is", "try a smaller --lr, or --clip 1")
+
+
+def test_train_ddp_under_torchrun_survives_a_killed_worker(tmp_path):
+    """And, copied alone into an empty folder, needs nothing of the others."""
+    script = shutil.copy(ROOT / "train_ddp.py", tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
+    command += [f"--master_port={free_port()}", script, *DDP_TINY, "--steps", "400", "--save-every", "5"]
+    with subprocess.Popen(
+        [*command, "--out", "out"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as torchrun:
+        while not ddp_newest(tmp_path / "out"):
+            assert torchrun.poll() is None
+            time.sleep(0.01)
+        os.kill(children(torchrun)[1], signal.SIGKILL)
+        out, err = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, err
+    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
+    ddp_run(tmp_path, 2, *DDP_TINY, "--steps", "400", "--out", str(tmp_path / "whole"))
+    assert torch.equal(ddp_weights(tmp_path / "out"), ddp_weights(tmp_path / "whole"))
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def kill_with_children(agent: subprocess.Popen) -> None:
+    """As if its machine had lost power: torchrun and its workers, which live in a session of their own."""
+    for pid in (*children(agent), agent.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    agent.wait()
+
+
+def ddp_agent(folder: Path, node: list[str], *arguments: str, prefix=(), **environment) -> subprocess.Popen:
+    """A torchrun, as on a machine of its own."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | environment
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *node,
+        str(ROOT / "train_ddp.py"),
+        *arguments,
+    ]
+    log = open(folder / f"agent{len(list(folder.glob('agent*')))}.log", "w")  # closed with the process
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again(tmp_path):
+    """The node that doesn't host the rendezvous is killed and comes back; the loss curve stays."""
+    arguments = [
+        *DDP_TINY,
+        "--dtype",
+        "float64",
+        "--steps",
+        "100000",
+        "--save-every",
+        "20",
+        "--eval-every",
+        "9999",
+    ]
+    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
+    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
+    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
+    out, agents = tmp_path / "elastic", []
+
+    def step(folder: Path = out) -> int:
+        return int(ddp_newest(folder)[5:13] or 0)
+
+    def starts(processes: int) -> int:
+        return sum(log.read_text().count(f"processes={processes} ") for log in tmp_path.glob("agent*.log"))
+
+    def steps_with(processes: int, n_starts: int) -> None:
+        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
+        reached = step()
+        wait_until(lambda: step() > reached + 40, 60, f"steps with {processes} node(s)")
+
+    try:
+        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
+        steps_with(1, 1)
+        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
+        steps_with(2, 1)
+        kill_with_children(agents[1])
+        steps_with(1, 2)
+        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
+        steps_with(2, 2)
+    finally:
+        for agent in agents:
+            kill_with_children(agent)
+    elastic = train_ddp.load_checkpoint(out)["loss"]
+    whole = ddp_start(tmp_path, 1, *arguments, "--out", str(tmp_path / "whole"))
+    wait_until(lambda: step(tmp_path / "whole") >= len(elastic), 120, "the undisturbed run")
+    whole[0].kill()
+    ddp_wait(whole)
+    curves = [elastic, train_ddp.load_checkpoint(tmp_path / "whole")["loss"][: len(elastic)]]
+    check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-5, "loss curve")
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_train_ddp_two_hosts(rendezvous, tmp_path):
+    """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
+    if os.geteuid() != 0 or not shutil.which("ip"):
+        pytest.skip("two hosts are simulated with `ip netns`: needs root and iproute2")
+    tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
+    names = [f"nsA{tag}", f"nsB{tag}"]
+    cables = [f"vA{tag}", f"vB{tag}"]
+    arguments, agents = [*DDP_TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
+
+    def ip(*words: str) -> None:
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"two hosts can't be simulated here: ip {' '.join(words)}: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
+        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            ip("link", "set", cable, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", cable)
+            for device in ("lo", cable):
+                ip("-n", name, "link", "set", device, "up")
+        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
+            node = ["--nnodes=2", "--nproc_per_node=2"]
+            if rendezvous == "static":
+                node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
+            else:
+                node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
+                node += [f"--local-addr=10.77.0.{i + 1}", f"--rdzv-conf=is_host={1 - i}"]
+            within = ["ip", "netns", "exec", name]
+            agents.append(ddp_agent(tmp_path, node, *arguments, prefix=within, GLOO_SOCKET_IFNAME=cable))
+        codes = [agent.wait(90) for agent in agents]
+        assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
+    finally:
+        for agent in agents:
+            kill_with_children(agent)
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    expected = ddp_by_hand(train_ddp.settings_from_command_line(arguments))
+    assert ((ddp_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
+    assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
+
+
+def test_train_ddp_loop_is_short():
+    """From batch to step in one place, at most 60 lines."""
+    import inspect
+
+    lines = inspect.getsource(train_ddp.train).splitlines()
+    assert len(lines) - inspect.getdoc(train_ddp.train).count("\n") - 1 <= 60
 
 
 # -----------------------------------------------------------------------------
@@ -4313,7 +5006,7 @@ def test_copies_smoothed_loss_is_the_same():
         check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
 
 
-@pytest.mark.parametrize("module", [attention, encoder, transformer, losses, imdb])
+@pytest.mark.parametrize("module", [attention, encoder, transformer, losses, train_ddp, imdb])
 def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
     if not hasattr(module, "write_atomically"):
@@ -4346,7 +5039,7 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
 
 def test_all_files_do_nothing_when_imported(tmp_path):
     """No output, no file, no thread or seed set."""
-    names = ("attention", "encoder", "transformer", "losses", "classify_imdb")
+    names = ("attention", "encoder", "transformer", "losses", "train_ddp", "classify_imdb")
     code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
     code += f"import {', '.join(names)}\n"
     code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
