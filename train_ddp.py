@@ -49,21 +49,21 @@ def setting(default, reason: str):
 
 @dataclass
 class Settings:
-    steps: int = setting(300, "optimizer steps in all; the learning rate ends at 0 with the last")
-    batch_size: int = setting(32, "sequences a step, over all processes and micro-batches; any number")
+    steps: int = setting(500, "optimizer steps in all; the learning rate ends at 0 with the last")
+    batch_size: int = setting(16, "sequences a step, over all processes and micro-batches; any number")
     accumulate: int = setting(1, "micro-batches a process takes for a step: the same step in less memory")
     max_len: int = setting(128, "tokens (here bytes) the model looks back")
     d_model: int = setting(128, "width")
     n_heads: int = setting(4, "heads of attention; divides d_model")
     n_layers: int = setting(3, "blocks")
     dropout: float = setting(0.0, "share of features dropped; 0: the data is seen a few times only")
-    lr: float = setting(3e-3, "peak learning rate of AdamW")
-    warmup: int = setting(30, "steps up to the peak, then a cosine down to 0")
+    lr: float = setting(4e-3, "peak learning rate of AdamW")
+    warmup: int = setting(50, "steps up to the peak, then a cosine down to 0")
     weight_decay: float = setting(0.1, "on matrices; norms and biases have no reason to be small")
     clip: float = setting(1.0, "largest norm of the whole gradient; 0: none")
     dtype: str = setting("float32", "of the weights: float32 or float64 (to compare runs exactly)")
     amp: str = setting("off", "off, bf16 (pays where the hardware has it) or fp16 (older GPUs; scaled loss)")
-    eval_every: int = setting(50, "steps between two looks at the held-out text")
+    eval_every: int = setting(100, "steps between two looks at the held-out text")
     save_every: int = setting(50, "steps between checkpoints; 0: only at the end")
     keep: int = setting(3, "checkpoints kept; older ones are deleted")
     timeout: float = setting(120.0, "seconds that any wait for another process may take")
@@ -226,11 +226,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     processes = Processes(rank, world, torch.device(device))
     if world > 1:
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
-        host, port, limit = (
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            timedelta(seconds=timeout),
-        )
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        limit = timedelta(seconds=timeout)
         with waiting(f"{world} processes to meet at {host}:{port}", processes, timeout):
             # torchrun keeps the store while it restarts workers, with the addresses of those that died in it
             # (torch 2.13). A prefix for each attempt hides them; nodes may count attempts differently, so on
@@ -611,12 +608,8 @@ def finish(model: GPT, run: dict, machine: dict, s: Settings) -> dict:
     torch.save(weights, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
     rate = run["tokens"] / run["seconds"]
-    report = {
-        "loss": run["loss"][-1],
-        "dev_loss": run["dev"][-1][1],
-        "train_seconds": round(run["seconds"], 1),
-    }
-    report |= {"tokens_per_second": round(rate), "sample": sample} | machine
+    report = {"loss": run["loss"][-1], "dev_loss": run["dev"][-1][1], "sample": sample} | machine
+    report |= {"train_seconds": round(run["seconds"], 1), "tokens_per_second": round(rate)}
     report["mfu"] = round(rate * flops_per_token(model) / (machine["gemm_gflops"] * 1e9), 3)
     report["picture"] = plot_loss(run, Path(s.out, "loss.png"))
     report |= {"losses": run["loss"], "dev_losses": run["dev"], "settings": run["settings"]}
@@ -654,11 +647,9 @@ def hardware(p: Processes) -> dict:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor() or platform.machine()
-    return {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()} | {
-        "gemm_gflops": round(gflops, 1),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    machine = {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return machine | {"gemm_gflops": round(gflops, 1)} | versions
 
 
 def run_job(s: Settings, p: Processes) -> None:
@@ -682,12 +673,10 @@ def run_job(s: Settings, p: Processes) -> None:
     if p.rank == 0:
         print(" ".join(f"{name}={value}" for name, value in (asdict(s) | machine).items()))
         n_parameters, n_train = sum(weight.numel() for weight in model.parameters()), text.lengths.sum()
-        print(
-            f"{n_parameters:,} parameters; {n_train:,} bytes to learn from, {dev.lengths.sum():,} held out",
-            flush=True,
-        )
+        print(f"{n_parameters:,} parameters; {n_train:,} bytes to learn from, {dev.lengths.sum():,} held out")
         if run["step"]:
-            print(f"going on at step {run['step']}", flush=True)
+            print(f"going on at step {run['step']}")
+        sys.stdout.flush()
     train(model, (text, dev), run, s, p)
     report = on_rank_0(lambda: finish(model, run, machine, s), p)
     if p.rank == 0:
@@ -716,23 +705,19 @@ def main() -> int:
         processes = start_processes(s.device, s.timeout)
         run_job(s, processes)
         return 0
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-    ) as error:  # the same on all ranks once they have met: one says it
-        code, message = (
-            2,
-            f"the package {error.name} is missing" if isinstance(error, ImportError) else str(error),
-        )
+    except (ValueError, OSError) as error:
+        code, message = 2, str(error)
+    except ImportError as error:
+        code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
-    except Lost as error:
-        print(f"train_ddp.py: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         code, message = 130, "interrupted before there was anything to save"
-    if processes is None or processes.rank == 0:
+    except Lost as error:
+        code, message = 1, str(error)
+    if (
+        code == 1 or processes is None or processes.rank == 0
+    ):  # the rest is the same on all ranks that have met
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 
