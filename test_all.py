@@ -12,11 +12,13 @@ import functools
 import gzip
 import hashlib
 import http.server
+import inspect
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -44,6 +46,7 @@ import encoder
 import export
 import losses
 import train_ddp
+import train_fsdp
 import transformer
 
 ROOT = Path(__file__).resolve().parent
@@ -3832,7 +3835,6 @@ def test_train_ddp_damaged_checkpoint_is_reported_and_the_one_before_taken(damag
 
 
 def test_train_ddp_checkpoint_runs_no_code(tmp_path):
-    import pickle
 
     class Evil:
         def __reduce__(self):
@@ -3885,7 +3887,7 @@ import importlib, json, os, sys, traceback
 sys.path.insert(0, sys.argv[1])
 import matplotlib.pyplot, safetensors.torch, torch, torch._dynamo, tqdm
 import pydoc_data.topics
-script = importlib.import_module(sys.argv[2])
+script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
 script.hardware = lambda p: {"processes": p.world, "gemm_gflops": 1.0}
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
 for line in sys.stdin:
@@ -4404,10 +4406,755 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
 
 def test_train_ddp_loop_is_short():
     """From batch to step in one place, at most 60 lines."""
-    import inspect
 
     lines = inspect.getsource(train_ddp.train).splitlines()
     assert len(lines) - inspect.getdoc(train_ddp.train).count("\n") - 1 <= 60
+
+
+# -----------------------------------------------------------------------------
+# train_fsdp.py: what it carries over from train_ddp.py
+
+
+def test_train_fsdp_copies_of_train_ddp():
+    """Model, data, schedule: the same numbers from the same weights; the same flags and defaults."""
+    ours, theirs = train_fsdp.GPT(24, 3, 2, 20), train_ddp.GPT(24, 3, 2, 20)
+    ours.load_state_dict(theirs.state_dict())
+    x, y = torch.randint(256, (3, 20)), torch.randint(256, (3, 20))
+    for model in (ours, theirs):
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    assert torch.equal(ours(x), theirs(x))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    outputs = []
+    for model in (train_fsdp.GPT(16, 2, 1, 8, dropout=0.5), train_ddp.GPT(16, 2, 1, 8, dropout=0.5)):
+        torch.manual_seed(3)
+        for p in model.parameters():
+            nn.init.normal_(p)
+        outputs.append(model(torch.arange(8)[None]))
+    assert torch.equal(*outputs), "dropout in the same places"
+    for a, b in zip(train_fsdp.load_manual(50), train_ddp.load_manual(50), strict=True):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
+        rows = torch.randint(len(a.lengths), (9,))
+        for left, right in zip(a.batch(rows, "cpu"), b.batch(rows, "cpu"), strict=True):
+            assert torch.equal(left, right)
+    for step, n, batch_size, seed in ((0, 10, 3, 0), (7, 10, 13, 2), (1, 5, 12, 3)):
+        rows = train_fsdp.rows_of_step(step, n, batch_size, seed)
+        assert torch.equal(rows, train_ddp.rows_of_step(step, n, batch_size, seed))
+    s = train_fsdp.Settings(steps=30, warmup=10, lr=0.5)
+    for step in range(30):
+        assert train_fsdp.learning_rate(step, s) == train_ddp.learning_rate(step, s)
+    ours, theirs = vars(train_fsdp.Settings()), vars(train_ddp.Settings())
+    assert set(ours) ^ set(theirs) == {"exact", "replicate", "recompute", "data_parallel"}
+    assert {k for k in theirs if k in ours and ours[k] != theirs[k]} == {"out"}
+    with pytest.raises(ValueError, match="T <= 20"):
+        train_fsdp.GPT(16, 2, 1, 20)(torch.zeros(1, 21, dtype=torch.long))
+    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
+        train_fsdp.GPT(16, 3, 1, 8)
+    model = train_ddp.GPT(24, 3, 2, 20)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    s = train_fsdp.Settings(d_model=24, n_layers=2, max_len=20)
+    assert train_fsdp.flops_per_token(s, n_parameters) == train_ddp.flops_per_token(model)
+
+
+def test_train_fsdp_start_weights_depend_on_seed_and_name_alone():
+    models = {}
+    for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
+        torch.manual_seed(len(models))  # of no consequence
+        models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
+        train_fsdp.initialise(models[key], seed)
+    a, other, deeper = (dict(models[key].named_parameters()) for key in ("a", "other", "deeper"))
+    for name, p in models["b"].named_parameters():
+        assert torch.equal(p, a[name])
+        if name.endswith("bias"):
+            assert p.abs().max() == 0, name
+        elif p.ndim == 2:
+            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
+            assert abs(p.std().item() / std - 1) < 0.1 and abs(p.mean()) < std / 20, name
+            assert not torch.equal(p, other[name]), name
+            check_close(deeper[name] * (3 / 8**0.5 if std == 0.005 else 1), p, 1e-6, name)
+        else:
+            assert (p == 1).all(), name
+    assert not torch.equal(a["blocks.0.qkv.weight"], a["blocks.1.qkv.weight"]), "a draw for each parameter"
+    double = train_fsdp.GPT(64, 4, 8, 128).double()
+    train_fsdp.initialise(double, 0)
+    for name, p in double.named_parameters():
+        check_close(p, a[name].double(), 1e-9, name)
+
+
+def test_train_fsdp_clipping_both_ways_on_a_plain_model():
+    for largest in (0.01, 1.0, 100.0):
+        grads = []
+        for way in ("torch", False, True):
+            torch.manual_seed(1)
+            model = nn.Linear(30, 40)
+            model(torch.randn(5, 30)).square().sum().backward()
+            if way == "torch":
+                norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+                for p in model.parameters():
+                    p.grad *= min(1.0, largest / norm)
+            else:
+                train_fsdp.clip_gradients(model, largest, exact=way)
+            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        check_close(grads[1], grads[0], 1e-5, "torch's")
+        check_close(grads[2], grads[0], 1e-5, "exact")
+        assert grads[2].norm() <= largest * 1.00001
+
+
+# -----------------------------------------------------------------------------
+# train_fsdp.py: runs of one and of several processes
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
+    yield launcher
+    launcher.end()
+
+
+# Rows of the parameters divide neither by 4 nor all by 2; batches neither: every slice and part is uneven.
+FSDP_TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
+FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
+
+
+def fsdp_report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+def fsdp_distance(a: Path, b: Path) -> float:
+    """Norm of the difference of all weights, relative to the norm."""
+    a, b = ddp_weights(a), ddp_weights(b)
+    return ((a - b).norm() / b.norm()).item()
+
+
+def fsdp_by_hand(s) -> Tensor:
+    """The same training as a plain loop over whole batches with torch's own parts."""
+    text, _ = train_ddp.load_manual(s.max_len)
+    model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    train_fsdp.initialise(model, s.seed)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
+    for step in range(s.steps):
+        rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
+        x, y = text.batch(rows, torch.device("cpu"))
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()  # the mean over real tokens
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
+
+
+def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
+    """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
+    arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
+    s = train_fsdp.settings_from_command_line(arguments)
+    expected, losses = fsdp_by_hand(s), {}
+    runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
+    runs |= {"4, 2 x 2": ["--replicate", "2", "--accumulate", "2"], "2, 2 x 1": ["--replicate", "2"]}
+    for name, more in runs.items():
+        out = tmp_path / name.replace(" ", "_")
+        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
+        weights = ddp_weights(out)
+        distance = ((weights - expected).norm() / expected.norm()).item()
+        assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
+        report = fsdp_report(out)
+        losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
+        assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
+        check_close(losses[name], losses["1"], 1e-12, "losses")
+    assert 4 < report["dev_loss"] < 5.5
+
+
+def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_path):
+    """--exact, float32, clipped, with dropout: its masks belong to a part of the batch, not to a process."""
+    arguments = [*FSDP_TINY, "--exact", "--dropout", "0.2", "--clip", "0.3"]
+    fsdp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
+    expected = ddp_weights(tmp_path / "1x2")
+    for name, more in {"2": [], "recompute": ["--recompute"]}.items():
+        fsdp.run(2, *arguments, *more, "--out", str(tmp_path / name))
+        assert torch.equal(ddp_weights(tmp_path / name), expected), name
+    fsdp.run(1, *arguments, "--out", str(tmp_path / "1"))
+    assert 1e-3 < fsdp_distance(tmp_path / "1", tmp_path / "1x2"), "other parts, other dropout"
+    weights = fsdp.run(2, *arguments, "--out", str(tmp_path / "2"))  # again
+    assert "this run is finished" in weights[0].stdout and weights[1].stdout == ""
+    assert last_json(weights[0]) == fsdp_report(tmp_path / "2")
+
+
+def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
+    """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
+    stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
+    arguments = [*FSDP_TINY, "--clip", "0.3"]
+    fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
+    runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
+    for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
+        more = [*["--exact"] * ("exact" in name), *["--replicate", "2"] * ("replicas" in name)]
+        more += ["--amp", name[2:]] * ("16" in name)
+        out = tmp_path / name.replace(" ", "_") / "run"
+        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
+        distance = fsdp_distance(out, tmp_path / "1")
+        assert distance <= limit and (distance > limit / 100 or "16" not in name), (name, distance)
+        assert ddp_weights(out).dtype == torch.float32
+
+
+FSDP_ROWS = """
+batch, seen, seed, seeds = train_fsdp.Sequences.batch, [], torch.manual_seed, []
+torch.manual_seed = lambda number: seeds.append(number) or seed(number)
+def note(self, rows, device):
+    seen.append((len(self.lengths), rows.tolist()))
+    return batch(self, rows, device)
+train_fsdp.Sequences.batch = note
+train_fsdp.main()
+print(json.dumps([seen, seeds]))
+"""
+
+
+def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
+    """Training: each row of a step on one rank in one micro-batch. Evaluation: each held-out row once, and
+    as many forwards on every rank."""
+    arguments = [*FSDP_TINY, "--accumulate", "2", "--out", str(tmp_path / "a")]
+    results = fsdp.run(3, *arguments, code=FSDP_ROWS)
+    seen, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
+    assert len(set(sum(seeds, []))) == 20 * 2 * 3, "dropout of its own in each part of each step"
+    text, dev = train_ddp.load_manual(21)
+    n, n_dev = len(text.lengths), len(dev.lengths)
+    training = [[rows for size, rows in of_rank if size == n] for of_rank in seen]
+    for step in range(20):
+        parts = [of_rank[2 * step + micro] for of_rank in training for micro in (0, 1)]
+        expected = train_ddp.rows_of_step(step, n, 13, 0).tolist()
+        assert sorted(sum(parts, [])) == sorted(expected) and all(parts)
+        assert sum(sum(of_rank[2 * step : 2 * step + 2], []) != sum(parts, []) for of_rank in training) == 3
+    evaluations = [[rows for size, rows in of_rank if size == n_dev] for of_rank in seen]
+    assert len({len(e) for e in evaluations}) == 1
+    both = sum((rows for of_rank in evaluations for rows in of_rank), [])
+    assert set(both) == set(range(n_dev)) and len(both) <= 2 * n_dev + 4
+
+
+def test_train_fsdp_evaluation_when_ranks_run_out_of_rows(fsdp):
+    """Two rows left for three ranks: the third takes part, and counts nothing."""
+    code = """
+p = train_fsdp.start_processes("cpu", 30)
+s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5)
+model = train_fsdp.sharded_model(s, p)
+_, dev = train_fsdp.load_manual(8)
+few = train_fsdp.Sequences(dev.tokens[-194:], dev.lengths[-194:])
+print(train_fsdp.evaluate(model, few, p), model.training)
+"""
+    results = fsdp.run(3, code=code)
+    model = train_fsdp.GPT(16, 2, 1, 8)
+    train_fsdp.initialise(model, 0)
+    _, dev = train_ddp.load_manual(8)
+    x, y = dev.batch(torch.arange(len(dev.lengths))[-194:], torch.device("cpu"))
+    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
+    for result in results:
+        loss, training = result.stdout.split()
+        assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
+
+
+def fsdp_slices(n: int, rank: int) -> int:
+    """Weights in a rank's slices, by torch.chunk in dimension 0."""
+    model = train_ddp.GPT(18, 2, 2, 21)
+    chunks = [p.chunk(n) for p in model.parameters()]
+    return sum(c[rank].numel() for c in chunks if rank < len(c))
+
+
+def test_train_fsdp_each_rank_holds_its_slices_and_no_more(fsdp, tmp_path):
+    """1/N of weights, gradients and moments, counted by the script from its tensors, in HSDP of a replica;
+    the whole model is never made, but for one parameter at a time."""
+    whole = sum(p.numel() for p in train_ddp.GPT(18, 2, 2, 21).parameters())
+    for world, replicate in ((2, 1), (4, 1), (4, 2)):
+        out = tmp_path / f"{world}x{replicate}"
+        arguments = [*FSDP_TINY, "--steps", "4", "--replicate", str(replicate), "--out", str(out)]
+        stdout = fsdp.run(world, *arguments)[0].stdout
+        report, shards = fsdp_report(out), world // replicate
+        assert report["n_parameters"] == whole and report["held"]["whole"] == {
+            "weights": 4 * whole, "gradients": 4 * whole, "moments": 8 * whole
+        }  # fmt: skip
+        for rank in range(world):
+            held, expected = report["held"][f"rank {rank}"], fsdp_slices(shards, rank % shards)
+            assert held.pop("peak_rss") > 50e6
+            assert held == {"weights": 4 * expected, "gradients": 4 * expected, "moments": 8 * expected}
+            assert expected <= whole / shards * 1.05
+            assert f"rank {rank}   {4 * expected / 2**20:12,.3f}" in stdout
+    code = """
+largest = []
+p = train_fsdp.start_processes("cpu", 30)
+s = train_fsdp.Settings(d_model=64, n_heads=2, n_layers=8, max_len=8)
+original = torch.randn
+torch.randn = lambda *a, **k: largest.append(original(*a, **k)) or largest[-1]
+model = train_fsdp.sharded_model(s, p)
+whole = sum(w.numel() for w in model.parameters())
+local = sum(w.to_local().untyped_storage().nbytes() for w in model.parameters()) / 4
+assert local <= whole * 0.51 and not any(w.is_meta for w in model.parameters()), (local, whole)
+assert max(w.numel() for w in largest) == 4 * 64 * 64
+reference = train_fsdp.GPT(64, 2, 8, 8)
+train_fsdp.initialise(reference, 0)
+for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+    assert torch.equal(a.full_tensor(), b), name
+    assert a.placements == (torch.distributed.tensor.Shard(0),)
+"""
+    fsdp.run(2, code=code)
+
+
+def test_train_fsdp_blocks_are_gathered_one_at_a_time(fsdp):
+    """While a block computes it is whole, and the others are in slices."""
+    code = """
+from torch.distributed.tensor import DTensor
+p = train_fsdp.start_processes("cpu", 30)
+s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
+model = train_fsdp.sharded_model(s, p)
+seen = []
+for block in model.blocks:
+    block.norm2.register_forward_hook(lambda *_: seen.append(
+        [not isinstance(b.qkv.weight, DTensor) for b in model.blocks]))
+model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
+assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
+
+s.amp, dtypes = "bf16", set()
+model = train_fsdp.sharded_model(s, p)
+model.blocks[1].norm2.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
+model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
+grads = [w.grad.to_local() for w in model.parameters()]
+assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
+assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
+
+s.recompute, calls = True, []
+model = train_fsdp.sharded_model(s, p)
+model.blocks[1].norm2.register_forward_hook(lambda *_: calls.append(1))
+model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+assert len(calls) == 2, "once in forward, once in backward"
+"""
+    fsdp.run(2, code=code)
+
+
+# -----------------------------------------------------------------------------
+# train_fsdp.py: checkpoints
+
+
+def fsdp_checkpoints(out: Path) -> list[Path]:
+    return sorted(path for path in out.glob("step_*") if path.suffix not in (".part", ".damaged"))
+
+
+FSDP_DIGEST = """
+import hashlib
+from pathlib import Path
+def digest(p, path, arguments):
+    s = train_fsdp.settings_from_command_line(arguments)
+    if p:
+        model = train_fsdp.sharded_model(s, p)
+    else:
+        model = train_fsdp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    optimizer = train_fsdp.make_optimizer(model, s)
+    tensors = train_fsdp.state_tensors(model, optimizer)
+    train_fsdp.load_tensors(Path(path), tensors, p)
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(name.encode() + train_fsdp.whole(value).numpy().tobytes())
+    return sha.hexdigest(), len(tensors), optimizer.param_groups[0]["lr"]
+"""
+
+
+def test_train_fsdp_saved_on_2_loaded_on_1_on_4_and_on_none(fsdp, tmp_path):
+    """Weights, moments and step counts have the same digest; the weights are those of final.pt."""
+    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
+    fsdp.run(2, *arguments)
+    path = fsdp_checkpoints(tmp_path / "a")[-1]
+    assert path.name.startswith("step_00000020.")
+    code = FSDP_DIGEST + f"print(*digest(train_fsdp.start_processes('cpu', 30), {str(path)!r}, sys.argv[1:]))"
+    found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
+    found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
+    scope = {"train_fsdp": train_fsdp, "torch": torch}
+    exec(FSDP_DIGEST, scope)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
+        found += [" ".join(map(str, scope["digest"](None, path, arguments))) + "\n"]
+    assert len(set(found)) == 1, found
+    n_parameters = len(list(train_ddp.GPT(18, 2, 2, 21).parameters()))
+    assert found[0].split()[1:] == [str(4 * n_parameters), "0.003"], "weight, two moments, a step count each"
+    model = train_fsdp.GPT(18, 2, 2, 21)
+    optimizer = train_fsdp.make_optimizer(model, train_fsdp.Settings())
+    tensors = train_fsdp.state_tensors(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_fsdp.load_tensors(path, tensors)
+    final = torch.load(tmp_path / "a/final.pt", weights_only=True)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
+    assert (
+        {name[6:] for name in tensors if name.startswith("model.")} == set(final) == set(model.state_dict())
+    )
+    assert all(state["step"] == 20 and state["exp_avg_sq"].max() > 0 for state in optimizer.state.values())
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+    files = {p.name for p in path.iterdir()}
+    assert files == set(manifest["files"]) | {"manifest.json"}, "nothing that no checksum covers"
+
+
+def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
+    """Ten steps on 2 ranks, ten more on 1, on 4, on 2 x 2: the undisturbed run's weights; on 2 bitwise."""
+    arguments = [*FSDP_TINY, "--dtype", "float64", "--out"]
+    fsdp.run(2, *arguments, str(tmp_path / "whole"), "--save-every", "10")
+    for name, more in {"1": [], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}.items():
+        out = tmp_path / name.replace(" ", "_")
+        shutil.copytree(
+            fsdp_checkpoints(tmp_path / "whole")[0], out / fsdp_checkpoints(tmp_path / "whole")[0].name
+        )
+        stdout = fsdp.run(int(name[0]), *arguments, str(out), *more)[0].stdout
+        assert "going on at step 10" in stdout
+        assert fsdp_distance(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
+        losses = [
+            torch.tensor(fsdp_report(o)["losses"], dtype=torch.float64) for o in (out, tmp_path / "whole")
+        ]
+        check_close(*losses, 1e-12, "losses")
+
+
+def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp, tmp_path):
+    """Before training goes on, whichever rank finds it, on another number of ranks too."""
+    arguments = [*FSDP_TINY, "--save-every", "8", "--exact", "--out"]
+    fsdp.run(2, *arguments, str(tmp_path / "whole"))
+    expected = ddp_weights(tmp_path / "whole")
+    (tmp_path / "whole/report.json").unlink()
+    files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
+    files |= {
+        "altered metadata": ".metadata",
+        "altered manifest": "manifest.json",
+        "missing manifest": "manifest.json",
+    }
+    for damage, name in files.items():
+        out = tmp_path / damage.replace(" ", "_")
+        shutil.copytree(tmp_path / "whole", out)
+        newest = fsdp_checkpoints(out)[-1]
+        data = bytearray((newest / name).read_bytes())
+        data[len(data) // 2] ^= 4 * ("altered" in damage)
+        (newest / name).write_bytes(data[:-1] if damage == "truncated" else data)
+        if "missing" in damage:
+            (newest / name).unlink()
+        world = 1 if damage == "truncated" else 2
+        results = fsdp.run(world, *arguments, str(out))
+        assert f"{newest} is damaged ({name} missing or altered)" in results[0].stderr, damage
+        assert "going on at step 16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
+        distance = ((ddp_weights(out) - expected).norm() / expected.norm()).item()
+        assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
+        assert newest.with_name(newest.name + ".damaged").is_dir()
+    assert "this run is finished" in fsdp.run(2, *arguments, str(out))[0].stdout
+
+
+def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
+    """Two in a row: both are reported, and training starts anew."""
+    arguments = [*FSDP_TINY, "--save-every", "10", "--keep", "2", "--exact", "--out", str(tmp_path / "a")]
+    fsdp.run(1, *arguments)
+    expected = ddp_weights(tmp_path / "a")
+    assert len(fsdp_checkpoints(tmp_path / "a")) == 2
+    for path in fsdp_checkpoints(tmp_path / "a"):
+        (path / "__0_0.distcp").write_bytes(b"")
+    result = fsdp.run(1, *arguments)[0]
+    assert result.stderr.count("is damaged") == 2 and "going on" not in result.stdout
+    assert torch.equal(ddp_weights(tmp_path / "a"), expected)
+
+
+class FsdpEvil:
+    """Pickled, it makes who unpickles it touch a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("where", ["metadata", "bytes"])
+def test_train_fsdp_checkpoint_runs_no_code(where, tmp_path):
+    """Neither from .metadata nor from an entry that .metadata calls an object's."""
+    import torch.distributed.checkpoint as dcp
+
+    tensors = {"a": torch.zeros(3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(
+            {"a": FsdpEvil(tmp_path / "ran")} if where == "bytes" else tensors, checkpoint_id=tmp_path / "c"
+        )
+        (tmp_path / "ran").unlink(missing_ok=True)
+        if where == "metadata":
+            (tmp_path / "c/.metadata").write_bytes(pickle.dumps(FsdpEvil(tmp_path / "ran")))
+        with pytest.raises(OSError, match="which has no place there"):
+            train_fsdp.load_tensors(tmp_path / "c", tensors)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_train_fsdp_full_disk_while_saving(fsdp, tmp_path):
+    """Rank 1 may write no file above 20 kB: every rank ends with the reason, and the older one stays."""
+    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
+    code = """
+import resource
+if os.environ["RANK"] == "1":
+    save = train_fsdp.save_checkpoint
+    def limited(folder, step, *rest):
+        if step == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return save(folder, step, *rest)
+    train_fsdp.save_checkpoint = limited
+script.leave(script.main())
+"""
+    fsdp.start(2, *arguments, code=code)
+    results = fsdp.wait()
+    assert [r.returncode for r in results] == [2, 2], results
+    check_one_line_error(results[0], "step_00000020.part: rank 1: ")
+    assert "File too large" in results[0].stderr or "failed writing" in results[0].stderr, results[0].stderr
+    assert [path.name[:13] for path in fsdp_checkpoints(tmp_path / "a")] == ["step_00000010"]
+    assert "going on at step 10" in fsdp.run(2, *arguments)[0].stdout
+    assert not list((tmp_path / "a").glob("*.part"))
+
+
+FSDP_KILLS = int(os.environ.get("KILLS", 5))  # KILLS=20 for a longer search
+
+
+def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
+    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
+    arguments = [*FSDP_TINY, "--steps", "40", "--dropout", "0.1", "--keep", "2"]
+    fsdp.run(2, *arguments, "--out", str(tmp_path / "whole"))
+    out, rng, kills, in_a_save = tmp_path / "killed", random.Random(int(time.time())), 0, 0
+    while kills < FSDP_KILLS:
+        before, deadline = fsdp_checkpoints(out), time.monotonic() + 60
+        fsdp.start(2, *arguments, "--save-every", "1", "--out", str(out))
+        while fsdp_checkpoints(out) == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.1)
+        if kills in (1, 2):  # these in a save
+            while not list(out.glob("*.part")) and not (out / "report.json").exists():
+                pass
+        for pid in fsdp.pids if kills % 2 else fsdp.pids[-1:]:
+            os.kill(pid, signal.SIGKILL)
+        results = fsdp.wait()
+        in_a_save += bool(list(out.glob("*.part")))
+        kills += any(r.returncode == -signal.SIGKILL for r in results)
+        if (out / "report.json").exists():
+            shutil.rmtree(out)
+    results = fsdp.run(2, *arguments, "--save-every", "1", "--out", str(out))
+    assert "going on at step" in results[0].stdout and in_a_save > 0
+    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert (
+        not list(out.glob("*.part")) and not list(out.glob("*.damaged")) and len(fsdp_checkpoints(out)) == 2
+    )
+
+
+# -----------------------------------------------------------------------------
+# train_fsdp.py: signals, lost processes, wrong input
+
+
+@pytest.mark.parametrize("world, who, number", [(1, "all", "SIGINT"), (2, "last", "SIGTERM")])
+def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp, tmp_path):
+    arguments = [
+        *FSDP_TINY,
+        "--steps",
+        "40",
+        "--amp",
+        "fp16",
+        "--dropout",
+        "0.1",
+        "--eval-every",
+        "5",
+        "--out",
+    ]
+    fsdp.run(world, *arguments, str(tmp_path / "whole"))
+    out = tmp_path / "stopped"
+    fsdp.start(world, *arguments, str(out))
+    fsdp.wait_for("step 5/")
+    for pid in fsdp.pids if who == "all" else fsdp.pids[-1:]:
+        os.kill(pid, getattr(signal, number))
+    results = fsdp.wait()
+    assert [r.returncode for r in results] == [128 + getattr(signal, number)] * world, results
+    assert "the same command goes on from there" in results[0].stderr
+    assert all(r.stderr == "" for r in results[1:]), "one line an event"
+    (path,) = fsdp_checkpoints(out)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert 5 <= manifest["step"] < 40 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
+    results = fsdp.run(world, *arguments, str(out))
+    assert f"going on at step {manifest['step']}" in results[0].stdout
+    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    ends = [
+        json.loads((fsdp_checkpoints(o)[-1] / "manifest.json").read_text()) for o in (out, tmp_path / "whole")
+    ]
+    assert ends[0]["scaler"] == ends[1]["scaler"] and ends[0]["scaler"]["_growth_tracker"] > manifest["step"]
+
+
+def test_train_fsdp_lost_and_late_processes(fsdp, tmp_path):
+    """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
+    arguments = [*FSDP_TINY, "--steps", "5000", "--replicate", "2", "--out", str(tmp_path / "a")]
+    arguments += ["--eval-every", "10", "--timeout"]
+    for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "3")):
+        fsdp.start(4, *arguments, timeout)
+        fsdp.wait_for("step 10/")
+        os.kill(fsdp.pids[1], number)
+        check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
+    code = """
+import signal
+if os.environ["RANK"] == "1":
+    train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+script.leave(script.main())
+"""
+    fsdp.start(4, *arguments, "2", code=code)
+    check_fsdp_lost(fsdp, "the groups of the mesh")
+    fsdp.start(2, *FSDP_TINY, "--timeout", "2", of_rank={1: None})
+    (result,) = fsdp.wait()
+    assert result.returncode == 1
+    assert "rank 0 waited for up to 2 s for 2 processes to meet at 127.0.0.1" in result.stderr
+
+
+def check_fsdp_lost(fsdp: Launcher, words: str) -> None:
+    """Ranks other than 1 end by themselves with code 1; then 1 is killed, in case it is only halted."""
+    deadline = time.monotonic() + 40
+    while any("in vain" not in fsdp.out(rank, "err") for rank in (0, 2, 3)):
+        assert time.monotonic() < deadline, [fsdp.out(rank, "err") for rank in range(4)]
+        time.sleep(0.05)
+    os.kill(fsdp.pids[1], signal.SIGKILL)
+    results = fsdp.wait()
+    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1, 1], results
+    for rank in (0, 2, 3):
+        line = next(line for line in results[rank].stderr.splitlines() if "in vain" in line)
+        assert line.startswith(f"train_fsdp.py: rank {rank} waited for "), line
+        assert any(word in line for word in words.split("|")), line
+
+
+def test_train_fsdp_unequal_settings_are_found_at_the_start(fsdp, tmp_path):
+    """Those that may change between runs too: ranks that save at other steps would wait for each other."""
+    for extra, difference in (
+        (["--lr", "0.5"], "lr 0.5 there, 0.003 here"),
+        (["--save-every", "7"], "save_every 7"),
+    ):
+        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
+        results = fsdp.wait()
+        assert [r.returncode for r in results] == [2, 2]
+        check_one_line_error(results[0], "rank 1 was started with other settings than rank 0", difference)
+        assert results[1].stderr == "" and not (tmp_path / "out").exists()
+
+
+def test_train_fsdp_bad_input(fsdp, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    wrong = {
+        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
+        "replicate 3 doesn't divide the 2 process(es): no mesh fits": ["--replicate", "3"],
+        "file": ["--out", str(tmp_path / "file")],
+        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
+        "amp bf16 needs dtype float32 and no --exact": ["--amp", "bf16", "--exact"],
+        "d_model must be a multiple of n_heads, got 18 and 4": ["--n-heads", "4"],
+        "the loss is": ["--lr", "1e30", "--clip", "0"],
+    }
+    for message, arguments in wrong.items():
+        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), *arguments)
+        results = fsdp.wait()
+        check_one_line_error(results[0], message)
+        assert results[1].returncode == 2 and results[1].stderr == ""
+    wrong = [
+        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
+        (["--device", "mps"], "device must be auto, cuda or cpu, got mps"),
+        (["--timeout", "0"], "timeout must be above 0, got 0.0"),
+        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32"),
+        (["--replicate", "0"], "replicate must be at least 1, got 0"),
+        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
+        (["--lr", "nan"], "lr must be at least 0, got nan"),
+        (["--dtype", "float16"], "dtype must be float32 or float64"),
+    ]
+    for arguments, message in wrong:
+        fsdp.start(1, *FSDP_TINY, *arguments)
+        check_one_line_error(fsdp.wait()[0], message)
+    fsdp.start(1, "--no-such-flag")
+    (result,) = fsdp.wait()
+    assert result.returncode == 2 and "unrecognized arguments" in result.stderr
+    code = "sys.modules['safetensors.torch'] = sys.modules['safetensors'] = None\n"
+    code += "script.leave(script.main())"
+    fsdp.start(1, *FSDP_TINY, "--out", str(tmp_path / "b"), code=code)
+    check_one_line_error(fsdp.wait()[0], "the package safetensors")
+    assert "going on at step 20" in fsdp.run(1, *FSDP_TINY, "--out", str(tmp_path / "b"))[0].stdout
+
+
+def test_train_fsdp_other_settings_do_not_mix(fsdp, tmp_path):
+    """World size, mesh, recomputing and save_every may change between parts of a run, other settings not."""
+    run = [*FSDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
+    fsdp.run(2, *run)
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    for extra, difference in (
+        (["--lr", "0.01"], "lr 0.003 there, 0.01 here"),
+        (["--steps", "5"], "steps 4 there, 5 here"),
+        (["--exact"], "exact False there, True here"),
+    ):
+        fsdp.start(2, *run, *extra)
+        results = fsdp.wait()
+        check_one_line_error(results[0], "holds a run of other settings", difference, "another --out")
+        assert results[1].returncode == 2 and results[1].stderr == ""
+    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    may = ["--replicate", "2", "--recompute", "--save-every", "3", "--timeout", "39", "--keep", "1"]
+    assert "this run is finished" in fsdp.run(2, *run, *may)[0].stdout
+
+
+# -----------------------------------------------------------------------------
+# train_fsdp.py as a user starts it
+
+
+def test_train_fsdp_alone_in_an_empty_folder_and_its_exported_weights(tmp_path):
+    """`python train_fsdp.py`; then a fresh process reads the safetensors file into the plain class: the same
+    logits as final.pt's."""
+    script = shutil.copy(ROOT / "train_fsdp.py", tmp_path)
+    result = run_script(Path(script).name, *FSDP_TINY, cwd=tmp_path, folder=tmp_path)
+    report, out = last_json(result), tmp_path / "out/train_fsdp"
+    assert result.stderr == "" and "processes=1" in result.stdout
+    assert report == fsdp_report(out) and report["gemm_gflops"] > 0 and 0 < report["mfu"] < 1
+    assert report["dev_loss"] < report["losses"][0] and report["settings"]["steps"] == 20
+    assert (tmp_path / report["picture"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    code = """
+import hashlib, safetensors.torch, torch, train_ddp
+model = train_ddp.GPT(18, 2, 2, 21)
+model.load_state_dict(safetensors.torch.load_file(FILE))
+logits = model(torch.arange(42).view(2, 21))
+print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest(), torch.distributed.is_initialized())
+"""
+    code = code.replace("FILE", repr(str(out / "final.safetensors")))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    fresh = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    model = train_fsdp.GPT(18, 2, 2, 21)
+    model.load_state_dict(torch.load(out / "final.pt", weights_only=True))
+    logits = model(torch.arange(42).view(2, 21)).detach()
+    assert fresh.stdout.split() == [hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "False"], fresh
+
+
+def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
+    command += [
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        str(ROOT / "train_fsdp.py"),
+        *FSDP_TINY,
+        "--steps",
+        "60",
+    ]
+    with subprocess.Popen(
+        [*command, "--save-every", "5", "--out", "out"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as torchrun:
+        while not fsdp_checkpoints(tmp_path / "out"):
+            assert torchrun.poll() is None
+            time.sleep(0.01)
+        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        out, err = torchrun.communicate(timeout=120)
+    assert torchrun.returncode == 0, err
+    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no orphans"
+    fsdp.run(2, *FSDP_TINY, "--steps", "60", "--out", str(tmp_path / "whole"))
+    assert torch.equal(ddp_weights(tmp_path / "out"), ddp_weights(tmp_path / "whole"))
+
+
+def test_train_fsdp_loop_is_short():
+    """From batch to step in one place, at most 60 lines; no function is longer."""
+    for _, function in inspect.getmembers(train_fsdp, inspect.isfunction):
+        if function.__module__ == "train_fsdp":
+            doc = (inspect.getdoc(function) or "").count("\n") + 1
+            assert len(inspect.getsource(function).splitlines()) - doc <= 60, function
 
 
 # -----------------------------------------------------------------------------
@@ -6108,7 +6855,9 @@ def test_copies_smoothed_loss_is_the_same():
         check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
 
 
-@pytest.mark.parametrize("module", [attention, encoder, transformer, losses, train_ddp, export, imdb])
+@pytest.mark.parametrize(
+    "module", [attention, encoder, transformer, losses, train_ddp, train_fsdp, export, imdb]
+)
 def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
     if not hasattr(module, "write_atomically"):
@@ -6141,7 +6890,16 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
 
 def test_all_files_do_nothing_when_imported(tmp_path):
     """No output, no file, no thread or seed set."""
-    names = ("attention", "encoder", "transformer", "losses", "train_ddp", "export", "classify_imdb")
+    names = (
+        "attention",
+        "encoder",
+        "transformer",
+        "losses",
+        "train_ddp",
+        "train_fsdp",
+        "export",
+        "classify_imdb",
+    )
     code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
     code += f"import {', '.join(names)}\n"
     code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"

@@ -552,8 +552,10 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
     """Raises ValueError, on every rank, for settings that can't be, or that the ranks don't share."""
     if p.world > 1:
         of_ranks = [None] * p.world
-        with waiting("the settings of all ranks", p):
-            dist.all_gather_object(of_ranks, settings)
+        with waiting(
+            "the settings of all ranks", p
+        ):  # all of them: save_every too makes ranks wait for others
+            dist.all_gather_object(of_ranks, asdict(s) | settings)
         for rank, others in enumerate(of_ranks):
             if others != of_ranks[0]:
                 wrong = differences(others, of_ranks[0])
