@@ -2,7 +2,7 @@
 
 Measured on two cores of an Intel Xeon (torch 2.13.0, 5 seeds), learning rates chosen on dev: with 200 labels,
 20% of them redrawn at random, smoothing 0.1 cuts an overfitted network's calibration error from 0.198 to
-0.068, and helps none that was tuned; batch-hard triplets in 2 dimensions collapse. 40 s for all of it.
+0.068, and helps none that was tuned; batch-hard triplets in 2 dimensions collapse. 41 s for all of it.
 
     python losses.py                  # the comparisons: tables, pictures, a line of JSON
     python losses.py --n-seeds 10     # every setting is a flag

@@ -6855,9 +6855,10 @@ def test_copies_smoothed_loss_is_the_same():
         check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
 
 
-@pytest.mark.parametrize(
-    "module", [attention, encoder, transformer, losses, train_ddp, train_fsdp, export, imdb]
-)
+ALL_FILES = [attention, encoder, transformer, losses, train_ddp, train_fsdp, export, imdb]
+
+
+@pytest.mark.parametrize("module", ALL_FILES)
 def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
     if not hasattr(module, "write_atomically"):
@@ -6890,16 +6891,7 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
 
 def test_all_files_do_nothing_when_imported(tmp_path):
     """No output, no file, no thread or seed set."""
-    names = (
-        "attention",
-        "encoder",
-        "transformer",
-        "losses",
-        "train_ddp",
-        "train_fsdp",
-        "export",
-        "classify_imdb",
-    )
+    names = [module.__name__ for module in ALL_FILES]
     code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
     code += f"import {', '.join(names)}\n"
     code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
@@ -6966,5 +6958,11 @@ def test_readme_commands_are_the_ones_that_ci_runs():
         assert flag.lstrip("-").replace("-", "_") in imdb.Settings.__dataclass_fields__
 
 
+# Two processes share the tests. Those that share a long run of a script stay together, so that it runs once.
+for name, test in list(globals().items()):
+    if name.startswith(("test_transformer_", "test_export_", "test_classify_imdb_")):
+        pytest.mark.xdist_group(name.split("_")[1])(test)
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-rs", "--durations=10", *sys.argv[1:]]))
+    parallel = ["-n", "2", "--dist", "loadgroup"] if len(sys.argv) == 1 else []  # a selection is quick anyway
+    sys.exit(pytest.main([__file__, "-q", "-rs", "--durations=10", *parallel, *sys.argv[1:]]))
