@@ -3,6 +3,7 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
 
     python test_all.py                    # everything; prints the slowest ten
     python test_all.py -x -q -k encoder   # any pytest option works
+    python test_all.py --mutants          # plants bugs and sees them caught; --mutants losses.py: in one file
 """
 
 import base64
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import warnings
@@ -6774,6 +6776,19 @@ def test_quiz_clipping_scaled_gradients():
     assert (weight.grad / 65_536).norm().item() == pytest.approx(1.5e-5, rel=0.02)
 
 
+def test_quiz_int8():
+    assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
+    assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
+    rows = torch.stack((torch.linspace(-1, 1, 101), torch.linspace(-100, 100, 101)))  # (2, 101)
+    for scales, expected in ((rows.abs().max() / 127, 0.39), (rows.abs().amax(1, keepdim=True) / 127, 0.004)):
+        assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(expected, rel=0.1)
+
+
+def test_quiz_confidence():
+    for n, points in ((25_000, 0.37), (2_500, 1.18)):
+        assert round(100 * 1.96 * math.sqrt(0.9 * 0.1 / n), 2) == points
+
+
 def test_quiz_distributed_sampler_repeats():
     from torch.utils.data import DistributedSampler
 
@@ -6948,6 +6963,29 @@ def test_readme_translation_figures_are_the_logged_ones():
     assert f"{log['greedy']:.1f} BLEU greedy, {log['beam']:.1f} with beam" in transformer.__doc__
 
 
+def test_readme_quiz_names_tests_that_exist():
+    quiz = (ROOT / "README.md").read_text(encoding="utf-8").split("## Quiz")[1]
+    questions = re.findall(r"<details>.*?</details>", quiz, flags=re.DOTALL)
+    assert len(questions) >= 40
+    for i, question in enumerate(questions, 1):
+        assert f"<summary>{i}. " in question
+        proofs = re.findall(r"`(test_\w+)`", question)
+        assert proofs and all(name in globals() for name in proofs), (i, proofs)
+
+
+def test_readme_memory_figures_are_the_logged_ones():
+    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/fsdp_memory.json")
+    for row in log["rows"]:
+        held = round(max(row["weights_gradients_moments_mib"]))
+        assert re.search(rf"{max(row['peak_rss_mib']):,}( MiB)? \({held:,}\)", readme), row
+
+
+def test_readme_links_lead_somewhere():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
 def test_readme_commands_are_the_ones_that_ci_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     first, second = re.findall(r"```sh\n(python3 -m venv .*)\n```", readme)[:2]
@@ -6956,6 +6994,322 @@ def test_readme_commands_are_the_ones_that_ci_runs():
         assert (ROOT / name).exists(), name
     for flag in set(re.findall(r"^python classify_imdb.py.*?(--[\w-]+)", readme, flags=re.MULTILINE)):
         assert flag.lstrip("-").replace("-", "_") in imdb.Settings.__dataclass_fields__
+
+
+# -----------------------------------------------------------------------------
+# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file: what a tired
+# person might write. The tests named must fail on it, and pass on the file as it is.
+
+MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
+    "attention.py": [
+        ("(k_len - q_len)  # (Tq, 1)", "0 * k_len  # (Tq, 1)", "attention_masks or cache_equals"),
+        ("device=device) <= last_visible", "device=device) < last_visible", "attention_masks"),
+        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "attention_masks"),
+        ("    scale = q.size(-1) ** -0.25\n    scores = ", "    scale = 1.0\n    scores = ", "four_ways"),
+        ("weights.masked_fill(empty, 0.0)", "weights", "nothing_to_attend_to"),
+        ("~(allowed | empty), -math.inf", "~allowed, -math.inf", "nothing_to_attend_to"),
+        (
+            "F.dropout(weights, dropout_p) @ v, weights",
+            "F.dropout(weights, dropout_p) @ v, F.dropout(weights)",
+            "four_ways",
+        ),
+        ("fade, e = (top - new_top).exp()", "fade, e = torch.ones_like(top)", "four_ways"),
+        (
+            "dscores = weights * (dweights - mean_grad[..., rows, :])",
+            "dscores = weights * dweights",
+            "four_ways",
+        ),
+        (
+            "if causal and allowed is None and q.size(-2) == k.size(-2)",
+            "if causal and allowed is None",
+            "four_ways",
+        ),
+        ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
+    ],
+    "encoder.py": [
+        ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "positions_are"),
+        (
+            "scores.softmax(dim=-1).masked_fill(~mask, 0.0)",
+            "scores.softmax(dim=-1)",
+            "encoder_weights or copies_attention",
+        ),
+        (
+            "x = x + self.dropout(self.attention(self.attention_norm(x), mask))",
+            "x = self.dropout(self.attention(self.attention_norm(x), mask))",
+            "layer_equals_torch",
+        ),
+        (
+            "self.attention_norm(x + self.dropout(self.attention(x, mask)))",
+            "x + self.dropout(self.attention(self.attention_norm(x), mask))",
+            "layer_equals_torch",
+        ),
+        ("tokens) * self.scale + self", "tokens) + self", "stack_equals_torch"),
+        ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "padding_and_batch"),
+        (
+            "nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()",
+            "nn.LayerNorm(config.d_model)",
+            "counts_and_state or stack_equals",
+        ),
+        ("real.sum(1).clamp(min=1)", "x.size(1)", "padding_and_batch"),
+        ("x.masked_fill(~real, -math.inf).amax(1)", "x.amax(1)", "pools_are"),
+    ],
+    "transformer.py": [
+        (".tril(k_len - q_len)", ".tril()", "transformer_causal_mask"),
+        ("q.shape[-1] ** -0.5", "1.0", "transformer_equals_torch"),
+        (
+            "k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)",
+            "k, v = torch.cat((k, past_k), dim=2), torch.cat((v, past_v), dim=2)",
+            "cache_gives_the_same",
+        ),
+        (
+            "x = self.embed(self.tgt_embedding, tgt, start=past)",
+            "x = self.embed(self.tgt_embedding, tgt)",
+            "cache_gives_the_same",
+        ),
+        (
+            "return norm(x + self.dropout(sublayer(x)))",
+            "return x + norm(self.dropout(sublayer(x)))",
+            "transformer_equals_torch",
+        ),
+        ("ignore_index=pad_id, label_smoothing", "label_smoothing", "transformer_loss"),
+        ("step * warmup**-1.5", "step * warmup**-0.5", "transformer_noam"),
+        (".masked_fill(finished, model.config.pad_id)", "", "greedy_equals"),
+        (
+            "finished |= best == model.config.eos_id",
+            "finished |= best == model.config.pad_id",
+            "greedy_equals",
+        ),
+        ("torch.where(finished[..., None], only_pad, following)", "following", "full_beam"),
+        ('layer["self"] = tuple(x[rows] for x in layer["self"])', "pass", "beam_equals_lists"),
+        (
+            "lengths.gather(1, parent) + ~was_finished",
+            "lengths.gather(1, parent) + 1",
+            "beam_equals_lists or full_beam",
+        ),
+        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_beam"),
+        (
+            "tgt = torch.cat((bos, targets[:, :-1]), dim=1)",
+            "tgt = targets",
+            "training_step or sum_of_its_sentences",
+        ),
+        ('self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "kill_and_go_on"),
+        ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
+    ],
+    "losses.py": [
+        (
+            "smoothing / log_p.shape[1] * weighted",
+            "smoothing / (log_p.shape[1] - 1) * weighted",
+            "label_smoothing_is",
+        ),
+        (
+            "divisor = counts.sum() if weight is None",
+            "divisor = torch.tensor(len(y)) if weight is None",
+            "ignored_row",
+        ),
+        ("rows = -(gamma * log_p_rest).exp()", "rows = -((1 - log_p_rest.exp()) * gamma).exp()", "focal_is"),
+        ("rows = rows * alpha[y]", "rows = rows * alpha[0]", "focal_is"),
+        ("(1 - alpha) * (1 - positive)", "alpha * (1 - positive)", "binary_focal_is"),
+        ("return squared.where(apart, 1.0).sqrt() * apart", "return squared.sqrt()", "distance_0"),
+        (
+            "F.relu(margin - distance(x1, x2)).square()",
+            "F.relu(margin - distance(x1, x2).square())",
+            "hadsells",
+        ),
+        (
+            "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
+            "similarity(z, z, temperature)",
+            "simclrs",
+        ),
+        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "khoslas"),
+        (
+            "d.masked_fill(~positive, -math.inf).amax(1)",
+            "d.masked_fill(positive, -math.inf).amax(1)",
+            "brute_force",
+        ),
+        (
+            "torch.expm1(n * math.log(beta)) / (beta - 1)",
+            "torch.expm1(n * math.log(beta)) / beta",
+            "class_balanced",
+        ),
+        ("self.log_variances / 2).sum()", "self.log_variances).sum()", "uncertainty"),
+        ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
+        ("        dist.all_reduce(gradient)  #", "        #", "two_processes"),
+        (
+            'if p.ndim < 2], "weight_decay": 0.0',
+            'if p.ndim < 2], "weight_decay": weight_decay',
+            "parameter_groups",
+        ),
+        ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
+    ],
+    "train_ddp.py": [
+        ("masked_fill(behind, -100)", "masked_fill(behind, 0)", "same_weights or every_byte"),
+        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
+        (
+            "n_tokens = text.lengths[rows].sum().item()",
+            "n_tokens = text.lengths[rows[p.rank::p.world]].sum().item() * p.world",
+            "same_weights",
+        ),
+        ("part = micro * p.world + p.rank", "part = micro", "same_weights"),
+        ("now=micro == s.accumulate - 1", "now=micro == 0", "same_weights"),
+        (
+            "        if s.clip:\n            nn.utils",
+            "        if not s.clip:\n            nn.utils",
+            "same_weights",
+        ),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ('optimizer.load_state_dict(run["optimizer"])', "pass", "damaged_newest or killed"),
+        ("os.replace(beside, path)", "path.write_bytes(data)", "write_atomically or no_parts"),
+        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]', "if data", "damaged_checkpoint"),
+        (
+            'for old in sorted(folder.glob("step_*.pt"))[:-keep]',
+            'for old in sorted(folder.glob("step_*.pt"))[keep:]',
+            "keep_the_last",
+        ),
+        (
+            "torch.arange(len(text.lengths))[p.rank :: p.world]",
+            "torch.arange(len(text.lengths))",
+            "same_weights",
+        ),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("if others != of_ranks[0]:", "if False:", "unequal_settings"),
+        (
+            "sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)",
+            "*sum_over_ranks([loss_sum.item() / n_tokens], p), *signals.received()",
+            "ddp_signal_stops",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "ddp_signal_stops"),
+        ('run["step"], run["tokens"] = step + 1', 'run["step"], run["tokens"] = step + 2', "ddp_killed"),
+        (
+            'map_location="cpu", weights_only=True',
+            'map_location="cpu", weights_only=False',
+            "ddp_checkpoint_runs_no_code",
+        ),
+        (
+            'attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "several nodes"',
+            'attempt = "0"',
+            "ddp_under_torchrun",
+        ),
+    ],
+    "classify_imdb.py": [
+        ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
+        ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
+        ('int(folder.endswith("pos"))', 'int(folder.endswith("neg"))', "reads_tarball"),
+        ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
+        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
+        ("    model.eval()\n    out = torch.empty", "    out = torch.empty", "probabilities_are"),
+        ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
+        ('torch.manual_seed(s.seed * 1_000_003 + run["step"])', "pass", "killed_and_started"),
+        ("damaged = file.testzip()", "damaged = None", "checkpoint_is_one_safe_file"),
+        (
+            "order = batches([len(x) for x in ids], s.batch_size, seed=s.seed * 1_000_003 + epoch)",
+            "order = batches([len(x) for x in ids], s.batch_size, seed=epoch + int(time.time()))",
+            "killed_and_started",
+        ),
+    ],
+    "train_fsdp.py": [
+        ("loss * (p.world / n_tokens)", "loss / n_tokens", "fsdp_same_weights"),
+        ("part = micro * p.world + p.rank", "part = p.rank", "fsdp_same_weights"),
+        (
+            "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
+            "model.set_requires_gradient_sync(micro == 0)",
+            "fsdp_same_weights",
+        ),
+        ("fused=not s.exact", "fused=True", "fsdp_two_ranks_are_bitwise"),
+        (".clamp(max=1.0)  # ()", "  # ()", "fsdp_clipping"),
+        (
+            "    for block in model.blocks:\n        fully_shard(block, mesh=mesh, mp_policy=policy)\n",
+            "",
+            "fsdp_blocks_are_gathered",
+        ),
+        (
+            "if hashlib.sha256(data).hexdigest() == path.suffix[1:] else {}",
+            "if data else {}",
+            "fsdp_damaged or fsdp_all_checkpoints",
+        ),
+        ('or sha256_of(path / n) != manifest["files"][n]', "", "fsdp_damaged"),
+        (
+            'raise pickle.UnpicklingError(f".metadata',
+            'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
+            "fsdp_checkpoint_runs_no_code",
+        ),
+    ],
+    "export.py": [
+        ("    model.eval()\n    try:\n        yield", "    try:\n        yield", "export_torch_formats"),
+        (
+            "masked_fill(~attn_mask, torch.finfo(k.dtype).min / 4)",
+            "masked_fill(attn_mask, torch.finfo(k.dtype).min / 4)",
+            "export_onnx",
+        ),
+        ('kwargs.get("scale") or q.size(-1) ** -0.5', 'kwargs.get("scale")', "export_onnx"),
+        ('shapes[-1][1] = "length"', "pass", "export_onnx_equals"),
+        ("if not difference <= 1e-3", "if difference > 1e3", "export_refuses"),
+        (
+            'not (cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
+            '(cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
+            "export_reduced_range",
+        ),
+        (
+            "    if not feeds:\n        raise",
+            "    if feeds is None:\n        raise",
+            "export_static_quantization_errors",
+        ),
+        (
+            "columns + part * n_heads * width for part in range(3)",
+            "columns for part in range(3)",
+            "export_pruned_heads",
+        ),
+        ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "export_pruned"),
+        ("draw.shuffle(order)", "pass", "export_benchmark"),
+        ("rounds, until = -1, math.inf", "rounds, until = 0, math.inf", "export_benchmark"),
+        (
+            'accurate = [row for row in rows if row["accuracy"] >= rows[0]["accuracy"] - max_loss]',
+            "accurate = rows",
+            "export_recommends",
+        ),
+    ],
+}
+
+
+def plant(file: str, old: str, new: str, selection: str) -> bool:
+    """True if the tests fail with new in the place of old, in a copy of the project."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    assert source.count(old) == 1, f"{file}: {old!r} stands there {source.count(old)} times"
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"):
+            shutil.copy(path, folder)
+        shutil.copytree(ROOT / "assets", Path(folder, "assets"))
+        Path(folder, file).write_text(source.replace(old, new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "test_all.py", "-x", "-q", "-p", "no:cacheprovider"]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a bug that never ends is caught too
+            command += ["-k", f"({selection}) and {file.removesuffix('.py').split('_')[-1]}"]
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
+            assert result.returncode < 2, result.stdout  # 5: no test has such a name
+            return result.returncode == 1
+    return True
+
+
+def plant_all(files: list[str]) -> int:
+    """Every bug, or those of files; control: without any, all the tests named pass."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    bugs = [(file, *bug) for file in files or MUTANTS for bug in MUTANTS[file]]
+    for file in files or MUTANTS:
+        old = MUTANTS[file][0][0]
+        if plant(file, old, old, " or ".join(f"({selection})" for *_, selection in MUTANTS[file])):
+            print(f"{file}: its tests fail without a bug")
+            return 1
+    survivors = []
+    with ThreadPoolExecutor(2) as pool:
+        for (file, old, new, selection), caught in zip(
+            bugs, pool.map(lambda b: plant(*b), bugs), strict=True
+        ):
+            print(
+                f"{'caught' if caught else 'SURVIVED'}  {file}: {old!r} -> {new!r} ({selection})", flush=True
+            )
+            survivors += [] if caught else [old]
+    print(f"{len(bugs) - len(survivors)}/{len(bugs)} caught")
+    return int(bool(survivors))
 
 
 def run_everything() -> int:
@@ -6973,4 +7327,6 @@ def run_everything() -> int:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
+    if "--mutants" in arguments:
+        sys.exit(plant_all([name for name in arguments if name != "--mutants"]))
     sys.exit(pytest.main([__file__, "-rs", "--durations=10", *arguments]) if arguments else run_everything())
