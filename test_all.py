@@ -6973,6 +6973,21 @@ def test_readme_quiz_names_tests_that_exist():
         assert proofs and all(name in globals() for name in proofs), (i, proofs)
 
 
+def test_readme_training_figures_are_the_logged_ones():
+    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/ddp.json")
+    speed = log["side_by_side"]
+    assert f"{speed['two_over_one_median']:.2f} times" in readme and "1.90 times" in train_ddp.__doc__
+    ratios = [
+        b["tokens_per_second"] / a["tokens_per_second"]
+        for a, b in zip(speed["runs"]["one"], speed["runs"]["two"], strict=True)
+    ]
+    assert statistics.median(ratios) == pytest.approx(speed["two_over_one_median"], abs=0.005)
+    assert ", ".join(f"{ratio:.2f}" for ratio in ratios) in readme
+    assert f"{100 * speed['accumulation_over_none_median'] - 100:.0f}% faster" in readme
+    for key in ("eight_processes_on_two_cores", "default"):
+        assert f"{log[key]['total_seconds']:.0f} s" in readme
+
+
 def test_readme_memory_figures_are_the_logged_ones():
     readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/fsdp_memory.json")
     for row in log["rows"]:

@@ -734,7 +734,7 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
         if others != of_ranks[0]:
             wrong = differences(others, of_ranks[0])
             raise ValueError(f"rank {rank} was started with other settings than rank 0: {wrong}")
-    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "max_len": 1, "d_model": 1, "n_heads": 1}
+    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "max_len": 2, "d_model": 1, "n_heads": 1}
     least |= {"n_layers": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0, "eval_every": 1, "seed": 0}
     for name, value in (least | {"save_every": 0, "keep": 1, "replicate": 1}).items():
         if not getattr(s, name) >= value:
