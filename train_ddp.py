@@ -1,6 +1,6 @@
 """Data-parallel training that gives the same weights on any number of processes, and survives being killed.
 
-A byte-level GPT learns Python's own manual, 465,000 bytes that every Python carries (PSF License): 36 s on two
+A byte-level GPT learns Python's own manual, 465,000 bytes that every Python has (PSF License): 36 s on two
 cores of an Intel Xeon (torch 2.13.0). Two processes make 1.90 times the tokens a second of one; 60 times
 kill -9 at random moments, and 60 times the final weights are bit for bit those of an undisturbed run.
 
