@@ -3454,6 +3454,8 @@ def test_losses_learning_rate_comes_from_dev_alone(name, monkeypatch):
     for row, values in honest.items():
         for column in {"dev", "learning rate", "weight norm", "confidence"} & set(values):
             assert other[row][column] == values[column], (row, column)
+        if "dev at worst rate" in values:
+            assert values["dev"][0] >= values["dev at worst rate"][0], row
     assert any("learning rate" in values for values in honest.values()) and honest != other
 
 
@@ -4268,6 +4270,7 @@ def test_train_ddp_under_torchrun_survives_a_killed_worker(ddp, tmp_path):
         out, err = torchrun.communicate(timeout=120)
     assert torchrun.returncode == 0, err
     assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
+    assert "to meet at" not in err, "the second attempt met at once"
     ddp.run(2, *DDP_TINY, "--steps", "400", "--out", str(tmp_path / "whole"))
     assert torch.equal(ddp_weights(tmp_path / "out"), ddp_weights(tmp_path / "whole"))
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -6995,6 +6998,22 @@ def test_readme_memory_figures_are_the_logged_ones():
         assert re.search(rf"{max(row['peak_rss_mib']):,}( MiB)? \({held:,}\)", readme), row
 
 
+def test_readme_flags_exist():
+    """Every flag after a script's name, in README's commands and in the scripts' own docstrings."""
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in ALL_FILES)]
+    commands = [
+        match
+        for text in texts
+        for match in re.findall(r"(\w+)\.py((?: +--?[^\s`]+(?: [^-\s`#]\S*)?)+)", text)
+    ]
+    assert len(commands) > 20
+    for name, arguments in commands:
+        if name in sys.modules and name != "test_all":
+            for flag in re.findall(r"--([\w-]+)", arguments):
+                field = flag.replace("-", "_").removeprefix("no_")
+                assert field in sys.modules[name].Settings.__dataclass_fields__, (name, flag)
+
+
 def test_readme_links_lead_somewhere():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", readme):
@@ -7046,7 +7065,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         (
             "scores.softmax(dim=-1).masked_fill(~mask, 0.0)",
             "scores.softmax(dim=-1)",
-            "encoder_weights or copies_attention",
+            "attention_py_in_short",
         ),
         (
             "x = x + self.dropout(self.attention(self.attention_norm(x), mask))",
@@ -7059,7 +7078,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "layer_equals_torch",
         ),
         ("tokens) * self.scale + self", "tokens) + self", "stack_equals_torch"),
-        ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "padding_and_batch"),
+        ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "encoder_stack"),
         (
             "nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()",
             "nn.LayerNorm(config.d_model)",
@@ -7143,7 +7162,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
         (
             "torch.expm1(n * math.log(beta)) / (beta - 1)",
-            "torch.expm1(n * math.log(beta)) / beta",
+            "torch.expm1(math.log(beta)) / (beta - 1)",
             "class_balanced",
         ),
         ("self.log_variances / 2).sum()", "self.log_variances).sum()", "uncertainty"),
@@ -7215,7 +7234,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("    model.eval()\n    out = torch.empty", "    out = torch.empty", "probabilities_are"),
         ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
         ('torch.manual_seed(s.seed * 1_000_003 + run["step"])', "pass", "killed_and_started"),
-        ("damaged = file.testzip()", "damaged = None", "checkpoint_is_one_safe_file"),
+        ("damaged = file.testzip()", "damaged = None", "predict_errors"),
         (
             "order = batches([len(x) for x in ids], s.batch_size, seed=s.seed * 1_000_003 + epoch)",
             "order = batches([len(x) for x in ids], s.batch_size, seed=epoch + int(time.time()))",
