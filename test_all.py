@@ -6991,6 +6991,23 @@ def test_readme_training_figures_are_the_logged_ones():
         assert f"{log[key]['total_seconds']:.0f} s" in readme
 
 
+def test_readme_export_figures_are_the_logged_ones():
+    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/export_imdb.json")
+    rows = {row["name"]: row for row in log["models"]}
+    table = readme.split("## Export")[1].split("## ")[0]
+    found = re.findall(
+        r"^\| (.+?) \| ([\d.]+) × \| ([\d.]+) × \| ([\d.]+) \| ([\d.]+)% \|$", table, flags=re.MULTILINE
+    )
+    assert len(found) == 11
+    for name, *figures in found:
+        row, eager = rows[name if name in rows else "eager"], rows["eager"]
+        for case, figure in zip(("32 x 256", "1 x 256"), figures, strict=False):
+            ratio = eager["latency"][case]["p50_ms"] / row["latency"][case]["p50_ms"]
+            assert float(figure) == pytest.approx(ratio, abs=0.051), (name, case)
+        assert float(figures[2]) == pytest.approx(row["size_bytes"] / eager["size_bytes"], abs=0.0051)
+        assert float(figures[3]) == pytest.approx(100 * row["accuracy"], abs=0.005)
+
+
 def test_readme_memory_figures_are_the_logged_ones():
     readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/fsdp_memory.json")
     for row in log["rows"]:
