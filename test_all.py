@@ -3992,31 +3992,34 @@ def ddp(tmp_path_factory):
     launcher.end()
 
 
-def ddp_weights(out: Path) -> Tensor:
+def final_weights(out: Path) -> Tensor:
     state = torch.load(out / "final.pt", weights_only=True)
     return torch.cat([value.flatten() for value in state.values()])
 
 
-def ddp_distance(a: Path, b: Path) -> float:
+def distance_of_weights(a: Path, b: Path) -> float:
     """Norm of the difference of all weights, relative to the norm."""
-    a, b = ddp_weights(a), ddp_weights(b)
+    a, b = final_weights(a), final_weights(b)
     return ((a - b).norm() / b.norm()).item()
 
 
-def ddp_by_hand(s) -> Tensor:
-    """The same training as a plain loop over whole batches: what all ways of splitting them must give."""
+def by_hand(s, initialise=None) -> Tensor:
+    """The same training as a plain loop over whole batches: what all ways of splitting them must give.
+
+    initialise(model, seed): train_fsdp.py's start weights; None: train_ddp.py's."""
     text, _ = train_ddp.load_manual(s.max_len)
     torch.manual_seed(s.seed)
     model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    if initialise:
+        initialise(model, s.seed)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
     for step in range(s.steps):
-        x, y = text.batch(
-            train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed), torch.device("cpu")
-        )
+        rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
+        x, y = text.batch(rows, torch.device("cpu"))
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()  # the mean over real tokens
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
@@ -4029,11 +4032,11 @@ def test_train_ddp_same_weights_however_the_batch_is_split(ddp, tmp_path):
     """13 sequences of unequal length on 1 to 4 processes, with and without accumulation, in float64."""
     arguments = [*DDP_TINY, "--dtype", "float64"]
     s = train_ddp.settings_from_command_line(arguments)
-    expected, losses = ddp_by_hand(s), {}
+    expected, losses = by_hand(s), {}
     for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
         out = tmp_path / f"{world}x{accumulate}"
         ddp.run(world, *arguments, "--accumulate", str(accumulate), "--out", str(out))
-        weights = ddp_weights(out)
+        weights = final_weights(out)
         distance = ((weights - expected).norm() / expected.norm()).item()
         assert weights.dtype == torch.float64 and distance <= 1e-12, (world, accumulate, distance)
         report = json_of(out / "report.json")
@@ -4048,11 +4051,11 @@ def test_train_ddp_two_processes_are_bitwise_one_with_two_micro_batches(ddp, tmp
     first = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
     ddp.run(2, *arguments, "--out", str(tmp_path / "b"))
     ddp.run(1, *arguments, "--out", str(tmp_path / "c"))
-    assert torch.equal(ddp_weights(tmp_path / "a"), ddp_weights(tmp_path / "b"))
-    assert 1e-3 < ddp_distance(tmp_path / "c", tmp_path / "a"), "other micro-batches, other dropout"
+    assert torch.equal(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
+    assert 1e-3 < distance_of_weights(tmp_path / "c", tmp_path / "a"), "other micro-batches, other dropout"
     ddp.run(1, *DDP_TINY, "--out", str(tmp_path / "d"))
     ddp.run(3, *DDP_TINY, "--out", str(tmp_path / "e"))
-    assert ddp_distance(tmp_path / "d", tmp_path / "e") <= 1e-5
+    assert distance_of_weights(tmp_path / "d", tmp_path / "e") <= 1e-5
     assert last_json(first[0])["dev_loss"] < 5.6
     again = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
     assert "this run is finished" in again[0].stdout and last_json(again[0]) == json_of(
@@ -4066,11 +4069,11 @@ def test_train_ddp_mixed_precision_and_data_parallel(ddp, tmp_path):
     arguments = [*DDP_TINY, "--clip", "0.3"]
     ddp.run(1, *arguments, "--out", str(tmp_path / "fp32"))
     ddp.run(1, *arguments, "--data-parallel", "--out", str(tmp_path / "dp"))
-    assert torch.equal(ddp_weights(tmp_path / "fp32"), ddp_weights(tmp_path / "dp"))
+    assert torch.equal(final_weights(tmp_path / "fp32"), final_weights(tmp_path / "dp"))
     for amp in ("bf16", "fp16"):
         ddp.run(2, *arguments, "--amp", amp, "--out", str(tmp_path / amp))
-        assert 0 < ddp_distance(tmp_path / amp, tmp_path / "fp32") < 0.02, amp
-        assert ddp_weights(tmp_path / amp).dtype == torch.float32
+        assert 0 < distance_of_weights(tmp_path / amp, tmp_path / "fp32") < 0.02, amp
+        assert final_weights(tmp_path / amp).dtype == torch.float32
 
 
 KILLS = int(os.environ.get("KILLS", 5))  # KILLS=20 for a longer search
@@ -4095,7 +4098,7 @@ def test_train_ddp_killed_at_random_moments(ddp, world, tmp_path):
             shutil.rmtree(out)
     results = ddp.run(world, *arguments, "--out", str(out))
     assert "going on at step" in results[0].stdout
-    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
     assert not list(out.glob("*.part")) and len(list(out.glob("step_*.pt"))) == 2
 
 
@@ -4124,7 +4127,7 @@ def test_train_ddp_signal_stops_all_ranks_at_one_step(ddp, world, who, number, t
     assert 100 <= state["step"] < 400 and state["scaler"]["_growth_tracker"] == state["step"]
     results = ddp.run(world, *arguments, "--out", str(out))
     assert f"going on at step {state['step']}" in results[0].stdout
-    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
     assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 400
 
 
@@ -4132,7 +4135,7 @@ def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(ddp, tmp_path):
     """On other numbers of processes before and after, too: world size, save_every, threads may change."""
     arguments = [*DDP_TINY, "--dtype", "float64", "--save-every", "5", "--out", str(tmp_path / "a")]
     ddp.run(2, *arguments)
-    expected = ddp_weights(tmp_path / "a")
+    expected = final_weights(tmp_path / "a")
     (tmp_path / "a" / "final.pt").unlink()
     (tmp_path / "a" / "report.json").unlink()
     newest = sorted((tmp_path / "a").glob("step_*.pt"))[-1]
@@ -4141,7 +4144,7 @@ def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(ddp, tmp_path):
     newest.write_bytes(data)
     result = ddp.run(1, *arguments, "--save-every", "3")[0]
     assert f"{newest} is damaged" in result.stderr and "going on at step 15" in result.stdout
-    assert ((ddp_weights(tmp_path / "a") - expected).norm() / expected.norm()).item() <= 1e-12
+    assert ((final_weights(tmp_path / "a") - expected).norm() / expected.norm()).item() <= 1e-12
 
 
 def test_train_ddp_lost_and_late_processes(ddp, tmp_path):
@@ -4272,7 +4275,7 @@ def test_train_ddp_under_torchrun_survives_a_killed_worker(ddp, tmp_path):
     assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
     assert "to meet at" not in err, "the second attempt met at once"
     ddp.run(2, *DDP_TINY, "--steps", "400", "--out", str(tmp_path / "whole"))
-    assert torch.equal(ddp_weights(tmp_path / "out"), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
     assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     report = json_of(tmp_path / "out" / "report.json")
     assert report["gemm_gflops"] > 1 and 0 < report["mfu"] < 1 and report["torch"] == torch.__version__
@@ -4404,8 +4407,8 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             kill_with_children(agent)
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    expected = ddp_by_hand(train_ddp.settings_from_command_line(arguments))
-    assert ((ddp_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
+    expected = by_hand(train_ddp.settings_from_command_line(arguments))
+    assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
     assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
 
 
@@ -4521,51 +4524,20 @@ FSDP_TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --
 FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
 
 
-def fsdp_report(out: Path) -> dict:
-    return json.loads((out / "report.json").read_text())
-
-
-def fsdp_distance(a: Path, b: Path) -> float:
-    """Norm of the difference of all weights, relative to the norm."""
-    a, b = ddp_weights(a), ddp_weights(b)
-    return ((a - b).norm() / b.norm()).item()
-
-
-def fsdp_by_hand(s) -> Tensor:
-    """The same training as a plain loop over whole batches with torch's own parts."""
-    text, _ = train_ddp.load_manual(s.max_len)
-    model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
-    train_fsdp.initialise(model, s.seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
-    for step in range(s.steps):
-        rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
-        x, y = text.batch(rows, torch.device("cpu"))
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()  # the mean over real tokens
-        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
-
-
 def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
     """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
     arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
     s = train_fsdp.settings_from_command_line(arguments)
-    expected, losses = fsdp_by_hand(s), {}
+    expected, losses = by_hand(s, train_fsdp.initialise), {}
     runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
     runs |= {"4, 2 x 2": ["--replicate", "2", "--accumulate", "2"], "2, 2 x 1": ["--replicate", "2"]}
     for name, more in runs.items():
         out = tmp_path / name.replace(" ", "_")
         fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        weights = ddp_weights(out)
+        weights = final_weights(out)
         distance = ((weights - expected).norm() / expected.norm()).item()
         assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
-        report = fsdp_report(out)
+        report = json_of(out / "report.json")
         losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
         assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
         check_close(losses[name], losses["1"], 1e-12, "losses")
@@ -4576,15 +4548,15 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
     """--exact, float32, clipped, with dropout: its masks belong to a part of the batch, not to a process."""
     arguments = [*FSDP_TINY, "--exact", "--dropout", "0.2", "--clip", "0.3"]
     fsdp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
-    expected = ddp_weights(tmp_path / "1x2")
+    expected = final_weights(tmp_path / "1x2")
     for name, more in {"2": [], "recompute": ["--recompute"]}.items():
         fsdp.run(2, *arguments, *more, "--out", str(tmp_path / name))
-        assert torch.equal(ddp_weights(tmp_path / name), expected), name
+        assert torch.equal(final_weights(tmp_path / name), expected), name
     fsdp.run(1, *arguments, "--out", str(tmp_path / "1"))
-    assert 1e-3 < fsdp_distance(tmp_path / "1", tmp_path / "1x2"), "other parts, other dropout"
+    assert 1e-3 < distance_of_weights(tmp_path / "1", tmp_path / "1x2"), "other parts, other dropout"
     weights = fsdp.run(2, *arguments, "--out", str(tmp_path / "2"))  # again
     assert "this run is finished" in weights[0].stdout and weights[1].stdout == ""
-    assert last_json(weights[0]) == fsdp_report(tmp_path / "2")
+    assert last_json(weights[0]) == json_of(tmp_path / "2" / "report.json")
 
 
 def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
@@ -4598,9 +4570,9 @@ def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
         more += ["--amp", name[2:]] * ("16" in name)
         out = tmp_path / name.replace(" ", "_") / "run"
         fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        distance = fsdp_distance(out, tmp_path / "1")
+        distance = distance_of_weights(out, tmp_path / "1")
         assert distance <= limit and (distance > limit / 100 or "16" not in name), (name, distance)
-        assert ddp_weights(out).dtype == torch.float32
+        assert final_weights(out).dtype == torch.float32
 
 
 FSDP_ROWS = """
@@ -4672,7 +4644,7 @@ def test_train_fsdp_each_rank_holds_its_slices_and_no_more(fsdp, tmp_path):
         out = tmp_path / f"{world}x{replicate}"
         arguments = [*FSDP_TINY, "--steps", "4", "--replicate", str(replicate), "--out", str(out)]
         stdout = fsdp.run(world, *arguments)[0].stdout
-        report, shards = fsdp_report(out), world // replicate
+        report, shards = json_of(out / "report.json"), world // replicate
         assert report["n_parameters"] == whole and report["held"]["whole"] == {
             "weights": 4 * whole, "gradients": 4 * whole, "moments": 8 * whole
         }  # fmt: skip
@@ -4807,9 +4779,10 @@ def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
         )
         stdout = fsdp.run(int(name[0]), *arguments, str(out), *more)[0].stdout
         assert "going on at step 10" in stdout
-        assert fsdp_distance(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
+        assert distance_of_weights(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
         losses = [
-            torch.tensor(fsdp_report(o)["losses"], dtype=torch.float64) for o in (out, tmp_path / "whole")
+            torch.tensor(json_of(o / "report.json")["losses"], dtype=torch.float64)
+            for o in (out, tmp_path / "whole")
         ]
         check_close(*losses, 1e-12, "losses")
 
@@ -4818,7 +4791,7 @@ def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp
     """Before training goes on, whichever rank finds it, on another number of ranks too."""
     arguments = [*FSDP_TINY, "--save-every", "8", "--exact", "--out"]
     fsdp.run(2, *arguments, str(tmp_path / "whole"))
-    expected = ddp_weights(tmp_path / "whole")
+    expected = final_weights(tmp_path / "whole")
     (tmp_path / "whole/report.json").unlink()
     files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
     files |= {
@@ -4839,7 +4812,7 @@ def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp
         results = fsdp.run(world, *arguments, str(out))
         assert f"{newest} is damaged ({name} missing or altered)" in results[0].stderr, damage
         assert "going on at step 16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
-        distance = ((ddp_weights(out) - expected).norm() / expected.norm()).item()
+        distance = ((final_weights(out) - expected).norm() / expected.norm()).item()
         assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
         assert newest.with_name(newest.name + ".damaged").is_dir()
     assert "this run is finished" in fsdp.run(2, *arguments, str(out))[0].stdout
@@ -4849,13 +4822,13 @@ def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
     """Two in a row: both are reported, and training starts anew."""
     arguments = [*FSDP_TINY, "--save-every", "10", "--keep", "2", "--exact", "--out", str(tmp_path / "a")]
     fsdp.run(1, *arguments)
-    expected = ddp_weights(tmp_path / "a")
+    expected = final_weights(tmp_path / "a")
     assert len(fsdp_checkpoints(tmp_path / "a")) == 2
     for path in fsdp_checkpoints(tmp_path / "a"):
         (path / "__0_0.distcp").write_bytes(b"")
     result = fsdp.run(1, *arguments)[0]
     assert result.stderr.count("is damaged") == 2 and "going on" not in result.stdout
-    assert torch.equal(ddp_weights(tmp_path / "a"), expected)
+    assert torch.equal(final_weights(tmp_path / "a"), expected)
 
 
 class FsdpEvil:
@@ -4911,15 +4884,12 @@ script.leave(script.main())
     assert not list((tmp_path / "a").glob("*.part"))
 
 
-FSDP_KILLS = int(os.environ.get("KILLS", 5))  # KILLS=20 for a longer search
-
-
 def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
     """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
     arguments = [*FSDP_TINY, "--steps", "40", "--dropout", "0.1", "--keep", "2"]
     fsdp.run(2, *arguments, "--out", str(tmp_path / "whole"))
     out, rng, kills, in_a_save = tmp_path / "killed", random.Random(int(time.time())), 0, 0
-    while kills < FSDP_KILLS:
+    while kills < KILLS:
         before, deadline = fsdp_checkpoints(out), time.monotonic() + 60
         fsdp.start(2, *arguments, "--save-every", "1", "--out", str(out))
         while fsdp_checkpoints(out) == before and time.monotonic() < deadline:
@@ -4937,7 +4907,7 @@ def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
             shutil.rmtree(out)
     results = fsdp.run(2, *arguments, "--save-every", "1", "--out", str(out))
     assert "going on at step" in results[0].stdout and in_a_save > 0
-    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
     assert (
         not list(out.glob("*.part")) and not list(out.glob("*.damaged")) and len(fsdp_checkpoints(out)) == 2
     )
@@ -4976,7 +4946,7 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
     assert 5 <= manifest["step"] < 40 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
     results = fsdp.run(world, *arguments, str(out))
     assert f"going on at step {manifest['step']}" in results[0].stdout
-    assert torch.equal(ddp_weights(out), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
     ends = [
         json.loads((fsdp_checkpoints(o)[-1] / "manifest.json").read_text()) for o in (out, tmp_path / "whole")
     ]
@@ -5103,7 +5073,7 @@ def test_train_fsdp_alone_in_an_empty_folder_and_its_exported_weights(tmp_path):
     result = run_script(Path(script).name, *FSDP_TINY, cwd=tmp_path, folder=tmp_path)
     report, out = last_json(result), tmp_path / "out/train_fsdp"
     assert result.stderr == "" and "processes=1" in result.stdout
-    assert report == fsdp_report(out) and report["gemm_gflops"] > 0 and 0 < report["mfu"] < 1
+    assert report == json_of(out / "report.json") and report["gemm_gflops"] > 0 and 0 < report["mfu"] < 1
     assert report["dev_loss"] < report["losses"][0] and report["settings"]["steps"] == 20
     assert (tmp_path / report["picture"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     code = """
@@ -5151,7 +5121,7 @@ def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, tmp_path):
     assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no orphans"
     fsdp.run(2, *FSDP_TINY, "--steps", "60", "--out", str(tmp_path / "whole"))
-    assert torch.equal(ddp_weights(tmp_path / "out"), ddp_weights(tmp_path / "whole"))
+    assert torch.equal(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
 
 
 def test_train_fsdp_loop_is_short():

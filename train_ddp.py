@@ -165,6 +165,7 @@ def load_manual(max_len: int) -> tuple[Sequences, Sequences]:
 
 
 def cut(texts: list[str], max_len: int) -> Sequences:
+    """Every byte of the texts as a target once, max_len of them a row."""
     rows = []
     for text in texts:
         data = b"\n" + text.encode()  # the first byte of a text is predicted from a line's end
@@ -384,6 +385,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW in two groups: matrices decay, norms and biases don't. Unfused on CPU, where that is bitwise."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -472,6 +474,7 @@ def progress_bar(step: int, steps: int, p: Processes):
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
+    """A line from rank 0: training and held-out loss, speed."""
     if p.rank == 0:
         losses = f"loss {run['loss'][-1]:.3f}, held out {run['dev'][-1][1]:.3f} nats a byte"
         bar.clear()
@@ -547,6 +550,7 @@ def bound(s: Settings, text: Sequences) -> dict:
 
 
 def differences(there: dict, here: dict) -> str:
+    """Which settings differ, with both values, as text."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
@@ -623,6 +627,7 @@ def finish(model: GPT, run: dict, machine: dict, s: Settings) -> dict:
 
 
 def plot_loss(run: dict, path: Path) -> str:
+    """Loss of every step's batch and of the held-out topics, as a PNG; returns its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -658,6 +663,7 @@ def hardware(p: Processes) -> dict:
 
 
 def run_job(s: Settings, p: Processes) -> None:
+    """All of it on this rank: settings agreed, resumed or begun, trained, written."""
     text, dev = load_manual(max(1, s.max_len))
     settings = bound(s, text)
     check_settings(s, p, settings)

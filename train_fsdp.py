@@ -545,6 +545,7 @@ def load_manual(max_len: int) -> tuple[Sequences, Sequences]:
 
 
 def cut(texts: list[str], max_len: int) -> Sequences:
+    """Every byte of the texts as a target once, max_len of them a row."""
     rows = []
     for text in texts:
         data = b"\n" + text.encode()  # the first byte of a text is predicted from a line's end
@@ -658,6 +659,7 @@ def progress_bar(step: int, steps: int, p: Processes):
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
+    """A line from rank 0: training and held-out loss, speed."""
     if p.rank == 0:
         losses = f"loss {run['loss'][-1]:.3f}, held out {run['dev'][-1][1]:.3f} nats a byte"
         bar.clear()
@@ -723,6 +725,7 @@ def bound(s: Settings, text: Sequences) -> dict:
 
 
 def differences(there: dict, here: dict) -> str:
+    """Which settings differ, with both values, as text."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
