@@ -7002,9 +7002,100 @@ def test_readme_flags_exist():
 
 
 def test_readme_links_lead_somewhere():
+    """Files exist; anchors are headings, as GitHub writes them."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", readme):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    prose = re.sub(r"```.*?```", "", readme, flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    targets = re.findall(r"\]\(([^)]+)\)", readme)
+    assert sum(target.startswith("#") for target in targets) >= 5
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        assert target.startswith("https://") or not path or (ROOT / path).exists(), target
+        assert target.startswith("https://") or not anchor or anchor in anchors, target
+
+
+def test_readme_public_names_have_these_signatures():
+    """Every row of the tables of public names, against inspect.signature without its annotations."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    parts = readme.split("## Copy: public names")[1].split("\n## ")[0].split("\n### ")[1:]
+    row = re.compile(r"^\| `([\w.]+)(\(.*?\))` \|", re.MULTILINE)
+    rows = {part.split(".py")[0]: row.findall(part) for part in parts}
+    assert set(rows) >= {module.__name__ for module in ALL_FILES if module is not imdb}
+    assert all(len(names) >= 5 for names in rows.values()) and sum(map(len, rows.values())) > 80
+    for file, names in rows.items():
+        for name, text in names:
+            thing = functools.reduce(getattr, name.split("."), sys.modules[file])
+            signature = inspect.signature(thing)
+            parameters = [
+                parameter.replace(annotation=inspect.Parameter.empty)
+                for parameter in signature.parameters.values()
+                if parameter.name != "self"
+            ]
+            bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+            assert text == str(bare), (file, name)
+            assert inspect.isclass(thing) or inspect.getdoc(thing) or name.endswith("forward"), name
+
+
+def test_readme_commands_parse(tmp_path, monkeypatch):
+    """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
+    import shlex
+
+    from torch.distributed.run import parse_args
+
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in ALL_FILES)]
+    command = r"(?:python|torchrun) (?:[^\n`#|;]|\\\n)*\w+\.py(?:[^\n`#|;]|(?<= )#(?!\s))*"
+    found = {c.replace("\\\n", " ") for text in texts for c in re.findall(command, text)}
+    assert len(found) >= 30
+    monkeypatch.chdir(tmp_path)  # nothing is there
+    for line in found:
+        words = [word for word in shlex.split(line) if word not in ("...", "[--out", "DIR]")]
+        if words[0] == "torchrun":
+            words = [re.sub(r"\$\{?\w+\}?", "2", word) for word in words]
+            known = parse_args(words[1:])
+            assert known.training_script.endswith(".py"), line
+            words = ["python", known.training_script, *known.training_script_args]
+        if words[1] in ("test_all.py", "FILE"):
+            continue
+        assert (ROOT / words[1]).exists(), line
+        sys.modules[words[1].removesuffix(".py")].settings_from_command_line(words[2:])
+
+
+@pytest.mark.parametrize("module", ALL_FILES)
+def test_readme_help_is_enough(module, capsys, monkeypatch):
+    """`python FILE --help`: every setting with its reason and default, and the commands to paste."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no word is broken
+    with pytest.raises(SystemExit) as ended:
+        module.settings_from_command_line(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and f"python {module.__name__}.py" in text
+    for name, setting in module.Settings.__dataclass_fields__.items():
+        reason = " ".join(setting.metadata["help"].split())
+        assert f"--{name.replace('_', '-')}" in text and reason in text, name
+
+
+def test_readme_other_figures_are_the_logged_ones():
+    """Those with a unit in the sections on copying, training, Multi30k: in the log that the section links."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    log = json_of(ROOT / "assets/attention_benchmark.json")["ratio"]
+    low, high = log["quartiles"]
+    for figure in (f"{log['median']:.2f} times", f"quartiles {low:.2f} to {high:.2f}"):
+        assert figure in " ".join(readme.split()), figure
+    runs = json_of(ROOT / "assets/ddp.json")["side_by_side"]["runs"]
+    one, two = (round(100 * statistics.median(run["mfu"] for run in runs[n])) for n in ("one", "two"))
+    assert f"{one}% and {two}%" in readme
+    log = json_of(ROOT / "assets/multi30k.json")
+    assert f"{100 * log['mfu']:.0f}% of the peak" in " ".join(readme.split())
+    assert f"{log['train_seconds'] / 60:.0f} minutes" in readme
+    assert f"{log['n_parameters'] / 1e6:.0f} million" in readme
+    log = json_of(ROOT / "assets/fsdp_memory.json")
+    assert f"{log['n_parameters'] / 1e6:.0f} million parameters" in readme
+    for row in log["rows"]:
+        if row["processes"] == 4 and "recompute" not in row["script"]:
+            assert str(max(row["peak_rss_mib"])) in train_fsdp.__doc__, row
+    assert f"plants {sum(map(len, MUTANTS.values()))} bugs" in readme
+    log = json_of(ROOT / "assets/ddp.json")["kill -9"]
+    assert f"After {sum(n for n in log.values() if isinstance(n, int))} kill -9" in " ".join(readme.split())
 
 
 def test_readme_commands_are_the_ones_that_ci_runs():
