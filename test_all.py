@@ -3887,13 +3887,16 @@ def free_port() -> int:
 # processes of their own, with the variables that torchrun sets, and end as a script does. They measure no
 # matmul and draw no picture: half a second each.
 LAUNCHER = """
-import importlib, json, os, sys, traceback
+import gc, importlib, json, os, sys, traceback
 sys.path.insert(0, sys.argv[1])
-import matplotlib.pyplot, safetensors.torch, torch, torch._dynamo, tqdm
+import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm
+import torch, torch._dynamo, torch.distributed.checkpoint._fsspec_filesystem, torch.utils.serialization
 import pydoc_data.topics
 script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
 script.hardware = lambda p: {"processes": p.world, "gemm_gflops": 1.0}
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
+gc.collect()
+gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
     job, pids = json.loads(line), []
     for rank in job["ranks"]:
@@ -4526,7 +4529,7 @@ FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
 
 def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
     """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
-    arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
+    arguments = [*FSDP_TINY, "--steps", "8", "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
     s = train_fsdp.settings_from_command_line(arguments)
     expected, losses = by_hand(s, train_fsdp.initialise), {}
     runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
@@ -4539,7 +4542,7 @@ def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
         assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
         report = json_of(out / "report.json")
         losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
+        assert report["processes"] == int(name[0]) and len(report["losses"]) == 8
         check_close(losses[name], losses["1"], 1e-12, "losses")
     assert 4 < report["dev_loss"] < 5.5
 
@@ -4562,7 +4565,7 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
 def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
     """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
     stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
-    arguments = [*FSDP_TINY, "--clip", "0.3"]
+    arguments = [*FSDP_TINY, "--steps", "10", "--clip", "0.3"]
     fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
     runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
     for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
@@ -4571,7 +4574,7 @@ def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
         out = tmp_path / name.replace(" ", "_") / "run"
         fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
         distance = distance_of_weights(out, tmp_path / "1")
-        assert distance <= limit and (distance > limit / 100 or "16" not in name), (name, distance)
+        assert distance <= limit and (distance > limit / 200 or "16" not in name), (name, distance)
         assert final_weights(out).dtype == torch.float32
 
 
@@ -4642,8 +4645,8 @@ def test_train_fsdp_each_rank_holds_its_slices_and_no_more(fsdp, tmp_path):
     whole = sum(p.numel() for p in train_ddp.GPT(18, 2, 2, 21).parameters())
     for world, replicate in ((2, 1), (4, 1), (4, 2)):
         out = tmp_path / f"{world}x{replicate}"
-        arguments = [*FSDP_TINY, "--steps", "4", "--replicate", str(replicate), "--out", str(out)]
-        stdout = fsdp.run(world, *arguments)[0].stdout
+        arguments = [*FSDP_TINY, "--steps", "2", "--warmup", "1", "--replicate", str(replicate)]
+        stdout = fsdp.run(world, *arguments, "--out", str(out))[0].stdout
         report, shards = json_of(out / "report.json"), world // replicate
         assert report["n_parameters"] == whole and report["held"]["whole"] == {
             "weights": 4 * whole, "gradients": 4 * whole, "moments": 8 * whole
@@ -4769,16 +4772,16 @@ def test_train_fsdp_saved_on_2_loaded_on_1_on_4_and_on_none(fsdp, tmp_path):
 
 
 def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
-    """Ten steps on 2 ranks, ten more on 1, on 4, on 2 x 2: the undisturbed run's weights; on 2 bitwise."""
-    arguments = [*FSDP_TINY, "--dtype", "float64", "--out"]
-    fsdp.run(2, *arguments, str(tmp_path / "whole"), "--save-every", "10")
+    """Six steps on 2 ranks, six more on 1, on 4, on 2 x 2: the undisturbed run's weights; on 2 bitwise."""
+    arguments = [*FSDP_TINY, "--steps", "12", "--dtype", "float64", "--out"]
+    fsdp.run(2, *arguments, str(tmp_path / "whole"), "--save-every", "6")
     for name, more in {"1": [], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}.items():
         out = tmp_path / name.replace(" ", "_")
         shutil.copytree(
             fsdp_checkpoints(tmp_path / "whole")[0], out / fsdp_checkpoints(tmp_path / "whole")[0].name
         )
         stdout = fsdp.run(int(name[0]), *arguments, str(out), *more)[0].stdout
-        assert "going on at step 10" in stdout
+        assert "going on at step 6" in stdout
         assert distance_of_weights(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
         losses = [
             torch.tensor(json_of(o / "report.json")["losses"], dtype=torch.float64)
@@ -4787,11 +4790,19 @@ def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
         check_close(*losses, 1e-12, "losses")
 
 
+FSDP_NEWEST = """
+p = train_fsdp.start_processes("cpu", 30)
+for out in sys.argv[1:]:
+    path, manifest = train_fsdp.newest_checkpoint(train_fsdp.Path(out), p)
+    print(path.name[:13], manifest["step"])
+"""
+
+
 def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp, tmp_path):
     """Before training goes on, whichever rank finds it, on another number of ranks too."""
     arguments = [*FSDP_TINY, "--save-every", "8", "--exact", "--out"]
     fsdp.run(2, *arguments, str(tmp_path / "whole"))
-    expected = final_weights(tmp_path / "whole")
+    expected, newest = final_weights(tmp_path / "whole"), {}
     (tmp_path / "whole/report.json").unlink()
     files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
     files |= {
@@ -4800,22 +4811,33 @@ def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp
         "missing manifest": "manifest.json",
     }
     for damage, name in files.items():
-        out = tmp_path / damage.replace(" ", "_")
+        out = tmp_path / damage
         shutil.copytree(tmp_path / "whole", out)
-        newest = fsdp_checkpoints(out)[-1]
-        data = bytearray((newest / name).read_bytes())
+        newest[damage] = fsdp_checkpoints(out)[-1]
+        file = newest[damage] / name
+        data = bytearray(file.read_bytes())
         data[len(data) // 2] ^= 4 * ("altered" in damage)
-        (newest / name).write_bytes(data[:-1] if damage == "truncated" else data)
+        file.write_bytes(data[:-1] if damage == "truncated" else data)
         if "missing" in damage:
-            (newest / name).unlink()
-        world = 1 if damage == "truncated" else 2
+            file.unlink()
+    for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
+        out = tmp_path / damage
         results = fsdp.run(world, *arguments, str(out))
-        assert f"{newest} is damaged ({name} missing or altered)" in results[0].stderr, damage
+        assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
         assert "going on at step 16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
         distance = ((final_weights(out) - expected).norm() / expected.norm()).item()
         assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
-        assert newest.with_name(newest.name + ".damaged").is_dir()
+        assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
     assert "this run is finished" in fsdp.run(2, *arguments, str(out))[0].stdout
+    others = [damage for damage in files if damage not in ("truncated", "missing")]
+    for world in (2, 1):  # the second time nothing is left to report
+        results = fsdp.run(world, *(str(tmp_path / damage) for damage in others), code=FSDP_NEWEST)
+        assert all(r.stdout == "step_00000016 16\n" * len(others) for r in results), results
+        said = results[0].stderr.splitlines()
+        for damage, line in zip(others, said, strict=True) if world == 2 else ():
+            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in line
+            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
+    assert said == []
 
 
 def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
@@ -4886,7 +4908,7 @@ script.leave(script.main())
 
 def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
     """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-    arguments = [*FSDP_TINY, "--steps", "40", "--dropout", "0.1", "--keep", "2"]
+    arguments = [*FSDP_TINY, "--steps", "30", "--dropout", "0.1", "--keep", "2"]
     fsdp.run(2, *arguments, "--out", str(tmp_path / "whole"))
     out, rng, kills, in_a_save = tmp_path / "killed", random.Random(int(time.time())), 0, 0
     while kills < KILLS:
@@ -4956,10 +4978,10 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
 def test_train_fsdp_lost_and_late_processes(fsdp, tmp_path):
     """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
     arguments = [*FSDP_TINY, "--steps", "5000", "--replicate", "2", "--out", str(tmp_path / "a")]
-    arguments += ["--eval-every", "10", "--timeout"]
+    arguments += ["--eval-every", "3", "--timeout"]
     for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "3")):
         fsdp.start(4, *arguments, timeout)
-        fsdp.wait_for("step 10/")
+        fsdp.wait_for("step 3/")
         os.kill(fsdp.pids[1], number)
         check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
     code = """
@@ -5101,7 +5123,7 @@ def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, tmp_path):
         str(ROOT / "train_fsdp.py"),
         *FSDP_TINY,
         "--steps",
-        "60",
+        "40",
     ]
     with subprocess.Popen(
         [*command, "--save-every", "5", "--out", "out"],
@@ -5120,7 +5142,7 @@ def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, tmp_path):
     assert torchrun.returncode == 0, err
     assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no orphans"
-    fsdp.run(2, *FSDP_TINY, "--steps", "60", "--out", str(tmp_path / "whole"))
+    fsdp.run(2, *FSDP_TINY, "--steps", "40", "--out", str(tmp_path / "whole"))
     assert torch.equal(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
 
 
