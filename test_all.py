@@ -4113,12 +4113,12 @@ def ddp_newest(out: Path) -> str:
     "world, who, number", [(1, "all", "SIGTERM"), (2, "last", "SIGTERM"), (2, "all", "SIGINT")]
 )
 def test_train_ddp_signal_stops_all_ranks_at_one_step(ddp, world, who, number, tmp_path):
-    arguments = [*DDP_TINY, "--steps", "400", "--save-every", "0", "--amp", "fp16", "--dropout", "0.1"]
-    arguments += ["--eval-every", "100"]
+    arguments = [*DDP_TINY, "--steps", "200", "--save-every", "0", "--amp", "fp16", "--dropout", "0.1"]
+    arguments += ["--eval-every", "50"]
     ddp.run(world, *arguments, "--save-every", "20", "--out", str(tmp_path / "whole"))
     out = tmp_path / "stopped"
     ddp.start(world, *arguments, "--out", str(out))
-    ddp.wait_for("step 100/")
+    ddp.wait_for("step 50/")
     ddp.kill(range(world) if who == "all" else [world - 1], getattr(signal, number))
     results = ddp.wait()
     code = 128 + getattr(signal, number)
@@ -4127,11 +4127,11 @@ def test_train_ddp_signal_stops_all_ranks_at_one_step(ddp, world, who, number, t
     assert "the same command goes on from there" in results[0].stderr
     assert all(r.stderr == "" for r in results[1:]), "one line an event"
     state = train_ddp.load_checkpoint(out)
-    assert 100 <= state["step"] < 400 and state["scaler"]["_growth_tracker"] == state["step"]
+    assert 50 <= state["step"] < 200 and state["scaler"]["_growth_tracker"] == state["step"]
     results = ddp.run(world, *arguments, "--out", str(out))
     assert f"going on at step {state['step']}" in results[0].stdout
     assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 400
+    assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 200
 
 
 def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(ddp, tmp_path):
@@ -4197,8 +4197,8 @@ def test_train_ddp_bad_input(ddp, tmp_path):
         (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32, got float64"),
     ]
     for arguments, message in wrong:
-        check_one_line_error(run_script("train_ddp.py", *DDP_TINY, *arguments, cwd=tmp_path), message)
-    assert not (tmp_path / "out").exists()
+        check_one_line_error(ddp.attempt(1, *DDP_TINY, *arguments)[0], message)
+    assert not (tmp_path / "out").exists() and not (ddp.folder / "out").exists()
 
 
 def test_train_ddp_settings_are_checked():
@@ -4241,7 +4241,7 @@ def test_train_ddp_other_settings_do_not_mix(ddp, tmp_path):
         (["--steps", "5"], "steps 4 there, 5 here"),
         (["--max-len", "20"], "max_len 24 there, 20 here"),
     ):
-        result = run_script("train_ddp.py", *run, *extra, cwd=tmp_path)
+        (result,) = ddp.attempt(1, *run, *extra)
         check_one_line_error(result, "holds a run of other settings", difference, "another --out")
     assert before == {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
 
@@ -4372,7 +4372,7 @@ def test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again(ddp, tmp_pat
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_train_ddp_two_hosts(rendezvous, tmp_path):
-    """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
+    """Two network namespaces, a virtual cable, one or two processes in each: the same weights as by hand."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("two hosts are simulated with `ip netns`: needs root and iproute2")
     tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
@@ -4395,7 +4395,7 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             for device in ("lo", cable):
                 ip("-n", name, "link", "set", device, "up")
         for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            node = ["--nnodes=2", "--nproc_per_node=2"]
+            node = ["--nnodes=2", f"--nproc_per_node={2 if rendezvous == 'static' else 1}"]
             if rendezvous == "static":
                 node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
             else:
@@ -4412,7 +4412,7 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
     expected = by_hand(train_ddp.settings_from_command_line(arguments))
     assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
-    assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
+    assert json_of(tmp_path / "out" / "report.json")["processes"] == (4 if rendezvous == "static" else 2)
 
 
 def test_train_ddp_loop_is_short():
