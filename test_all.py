@@ -4372,7 +4372,7 @@ def test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again(ddp, tmp_pat
 
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_train_ddp_two_hosts(rendezvous, tmp_path):
-    """Two network namespaces, a virtual cable, one or two processes in each: the same weights as by hand."""
+    """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
     if os.geteuid() != 0 or not shutil.which("ip"):
         pytest.skip("two hosts are simulated with `ip netns`: needs root and iproute2")
     tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
@@ -4395,7 +4395,7 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             for device in ("lo", cable):
                 ip("-n", name, "link", "set", device, "up")
         for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            node = ["--nnodes=2", f"--nproc_per_node={2 if rendezvous == 'static' else 1}"]
+            node = ["--nnodes=2", "--nproc_per_node=2"]
             if rendezvous == "static":
                 node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
             else:
@@ -4412,7 +4412,7 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
     expected = by_hand(train_ddp.settings_from_command_line(arguments))
     assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
-    assert json_of(tmp_path / "out" / "report.json")["processes"] == (4 if rendezvous == "static" else 2)
+    assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
 
 
 def test_train_ddp_loop_is_short():
@@ -4529,7 +4529,7 @@ FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
 
 def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
     """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
-    arguments = [*FSDP_TINY, "--steps", "8", "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
+    arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
     s = train_fsdp.settings_from_command_line(arguments)
     expected, losses = by_hand(s, train_fsdp.initialise), {}
     runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
@@ -4542,7 +4542,7 @@ def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
         assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
         report = json_of(out / "report.json")
         losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == int(name[0]) and len(report["losses"]) == 8
+        assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
         check_close(losses[name], losses["1"], 1e-12, "losses")
     assert 4 < report["dev_loss"] < 5.5
 
@@ -4565,7 +4565,7 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
 def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
     """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
     stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
-    arguments = [*FSDP_TINY, "--steps", "10", "--clip", "0.3"]
+    arguments = [*FSDP_TINY, "--clip", "0.3"]
     fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
     runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
     for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
@@ -4574,7 +4574,7 @@ def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
         out = tmp_path / name.replace(" ", "_") / "run"
         fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
         distance = distance_of_weights(out, tmp_path / "1")
-        assert distance <= limit and (distance > limit / 200 or "16" not in name), (name, distance)
+        assert distance <= limit and (distance > limit / 100 or "16" not in name), (name, distance)
         assert final_weights(out).dtype == torch.float32
 
 
@@ -4977,8 +4977,8 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
 
 def test_train_fsdp_lost_and_late_processes(fsdp, tmp_path):
     """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
-    arguments = [*FSDP_TINY, "--steps", "5000", "--replicate", "2", "--out", str(tmp_path / "a")]
-    arguments += ["--eval-every", "3", "--timeout"]
+    arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
+    arguments += ["--out", str(tmp_path / "a"), "--eval-every", "3", "--timeout"]
     for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "3")):
         fsdp.start(4, *arguments, timeout)
         fsdp.wait_for("step 3/")

@@ -75,16 +75,8 @@ class Settings:
     seed: int = setting(0, "same seed, same weights, on any number of processes")
 
 
-FREE = (
-    "eval_every",
-    "save_every",
-    "keep",
-    "timeout",
-    "data_parallel",
-    "device",
-    "out",
-)  # may change in a run
-
+# may change in a run:
+FREE = ("eval_every", "save_every", "keep", "timeout", "data_parallel", "device", "out")
 
 # -----------------------------------------------------------------------------
 # The model: a compact GPT
@@ -221,8 +213,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     if device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
         raise ValueError(f"device mps: needs a Mac's GPU and one process, got {world} process(es)")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
+        if local_rank >= (have := torch.cuda.device_count()):
             raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
@@ -352,10 +343,7 @@ def load_checkpoint(folder: Path) -> dict | None:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        print(
-            f"{path} is damaged (its sha256 isn't the one in its name); taking the one before",
-            file=sys.stderr,
-        )
+        print(f"{path} is damaged (sha256 isn't that of its name); taking the one before", file=sys.stderr)
         path.rename(path.with_suffix(".damaged"))
     return None
 
@@ -376,9 +364,7 @@ def wrap(model: nn.Module, s: Settings, p: Processes) -> nn.Module:
     if p.world == 1:
         return model
     with waiting("all ranks to compare their model", p):
-        return DistributedDataParallel(
-            model, device_ids=[p.device.index] if p.device.type == "cuda" else None
-        )
+        return DistributedDataParallel(model, [p.device.index] if p.device.type == "cuda" else None)
 
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -405,6 +391,8 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
     All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
     a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly.
     """
+    from tqdm import tqdm
+
     (text, dev), parts, signals = data, p.world * s.accumulate, Signals(p)
     parallel, optimizer = wrap(model, s, p), make_optimizer(model, s, p.device)
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
@@ -412,7 +400,7 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
     if run["step"]:
         optimizer.load_state_dict(run["optimizer"])
         scaler.load_state_dict(run["scaler"])
-    bar = progress_bar(run["step"], s.steps, p)
+    bar = tqdm(initial=run["step"], total=s.steps, unit="step", disable=None if p.rank == 0 else True)
     for step in range(run["step"], s.steps):
         start = time.perf_counter()
         rows = rows_of_step(step, len(text.lengths), s.batch_size, s.seed)  # (batch_size,)
@@ -464,13 +452,6 @@ def gradients_travel(parallel: nn.Module, now: bool):
     """Around forward AND backward of a micro-batch: the ranks exchange gradients with a step's last one alone
     (DDP decides in forward: no_sync around backward only would change nothing)."""
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not now else nullcontext()
-
-
-def progress_bar(step: int, steps: int, p: Processes):
-    """On rank 0's terminal alone."""
-    from tqdm import tqdm
-
-    return tqdm(initial=step, total=steps, unit="step", disable=None if p.rank == 0 else True)
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
@@ -559,9 +540,7 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
     """Raises ValueError, on every rank, for settings that can't be, or that the ranks don't share."""
     if p.world > 1:
         of_ranks = [None] * p.world
-        with waiting(
-            "the settings of all ranks", p
-        ):  # all of them: save_every too makes ranks wait for others
+        with waiting("the settings of all ranks", p):  # save_every too makes ranks wait for others
             dist.all_gather_object(of_ranks, asdict(s) | settings)
         for rank, others in enumerate(of_ranks):
             if others != of_ranks[0]:
@@ -581,10 +560,8 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
     if s.amp != "off" and s.dtype != "float32":
         raise ValueError(f"amp {s.amp} needs dtype float32, got {s.dtype}")
     if s.batch_size < p.world * s.accumulate:
-        raise ValueError(
-            f"batch_size {s.batch_size} is smaller than {p.world} process(es) x accumulate {s.accumulate}: "
-            "some would have nothing to do"
-        )
+        parts = f"{p.world} process(es) x accumulate {s.accumulate}"
+        raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
     if s.data_parallel and p.world > 1:
         raise ValueError(f"data_parallel is one process, but {p.world} were started")
 
@@ -652,11 +629,10 @@ def hardware(p: Processes) -> dict:
         a @ a
         times.append(time.perf_counter() - start)
     gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
-    try:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # Linux, where platform knows the architecture alone
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     machine = {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return machine | {"gemm_gflops": round(gflops, 1)} | versions
@@ -695,9 +671,8 @@ def run_job(s: Settings, p: Processes) -> None:
 
 
 def settings_from_command_line(argv: list[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for f in fields(Settings):
         flag, reason = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -726,9 +701,7 @@ def main() -> int:
         code, message = 130, "interrupted before there was anything to save"
     except Lost as error:
         code, message = 1, str(error)
-    if (
-        code == 1 or processes is None or processes.rank == 0
-    ):  # the rest is the same on all ranks that have met
+    if code == 1 or processes is None or processes.rank == 0:  # the rest is the same on all that have met
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 
