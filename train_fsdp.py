@@ -275,8 +275,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be auto, cuda or cpu, got {device}")
     if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            have = torch.cuda.device_count()
+        if local_rank >= (have := torch.cuda.device_count()):
             raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
@@ -587,11 +586,13 @@ def train(model: GPT, optimizer, data: tuple, run: dict, s: Settings, p: Process
     All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
     a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly.
     """
+    from tqdm import tqdm
+
     (text, dev), parts, signals = data, p.world * s.accumulate, Signals(p)
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
     if run["step"]:
         scaler.load_state_dict(run["scaler"])
-    bar = progress_bar(run["step"], s.steps, p)
+    bar = tqdm(initial=run["step"], total=s.steps, unit="step", disable=None if p.rank == 0 else True)
     for step in range(run["step"], s.steps):
         start = time.perf_counter()
         optimizer.zero_grad()
@@ -649,13 +650,6 @@ def peak_rss() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def progress_bar(step: int, steps: int, p: Processes):
-    """On rank 0's terminal alone."""
-    from tqdm import tqdm
-
-    return tqdm(initial=step, total=steps, unit="step", disable=None if p.rank == 0 else True)
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
@@ -757,7 +751,7 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
         raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
 
 
-def prepare(out: Path) -> None:
+def check_place(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
 
@@ -830,11 +824,10 @@ def hardware(p: Processes) -> dict:
         a @ a
         times.append(time.perf_counter() - start)
     gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
-    try:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # Linux, where platform knows the architecture alone
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     machine = {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return machine | {"gemm_gflops": round(gflops, 1)} | versions
@@ -856,7 +849,7 @@ def run_job(s: Settings, p: Processes) -> None:
     text, dev = load_manual(max(1, s.max_len))
     settings = bound(s, text)
     check_settings(s, p, settings["text"])
-    on_rank_0(partial(prepare, Path(s.out)), p)
+    on_rank_0(partial(check_place, Path(s.out)), p)
     path, run = newest_checkpoint(Path(s.out), p)
     run = run or {"settings": settings, "step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
     if run["settings"] != settings:
@@ -919,9 +912,7 @@ def main() -> int:
         code, message = 130, "interrupted before there was anything to save"
     except Lost as error:
         code, message = 1, str(error)
-    if (
-        code == 1 or processes is None or processes.rank == 0
-    ):  # the rest is the same on all ranks: one says it
+    if code == 1 or processes is None or processes.rank == 0:  # the rest is the same on all that have met
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 
