@@ -55,6 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
 # -----------------------------------------------------------------------------
@@ -152,11 +153,9 @@ def free_dimensions(inputs: tuple) -> tuple:
 def capture(model: nn.Module, inputs: tuple, dynamic_shapes=None) -> torch.export.ExportedProgram:
     """The model's operators as a graph, with free sizes; ValueError where torch.export refuses."""
     if dynamic_shapes is None:
-        free = torch.export.Dim.DYNAMIC  # an error where the model fixes it; AUTO would fix it silently
-        shapes = [
-            {i: free if isinstance(d, str) else d for i, d in x.items()} for x in free_dimensions(inputs)
-        ]
-        dynamic_shapes = tuple(shapes)  # a size of 1 is taken for a constant, so a batch of 1 is doubled
+        free, shapes = torch.export.Dim.DYNAMIC, free_dimensions(inputs)  # AUTO would fix a size silently
+        dynamic_shapes = tuple({i: free if isinstance(d, str) else d for i, d in x.items()} for x in shapes)
+        # A size of 1 is taken for a constant, so a batch of 1 is doubled.
         inputs = tuple(torch.cat((x, x)) if x.dim() and len(x) == 1 else x for x in inputs)
     with evaluating(model), torch.no_grad(), quietly():
         model(*inputs)  # the model's own complaint about wrong inputs comes first
@@ -193,9 +192,7 @@ class OnnxAttention(TorchFunctionMode):
         return (self.attention if is_attention else function)(*args, **(kwargs or {}))
 
     @staticmethod
-    def attention(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args, **kwargs
-    ) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
         attention = F.scaled_dot_product_attention
         if attn_mask is None:
             return attention(q, k, v, None, *args, **kwargs)
@@ -216,9 +213,7 @@ class OnnxAttention(TorchFunctionMode):
 OPSETS = range(18, 26)  # what the exporter writes and onnxruntime 1.32 runs
 
 
-def export_onnx(
-    model: nn.Module, example_inputs, path, dynamic_shapes=None, metadata: dict | None = None, opset: int = 23
-) -> Path:
+def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, metadata=None, opset=23) -> Path:
     """One ONNX file, batch and length free, checked, with metadata inside; runs wherever onnxruntime does.
 
     The inputs are named as forward's arguments are, the output "output". metadata (labels, max_len, a
@@ -334,9 +329,7 @@ def int8_options(per_channel: bool, embedding_bits: int, reduce_range: bool | No
     }
 
 
-def quantize_dynamic(
-    onnx_path, path, per_channel: bool = True, embedding_bits: int = 32, reduce_range: bool | None = None
-) -> Path:
+def quantize_dynamic(onnx_path, path, per_channel=True, embedding_bits=32, reduce_range=None) -> Path:
     """int8 weights; activations are scaled anew in each run, so that no calibration is needed.
 
     What it is for: models made of matrix products (Transformers) on a CPU. Products with constant weights are
@@ -352,12 +345,7 @@ def quantize_dynamic(
 
 
 def quantize_static(
-    onnx_path,
-    path,
-    calibration: Iterable[dict],
-    per_channel: bool = True,
-    embedding_bits: int = 32,
-    reduce_range: bool | None = None,
+    onnx_path, path, calibration: Iterable[dict], per_channel=True, embedding_bits=32, reduce_range=None
 ) -> Path:
     """int8 weights, and int8 activations whose ranges are fixed beforehand, on real inputs.
 
@@ -522,13 +510,7 @@ def neuron_importance(model: nn.Module, batches: Iterable, loss: Callable | None
     return importance(model, readers, dict.fromkeys(readers, 1), batches, loss)
 
 
-def importance(
-    model: nn.Module,
-    readers: dict[str, nn.Linear],
-    widths: dict[str, int],
-    batches: Iterable,
-    loss: Callable | None,
-) -> dict[str, Tensor]:
+def importance(model: nn.Module, readers: dict[str, nn.Linear], widths: dict, batches, loss) -> dict:
     """First-order change of the loss if a group of `width` inputs of a Linear were 0: name -> (groups,)."""
     loss = loss or partial(F.cross_entropy, reduction="sum")
     seen, n_examples = {}, 0
@@ -598,9 +580,8 @@ def load_pruned(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 def most_important(what: str, scores: Tensor, n: int, keep: int) -> Tensor:
     """Indices (keep,) of the largest scores (n,), in ascending order."""
     if len(scores) != n or not 1 <= keep <= n:
-        raise ValueError(
-            f"{what}: keep must be in 1 .. {n}, with {n} scores, got {keep}, {len(scores)} scores"
-        )
+        got = f"{keep}, {len(scores)} scores"
+        raise ValueError(f"{what}: keep must be in 1 .. {n}, with {n} scores, got {got}")
     return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
@@ -796,9 +777,7 @@ def export_all(
     return report | {"recommended": recommended(rows, max_loss)["name"], "max_loss": max_loss}
 
 
-def write_artefacts(
-    models: dict[str, nn.Module], example_inputs, calibration: list[dict], out: Path, metadata: dict | None
-) -> tuple[dict[str, Path], dict[str, str]]:
+def write_artefacts(models: dict, example_inputs, calibration, out: Path, metadata) -> tuple[dict, dict]:
     """(name -> file, name -> why not) of every format that takes the models."""
     original, files, refusals = next(iter(models.values())), {}, {}
 
@@ -959,9 +938,8 @@ class Classifier(nn.Module):
 
 GOOD, BAD = "clever gripping fresh superb warm".split(), "dull lifeless stale awful tedious".split()
 NOUNS = "plot acting music script ending cast".split()
-ASIDES = "on a rainy evening|as my neighbour said|whatever the poster says|to be fair|late at night".split(
-    "|"
-)
+ASIDES = ["on a rainy evening", "as my neighbour said", "whatever the poster says", "to be fair"]
+ASIDES += ["late at night"]
 
 
 def generate_sentences(n: int, seed: int) -> list[tuple[str, int]]:
@@ -993,9 +971,7 @@ def encode(sentences: list[tuple[str, int]], vocabulary: dict[str, int]) -> list
 def train(model: nn.Module, batches: list, epochs: int, lr: float, seed: int) -> nn.Module:
     order, steps = random.Random(seed), epochs * len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 20, 1.02 - step / steps)
-    )
+    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 1.02 - step / steps))
     model.train()
     for _ in range(epochs):
         for (tokens,), labels in order.sample(batches, len(batches)):
@@ -1107,16 +1083,14 @@ def demo(s: Settings) -> dict:
 
 
 def need(*modules: str) -> None:
-    """Raises ValueError that names the libraries that the demo needs and this Python lacks."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the demo needs {' '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def settings_from_command_line(argv: list[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     for f in fields(Settings):
         reason = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, help=reason)
