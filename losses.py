@@ -12,8 +12,7 @@ torch alone.
 """
 
 import argparse
-import contextlib
-import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -46,23 +45,18 @@ def check_class_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tupl
     """Check logits (N, K, ...) against targets (N, ...) and flatten them to R rows, one a prediction.
 
     Returns log-probabilities (R, K), targets (R,) and which rows count (R,). A row that doesn't count gets
-    zeros for logits and class 0 for a target, so that whatever stood there (NaN too) reaches neither value
-    nor gradient.
+    logits of 0 and target 0: whatever stood there (NaN too) reaches neither value nor gradient.
     """
     if logits.ndim < 2 or not logits.is_floating_point():
-        raise ValueError(
-            f"logits must be floating point (N, K, ...), got {logits.dtype} {tuple(logits.shape)}"
-        )
+        raise ValueError(f"logits must be floats (N, K, ...), got {logits.dtype} {tuple(logits.shape)}")
     check_integers("targets", targets, logits.shape[:1] + logits.shape[2:])
     n_classes = logits.shape[1]
     targets = targets.long()
     counts = targets != ignore_index
     wrong = counts & ((targets < 0) | (targets >= n_classes))
     if wrong.any():
-        raise ValueError(
-            f"targets must lie in 0 .. {n_classes - 1} or be ignore_index ({ignore_index}), "
-            f"got {targets[wrong][0].item()}"
-        )
+        allowed = f"0 .. {n_classes - 1} or be ignore_index ({ignore_index})"
+        raise ValueError(f"targets must lie in {allowed}, got {targets[wrong][0].item()}")
     logits = full_precision(logits).movedim(1, -1).reshape(-1, n_classes)  # (R, K)
     targets, counts = targets.reshape(-1), counts.reshape(-1)  # (R,)
     log_p = F.log_softmax(logits.masked_fill(~counts[:, None], 0.0), dim=1)
@@ -176,21 +170,17 @@ def focal_loss(
 def binary_focal_loss(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = 0.25, reduction: str = "mean"
 ) -> Tensor:
-    """Focal loss over a sigmoid, as torchvision.ops.sigmoid_focal_loss; gamma = 0, alpha = None is plain
-    BCE.
+    """Focal loss over a sigmoid, as torchvision.ops.sigmoid_focal_loss; gamma = 0, alpha = None: plain BCE.
 
     logits and targets of one shape, targets 0 or 1 (any dtype). alpha weighs class 1, 1 - alpha class 0.
-    Raises ValueError for other targets, gamma < 0, alpha outside [0, 1]. Lin et al. 2017, arXiv:1708.02002,
-    eq. 5.
+    Raises ValueError for other targets, gamma < 0, alpha outside [0, 1]. Lin et al. 2017, eq. 5.
     """
     check_at_least_0("gamma", gamma)
     if alpha is not None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1] or be None, got {alpha}")
     if not logits.is_floating_point() or logits.shape != targets.shape:
-        raise ValueError(
-            f"logits (floats) and targets must share a shape, got {logits.dtype} {tuple(logits.shape)} "
-            f"and {tuple(targets.shape)}"
-        )
+        given = f"{logits.dtype} {tuple(logits.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"logits (floats) and targets must share a shape, got {given}")
     if not ((targets == 0) | (targets == 1)).all():
         raise ValueError(f"targets must be 0 or 1, got {targets[(targets != 0) & (targets != 1)][0].item()}")
     z = full_precision(logits)
@@ -206,8 +196,7 @@ def binary_focal_loss(
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distance over the last dimension, with gradient 0 where it is 0 (a bare square root:
-    NaN)."""
+    """Euclidean, over the last dimension, with gradient 0 where it is 0 (a bare square root: NaN)."""
     squared = (a - b).square().sum(-1)
     apart = squared > 0
     return squared.where(apart, 1.0).sqrt() * apart
@@ -236,14 +225,11 @@ def check_embeddings(least: int, **embeddings: Tensor) -> None:
             shapes = ", ".join(f"{n} {tuple(e.shape)} {e.dtype}" for n, e in embeddings.items())
             raise ValueError(f"{name} must be floating point (N, D), all of one shape, got {shapes}")
         if len(z) < least:
-            raise ValueError(
-                f"{name} must have at least {least} rows, got {len(z)}: a loss on pairs needs other rows"
-            )
+            raise ValueError(f"{name} must have at least {least} rows (other ones to compare), got {len(z)}")
 
 
 def hinge(x: Tensor, margin: float | str) -> Tensor:
-    """max(0, x + margin), or with margin "soft" log(1 + e^x), which never stops pulling (Hermans 2017,
-    section 2)."""
+    """max(0, x + margin), or with margin "soft" log(1 + e^x), which never stops pulling (Hermans 2017)."""
     if margin == "soft":
         return -F.logsigmoid(-x)
     if isinstance(margin, str):
@@ -257,15 +243,12 @@ def contrastive_loss(x1: Tensor, x2: Tensor, same: Tensor, margin: float = 1.0) 
 
     x1, x2 (N, D), same (N,) boolean or 0 / 1. Two different samples at one point have gradient 0 (no
     direction leads apart). Raises ValueError for shapes, no pair, a negative margin, other values in same.
-    Hadsell et al. 2006, "Dimensionality reduction by learning an invariant mapping", eq. 4 (Y there is 1 -
-    same).
+    Hadsell et al. 2006, "Dimensionality reduction by learning an invariant mapping", eq. 4.
     """
     check_at_least_0("margin", margin)
     check_embeddings(1, x1=x1, x2=x2)
     if same.shape != x1.shape[:1] or not ((same == 0) | (same == 1)).all():
-        raise ValueError(
-            f"same must be {len(x1)} booleans (or 0 and 1), got {same.dtype} {tuple(same.shape)}"
-        )
+        raise ValueError(f"same must be {len(x1)} booleans or 0 / 1, got {same.dtype} {tuple(same.shape)}")
     x1, x2 = full_precision(x1), full_precision(x2)
     pull = (x1 - x2).square().sum(1)  # (N,) d^2 itself: no square root to differentiate
     push = F.relu(margin - distance(x1, x2)).square()  # (N,)
@@ -273,11 +256,10 @@ def contrastive_loss(x1: Tensor, x2: Tensor, same: Tensor, margin: float = 1.0) 
 
 
 def info_nce_loss(query: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
-    """Cross-entropy of finding key i for query i among all keys, by cosine / temperature. Both (N, D), N >=
-    2.
+    """Cross-entropy of finding key i for query i among all keys, by cosine / temperature.
 
-    One direction; CLIP's loss is the mean of this and of info_nce_loss(keys, query).
-    Raises ValueError for shapes, one pair, temperature <= 0. Van den Oord et al. 2018, arXiv:1807.03748, eq 4
+    Both (N, D), N >= 2. One direction: CLIP's loss is the mean of this and of info_nce_loss(keys, query).
+    Raises ValueError for shapes, one pair, temperature <= 0. Van den Oord et al. 2018, arXiv:1807.03748.
     """
     check_embeddings(2, query=query, keys=keys)
     logits = similarity(query, keys, temperature)  # (N, N)
@@ -321,8 +303,8 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
     """Mean of max(0, d(anchor, positive) - d(anchor, negative) + margin), Euclidean; all (N, D).
 
     As F.triplet_margin_loss(eps=0), with gradient 0 instead of NaN at distance 0; margin may be "soft".
-    Raises ValueError for shapes, no triplet, a negative margin. Schroff et al. 2015, arXiv:1503.03832, eq.
-    3 (which squares the distances: those tend to collapse, Hermans et al. 2017, section 3.1).
+    Raises ValueError for shapes, no triplet, a negative margin. Schroff et al. 2015, arXiv:1503.03832, eq. 3
+    squares the distances: those tend to collapse (Hermans et al. 2017, section 3.1).
     """
     check_embeddings(1, anchor=anchor, positive=positive, negative=negative)
     anchor, positive, negative = full_precision(anchor), full_precision(positive), full_precision(negative)
@@ -332,17 +314,15 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
 def batch_hard_triplet_loss(
     z: Tensor, labels: Tensor, margin: float | str = 0.2, mining: str = "hard"
 ) -> Tensor:
-    """Triplet loss with triplets mined from one batch. z (N, D) as given (not normalised), labels (N,)
-    integers.
+    """Triplet loss, mined from one batch: z (N, D) as given (not normalised), labels (N,) integers.
 
-    mining "hard": each anchor with its farthest positive and nearest negative, mean over anchors
-    (Hermans et al. 2017, arXiv:1703.07737, eq. 5); margin "soft" is theirs too.
-    "semihard": each (anchor, positive) with the nearest negative that is farther away than the positive,
-    mean over pairs that have one (Schroff et al. 2015, arXiv:1503.03832, section 3.2; beyond the margin it
-    costs 0). "all": mean over every triplet, those that cost 0 included (Hermans eq. 6). A batch without
-    any such triplet costs 0, gradient 0. Hard mining from a bad start may pull everything into one point,
-    where the loss stands at the margin (soft: log 2 = 0.6931): has_collapsed tells. Raises ValueError for
-    shapes, fewer than 2 rows, a negative margin, another mining. Memory: N^2 D, "all" N^3.
+    mining "hard": each anchor with its farthest positive and nearest negative, mean over anchors (Hermans et
+    al. 2017, arXiv:1703.07737, eq. 5; margin "soft" is theirs too). "semihard": each (anchor, positive) with
+    the nearest negative that is farther away than the positive, mean over pairs that have one (Schroff et al.
+    2015, section 3.2). "all": mean over every triplet, those that cost 0 included (Hermans eq. 6). A batch
+    without any such triplet costs 0, gradient 0. Hard mining from a bad start may pull everything into one
+    point, where the loss stands at the margin (soft: log 2 = 0.6931): has_collapsed tells. Raises ValueError
+    for shapes, fewer than 2 rows, a negative margin, another mining. Memory: N^2 D; semihard, all: N^3.
     """
     check_embeddings(2, z=z)
     check_integers("labels", labels, z.shape[:1])
@@ -366,9 +346,8 @@ def batch_hard_triplet_loss(
 
 
 def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
-    """True where the embeddings z (N, D) have shrunk to a point: mean distance below that share of the
-    margin (of 1, if it is "soft"). Triplet losses then stand at the margin and no longer tell samples
-    apart."""
+    """True where the embeddings z (N, D) have shrunk to a point, and triplet losses stand at the margin:
+    the mean distance is below that share of the margin (of 1, if it is "soft")."""
     check_embeddings(2, z=z)
     mean_distance = torch.pdist(full_precision(z)).mean().item()
     return mean_distance < share * (1.0 if margin == "soft" else margin)
@@ -378,8 +357,7 @@ def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
 #
 # Idea: star ratings. 5 for a true 4 is a small mistake, 1 a large one; cross-entropy charges both the same.
 # 1. Write what must be 0 at best, and why. K classes in order are K - 1 yes/no questions, "more than k
-#    stars?". The softmax answers each; pay the mean -log p of the right answers. Each term is a proper score:
-#    lying costs.
+#    stars?". The softmax answers each; pay the mean -log p of the right answers (proper scores: lying costs).
 # 2. Name the limit that is known: K = 2 leaves one question, which is cross-entropy.
 # 3. Compute in log space: sums of probabilities are logsumexps of log-probabilities.
 # 4. Then try to refute it. test_all.py holds this loss to the list, as it should any new one:
@@ -393,8 +371,7 @@ def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
 def ordinal_loss(
     logits: Tensor, targets: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """Mean over k = 0 .. K - 2 of -log P(the right one of "class <= k" and "class > k"): a ranked log
-    score.
+    """Mean over k = 0 .. K - 2 of -log P(the right one of "class <= k" and "class > k").
 
     logits (N, K, ...), K >= 2, classes in order; targets (N, ...) integers; reductions as in focal_loss.
     Memory R K^2. Raises ValueError as focal_loss does. The log twin of Epstein's ranked score (1969).
@@ -429,10 +406,10 @@ def class_balanced_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
     if counts.ndim != 1 or not len(counts) or not (counts >= 1).all():
         raise ValueError(f"counts must be (K,), each at least 1, got {counts.tolist()}")
     n = counts.double()
-    # expm1: 1 - beta^n keeps its digits when beta is nearly 1
-    effective = (
-        n if beta == 1 else torch.ones_like(n) if beta == 0 else torch.expm1(n * math.log(beta)) / (beta - 1)
-    )
+    if 0 < beta < 1:  # expm1: 1 - beta^n keeps its digits when beta is nearly 1
+        effective = torch.expm1(n * math.log(beta)) / (beta - 1)
+    else:
+        effective = n**beta  # the limits: n, and 1
     weights = len(n) / effective / (1 / effective).sum()
     return weights.to(counts.dtype if counts.is_floating_point() else torch.get_default_dtype())
 
@@ -499,15 +476,11 @@ class GradNorm(nn.Module):
         check_task_losses(losses, len(self.log_weights))
         if self.first_losses.isnan().any():
             if not (losses > 0).all():
-                raise ValueError(
-                    f"losses must be > 0 at first: progress is relative to it, got {losses.tolist()}"
-                )
+                raise ValueError(f"losses must be > 0 at first (the measure of progress): {losses.tolist()}")
             self.first_losses.copy_(losses.detach())
         # G_i is linear in w_i, so the norms themselves may be constants: no second derivatives needed
-        norms = torch.stack(
-            [torch.autograd.grad(loss, shared, retain_graph=True)[0].norm() for loss in losses]
-        )
-        pulls = self.weights() * norms  # (n_tasks,) G_i
+        gradients = [torch.autograd.grad(loss, shared, retain_graph=True)[0] for loss in losses]
+        pulls = self.weights() * torch.stack([g.norm() for g in gradients])  # (n_tasks,) G_i
         remaining = losses.detach() / self.first_losses
         target = (pulls.mean() * (remaining / remaining.mean()) ** self.alpha).detach()
         balance = (pulls - target).abs().sum()
@@ -616,9 +589,8 @@ class SideBySide(nn.Module):
     def __init__(self, sizes: tuple, s: Settings):
         super().__init__()
         torch.manual_seed(s.seed)  # every row of a table starts from the same weights
-        pairs = list(zip(sizes, sizes[1:], strict=False))
         self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(a, b) for _ in range(s.n_seeds)) for a, b in pairs
+            nn.ModuleList(nn.Linear(a, b) for _ in range(s.n_seeds)) for a, b in itertools.pairwise(sizes)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -694,16 +666,21 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def table(title: str, rows: dict[str, dict[str, Tensor]], conclusion: str) -> dict:
-    """Prints mean and standard deviation over seeds of each (S,) value; returns them for the report."""
-    columns = list(next(iter(rows.values())))
-    print(f"\n{title}\n{'':34}" + "".join(f"{c:>18}" for c in columns))
-    report = {}
-    for name, values in rows.items():
-        report[name] = {c: [round(v.mean().item(), 4), round(v.std().item(), 4)] for c, v in values.items()}
-        cells = ["{:.3f} ± {:.3f}".format(*report[name][c]) if c in values else "" for c in columns]
+    """For the report: mean and standard deviation over seeds of each (S,) value."""
+    report = {
+        name: {c: [round(v.mean().item(), 4), round(v.std().item(), 4)] for c, v in values.items()}
+        for name, values in rows.items()
+    }
+    return {"title": title, "rows": report, "conclusion": conclusion}
+
+
+def print_table(table: dict) -> None:
+    columns = list(next(iter(table["rows"].values())))
+    print(f"\n{table['title']}\n{'':34}" + "".join(f"{c:>18}" for c in columns))
+    for name, row in table["rows"].items():
+        cells = ["{:.3f} ± {:.3f}".format(*row[c]) if c in row else "" for c in columns]
         print(f"{name:34}" + "".join(f"{cell:>18}" for cell in cells))
-    print(f"-> (default settings) {conclusion}")
-    return {"rows": report, "conclusion": conclusion}
+    print(f"-> (default settings) {table['conclusion']}", flush=True)
 
 
 def calibration_bins(p: Tensor, y: Tensor, n_bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
@@ -736,12 +713,9 @@ def demo_smoothing(s: Settings) -> tuple[dict, dict]:
 
     def add_row(name: str, model: nn.Module, rate: Tensor) -> None:
         p = model(x_test).detach().softmax(-1)  # (S, 500, 10)
-        noisy_ece, clean_ece = (torch.stack(list(map(calibration_error, p, t))) for t in (y_test, clean))
-        rows[name] = {
-            "accuracy (clean)": accuracy(p, clean),
-            "ECE (noisy)": noisy_ece,
-            "ECE (clean)": clean_ece,
-        }
+        rows[name] = {"accuracy (clean)": accuracy(p, clean)}
+        for column, truth in (("ECE (noisy)", y_test), ("ECE (clean)", clean)):
+            rows[name][column] = torch.stack(list(map(calibration_error, p, truth)))
         rows[name] |= {"confidence": p.amax(-1).double().mean(-1), "learning rate": rate}
         curves[name] = calibration_bins(p.flatten(0, 1), y_test.flatten(), 10)
 
@@ -756,9 +730,8 @@ def demo_smoothing(s: Settings) -> tuple[dict, dict]:
         sizes = (64, 128, 10)
         add_row(f"smoothing {smoothing}", *fit_tuned(sizes, x, y, loss_of, on_dev, s))
         if smoothing in (0.0, 0.1, 0.2):  # not tuned, on purpose: what happens to who trains for too long
-            rate = 0.01
-            model = fit(SideBySide(sizes, s), x, y, loss_of, rate, s)
-            add_row(f"overfitted, smoothing {smoothing}", model, torch.full((s.n_seeds,), rate))
+            model = fit(SideBySide(sizes, s), x, y, loss_of, 0.01, s)
+            add_row(f"overfitted, smoothing {smoothing}", model, torch.full((s.n_seeds,), 0.01))
     conclusion = (
         "At the rate that dev chooses nothing wrong is memorised: smoothing makes the timid more timid. "
         "Overfitted ones are overconfident, and 0.1 cuts that to a third. Measure before you smooth."
@@ -896,7 +869,8 @@ def demo_embeddings(s: Settings) -> tuple[dict, tuple]:
         rows[name] = scores(z, z_test, margin) | {"learning rate": rate}
         if n := int(rows[name]["collapsed"].sum()):
             loss = batch_hard_triplet_loss(z_test[0], y_test[0], margin).item()
-            print(f"{name}: COLLAPSED to a point in {n} of {s.n_seeds} seeds; the loss stands at {loss:.4f}")
+            end = f"in {n} of {s.n_seeds} seeds; the loss stands at {loss:.4f}"
+            print(f"\n{name}: COLLAPSED to a point {end}", flush=True)
         points[name] = z_test[0]
     conclusion = (
         "Supervised contrastive and triplets beat raw pixels; loose pairs, NT-Xent with weak views, don't. "
@@ -912,7 +886,7 @@ def demo_tasks(s: Settings) -> tuple[dict, dict]:
     data = {}
     for part, (x, y) in digits(s).items():
         data[part] = x, torch.stack((y, 50 * ((x * height).sum(-1) / x.sum(-1) - 3.5)), dim=-1)  # (S, N, 2)
-    rows, curves = {}, {}
+    rows = {}
     fixed = {"digit alone": (1, 0), "height alone": (0, 1), "1 : 1": (1, 1), "1 : 1/170": (1, 1 / 170)}
 
     def scores(model: nn.Module, part: str) -> tuple[Tensor, Tensor]:
@@ -924,42 +898,37 @@ def demo_tasks(s: Settings) -> tuple[dict, dict]:
     for name in (*fixed, "uncertainty", "GradNorm"):
         weights = fixed.get(name)
 
-        def train(lr: float, name=name, weights=weights) -> tuple[nn.Module, list[float]]:
+        def train(lr: float, name=name, weights=weights) -> nn.Module:
             return train_two_tasks(name, weights, data["train"], lr, s)
 
-        def on_dev(result: tuple, weights=weights) -> Tensor:  # of the tasks that this row learns
-            tasks = [score for i, score in enumerate(scores(result[0], "dev")) if not weights or weights[i]]
+        def on_dev(model: nn.Module, weights=weights) -> Tensor:  # of the tasks that this row learns
+            tasks = [score for i, score in enumerate(scores(model, "dev")) if not weights or weights[i]]
             return torch.stack(tasks).mean(0)
 
-        (model, curves[name]), rate = tuned(train, on_dev, s)
+        model, rate = tuned(train, on_dev, s)
         right, explained = scores(model, "test")
         rows[name] = {"accuracy": right, "R2 of height": explained, "learning rate": rate}
     conclusion = (
         "In a plain sum the larger unit takes all. Dividing by the unit is as good as anything, if known. "
         "GradNorm finds most of the way by itself; uncertainty weights follow the losses, and come late."
     )
-    return table("two tasks, losses 1 : 170 at first", rows, conclusion), curves
+    return table("two tasks, losses 1 : 170 at first", rows, conclusion), {}
 
 
-def train_two_tasks(name: str, fixed, data: tuple, lr: float, s: Settings) -> tuple[nn.Module, list[float]]:
-    """-> the model, and seed 0's weight of height over that of digit at each step, if learned."""
+def train_two_tasks(name: str, fixed: tuple | None, data: tuple, lr: float, s: Settings) -> nn.Module:
     kind = {"uncertainty": UncertaintyWeighting, "GradNorm": GradNorm}.get(name)
     weightings = nn.ModuleList(kind(2) for _ in range(s.n_seeds)) if kind else []
-    model, ratios = SideBySide((64, 64, 64, 11), s), []
+    model = SideBySide((64, 64, 64, 11), s)
 
     def loss_of(z: Tensor, t: Tensor, k: int) -> Tensor:
         digit = label_smoothing_cross_entropy(z[:, :10], t[:, 0].long(), smoothing=0.0)
         both = torch.stack((digit, F.mse_loss(z[:, 10], t[:, 1])))
         if not kind:
             return fixed[0] * both[0] + fixed[1] * both[1]
-        if k == 0:
-            digit_weight, height_weight = weightings[0].weights().tolist()
-            ratios.append(height_weight / digit_weight)
         return weightings[k](both, model.layers[-2][k].weight) if kind is GradNorm else weightings[k](both)
 
     own_group = [{"params": weightings.parameters(), "lr": 0.1, "weight_decay": 0.0}] if kind else []
-    fit(model, *data, loss_of, lr, s, extra=own_group)
-    return model, ratios
+    return fit(model, *data, loss_of, lr, s, extra=own_group)
 
 
 def train_with(
@@ -1048,14 +1017,14 @@ def demo_ordinal(s: Settings) -> tuple[dict, dict]:
         return (model(x[part]).detach().argmax(-1) - y[part]).abs().double()  # (S, N)
 
     for name, loss in {"cross-entropy": F.cross_entropy, "ordinal": ordinal_loss}.items():
-        model, rate = fit_tuned(
-            (10, 32, 5),
-            x[train],
-            y[train],
-            lambda z, t, k, loss=loss: loss(z, t),
-            lambda model: -stars_off(model, dev).mean(1),
-            s,
-        )
+
+        def loss_of(z: Tensor, t: Tensor, k: int, loss=loss) -> Tensor:
+            return loss(z, t)
+
+        def on_dev(model: nn.Module) -> Tensor:
+            return -stars_off(model, dev).mean(1)
+
+        model, rate = fit_tuned((10, 32, 5), x[train], y[train], loss_of, on_dev, s)
         off = stars_off(model, test)
         rows[name] = {"accuracy": (off == 0).double().mean(1), "mean stars off": off.mean(1)}
         rows[name] |= {"2 or more off": (off > 1).double().mean(1), "learning rate": rate}
@@ -1066,7 +1035,7 @@ def demo_ordinal(s: Settings) -> tuple[dict, dict]:
     return table("design your own: five ordered classes", rows, conclusion), {}
 
 
-# Pictures: one a comparison, but for the last
+# Pictures: calibration, precision and recall, learning rates; embeddings
 
 
 def draw(curves: dict, out: Path) -> list[str]:
@@ -1075,81 +1044,62 @@ def draw(curves: dict, out: Path) -> list[str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def save(figure, name: str) -> str:
+    paths = []
+    plots = {"smoothing": draw_calibration, "imbalance": draw_precision_recall, "optimizers": draw_rates}
+    for name, plot in (plots | {"embeddings": draw_embeddings}).items():
+        size = (12, 5.4) if name == "embeddings" else (7, 4.5)
+        figure = plt.figure(figsize=size, layout="constrained")
+        plot(figure, curves[name])
         beside = out / f"{name}.part.png"
         figure.savefig(beside, dpi=100)
         plt.close(figure)
         os.replace(beside, out / f"{name}.png")
-        return str(out / f"{name}.png")
-
-    lines = {"smoothing": draw_calibration, "imbalance": draw_precision_recall, "tasks": draw_ratios}
-    paths = []
-    for name, plot in (lines | {"optimizers": draw_rates}).items():
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        plot(axes, curves[name])
-        axes.legend(fontsize=8)
-        paths.append(save(figure, name))
-    figure, panels = plt.subplots(2, 5, figsize=(12, 5.4), layout="constrained")
-    draw_embeddings(panels.flat, *curves["embeddings"])
-    return [*paths, save(figure, "embeddings")]
+        paths.append(str(out / f"{name}.png"))
+    return paths
 
 
-def draw_calibration(axes, curves: dict) -> None:
+def draw_calibration(figure, curves: dict) -> None:
+    axes = figure.subplots()
     axes.plot((0, 1), (0, 1), "k--", linewidth=0.8, label="calibrated")
     for name, (share, confidence, right) in curves.items():
         filled = share > 0.01  # emptier bins are noise
         axes.plot(confidence[filled], right[filled], "o-", markersize=4, label=name)
-    axes.set(
-        xlabel="confidence", ylabel="accuracy", title="Reliability on held-out data with 20% wrong labels"
-    )
+    axes.set(xlabel="confidence", ylabel="accuracy", title="Reliability on held-out data, 20% wrong labels")
+    axes.legend(fontsize=8)
 
 
-def draw_precision_recall(axes, curves: dict) -> None:
+def draw_precision_recall(figure, curves: dict) -> None:
+    axes = figure.subplots()
     for name, (precision, recall) in curves.items():
         axes.plot(recall, precision, linewidth=1.2, label=name)
-    axes.set(
-        xlabel="recall of 8", ylabel="precision of 8", title="1 : 50 imbalance: the losses share one curve"
-    )
+    axes.set(xlabel="recall of 8", ylabel="precision of 8", title="1 : 50: the losses share one curve")
+    axes.legend(fontsize=8)
 
 
-def draw_ratios(axes, curves: dict) -> None:
-    for name in ("uncertainty", "GradNorm"):
-        axes.semilogy(curves[name], label=f"{name} (seed 0)")
-    axes.axhline(
-        1 / 170,
-        color="k",
-        linestyle="--",
-        linewidth=0.8,
-        label="1 / 170, the inverse ratio of the first losses",
-    )
-    axes.set(xlabel="step", ylabel="weight of height / weight of digit", title="Two tasks of unequal scale")
-
-
-def draw_rates(axes, curves: dict) -> None:
+def draw_rates(figure, curves: dict) -> None:
+    axes = figure.subplots()
     colours = {"sgd": "tab:blue", "adam": "tab:orange", "adamw": "tab:green", "muon": "tab:red"}
     for name, dev in curves["dev"].items():
         if len(dev) > 1 and "decay" not in name:
-            style = "o-" if "cosine" in name else "o:"
-            axes.semilogx(
-                curves["grid"], dev, style, markersize=4, color=colours[name.split(",")[0]], label=name
-            )
-    axes.set(
-        xlabel="learning rate", ylabel="accuracy on dev", title="Accuracy after a short budget, mean of seeds"
-    )
+            style, colour = "o-" if "cosine" in name else "o:", colours[name.split(",")[0]]
+            axes.semilogx(curves["grid"], dev, style, markersize=4, color=colour, label=name)
+    axes.set(xlabel="learning rate", ylabel="accuracy on dev", title="After a short budget, mean of seeds")
+    axes.legend(fontsize=8)
 
 
-def draw_embeddings(panels, points: dict, y: Tensor) -> None:
+def draw_embeddings(figure, curves: tuple) -> None:
     """Seed 0's test images: first two principal components, axes in the embedding's own unit."""
-    for axes, (name, z) in zip(panels, points.items(), strict=True):
+    points, y = curves
+    for axes, (name, z) in zip(figure.subplots(2, 5).flat, points.items(), strict=True):
         z = z - z.mean(0)
         flat = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T  # (500, 2)
         reach = max(flat.abs().max().item(), 0.2)  # never narrower than the margin: a collapse looks like one
         axes.scatter(*flat.T, c=y, cmap="tab10", s=4)
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), xlabel="component 1", ylabel="component 2")
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+        axes.set_xlabel("component 1", fontsize=7)
+        axes.set_ylabel("component 2", fontsize=7)
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=6)
-        axes.xaxis.label.set_size(7)
-        axes.yaxis.label.set_size(7)
 
 
 # -----------------------------------------------------------------------------
@@ -1172,14 +1122,6 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     return s
 
 
-def cpu_name() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def gemm_gflops() -> float:
     """fp32 1024^3 matmul, median of 7: what this CPU gives at best, so that seconds can be compared."""
     a, times = torch.randn(1024, 1024), []
@@ -1200,13 +1142,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(beside, path)
 
 
-def printed(demo, s: Settings) -> bytes:
-    """In a process of its own: what demo printed, its table, its curves. Pickled here, as torch's own way
-    between processes keeps a file open for each tensor."""
+def run(demo, s: Settings) -> bytes:
+    """In a process of its own. Pickled here: torch's own way between processes keeps a file open a tensor."""
     torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        table, curves = demo(s)
-    return pickle.dumps((text.getvalue(), table, curves))
+    return pickle.dumps(demo(s))
 
 
 def main() -> None:
@@ -1215,15 +1154,16 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # before the work: a place that can't be written is known at once
     torch.set_num_threads(1)  # matrices of 64 x 64: a second process, below, brings more than a second thread
-    machine = {"torch": torch.__version__, "threads": 1, "cpu": cpu_name(), "gemm_gflops": gemm_gflops()}
+    machine = {"torch": torch.__version__, "threads": 1, "gemm_gflops": gemm_gflops()}
+    machine["cpu"] = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     print(" ".join(f"{k}={v}" for k, v in (asdict(s) | machine).items()), "device=cpu dtype=float32")
     start, tables, curves = time.perf_counter(), {}, {}
     demos = (demo_smoothing, demo_imbalance, demo_embeddings, demo_tasks, demo_optimizers, demo_ordinal)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for demo, result in zip(demos, pool.map(printed, demos, [s] * len(demos)), strict=True):
+        for demo, result in zip(demos, pool.map(run, demos, [s] * len(demos)), strict=True):
             name = demo.__name__.removeprefix("demo_")
-            text, tables[name], curves[name] = pickle.loads(result)
-            print(text, end="", flush=True)
+            tables[name], curves[name] = pickle.loads(result)
+            print_table(tables[name])
     pictures = draw(curves, out)
     report = {"tables": tables, "pictures": pictures, "settings": asdict(s)} | machine
     report["seconds"] = round(time.perf_counter() - start, 1)

@@ -3526,10 +3526,10 @@ def test_losses_script(tmp_path):
             assert all(len(cell) == 2 and math.isfinite(sum(cell)) for cell in row.values())
     for key in ("settings", "seconds", "torch", "threads", "cpu", "gemm_gflops"):
         assert report[key]
-    assert report["settings"]["n_seeds"] == 2 and len(report["pictures"]) == 5
+    assert report["settings"]["n_seeds"] == 2 and len(report["pictures"]) == 4
     for picture in report["pictures"]:
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    assert len(list((tmp_path / "here").iterdir())) == 6
+    assert len(list((tmp_path / "here").iterdir())) == 5
 
 
 def test_losses_script_bad_input(tmp_path):
