@@ -55,9 +55,8 @@ class EncoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
-            raise ValueError(
-                f"n_heads must divide d_model, got d_model={self.d_model}, n_heads={self.n_heads}"
-            )
+            sizes = f"d_model={self.d_model}, n_heads={self.n_heads}"
+            raise ValueError(f"n_heads must divide d_model, got {sizes}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.pad_id < self.vocab_size:
@@ -108,9 +107,8 @@ class SelfAttention(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
         if mask is None:
             return scores.softmax(dim=-1)
-        scores = scores.masked_fill(
-            ~mask, torch.finfo(scores.dtype).min
-        )  # -inf alone in a row would give NaN
+        lowest = torch.finfo(scores.dtype).min  # -inf alone in a row would give NaN
+        scores = scores.masked_fill(~mask, lowest)
         return scores.softmax(dim=-1).masked_fill(~mask, 0.0)  # nothing to attend to: 0, not uniform
 
 
@@ -155,42 +153,25 @@ class EncoderLayer(nn.Module):
         Raises ValueError for what this layer does not have: batch_first=False, bias=False, other activations.
         """
         attention, activation = layer.self_attn, layer.activation
-        name = {F.relu: "relu", F.gelu: "gelu"}.get(activation)
-        if isinstance(activation, nn.ReLU):
-            name = "relu"
-        if isinstance(activation, nn.GELU) and activation.approximate == "none":
-            name = "gelu"
-        if name is None:
+        relu = activation is F.relu or isinstance(activation, nn.ReLU)
+        gelu = activation is F.gelu or isinstance(activation, nn.GELU) and activation.approximate == "none"
+        if not (relu or gelu):
             raise ValueError(f'activation must be "relu" or exact "gelu", got {activation}')
         if not attention.batch_first or layer.linear1.bias is None:
             raise ValueError("from_torch needs a layer with batch_first=True and bias=True")
+        sizes = {"n_heads": attention.num_heads, "d_ff": layer.linear1.out_features}
+        choices = {"norm_first": layer.norm_first, "activation": "relu" if relu else "gelu"}
         config = EncoderConfig(
-            vocab_size=1,
-            d_model=layer.linear1.in_features,
-            n_heads=attention.num_heads,
-            d_ff=layer.linear1.out_features,
-            dropout=layer.dropout1.p,
-            norm_first=layer.norm_first,
-            activation=name,
+            vocab_size=1, d_model=attention.embed_dim, dropout=layer.dropout1.p, **sizes, **choices
         )
         ours = EncoderLayer(config).to(layer.linear1.weight)
         ours.attention_norm.eps, ours.ffn_norm.eps = layer.norm1.eps, layer.norm2.eps
-        ours.load_state_dict(
-            {
-                "attention.qkv_proj.weight": attention.in_proj_weight,
-                "attention.qkv_proj.bias": attention.in_proj_bias,
-                "attention.out_proj.weight": attention.out_proj.weight,
-                "attention.out_proj.bias": attention.out_proj.bias,
-                "attention_norm.weight": layer.norm1.weight,
-                "attention_norm.bias": layer.norm1.bias,
-                "ffn.0.weight": layer.linear1.weight,
-                "ffn.0.bias": layer.linear1.bias,
-                "ffn.2.weight": layer.linear2.weight,
-                "ffn.2.bias": layer.linear2.bias,
-                "ffn_norm.weight": layer.norm2.weight,
-                "ffn_norm.bias": layer.norm2.bias,
-            }
-        )
+        theirs = {"attention.out_proj": attention.out_proj, "ffn.0": layer.linear1, "ffn.2": layer.linear2}
+        theirs |= {"attention_norm": layer.norm1, "ffn_norm": layer.norm2}
+        state = {f"{name}.{k}": x for name, module in theirs.items() for k, x in module.named_parameters()}
+        state |= {"attention.qkv_proj.weight": attention.in_proj_weight}
+        state |= {"attention.qkv_proj.bias": attention.in_proj_bias}
+        ours.load_state_dict(state)
         return ours.train(layer.training)
 
 
@@ -205,9 +186,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.pad_id, self.max_len, self.scale = config.pad_id, config.max_len, math.sqrt(config.d_model)
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(
-            self.embedding.weight, std=config.d_model**-0.5
-        )  # times scale: as large as the positions
+        # times scale, below: as large as the positions
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         positions = sinusoidal_positional_encoding(config.max_len, config.d_model)
         self.register_buffer("positions", positions, persistent=False)  # (max_len, C)
         self.dropout = nn.Dropout(config.dropout)
@@ -310,13 +290,11 @@ MOVED = [  # (positive, negative): "not" stands at another place
 ]
 TWINS = [(template, opposite(template)) for template in SWAPPED] + MOVED
 PLAIN = [  # the adjectives alone tell
-    (template, opposite(template))
-    for template in (
-        "a {good} film , {aside} {it} was {good2}",
-        "{aside} {it} was {good} and the rest {good2}",
-        "{good} from the start , {aside} and {it} {good2}",
-    )
+    "a {good} film , {aside} {it} was {good2}",
+    "{aside} {it} was {good} and the rest {good2}",
+    "{good} from the start , {aside} and {it} {good2}",
 ]
+PLAIN = [(template, opposite(template)) for template in PLAIN]
 GOOD = "clever charming gripping moving fresh superb witty lovely brilliant warm honest thrilling".split()
 BAD = "dull clumsy boring lifeless stale awful witless ugly terrible cold fake tedious".split()
 NOUNS = "plot acting music script ending cast dialogue camera story pace hero villain".split()
@@ -396,9 +374,11 @@ def train(model: nn.Module, tokens: Tensor, labels: Tensor, s: Settings) -> None
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.01)
     steps = s.epochs * math.ceil(len(tokens) / s.batch_size)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     model.train()
     for _ in range(s.epochs):
         for rows in torch.randperm(len(tokens), generator=generator).split(s.batch_size):
@@ -432,13 +412,9 @@ def demo(s: Settings, device: torch.device) -> dict:
 
     def row(name: str, predicted: Tensor, start: float) -> dict:
         right = (predicted == test_labels).cpu()
-        return {
-            "model": name,
-            "accuracy": round(right.float().mean().item(), 4),
-            "twins": round(right[is_twin].float().mean().item(), 4),
-            "plain": round(right[~is_twin].float().mean().item(), 4),
-            "seconds": round(time.perf_counter() - start, 1),
-        }
+        parts = {"accuracy": right, "twins": right[is_twin], "plain": right[~is_twin]}
+        shares = {part: round(r.float().mean().item(), 4) for part, r in parts.items()}
+        return {"model": name} | shares | {"seconds": round(time.perf_counter() - start, 1)}
 
     start = time.perf_counter()
     rows = [row("bag of words, logistic regression", bag_of_words(train_set, test_set).to(device), start)]
@@ -523,9 +499,8 @@ def need(*modules: str) -> None:
 
 
 def settings_from_command_line(argv: list[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     for f in fields(Settings):
         reason = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
@@ -551,15 +526,11 @@ def pick_device(name: str) -> torch.device:
 
 def hardware() -> dict:
     """What a time means little without: CPU, threads, GFLOP/s of an fp32 matmul of 1024^3 (median), torch."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):  # Linux, where platform knows the architecture alone
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
-    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    seconds = []
+    cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
+    a, seconds = torch.rand(1024, 1024), []
     for _ in range(12):
         start = time.perf_counter()
-        a @ b
+        a @ a
         seconds.append(time.perf_counter() - start)
     gflops = round(2 * 1024**3 / statistics.median(seconds[2:]) / 1e9)  # the first two warm up
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gemm_gflops": gflops, "torch": torch.__version__}
@@ -584,9 +555,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen = asdict(s) | {"device": device.type, "dtype": "float32"}
     print(" ".join(f"{name}={value}" for name, value in (chosen | machine).items()))
     start = time.perf_counter()
-    report = (
-        demo(s, device) | {"settings": chosen, "seconds": round(time.perf_counter() - start, 1)} | machine
-    )
+    report = demo(s, device) | {"settings": chosen} | machine
+    report["seconds"] = round(time.perf_counter() - start, 1)
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     print(json.dumps(report))
 
