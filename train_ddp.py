@@ -427,7 +427,6 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
         optimizer.zero_grad()
         # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
         mean_loss, ints, terms = sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)
-
         if not math.isfinite(mean_loss):
             raise ValueError(f"the loss is {mean_loss} at step {step}: try a smaller --lr, or --clip 1")
         run["step"], run["tokens"] = step + 1, run["tokens"] + n_tokens
