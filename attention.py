@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -34,24 +33,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # -----------------------------------------------------------------------------
-# Settings (of the demo: the concept has none)
-
-
-def setting(default, reason: str):
-    return field(default=default, metadata={"help": reason})
-
-
-@dataclass
-class Settings:
-    steps: int = setting(200, "training steps of the induction model; it has learnt after about 100")
-    max_len: int = setting(4096, "memory and time are measured at T = 256, 512, ... up to here")
-    benchmark: bool = setting(False, "only time MultiHeadAttention against nn.MultiheadAttention")
-    device: str = setting("auto", "auto: cuda where there is one, else cpu")
-    out: str = setting("out/attention", "pictures, the page and report.json go here")
-    seed: int = setting(0, "same seed, same weights")
-
-
-# -----------------------------------------------------------------------------
 # Masks: boolean, True = may be attended to, broadcasting to (B, H, Tq, Tk). nn.MultiheadAttention's masks are
 # the other way round: True = may not. A query that may attend to nothing gets output 0 and weights 0.
 
@@ -62,8 +43,7 @@ def causal_mask(q_len: int, k_len: int | None = None, device: torch.device | Non
     Aligned bottom-right: the last query sees every key, so that new queries fit keys which a cache has kept.
     (F.scaled_dot_product_attention's is_causal is aligned top-left: a single new query sees key 0 alone.)
     """
-    if k_len is None:
-        k_len = q_len
+    k_len = q_len if k_len is None else k_len
     last_visible = torch.arange(q_len, device=device)[:, None] + (k_len - q_len)  # (Tq, 1)
     return torch.arange(k_len, device=device) <= last_visible  # (Tq, Tk)
 
@@ -140,8 +120,7 @@ def scaled_dot_product_attention(
 
     q (..., Tq, D), k (..., Tk, D), v (..., Tk, Dv); mask boolean, True = may attend, broadcasting to
     (..., Tq, Tk). Returns the output (..., Tq, Dv) and the weights (..., Tq, Tk), those before dropout.
-    dropout_p counts whenever it is given: pass it only while training. ValueError for shapes or dtypes that
-    don't fit.
+    dropout_p counts whenever it is given: only while training. ValueError for shapes, dtypes that don't fit.
     """
     allowed = allowed_pairs(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.25
@@ -334,9 +313,8 @@ class MultiHeadAttention(nn.Module):
             if query.dim() != 3 or query.size(-1) != self.d_model:
                 raise ValueError(f"query must be (B, Tq, d_model={self.d_model}), got {list(query.shape)}")
             if source.dim() != 3 or source.size(-1) != self.kv_dim or source.size(0) != query.size(0):
-                got = f"got {list(source.shape)}"
                 expected = f"(B={query.size(0)}, Tk, kv_dim={self.kv_dim})"
-                raise ValueError(f"context (by default the query) must be {expected}, {got}")
+                raise ValueError(f"context (else query) must be {expected}, got {list(source.shape)}")
         q, k, v = self.q_proj(query), self.k_proj(source), self.v_proj(source)  # (B, T, C)
         return self.split(q), self.split(k), self.split(v)
 
@@ -368,10 +346,9 @@ class MultiHeadAttention(nn.Module):
             weights = source.in_proj_weight.chunk(3)
         else:
             weights = source.q_proj_weight, source.k_proj_weight, source.v_proj_weight
-        state = dict(zip(("q_proj.weight", "k_proj.weight", "v_proj.weight"), weights, strict=True))
-        if bias:
-            names = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
-            state |= dict(zip(names, source.in_proj_bias.chunk(3), strict=True))
+        biases = source.in_proj_bias.chunk(3) if bias else ()
+        state = {f"{name}_proj.weight": x for name, x in zip("qkv", weights, strict=True)}
+        state |= {f"{name}_proj.bias": x for name, x in zip("qkv", biases, strict=False)}
         state |= {f"out_proj.{name}": x for name, x in source.out_proj.named_parameters()}
         ours.load_state_dict(state)
         return ours
@@ -433,8 +410,7 @@ def plot_attention(weights: Tensor, q_tokens: list[str], k_tokens: list[str], pa
     fig = Figure(figsize=(width * n_heads + 2, height * n_layers + 1.2), layout="constrained")
     grid = fig.subplots(n_layers, n_heads, squeeze=False, sharex=True, sharey=True)
     look = {"cmap": colormaps["Blues"].with_extremes(bad="0.8"), "vmin": 0, "vmax": weights.max().item()}
-    # The axes count tokens, not cells.
-    look |= {"extent": (-0.5, k_len - 0.5, q_len - 0.5, -0.5), "aspect": "auto"}
+    look |= {"extent": (-0.5, k_len - 0.5, q_len - 0.5, -0.5), "aspect": "auto"}  # axes in tokens, not cells
     for layer, head in itertools.product(range(n_layers), range(n_heads)):
         picture = grid[layer, head].imshow(cells[layer, head], **look)
         grid[layer, head].set_title(f"layer {layer + 1} head {head + 1}", fontsize=8)
@@ -562,6 +538,21 @@ pick(0, 0);
 # -----------------------------------------------------------------------------
 # Demo: masks, agreement, an induction head, memory and time
 
+
+def setting(default, reason: str):
+    return field(default=default, metadata={"help": reason})
+
+
+@dataclass
+class Settings:
+    steps: int = setting(200, "training steps of the induction model; it has learnt after about 100")
+    max_len: int = setting(4096, "memory and time are measured at T = 256, 512, ... up to here")
+    benchmark: bool = setting(False, "only time MultiHeadAttention against nn.MultiheadAttention")
+    device: str = setting("auto", "auto: cuda where there is one, else cpu")
+    out: str = setting("out/attention", "pictures, the page and report.json go here")
+    seed: int = setting(0, "same seed, same weights")
+
+
 RUNGS = {  # the ladder without the loop, as f(q, k, v, mask=None, causal=False) -> output
     "written-out": lambda *arguments: scaled_dot_product_attention(*arguments)[0],
     "blockwise": blockwise_attention,
@@ -571,12 +562,9 @@ RUNGS = {  # the ladder without the loop, as f(q, k, v, mask=None, causal=False)
 
 def print_masks() -> None:
     padding = padding_mask(torch.tensor([2, 4]))
-    table = {
-        "causal_mask(4)": causal_mask(4),
-        "causal_mask(2, 4), the last two of four": causal_mask(2, 4),
-        "padding_mask([2, 4]), two sequences": padding,
-        "padding_mask([2, 4]) & causal_mask(4)": padding & causal_mask(4),
-    }
+    table = {"causal_mask(4)": causal_mask(4), "causal_mask(2, 4), the last two of four": causal_mask(2, 4)}
+    table |= {"padding_mask([2, 4]), two sequences": padding}
+    table |= {"padding_mask([2, 4]) & causal_mask(4)": padding & causal_mask(4)}
     print(f"{'mask':42}{'shape':15}x: may attend; a group per query, a letter per key")
     for name, mask in table.items():
         maps = mask.expand(-1, 1, -1, -1) if mask.dim() == 4 else mask[None, None]  # (B or 1, 1, Tq or 1, Tk)
@@ -663,18 +651,14 @@ def induction(s: Settings, device: torch.device) -> dict:
     places = places[:, None, :, None].expand(-1, weights.size(2), -1, 1)  # (N, H, N_SEEN - 1, 1)
     on_answer = weights[1, :, :, N_SEEN:].gather(-1, places).mean((0, 2, 3))  # (H,)
     one_back = weights[0].diagonal(-1, dim1=-2, dim2=-1)[..., : N_SEEN - 1].mean((0, 2))  # (H,)
-    report = {
-        "exact_match": (guesses == answers).float().mean().item(),
-        "share_on_right_key": on_answer.min().item(),
-        "share_one_back": one_back.max().item(),
-    }
-    print(f"  {answers.numel():,} fresh questions: {report['exact_match']:.2%} answered right")
-    print(f"  layer 1, better head: {report['share_one_back']:.1%} of its weight on the word before")
-    print(f"  layer 2, lesser head: {report['share_on_right_key']:.1%} of its weight on the answer")
+    right, before, found = (guesses == answers).float().mean().item(), one_back.max(), on_answer.min()
+    print(f"  {answers.numel():,} fresh questions: {right:.2%} answered right")
+    print(f"  layer 1, better head: {before:.1%} of its weight on the word before")
+    print(f"  layer 2, lesser head: {found:.1%} of its weight on the answer")
     words = [WORDS[i] for i in tokens[0].tolist()]
     plot_attention(weights[:, 0], words, words, Path(s.out, "heads.png"))
     attention_html(weights[:, 0], words, words, Path(s.out, "heads.html"))
-    return report
+    return {"exact_match": right, "share_on_right_key": found.item(), "share_one_back": before.item()}
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -795,13 +779,11 @@ def usable_device(name: str) -> torch.device:
 
 def machine(device: torch.device) -> dict:
     """What a time depends on."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     matrix = torch.randn(1024, 1024)
     gemm = statistics.median(seconds(lambda: matrix @ matrix, torch.device("cpu")) for _ in range(9))
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cpu": f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "threads": torch.get_num_threads(),
         "gemm_gflops": round(2 * 1024**3 / gemm / 1e9, 1),
         "torch": torch.__version__,
