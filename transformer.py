@@ -407,7 +407,6 @@ def beam_search(
 
 
 def setting(default, reason: str):
-    """A field of Settings; the reason is what --help shows."""
     return field(default=default, metadata={"help": reason})
 
 
@@ -446,21 +445,9 @@ class Settings:
 
 PRESETS = {
     "numbers": {},  # the defaults above
-    "multi30k": {  # chosen on the dev set, to train in 40 minutes on two cores
-        "out": "out/transformer_multi30k",
-        "vocab_size": 4000,
-        "max_len": 100,
-        "d_model": 256,
-        "n_layers": 3,
-        "d_ff": 512,
-        "dropout": 0.3,
-        "epochs": 25,
-        "batch_tokens": 2048,
-        "warmup": 600,
-        "lr_scale": 0.7,
-        "average": 8,
-        "beam_size": 5,
-    },
+    "multi30k": {"out": "out/transformer_multi30k"}  # chosen on the dev set, for 40 minutes on two cores
+    | {"vocab_size": 4000, "max_len": 100, "d_model": 256, "n_layers": 3, "d_ff": 512, "dropout": 0.3}
+    | {"epochs": 25, "batch_tokens": 2048, "warmup": 600, "lr_scale": 0.7, "average": 8, "beam_size": 5},
 }
 MAY_CHANGE = "data translate out device save_every beam_size length_penalty".split()  # between two starts
 
@@ -634,9 +621,7 @@ def check_lines(name: str, lines: list[str], language: str, other: str) -> None:
     words = " ".join(lines).lower().split()
     own, others = (sum(word in FREQUENT_WORDS[code] for word in words) for code in (language, other))
     if own < others:
-        raise ValueError(
-            f"{name} isn't in its language: {own} common words of {language}, {others} of {other}"
-        )
+        raise ValueError(f"{name} isn't in its language: common words: {own} {language}, {others} {other}")
 
 
 def multi30k_corpus(folder: str) -> Corpus:
@@ -749,8 +734,7 @@ class Training:
         self.model = Transformer(model_config(s, tokenizer.vocab_size)).to(s.device)
         groups = parameter_groups(self.model, s.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
-        self.progress = {"epoch": 0, "batch": 0, "step": 0, "loss": 0.0, "tokens": 0}
-        self.progress |= {"seconds": 0.0, "cpu_seconds": 0.0}  # of steps alone
+        self.progress = {"epoch": 0, "batch": 0, "step": 0, "loss": 0.0, "tokens": 0, "seconds": 0.0}
         self.history: list[dict] = []  # a row per epoch
         self.average: dict[str, Tensor] = {}  # mean of the weights at the ends of the last epochs
 
@@ -830,10 +814,9 @@ class Training:
             bar = tqdm(total=len(batches), initial=progress["batch"], leave=False, disable=not terminal)
             self.model.train()
             while progress["batch"] < len(batches):
-                start, cpu_start = time.perf_counter(), time.process_time()
+                start = time.perf_counter()
                 self.step([self.train[i] for i in batches[progress["batch"]]])
                 progress["seconds"] += time.perf_counter() - start
-                progress["cpu_seconds"] += time.process_time() - cpu_start
                 bar.update()
                 if progress["step"] % s.save_every == 0:
                     self.save()
@@ -875,13 +858,8 @@ def sequence_log_probs(model: Transformer, src: Tensor, tokens: Tensor) -> tuple
         return (log_probs * real).sum(1), real.sum(1), is_eos.any(1)
 
 
-Search = Callable[[Tensor], Tensor]  # src (B, Ts) -> tokens (B, T)
-
-
-def translate(
-    model: Transformer, tokenizer: Tokenizer, texts: list[str], search: Search
-) -> list[Translation]:
-    """In batches of similar length. An empty text has an empty translation.
+def translate(model: Transformer, tokenizer: Tokenizer, texts: list[str], search) -> list[Translation]:
+    """search: src (B, Ts) -> tokens (B, T). In batches of similar length; an empty text stays empty.
 
     Raises ValueError for a text longer than the model's max_len, before any work.
     """
@@ -898,7 +876,7 @@ def translate(
     return results
 
 
-def beam_of(model: Transformer, max_len: int, beam_size: int, length_penalty: float) -> Search:
+def beam_of(model: Transformer, max_len: int, beam_size: int, length_penalty: float) -> Callable:
     """beam_search with its settings filled in, without the scores."""
     return lambda src: beam_search(model, src, max_len, beam_size, length_penalty)[0]
 
@@ -976,9 +954,8 @@ def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Pa
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    src = pad(
-        [tokenizer.encode(text, model.config.max_len)], tokenizer.pad_id, model.positions.device
-    )  # (1, Ts)
+    ids = tokenizer.encode(text, model.config.max_len)
+    src = pad([ids], tokenizer.pad_id, model.positions.device)  # (1, Ts)
     found = greedy_decode(model, src, model.config.max_len)  # (1, Tt)
     tgt = torch.cat((torch.full_like(found[:, :1], tokenizer.bos_id), found[:, :-1]), dim=1)
     weights = cross_attention_weights(model, src, tgt)[-1, 0].mean(0)  # (Tt, Ts)
@@ -1085,16 +1062,15 @@ def cost(training: Training) -> dict:
         gemm.append(time.perf_counter() - start)
     gflops = 2 * 1024**3 / statistics.median(gemm) / 1e9
     model, s = training.model, training.s
-    seconds, cpu_seconds = (training.progress[key] for key in ("seconds", "cpu_seconds"))
     n_encoder = sum(p.numel() for p in model.encoder.parameters())
     n_decoder = sum(p.numel() for p in model.decoder.parameters()) + model.output.weight.numel()
     n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in training.train) for side in (0, 1))
     flops = 6 * (n_encoder * n_src + n_decoder * n_tgt)  # a parameter and token: 2 forward, 4 backward
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
-    report = {"train_seconds": round(seconds, 1), "train_cpu_seconds": round(cpu_seconds, 1)}
-    report |= {"steps": training.progress["step"], "device": s.device, "precision": precision(s)}
-    report |= {"cpu": cpu, "threads": torch.get_num_threads(), "gemm_gflops": round(gflops, 1)}
-    return report | {"torch": torch.__version__, "mfu": round(flops / seconds / gflops / 1e9, 3)}
+    seconds, steps = training.progress["seconds"], training.progress["step"]
+    report = {"train_seconds": round(seconds, 1), "mfu": round(flops / seconds / gflops / 1e9, 3)}
+    report |= {"steps": steps, "device": s.device, "precision": precision(s), "torch": torch.__version__}
+    return report | {"cpu": cpu, "threads": torch.get_num_threads(), "gemm_gflops": round(gflops, 1)}
 
 
 def train_and_evaluate(s: Settings) -> dict:
