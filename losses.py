@@ -642,11 +642,7 @@ def tuned(train, dev_score, s: Settings) -> tuple:
 
 def fit_tuned(sizes: tuple, x: Tensor, y: Tensor, loss_of, dev_score, s: Settings, prepare=None) -> tuple:
     """The usual row of a table: a network of these sizes, fitted at its best rate -> that network, rate."""
-
-    def train(lr: float) -> nn.Module:
-        return fit(SideBySide(sizes, s), x, y, loss_of, lr, s, prepare=prepare)
-
-    return tuned(train, dev_score, s)
+    return tuned(lambda lr: fit(SideBySide(sizes, s), x, y, loss_of, lr, s, prepare=prepare), dev_score, s)
 
 
 def draw_batches(n: int, s: Settings):
@@ -765,38 +761,34 @@ def demo_imbalance(s: Settings) -> tuple[dict, dict]:
     def weights(t: Tensor) -> Tensor:
         return torch.where(t == 1, 1.0, 50 * t.sum() / (1 - t).sum())
 
-    def scores_of(margin: Tensor, thresholds: Tensor) -> dict:
+    def margins(model: nn.Module, part: str) -> Tensor:
+        return model(data[part][0]).detach().diff(dim=-1)[..., 0]  # (S, N)
+
+    def scores_of(margin: Tensor, part: str, thresholds: Tensor) -> dict:
         columns = ["precision 8", "recall 8", "precision rest", "recall rest", "PR-AUC"]
         values = []
-        for m, t, cut in zip(margin, data["test"][1], thresholds, strict=True):
+        for m, t, cut in zip(margin, data[part][1], thresholds, strict=True):
             kw = {"sample_weight": weights(t)}
             p, r, *_ = metrics.precision_recall_fscore_support(t, m > cut, zero_division=0, **kw)
             values.append([p[1], r[1], p[0], r[0], metrics.average_precision_score(t, m, **kw)])
         return dict(zip(columns, torch.tensor(values, dtype=torch.float64).T, strict=True))
 
-    def margins(model: nn.Module, part: str) -> Tensor:
-        return model(data[part][0]).detach().diff(dim=-1)[..., 0]  # (S, N)
-
     def pr_auc_on_dev(model: nn.Module) -> Tensor:
-        areas = [
-            metrics.average_precision_score(t, m, sample_weight=weights(t))
-            for t, m in zip(data["dev"][1], margins(model, "dev"), strict=True)
-        ]
-        return torch.tensor(areas)
+        return scores_of(margins(model, "dev"), "dev", zeros)["PR-AUC"]
 
-    rows, curves = {}, {}
+    rows, curves, zeros = {}, {}, torch.zeros(s.n_seeds)
     for name, loss_of in ways.items():
         model, rate = fit_tuned((64, 64, 2), x, y, loss_of, pr_auc_on_dev, s)
-        margin, on_dev = margins(model, "test"), margins(model, "dev")
-        rows[name] = scores_of(margin, torch.zeros(s.n_seeds)) | {"learning rate": rate}
+        margin = margins(model, "test")
+        rows[name] = scores_of(margin, "test", zeros) | {"learning rate": rate}
         t = data["test"][1].flatten()
         curves[name] = metrics.precision_recall_curve(t, margin.flatten(), sample_weight=weights(t))[:2]
         if name == "cross-entropy":
             cuts = []  # the plain remedy: leave the loss alone, and move the threshold to the best F1 on dev
-            for m, t in zip(on_dev, data["dev"][1], strict=True):
+            for m, t in zip(margins(model, "dev"), data["dev"][1], strict=True):
                 p, r, cut = metrics.precision_recall_curve(t, m, sample_weight=weights(t))
                 cuts.append(cut[(2 * p * r / (p + r + 1e-12))[:-1].argmax()])
-            moved = scores_of(margin, torch.tensor(cuts)) | {"learning rate": rate}
+            moved = scores_of(margin, "test", torch.tensor(cuts)) | {"learning rate": rate}
             rows["cross-entropy, threshold from dev"] = moved
     conclusion = (
         "Weights, alpha and a threshold from dev trade precision for recall along nearly one curve (PR-AUC "
@@ -814,23 +806,22 @@ def two_views(x: Tensor) -> Tensor:
     return chosen + 0.1 * torch.randn_like(chosen)
 
 
+def nearest_accuracy(z: Tensor, labels: Tensor, others: Tensor, truth: Tensor) -> Tensor:
+    """Share of others (S, N, D) whose class most of their 5 nearest among z (S, M, D) have: (S,)."""
+    nearest = torch.cdist(others, z).topk(5, largest=False).indices  # (S, N, 5)
+    votes = F.one_hot(pick(labels, nearest.flatten(1)), 10).unflatten(1, (-1, 5)).sum(2)  # (S, N, 10)
+    return accuracy(votes, truth)
+
+
 def demo_embeddings(s: Settings) -> tuple[dict, tuple]:
     """100 labels (NT-Xent: none, but 1,000 images). Score: 5 nearest neighbours among the same 100."""
-    data = digits(s)
-    x, y = data["train"]
-    x_dev, y_dev = data["dev"]
-    x_test, y_test = data["test"]
+    (x, y), (x_dev, y_dev), (x_test, y_test) = digits(s).values()
     labelled, labels = x[:, :100], y[:, :100]
-
-    def neighbours(z: Tensor, others: Tensor, y_others: Tensor) -> Tensor:
-        nearest = torch.cdist(others, z).topk(5, largest=False).indices  # (S, N, 5)
-        votes = F.one_hot(pick(labels, nearest.flatten(1)), 10).unflatten(1, (-1, 5)).sum(2)  # (S, N, 10)
-        return accuracy(votes, y_others)
 
     def scores(z: Tensor, z_test: Tensor, margin: float | str) -> dict:
         distances = torch.stack([torch.pdist(one).mean() for one in z_test])
         collapsed = torch.tensor([float(has_collapsed(one, margin)) for one in z_test])
-        right = neighbours(z, z_test, y_test)
+        right = nearest_accuracy(z, labels, z_test, y_test)
         return {"5-NN accuracy": right, "mean distance": distances, "collapsed": collapsed}
 
     def pairs(z: Tensor, t: Tensor, k: int) -> Tensor:
@@ -859,7 +850,8 @@ def demo_embeddings(s: Settings) -> tuple[dict, tuple]:
 
         def on_dev(model: nn.Module, cosines: bool = margin is None) -> Tensor:
             z, z_dev = model(labelled).detach(), model(x_dev).detach()
-            return neighbours(unit(z), unit(z_dev), y_dev) if cosines else neighbours(z, z_dev, y_dev)
+            z, z_dev = (unit(z), unit(z_dev)) if cosines else (z, z_dev)
+            return nearest_accuracy(z, labels, z_dev, y_dev)
 
         sizes = (64, 64, width)
         model, rate = fit_tuned(sizes, loss_of=loss_of, dev_score=on_dev, s=budget, **samples)
@@ -1106,9 +1098,8 @@ def draw_embeddings(figure, curves: tuple) -> None:
 
 
 def settings_from_command_line(argv: list[str] | None = None) -> Settings:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     for f in fields(Settings):
         reason = f"{f.metadata['help']} (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default, help=reason)
