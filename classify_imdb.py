@@ -14,8 +14,10 @@ Shapes: B batch, T tokens, K = 2 classes (0 negative, 1 positive), N reviews.
 """
 
 import argparse
+import base64
 import gzip
 import hashlib
+import html
 import io
 import json
 import math
@@ -31,7 +33,9 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +43,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import attention
+import export
 from encoder import (
     EncoderClassifier,
     EncoderConfig,
@@ -55,32 +61,36 @@ from encoder import (
 
 PRESETS = {  # what differs from the defaults below; every setting can still be given as a flag
     "fast": {},
-    "best": {"d_model": 128, "d_ff": 512, "n_layers": 2, "epochs": 3, "amp": "auto"},
+    "best": {"unlabelled": True},
 }
 
 
 @dataclass
 class Settings:
     data: str = setting(os.environ.get("IMDB_DATA", ""), "IMDB, tarball or folder; empty: cache, or download")
-    preset: str = setting("fast", "fast: a few minutes on two cores; best: an hour")
+    preset: str = setting("fast", "fast: labelled reviews alone; best: the 50,000 unlabelled ones too")
     out: str = setting("out/classify_imdb", "model, checkpoint, report and pictures go here")
     seed: int = setting(0, "same seed, same machine, same threads: same weights")
     predict: str | None = setting(None, "classify a text, a file's or (for -) stdin's lines; no training")
-    baseline: bool = setting(False, "train and test TF-IDF + logistic regression instead")
+    explain: bool = setting(False, "with --predict: also the words that carried the answer")
+    baseline: bool = setting(False, "train and test the linear model instead")
     shuffle_labels: bool = setting(False, "honesty check: learn shuffled labels; the test must give 50%")
     device: str = setting("", "cuda, mps or cpu; empty: cuda where there is one, else cpu")
-    amp: str = setting("off", "bf16 autocast: off (faster while d_model is 64), auto (if native) or bf16")
+    amp: str = setting("off", "bf16 autocast: off, auto (where the CPU or GPU has it) or bf16")
     vocab_size: int = setting(16000, "ids: padding, mask, then byte-level BPE")
     max_len: int = setting(512, "tokens a review, of a longer one its two ends; 256 lost a point on dev")
-    d_model: int = setting(64, "width; 128 was slower and no better on dev")
-    n_heads: int = setting(2, "heads of 32 dimensions")
-    n_layers: int = setting(1, "a second layer took 1.6 times as long for 0.3 points on dev")
-    d_ff: int = setting(256, "inner width of the feed-forward net, 4 x d_model")
+    d_model: int = setting(128, "width; 64 lost a point on dev")
+    n_heads: int = setting(4, "heads of 32 dimensions")
+    n_layers: int = setting(2, "on a quarter of the places, see ReviewClassifier")
+    d_ff: int = setting(512, "inner width of the feed-forward net, 4 x d_model")
     dropout: float = setting(0.1, "of embeddings, sub-layers and the pooled vector")
     pool: str = setting("mean+max", "mean, max, mean+max or first")
     mask_words: float = setting(
         0.2, "share of the training tokens hidden behind the mask id; 0.3 lost a point"
     )
+    unlabelled: bool = setting(False, "learn the linear model's opinion of the 50,000 unlabelled reviews too")
+    export: bool = setting(True, "afterwards compare export.py's formats on it; --no-export: don't")
+    target: float = setting(0.0, "stop as soon as dev is safely past this accuracy, e.g. 0.85; 0: never")
     epochs: int = setting(2, "passes over the training reviews")
     batch_size: int = setting(32, "reviews a step, of similar length")
     lr: float = setting(1e-3, "AdamW's peak learning rate, then a cosine to 0; 2e-3 lost 0.8 points")
@@ -90,7 +100,16 @@ class Settings:
     save_every: float = setting(30.0, "seconds between checkpoints")
 
 
-FREE = {"data", "out", "predict", "baseline", "device", "save_every"}  # may differ when a run goes on
+FREE = {
+    "data",
+    "out",
+    "predict",
+    "explain",
+    "baseline",
+    "device",
+    "export",
+    "save_every",
+}  # may differ when a run goes on
 
 # -----------------------------------------------------------------------------
 # IMDB: find, download, read, check, split
@@ -98,13 +117,13 @@ FREE = {"data", "out", "predict", "baseline", "device", "save_every"}  # may dif
 IMDB_URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SIZE, IMDB_MD5 = 84_125_825, "7c2ac02c03563afcf9b574c7e56c153a"
 IMDB_FINGERPRINT = "c0558bb3f7a59d911d7feb3a63a5b6fe521df6f27bffaf8ae32b05f75e6a877b"
-FOLDERS = ("train/pos", "train/neg", "test/pos", "test/neg")
-PER_FOLDER = 12_500
+PER_FOLDER = {"train/pos": 12_500, "train/neg": 12_500, "test/pos": 12_500, "test/neg": 12_500}
+UNLABELLED = {"train/unsup": 50_000}
 
 
 class Review(NamedTuple):
     number: int  # within its folder; neighbours are often about the same film
-    label: int  # 1 = positive
+    label: int  # 1 = positive, 0 = negative; of the unlabelled -1
     text: str
 
 
@@ -159,38 +178,37 @@ def fetch_rest(url: str, part: Path, have: int, bar) -> None:
             os.fsync(file.fileno())
 
 
-def read_imdb(path: Path) -> dict[str, list[Review]]:
-    """The reviews of "train" and "test", sorted by folder and number, from the tarball or unpacked folder.
+def read_imdb(path: Path, unlabelled: bool = False) -> dict[str, list[Review]]:
+    """The reviews of "train", "test" and, where asked for, "unlabelled", sorted by folder and number, from
+    the tarball or the unpacked folder.
 
-    Nothing is unpacked, so no path in a tarball can escape. ValueError unless all 4 x 12,500 are there.
+    Nothing is unpacked, so no path in a tarball can escape. ValueError unless all of them are there.
     """
     if not path.exists():
         raise ValueError(f"data: {path} does not exist; give aclImdb_v1.tar.gz or the folder aclImdb")
-    found: dict[str, dict[tuple[int, int], str]] = {folder: {} for folder in FOLDERS}
-    for name, data in files_in_folder(path) if path.is_dir() else files_in_tarball(path):
-        match = re.fullmatch(r"(?:.*/)?((?:train|test)/(?:pos|neg))/(\d+)_(\d+)\.txt", name)
-        if match:
-            found[match[1]][int(match[2]), int(match[3])] = data.decode("utf-8", errors="replace")
+    expected = PER_FOLDER | (UNLABELLED if unlabelled else {})
+    found: dict[str, dict[int, str]] = {folder: {} for folder in expected}
+    for name, data in files_in_folder(path, expected) if path.is_dir() else files_in_tarball(path):
+        match = re.fullmatch(r"(?:.*/)?((?:train|test)/(?:pos|neg|unsup))/(\d+)_\d+\.txt", name)
+        if match and match[1] in found:
+            found[match[1]][int(match[2])] = data.decode("utf-8", errors="replace")
+    reviews: dict[str, list[Review]] = {"train": [], "test": []} | ({"unlabelled": []} if unlabelled else {})
     for folder, texts in found.items():
-        if len(texts) != PER_FOLDER:
-            raise ValueError(f"data: {path} has {len(texts):,} reviews in {folder}, IMDB has {PER_FOLDER:,}")
-    return {
-        split: [
-            Review(number, int(folder.endswith("pos")), text)
-            for folder in FOLDERS
-            if folder.startswith(split)
-            for (number, _), text in sorted(found[folder].items())
-        ]
-        for split in ("train", "test")
-    }
+        if len(texts) != expected[folder]:
+            raise ValueError(f"data: {path} has {len(texts):,} reviews in {folder}, not {expected[folder]:,}")
+        split, kind = folder.split("/")
+        label = {"pos": 1, "neg": 0, "unsup": -1}[kind]
+        rows = [Review(number, label, text) for number, text in sorted(texts.items())]
+        reviews["unlabelled" if label < 0 else split] += rows
+    return reviews
 
 
-def files_in_folder(path: Path):
-    """(name, bytes) of each file in the four folders; path is aclImdb or the folder that holds it."""
+def files_in_folder(path: Path, folders: Iterable[str]):
+    """(name, bytes) of each file in the folders; path is aclImdb or the folder that holds it."""
     root = path / "aclImdb" if (path / "aclImdb").is_dir() else path
-    for folder in FOLDERS:
+    for folder in folders:
         if not (root / folder).is_dir():
-            raise ValueError(f"data: {path} has no folder {folder}; needed are {', '.join(FOLDERS)}")
+            raise ValueError(f"data: {path} has no folder {folder}; needed are {', '.join(folders)}")
         for file in (root / folder).iterdir():
             yield f"{folder}/{file.name}", file.read_bytes()
 
@@ -241,9 +259,10 @@ def shared_texts(one: list[Review], other: list[Review]) -> int:
 
 
 def demo_reviews(seed: int) -> dict[str, list[Review]]:
-    """encoder.py's generated reviews in the place of IMDB's: 8,000 to train (dev included), 2,000 to test."""
-    reviews = [Review(i // 2, label, text) for i, (text, label) in enumerate(generate_reviews(10_000, seed))]
-    return {"train": reviews[:8000], "test": reviews[8000:]}
+    """encoder.py's generated reviews in IMDB's place: 8,000 to train (dev included), 2,000 to test, 2,000."""
+    reviews = [Review(i // 2, label, text) for i, (text, label) in enumerate(generate_reviews(12_000, seed))]
+    unlabelled = [review._replace(label=-1) for review in reviews[10_000:]]
+    return {"train": reviews[:8000], "test": reviews[8000:10_000], "unlabelled": unlabelled}
 
 
 # -----------------------------------------------------------------------------
@@ -303,6 +322,93 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
 
 
 # -----------------------------------------------------------------------------
+# The model: encoder.py's Transformer behind a front of its own
+#
+# A word pair like "not bad" is rare: the Transformer would have to learn each from a few reviews, and learns
+# those reviews by heart instead. Counting is better at that. So each place is also given how much more often
+# the word, pair and triple that end there stand in positive reviews than in negative ones (naive Bayes;
+# Wang and Manning 2012), and the Transformer learns what to make of it. The trap: a review's own label is in
+# those counts. While training they come from the other folds of the reviews, those about other films.
+
+FOLDS = 5
+BUCKETS = 2_097_143  # a prime; words, pairs and triples share them, as their hashes fall
+FACTORS = (1_000_003, 15_485_863, 179_424_673)  # primes; a sum of three products stays far below 2**63
+
+
+def ngram_ids(tokens: Tensor) -> Tensor:
+    """tokens (B, T) -> buckets (B, T, 3) of the single, pair and triple of tokens that end at each place;
+    0 where one of them is padding, hidden, or before the start."""
+    real, code, buckets = tokens >= 0, torch.zeros_like(tokens), []
+    for n, factor in enumerate(FACTORS):
+        before = F.pad(tokens, (n, 0))[:, : tokens.size(1)]  # (B, T) the token n places earlier
+        code, real = code + before * factor, real & (before >= SPECIAL)
+        buckets.append((code % BUCKETS + 1) * real)
+    return torch.stack(buckets, dim=-1)
+
+
+def ngram_odds(ids: list[Tensor], labels: list[int], folds: list[int]) -> Tensor:
+    """ln((positive + 1) / (negative + 1)) of each bucket, (FOLDS + 1, BUCKETS + 1): how many reviews of each
+    class have it. Row f counts all folds but f, the last row all. Bucket 0 stays 0."""
+    gap = torch.zeros(len(FACTORS) - 1, dtype=torch.long)  # so that no n-gram reaches over two reviews
+    review = torch.repeat_interleave(torch.tensor([len(x) + len(gap) for x in ids]))  # (tokens,)
+    buckets = ngram_ids(torch.cat([torch.cat((x, gap)) for x in ids])[None])[0]  # (tokens, 3)
+    pairs = (review[:, None] * (BUCKETS + 1) + buckets)[buckets > 0].unique()  # each once a review
+    review, bucket = pairs // (BUCKETS + 1), pairs % (BUCKETS + 1)
+    cell = 2 * torch.tensor(folds)[review] + torch.tensor(labels)[review]
+    counts = torch.bincount(cell * (BUCKETS + 1) + bucket, minlength=2 * FOLDS * (BUCKETS + 1))
+    counts = counts.view(FOLDS, 2, -1)
+    counts = counts.sum(0) - torch.cat((counts, torch.zeros_like(counts[:1])))  # (FOLDS + 1, 2, BUCKETS + 1)
+    negative, positive = (counts.float() + 1).unbind(1)
+    return (positive / negative).log()
+
+
+class ReviewClassifier(EncoderClassifier):
+    """Embedding + odds of n-grams, a convolution that leaves every fourth place, then encoder.py's layers,
+    pooling and head. tokens (B, T) to logits (B, 2).
+
+    At a quarter of the length a layer costs a quarter and less. A place is padding where its own token is.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.from_odds = nn.Linear(len(FACTORS), config.d_model, bias=False)
+        nn.init.normal_(self.from_odds.weight)  # as large as the embedding: it is right from the start
+        self.shorten = nn.Conv1d(config.d_model, config.d_model, kernel_size=5, stride=4, padding=2)
+        self.register_buffer("odds", torch.zeros(BUCKETS + 1, 1))
+        self.register_buffer("fold_odds", torch.zeros(FOLDS * (BUCKETS + 1), 1), persistent=False)
+
+    def set_odds(self, odds: Tensor) -> None:
+        """What ngram_odds returns."""
+        self.odds.copy_(odds[-1][:, None])
+        self.fold_odds.copy_(odds[:-1].reshape(-1, 1))
+
+    def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x (B, T / 4 + 1, C), mask (B, T / 4 + 1)), T / 4 rounded up. fold (B,): whose counts not to see;
+        FOLDS or None: it sees all."""
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.size(1) > self.config.max_len:
+            wanted = f"tokens must be integers (B, T <= {self.config.max_len})"
+            raise ValueError(f"{wanted}, got {tokens.dtype} {list(tokens.shape)}")
+        tokens = F.pad(tokens, (0, 4))  # one more place, of padding: torch.export takes a size of 1 as fixed
+        buckets, real = ngram_ids(tokens), tokens != PAD  # (B, T, 3), (B, T)
+        odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, T, 3)
+        if fold is not None:
+            apart = fold[:, None, None].clamp(max=FOLDS - 1) * (BUCKETS + 1) + buckets
+            apart = F.embedding(apart, self.fold_odds).squeeze(-1)
+            odds = torch.where((fold < FOLDS)[:, None, None], apart, odds)
+        x = self.encoder.embedding(tokens) * self.encoder.scale + self.from_odds(odds)  # (B, T, C)
+        x = (self.encoder.dropout(x) * real[:, :, None]).transpose(1, 2)  # (B, C, T)
+        x = self.shorten(x) + F.avg_pool1d(x, kernel_size=5, stride=4, padding=2)  # (B, C, T / 4)
+        mask = F.avg_pool1d(real[:, None].to(x.dtype), kernel_size=1, stride=4)[:, 0] > 0  # every fourth
+        return x.transpose(1, 2) + self.encoder.positions[: x.size(2)], mask
+
+    def forward(self, tokens: Tensor, fold: Tensor | None = None) -> Tensor:
+        x, mask = self.embed(tokens, fold)
+        for layer in self.encoder.layers:
+            x = layer(x, mask[:, None, None, :])
+        return self.head(self.dropout(self.pool(self.encoder.final_norm(x), mask)))
+
+
+# -----------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -335,20 +441,21 @@ EVALUATIONS = 4  # on the dev split, evenly spread over a run
 def train(model: nn.Module, data: dict, s: Settings, run: dict, path: Path, device: torch.device) -> None:
     """Train from step run["step"] to the last; run, weights and optimizer are saved to path every so often.
 
-    data: {"train": (ids, labels), "dev": (ids, labels)}. All randomness of a step is a function of seed and
-    step, so a run that goes on needs no generator's state to end with the very same weights. After Ctrl-C or
-    SIGTERM it saves and raises Interrupted.
+    data: {"train": (ids, targets, folds), "dev": (ids, labels)}; a target is P(positive). All randomness of a
+    step is a function of seed and step, so a run that goes on needs no generator's state to end with the very
+    same weights. After Ctrl-C or SIGTERM it saves and raises Interrupted.
     """
-    ids, labels = data["train"]
-    targets = torch.tensor(labels)
+    ids, targets, folds = data["train"]
+    targets, folds = torch.tensor(targets, dtype=torch.float32), torch.tensor(folds)
     steps_per_epoch = math.ceil(len(ids) / s.batch_size)
-    steps = s.epochs * steps_per_epoch
-    evaluate_at = {round(steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+    steps = run["steps"] = s.epochs * steps_per_epoch
+    evaluations = 16 * s.epochs if s.target else EVALUATIONS
+    evaluate_at = {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
     optimizer = make_optimizer(model, s)
     if run["step"]:
         optimizer.load_state_dict(run["optimizer"])
     signals, progress, saved = Signals(), Progress(run["step"], steps), time.monotonic()
-    for epoch in range(run["step"] // steps_per_epoch, s.epochs):
+    for epoch in range(run["step"] // steps_per_epoch, s.epochs if not run["reached"] else 0):
         order = batches([len(x) for x in ids], s.batch_size, seed=s.seed * 1_000_003 + epoch)
         for rows in order[run["step"] % steps_per_epoch :]:
             start = time.perf_counter()
@@ -357,8 +464,8 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, path: Path, devi
             tokens, target = pad([ids[i] for i in rows]).to(device), targets[rows].to(device)  # (B, T), (B,)
             hidden = (torch.rand(tokens.shape) < s.mask_words).to(device) & (tokens != PAD)
             with torch.autocast(device.type, torch.bfloat16, enabled=run["bf16"]):
-                logits = model(tokens.masked_fill(hidden, MASK)).float()  # (B, K)
-            loss = F.cross_entropy(logits, target)
+                logits = model(tokens.masked_fill(hidden, MASK), folds[rows].to(device)).float()  # (B, K)
+            loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run["step"], steps, s)
             optimizer.zero_grad()
@@ -366,19 +473,29 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, path: Path, devi
             nn.utils.clip_grad_norm_(model.parameters(), s.clip)
             optimizer.step()
             run["step"] += 1
-            run["right"] += (logits.argmax(-1) == target).sum().item()
+            run["right"] += (logits.argmax(-1) == (target > 0.5)).sum().item()
             run["seen"] += len(rows)
             run["seconds"] += time.perf_counter() - start
             progress.show(run["step"], loss.item())
             if run["step"] in evaluate_at:
                 progress.say(record_dev(model, data["dev"], run, device))
-            if signals.received or run["step"] == steps or time.monotonic() - saved > s.save_every:
+                run["reached"] = bool(s.target) and safely_past(s.target, run["history"][-1], data["dev"])
+            if (
+                signals.received
+                or run["step"] == steps
+                or run["reached"]
+                or time.monotonic() - saved > s.save_every
+            ):
                 run["total_seconds"] = time.perf_counter() - run["start"]
                 save(path, run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
                 saved = time.monotonic()
             if signals.received:
                 progress.bar.close()
                 raise Interrupted(signals.received, f"step {run['step']} of {steps} is saved in {path}")
+            if run["reached"]:
+                break
+        if run["reached"]:
+            break
     signals.restore()
     progress.bar.close()
 
@@ -418,6 +535,11 @@ def record_dev(model: nn.Module, dev: tuple, run: dict, device: torch.device) ->
     run["history"].append(row)
     run["right"] = run["seen"] = 0
     return "   ".join(f"{name.replace('_', ' ')} {value}" for name, value in row.items())
+
+
+def safely_past(target: float, row: dict, dev: tuple) -> bool:
+    """Whether dev's accuracy is above the target by more than its own standard error."""
+    return row["dev_accuracy"] - target > math.sqrt(target * (1 - target) / len(dev[0]))
 
 
 def accuracy(p: Tensor, labels: Tensor) -> float:
@@ -497,11 +619,18 @@ def classify(s: Settings) -> dict:
     print(" ".join(f"{name}={value}" for name, value in chosen.items() if value not in (None, "")))
 
     train_set, dev_set = split_dev(reviews["train"])
+    prepare = time.perf_counter()
     if not run["ranks"]:
         run["ranks"] = Tokenizer.train([clean(r.text) for r in train_set], s.vocab_size).ranks
     tokenizer = Tokenizer(run["ranks"])
-    data = {"train": encoded(tokenizer, train_set, s), "dev": encoded(tokenizer, dev_set, s)}
-    model = make_model(s, tokenizer.vocab_size)
+    if s.unlabelled and not run["taught"]:
+        linear = LinearModel(train_set, shuffled_labels(train_set, s))
+        run["taught"] = linear([r.text for r in reviews["unlabelled"]])
+        run["linear"] = linear([r.text for r in reviews["test"]])
+    model, data = make_model(s, tokenizer.vocab_size), encoded(tokenizer, train_set, dev_set, reviews, run, s)
+    labelled = [x[: len(train_set)] for x in data["train"]]
+    model.set_odds(ngram_odds(*labelled))
+    prepare = time.perf_counter() - prepare
     n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(train_set):,} reviews to learn from, {len(dev_set):,} dev, {len(reviews['test']):,} test,")
     print(f"{tokenizer.vocab_size:,} token ids, {n_parameters:,} parameters", flush=True)
@@ -510,31 +639,72 @@ def classify(s: Settings) -> dict:
         print(f"going on at step {run['step']}", flush=True)
     train(model.to(device), data, s, run, out / "checkpoint.pt", device)
 
-    flops = s.epochs * training_flops(model.config, [len(x) for x in data["train"][0]])
+    flops = (
+        run["step"]
+        / run["steps"]
+        * s.epochs
+        * training_flops(model.config, [len(x) for x in data["train"][0]])
+    )
+    tested = stage(out / "test.json", run, lambda: test(model, tokenizer, reviews["test"], run, out, device))
     report = {
         "dataset": dataset,
-        "test_accuracy": test(model, tokenizer, reviews["test"], run["settings"], out, device),
+        **tested,
         "dev_accuracy": run["history"][-1]["dev_accuracy"],
+        "prepare_seconds": round(prepare, 1),  # tokenizer, encoding, counting; for unlabelled: their labels
         "train_seconds": round(run["seconds"], 1),
-        "total_seconds": round(time.perf_counter() - run["start"], 1),
         "n_parameters": n_parameters,
         "preset": s.preset,
         "seed": s.seed,
         "mfu": round(flops / run["seconds"] / (machine["gemm_gflops"] * 1e9), 3),
         "test_texts_also_in_train": shared_texts(reviews["train"], reviews["test"]),
     }
+    if s.target:
+        report["target"] = {"accuracy": s.target, "reached": run["reached"]}
+        report["target"]["seconds"] = round(prepare + run["seconds"], 1)
     report |= machine | {"history": run["history"], "settings": run["settings"]}
     plot_curves(run["history"], out / "curves.png")
+    if s.export:
+        make = partial(export_models, model.cpu(), tokenizer, data, reviews["test"], s, out)
+        exported = stage(out / "export.json", run, make)
+        report |= {name: exported[name] for name in ("models", "refused", "recommended", "deployed")}
+        report["export_threads"] = exported["threads"]
+    report["total_seconds"] = round(time.perf_counter() - run["start"], 1)
+    write_page(report, model.cpu(), tokenizer, reviews["test"], out)
     write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
     return report
 
 
-def encoded(tokenizer: Tokenizer, reviews: list[Review], s: Settings) -> tuple[list[Tensor], list[int]]:
-    """(ids, labels) of reviews to learn from; the labels in another order where s.shuffle_labels."""
+def stage(path: Path, run: dict, make: Callable[[], dict]) -> dict:
+    """What make() returns, kept in path: a run that goes on after it doesn't do it again."""
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] == [run["settings"], run["history"]]:
+            return kept["result"]
+    result = make()
+    kept = {"of": [run["settings"], run["history"]], "result": result}
+    write_atomically(path, json.dumps(kept).encode())
+    return result
+
+
+def shuffled_labels(reviews: list[Review], s: Settings) -> list[int]:
+    """The labels; in another order where s.shuffle_labels."""
     labels = [r.label for r in reviews]
     if s.shuffle_labels:
         random.Random(s.seed).shuffle(labels)
-    return tokenizer.encode([r.text for r in reviews], s.max_len), labels
+    return labels
+
+
+def encoded(tokenizer, train_set, dev_set, reviews: dict, run: dict, s: Settings) -> dict[str, tuple]:
+    """{"train": (ids, P(positive), folds), "dev": (ids, labels)}: labelled reviews, then the unlabelled ones
+    with the linear model's opinion. Folds are blocks of review numbers: other folds, other films."""
+    ids, targets = tokenizer.encode([r.text for r in train_set], s.max_len), shuffled_labels(train_set, s)
+    last = max(r.number for r in train_set)
+    folds = [r.number * FOLDS // (last + 1) for r in train_set]
+    if s.unlabelled:
+        ids += tokenizer.encode([r.text for r in reviews["unlabelled"]], s.max_len)
+        targets, folds = targets + run["taught"], folds + [FOLDS] * len(run["taught"])
+    dev_ids = tokenizer.encode([r.text for r in dev_set], s.max_len)
+    return {"train": (ids, targets, folds), "dev": (dev_ids, [r.label for r in dev_set])}
 
 
 def load_reviews(s: Settings) -> tuple[str, dict[str, list[Review]]]:
@@ -550,7 +720,7 @@ def load_reviews(s: Settings) -> tuple[str, dict[str, list[Review]]]:
         print("!!  where there is a network, then: python classify_imdb.py --data aclImdb_v1.tar.gz")
         print("!" * 100, flush=True)
         return "demo", demo_reviews(s.seed)
-    reviews = read_imdb(path)
+    reviews = read_imdb(path, s.unlabelled)
     if fingerprint(reviews) != IMDB_FINGERPRINT:
         print("note: these are not exactly the published texts; results don't compare with those of others")
     return "imdb", reviews
@@ -569,7 +739,16 @@ def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]], out
     """The state of the run in out, or a new one. Raises ValueError where it isn't the run asked for."""
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted |= {"dataset": dataset, "texts": fingerprint(reviews)}
-    new = {"settings": wanted, "ranks": [], "step": 0, "seconds": 0.0, "total_seconds": 0.0}
+    new = {
+        "settings": wanted,
+        "ranks": [],
+        "taught": [],
+        "linear": [],
+        "reached": False,
+        "step": 0,
+        "seconds": 0.0,
+        "total_seconds": 0.0,
+    }
     new |= {"right": 0, "seen": 0, "history": []}
     path = out / "checkpoint.pt"
     if not path.exists():
@@ -595,23 +774,26 @@ def choose_bf16(amp: str, device: torch.device) -> bool:
     return amp == "bf16"
 
 
-def make_model(s: Settings, vocab_size: int) -> EncoderClassifier:
+def make_model(s: Settings, vocab_size: int) -> ReviewClassifier:
     torch.manual_seed(s.seed)
     shared = {f.name for f in fields(EncoderConfig)} & {f.name for f in fields(Settings)}
     given = {name: getattr(s, name) for name in shared} | {"vocab_size": vocab_size}
-    return EncoderClassifier(EncoderConfig(**given, pad_id=PAD))
+    return ReviewClassifier(EncoderConfig(**given, pad_id=PAD))
 
 
 def training_flops(config: EncoderConfig, lengths: list[int]) -> float:
-    """Floating-point operations of one epoch: the layers' matrix products on real tokens, and twice as many
-    backward. Padding, softmax, norms and the embedding's look-up are left out."""
-    tokens, pairs = sum(lengths), sum(n * n for n in lengths)
-    weights = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff  # of a layer
-    return 3.0 * config.n_layers * (2 * weights * tokens + 4 * config.d_model * pairs)
+    """Floating-point operations of one epoch: the matrix products of convolution and layers on real places,
+    and twice as many backward. Padding, softmax, norms and look-ups are left out."""
+    places = [math.ceil(n / 4) for n in lengths]
+    weights = config.n_layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_ff)
+    weights += 5 * config.d_model**2  # the convolution's
+    pairs = config.n_layers * sum(n * n for n in places)
+    return 3.0 * (2 * weights * sum(places) + 4 * config.d_model * pairs)
 
 
-def test(model, tokenizer, reviews: list[Review], settings: dict, out: Path, device) -> float:
-    """Accuracy on the test set, which is read here and nowhere else; writes model, mistakes and a picture."""
+def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, device) -> dict:
+    """Accuracy on the test set, which is read here and nowhere else; writes model, mistakes and pictures."""
+    settings = run["settings"]
     ids = tokenizer.encode([r.text for r in reviews], model.config.max_len)
     p = probabilities(model, ids, device)  # (N,)
     labels = torch.tensor([r.label for r in reviews])
@@ -631,7 +813,13 @@ def test(model, tokenizer, reviews: list[Review], settings: dict, out: Path, dev
             f"  {mistake['label']} (given {mistake['probability']:.1%}): ... {clean(mistake['text'])[-90:]}"
         )
     plot_confusion(p > 0.5, labels == 1, out / "confusion.png")
-    return accuracy(p, labels)
+    error = plot_calibration(p, labels, out / "calibration.png")
+    result = {"test_accuracy": accuracy(p, labels), "calibration_error": round(error, 4)}
+    if len(run["linear"]) == len(p):  # the teacher's opinion, and what both say together
+        linear = torch.tensor(run["linear"])
+        result["linear_test_accuracy"] = accuracy(linear, labels)
+        result["with_linear_test_accuracy"] = accuracy((p.logit(1e-6) + linear.logit(1e-6)).sigmoid(), labels)
+    return result
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
@@ -645,6 +833,26 @@ def plot_curves(history: list[dict], path: Path) -> None:
     axes.legend()
     fig.savefig(path, dpi=110)
     plt.close(fig)
+
+
+def plot_calibration(p: Tensor, labels: Tensor, path: Path) -> float:
+    """Of the reviews given a probability of about x, a share of x should be positive. Returns the expected
+    calibration error over ten bins."""
+    plt = pyplot()
+    fig, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
+    bins, points, error = (10 * p).long().clamp(max=9), [], 0.0
+    for b in bins.unique().tolist():
+        said, happened = p[bins == b].mean().item(), labels[bins == b].double().mean().item()
+        points.append((said, happened))
+        error += (bins == b).double().mean().item() * abs(said - happened)
+    axes.plot((0, 1), (0, 1), "--", color="grey", label="perfect")
+    axes.plot(*zip(*points, strict=True), "o-", label=f"model, error {error:.3f}")
+    axes.set(xlabel="predicted P(positive)", ylabel="share of positive reviews", title="Calibration")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return error
 
 
 def plot_confusion(predicted: Tensor, actual: Tensor, path: Path) -> None:
@@ -674,17 +882,162 @@ def pyplot():
 
 
 # -----------------------------------------------------------------------------
+# Export: this model in every format of export.py, and the one that --predict uses
+
+COMPARED = 2000  # test reviews on which all formats are compared; the one chosen is tested on all
+
+
+def in_batches(ids: list[Tensor], labels: list, size: int = 50) -> list[tuple[tuple, Tensor]]:
+    """As export.py takes them: ((tokens (B, T),), labels (B,)), by length."""
+    order = torch.tensor([len(x) for x in ids]).argsort().split(size)
+    return [((pad([ids[i] for i in rows]),), torch.tensor(labels)[rows].round().long()) for rows in order]
+
+
+def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list[Review], s, out) -> dict:
+    """export.py's table for the model and a pruned one; writes OUT/export/* and OUT/model.onnx, the smallest
+    ONNX file that loses at most half a point. Returns {"models": rows, ...}."""
+    need("onnx", "onnxruntime", "onnxscript")
+    ids, targets, _ = (x[: 10 * COMPARED] for x in data["train"])
+    sample = in_batches(ids[:1000], targets[:1000])
+    heads = export.head_importance(model.eval(), sample)
+    pruned = export.prune_heads(model, heads, keep=max(1, s.n_heads // 2))
+    neurons = export.neuron_importance(pruned, sample)
+    pruned = fine_tuned(export.prune_neurons(pruned, neurons, keep=max(1, s.d_ff // 4)), data, s)
+    for candidate in (model, pruned):
+        candidate.fold_odds = candidate.fold_odds[:0].clone()  # trained: these counts are needed no more
+    draw = random.Random(0)
+    compared = draw.sample(test_set, min(COMPARED, len(test_set)))
+    test_ids = tokenizer.encode([r.text for r in compared], s.max_len)
+    evaluation = in_batches(test_ids, [r.label for r in compared])
+    T = min(256, s.max_len)
+    cases = {f"{b} x {T}": [(torch.randint(SPECIAL, tokenizer.vocab_size, (b, T)),)] for b in (1, 8, 32)}
+    cases["1 x real"] = [(x[None],) for x in test_ids[:20] if len(x)]
+    calibration = [{"tokens": tokens} for (tokens,), _ in sample[::4]]
+    ranks = [base64.b64encode(token).decode() for token in tokenizer.ranks]
+    metadata = {"labels": LABELS, "max_len": s.max_len, "ranks": ranks}
+    models, example = {"original": model, "pruned": pruned}, cases[f"8 x {T}"][0]
+    report = export.export_all(
+        models, example, evaluation, cases, calibration, out / "export", metadata, seconds=0.3
+    )
+    export.print_table(report)
+    export.plot_rows(report, out / "export.png")
+    onnx = [row for row in report["models"] if row["file"].endswith(".onnx")]
+    accurate = [row for row in onnx if row["accuracy"] >= report["models"][0]["accuracy"] - 0.005] or onnx
+    best = min(accurate, key=lambda row: row["size_bytes"])
+    write_atomically(out / "model.onnx", (out / "export" / best["file"]).read_bytes())
+    ids = tokenizer.encode([r.text for r in test_set], s.max_len)
+    p, labels = onnx_probabilities(out / "model.onnx", ids), torch.tensor([r.label for r in test_set])
+    report["deployed"] = {"name": best["name"], "test_accuracy": accuracy(p, labels)}
+    report["deployed"]["size_bytes"] = best["size_bytes"]
+    print(f"--predict uses {best['name']}: {accuracy(p, labels):.2%} on all {len(p):,} test reviews")
+    return report
+
+
+def fine_tuned(model: nn.Module, data: dict, s: Settings) -> nn.Module:
+    """Up to 300 steps at a falling learning rate: what pruning broke, a little training mends."""
+    ids, targets, folds = data["train"]
+    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:300]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr / 2)
+    torch.manual_seed(s.seed)
+    model.train()
+    for step, rows in enumerate(order):
+        tokens, p = pad([ids[i] for i in rows]), torch.tensor([float(targets[i]) for i in rows])
+        tokens = tokens.masked_fill((torch.rand(tokens.shape) < s.mask_words) & (tokens != PAD), MASK)
+        logits = model(tokens, torch.tensor([folds[i] for i in rows]))
+        optimizer.param_groups[0]["lr"] = s.lr / 2 * (1 - step / len(order))
+        optimizer.zero_grad()
+        F.cross_entropy(logits, torch.stack((1 - p, p), -1)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+    return model.eval()
+
+
+def onnx_probabilities(path: Path, ids: list[Tensor]) -> Tensor:
+    """probabilities() by onnxruntime."""
+    run, out = export.onnx_runner(path, threads=torch.get_num_threads()), torch.empty(len(ids))
+    for rows in torch.tensor([len(x) for x in ids]).argsort().split(64):
+        out[rows] = run(pad([ids[i] for i in rows])).softmax(-1)[:, 1]
+    return out
+
+
+# -----------------------------------------------------------------------------
+# The page: one file to open, and to send to a colleague
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
+table { border-collapse: collapse; font-size: 14px }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child { text-align: left }
+img { max-width: 100% }
+iframe { width: 100%; height: 38rem; border: 1px solid #ddd }
+b.positive { color: #06703a }
+b.negative { color: #a3231d }
+"""
+
+
+def write_page(report: dict, model: ReviewClassifier, tokenizer, test_set: list[Review], out: Path) -> None:
+    """OUT/index.html: results, pictures, table, mistakes, attention; no other file, no network."""
+    facts = "test_accuracy dev_accuracy calibration_error train_seconds total_seconds n_parameters".split()
+    facts += "linear_test_accuracy with_linear_test_accuracy cpu threads gemm_gflops torch dtype seed".split()
+    rows = [(name.replace("_", " "), report[name]) for name in facts if name in report]
+    parts = [f"<h1>Sentiment of movie reviews: {report['dataset']}</h1>", html_table(("", ""), rows)]
+    for name in ("curves", "confusion", "calibration", "export"):
+        if (out / f"{name}.png").exists():
+            picture = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+            parts.append(f'<img alt="{name}" src="data:image/png;base64,{picture}">')
+    if "models" in report:
+        head = "model", "accuracy", "kB", "p50 ms, 1 text", "p50 ms, 32 texts"
+        cases = list(report["models"][0]["latency"])
+        rows = []
+        for row in report["models"]:
+            times = [row["latency"][case]["p50_ms"] for case in (cases[0], cases[2])]
+            rows.append((row["name"], f"{row['accuracy']:.2%}", f"{row['size_bytes'] / 1000:,.0f}", *times))
+        parts += [f"<h2>Formats, {report['export_threads']} thread(s)</h2>", html_table(head, rows)]
+    parts.append("<h2>The most confident mistakes</h2>")
+    for m in json.loads((out / "mistakes.json").read_text(encoding="utf-8"))[:10]:
+        label, text = m["label"], html.escape(clean(m["text"])[:600])
+        parts.append(f"<p><b class={label}>{label}</b>, given {m['probability']:.1%}: {text}</p>")
+    parts.append("<h2>Where the heads look</h2><p>A place holds four tokens. Point at one.</p>")
+    for review in sorted(test_set, key=lambda r: abs(len(r.text) - 400))[:2]:  # short enough to see
+        page = html.escape(attention_page(model, tokenizer, review.text, out), quote=True)
+        parts.append(f'<p>{LABELS[review.label]}</p><iframe srcdoc="{page}"></iframe>')
+    head = f"<!doctype html><meta charset=utf-8><title>IMDB</title><style>{STYLE}</style>"
+    write_atomically(out / "index.html", (head + "\n".join(parts)).encode())
+
+
+def html_table(head: Iterable, rows: Iterable[Iterable]) -> str:
+    lines = ["".join(f"<th>{html.escape(str(x))}</th>" for x in head)]
+    lines += ["".join(f"<td>{html.escape(str(x))}</td>" for x in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+@torch.no_grad()
+def attention_page(model: ReviewClassifier, tokenizer, text: str, out: Path) -> str:
+    """attention.py's viewer for one text; a picture of the same is OUT/attention.png."""
+    (ids,) = tokenizer.encode([text], model.config.max_len)
+    tokens = pad([ids])
+    x, mask = model.eval().embed(tokens)  # (1, T / 4, C), (1, T / 4)
+    weights = []
+    for layer in model.encoder.layers:
+        x, w = layer.forward_with_weights(x, mask[:, None, None, :])
+        weights.append(w[0])  # (H, T / 4, T / 4)
+    words = [tokenizer.bpe.decode((ids[i : i + 4] - SPECIAL).tolist()) for i in range(0, len(ids), 4)]
+    words, n = words or ["(nothing)"], max(1, len(words))
+    weights = torch.stack(weights)[..., :n, :n]  # (L, H, n, n) without the place that embed adds
+    attention.plot_attention(weights, words, words, out / "attention.png")
+    attention.attention_html(weights, words, words, out / "attention.html")
+    return (out / "attention.html").read_text(encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
 # Prediction, and the linear model to compare with
 
 LABELS = ("negative", "positive")
 
 
 def predict(s: Settings) -> None:
-    """A line of JSON for each text: label, its probability, the text."""
+    """A line of JSON for each text: label, its probability, the text, with --explain the words that count."""
     need("tiktoken")
-    path = Path(s.out) / "model.pt"
-    if not path.exists():
-        raise ValueError(f"predict: there is no {path} yet; train a model first: python classify_imdb.py")
     is_file = os.path.isfile(s.predict)  # False also for what is no possible file name
     if is_file or s.predict == "-":
         data = Path(s.predict).read_bytes() if is_file else sys.stdin.buffer.read()
@@ -694,37 +1047,97 @@ def predict(s: Settings) -> None:
         texts = [s.predict]
     if not any(text.strip() for text in texts):
         raise ValueError("predict: there is no text to classify")
-    state = load(path)
-    tokenizer, model = Tokenizer(state["ranks"]), EncoderClassifier(EncoderConfig(**state["config"]))
+    tokenizer, max_len, positive = predictor(Path(s.out), s)
+    ids = tokenizer.encode(texts, max_len)
+    for text, x, p in zip(texts, ids, positive(ids).tolist(), strict=True):
+        answer = {"label": LABELS[p > 0.5], "probability": round(max(p, 1 - p), 4), "text": text}
+        if s.explain:
+            answer["explain"] = explained(x, p, tokenizer, positive)
+        print(json.dumps(answer))
+
+
+def predictor(out: Path, s: Settings) -> tuple[Tokenizer, int, Callable[[list[Tensor]], Tensor]]:
+    """(tokenizer, max_len, function of encoded texts to P(positive)): by OUT/model.onnx, all that it needs is
+    in it, or where there is none (--no-export) by PyTorch from OUT/model.pt."""
+    if (out / "model.onnx").exists():
+        need("onnxruntime")
+        import onnxruntime
+
+        try:
+            session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+            found = session.get_modelmeta().custom_metadata_map
+            ranks = [base64.b64decode(token) for token in json.loads(found["ranks"])]
+            max_len = json.loads(found["max_len"])
+        except Exception as error:  # of onnxruntime's own types, or what damage does to the metadata
+            raise ValueError(f"{out / 'model.onnx'} is damaged; delete it, and train again") from error
+        return Tokenizer(ranks), max_len, partial(onnx_probabilities, out / "model.onnx")
+    path = out / "model.pt"
+    if not path.exists():
+        raise ValueError(f"predict: there is no {path} yet; train a model first: python classify_imdb.py")
+    state, device = load(path), pick_device(s.device)
+    model = ReviewClassifier(EncoderConfig(**state["config"]))
     model.load_state_dict(state["model"])
-    device = pick_device(s.device)
-    p = probabilities(model.to(device), tokenizer.encode(texts, model.config.max_len), device)
-    for text, positive in zip(texts, p.tolist(), strict=True):
-        answer = {"label": LABELS[positive > 0.5], "probability": round(max(positive, 1 - positive), 4)}
-        print(json.dumps(answer | {"text": text}))
+    positive = partial(probabilities, model.to(device), device=device)
+    return Tokenizer(state["ranks"]), model.config.max_len, positive
+
+
+def explained(ids: Tensor, p: float, tokenizer: Tokenizer, positive: Callable) -> list[list]:
+    """The ten words that matter most, [word, how much P(positive) falls without it], strongest first.
+
+    Each word in turn is hidden as in training: an honest question to the model, though words that say the
+    same twice hide each other.
+    """
+    pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
+    inside = [i > 0 and (piece[0] >= 128 or piece[:1].isalnum()) for i, piece in enumerate(pieces)]
+    starts = [i for i, goes_on in enumerate(inside) if not goes_on] + [len(pieces)]
+    spans = list(zip(starts, starts[1:], strict=False))  # first token and end of each word
+    hidden = [torch.cat((ids[:a], torch.full((b - a,), MASK), ids[b:])) for a, b in spans]
+    effects = []
+    for (a, b), without in zip(spans, positive(hidden).tolist() if hidden else [], strict=True):
+        word = b"".join(pieces[a:b]).decode("utf-8", errors="replace").strip()
+        effects.append([word, round(p - without, 4)])
+    return sorted(effects, key=lambda pair: -abs(pair[1]))[:10]
+
+
+class LinearModel:
+    """Logistic regression on words, pairs and triples weighted by naive Bayes (Wang and Manning 2012).
+
+    What a Transformer has to beat, and for --unlabelled its teacher. Called with texts, returns P(positive).
+    """
+
+    def __init__(self, reviews: list[Review], labels: list[int]):
+        need("sklearn")
+        import numpy as np
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.linear_model import LogisticRegression
+
+        words = r"\w+|[^\w\s]"
+        self.counts = CountVectorizer(ngram_range=(1, 3), min_df=2, binary=True, token_pattern=words)
+        x, y = self.counts.fit_transform([clean(r.text) for r in reviews]), np.array(labels)  # (N, n-grams)
+        positive, negative = (1 + np.asarray(x[y == label].sum(0)).ravel() for label in (1, 0))
+        self.weights = np.log(positive / positive.sum()) - np.log(negative / negative.sum())
+        self.model = LogisticRegression(C=0.1, max_iter=200).fit(x.multiply(self.weights).tocsr(), y)
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        x = self.counts.transform([clean(text) for text in texts])
+        return self.model.predict_proba(x.multiply(self.weights).tocsr())[:, 1].tolist()
 
 
 def baseline(s: Settings) -> dict:
-    """TF-IDF of words and pairs, logistic regression: what a Transformer has to beat; returns a report."""
-    need("sklearn")
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
+    """The linear model trained and tested; returns a report."""
     start = time.perf_counter()
     Path(s.out).mkdir(parents=True, exist_ok=True)
     dataset, reviews = load_reviews(s)
     train_set, dev_set = split_dev(reviews["train"])
     fit_start = time.perf_counter()
-    tfidf = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    model = LogisticRegression(C=10, max_iter=200)
-    model.fit(tfidf.fit_transform([clean(r.text) for r in train_set]), [r.label for r in train_set])
+    model = LinearModel(train_set, shuffled_labels(train_set, s))
     seconds = time.perf_counter() - fit_start
-    report = {"model": "TF-IDF 1-2-grams + logistic regression", "dataset": dataset}
+    report = {"model": "naive-Bayes-weighted 1-3-grams + logistic regression", "dataset": dataset}
     for name, part in (("dev", dev_set), ("test", reviews["test"])):
-        right = model.score(tfidf.transform([clean(r.text) for r in part]), [r.label for r in part])
-        report[f"{name}_accuracy"] = round(right, 4)
+        p = torch.tensor(model([r.text for r in part]))
+        report[f"{name}_accuracy"] = accuracy(p, torch.tensor([r.label for r in part]))
     report |= {"train_seconds": round(seconds, 1), "total_seconds": round(time.perf_counter() - start, 1)}
-    report |= {"n_parameters": model.coef_.size + 1} | hardware()
+    report |= {"n_parameters": model.model.coef_.size + 1} | hardware()
     write_atomically(Path(s.out, "baseline.json"), json.dumps(report, indent=1).encode())
     return report
 
@@ -739,7 +1152,9 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     for f in fields(Settings):
         reason = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
         kind = (
-            {"action": "store_true"} if f.type is bool else {"type": str if f.name == "predict" else f.type}
+            {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
+            if f.type is bool
+            else {"type": str if f.name == "predict" else f.type}
         )
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=reason, **kind)
     preset = parser.parse_args(argv).preset
@@ -752,6 +1167,10 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
     if s.vocab_size < SPECIAL + 256:
         raise ValueError(f"vocab_size must be at least {SPECIAL + 256} (all bytes), got {s.vocab_size}")
+    if not 0 <= s.target < 1:
+        raise ValueError(f"target must be in [0, 1), got {s.target}")
+    if s.explain and s.predict is None:
+        raise ValueError("explain: needs --predict TEXT")
     if not 0 <= s.mask_words < 1:
         raise ValueError(f"mask_words must be in [0, 1), got {s.mask_words}")
     if s.amp not in ("auto", "bf16", "off"):

@@ -6016,7 +6016,7 @@ def imdb_files(per_folder: int) -> dict[str, str]:
     """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
     return {
         f"{folder}/{number}_{7 if 'pos' in folder else 2}.txt": f"{folder} {number}, a film<br />Über alles."
-        for folder in imdb.FOLDERS
+        for folder in imdb.PER_FOLDER
         for number in range(per_folder)
     }
 
@@ -6038,7 +6038,7 @@ def imdb_folder(path: Path, files: dict[str, str]) -> Path:
 
 
 def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", 30)
+    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
     files = imdb_files(30)
     unasked = {"train/unsup/0_0.txt": "no label", "README": "read me", "train/pos/._0_7.txt": "no review"}
     from_tar = imdb.read_imdb(imdb_tarball(tmp_path / "aclImdb_v1.tar.gz", files | unasked))
@@ -6053,10 +6053,22 @@ def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
             assert review.text.startswith(f"{split}/{'pos' if review.label else 'neg'} {review.number},")
     other = imdb.read_imdb(imdb_folder(tmp_path / "other", files | {"test/neg/3_2.txt": "a word changed"}))
     assert imdb.fingerprint(other) != imdb.fingerprint(from_tar)
+    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
+    more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
+    for path in (
+        imdb_tarball(tmp_path / "all.tar.gz", files | more),
+        imdb_folder(tmp_path / "all", files | more),
+    ):
+        with_unlabelled = imdb.read_imdb(path, unlabelled=True)
+        unlabelled = with_unlabelled.pop("unlabelled")
+        assert with_unlabelled == from_tar == imdb.read_imdb(path)
+        assert unlabelled == [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
+    with pytest.raises(ValueError, match="1 reviews in train/unsup, not 12"):
+        imdb.read_imdb(tmp_path / "aclImdb_v1.tar.gz", unlabelled=True)
 
 
 def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", 30)
+    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
     files = imdb_files(30)
     long = " ".join(
         f"{random.Random(i).random()}" for i in range(5000)
@@ -6101,7 +6113,7 @@ def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch
 
 def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
     """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
-    monkeypatch.setattr(imdb, "PER_FOLDER", 5)
+    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     evil = {"../evil.txt": "out", f"{tmp_path}/absolute.txt": "out", "train/pos/../../../evil.txt": "out"}
@@ -6317,7 +6329,7 @@ def test_classify_imdb_optimizer_and_schedule():
     optimizer = imdb.make_optimizer(model, s)
     decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in spared["params"]} == {1}
+    assert {p.dim() for p in decayed["params"]} == {2, 3} and {p.dim() for p in spared["params"]} == {1}
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
     assert rates[:10] == pytest.approx(
@@ -6351,17 +6363,128 @@ def test_classify_imdb_probabilities_are_each_text_s_own():
 
 
 def test_classify_imdb_training_flops_count_the_matrix_products():
-    """2 operations for each weight and token, 4 * C for each pair of tokens; twice that backward."""
+    """2 operations for each weight and place, 4 * C for each pair of places; twice that backward."""
     s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
     model = imdb.make_model(s, 300)
     weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
-    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (17, 5))
+    weights += model.shorten.weight.numel()
+    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (5, 2))
     assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
+
+
+def test_classify_imdb_ngram_ids_equal_a_loop():
+    """By place: the bucket of the single, the pair, the triple that end there; 0 where one isn't a word."""
+    for T in (1, 2, 3, 40):
+        tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
+        buckets = imdb.ngram_ids(tokens)
+        assert buckets.shape == (4, T, 3)
+        for b, row in enumerate(tokens.tolist()):
+            for t in range(T):
+                for n in (1, 2, 3):
+                    gram = row[t - n + 1 : t + 1] if t >= n - 1 else []
+                    hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
+                    assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= imdb.SPECIAL else 0)
+    largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
+    assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
+    words = torch.randint(2, 16_000, (1, 3000))
+    assert len(imdb.ngram_ids(words).unique()) > 0.99 * (len(words.unique()) + 2 * 3000 - 3)  # few collide
+
+
+def test_classify_imdb_odds_equal_counting_and_never_see_a_review_s_own_label():
+    rng = random.Random(0)
+    ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
+    labels, folds = [rng.randrange(2) for _ in ids], [rng.randrange(imdb.FOLDS) for _ in ids]
+    odds = imdb.ngram_odds(ids, labels, folds)
+    assert odds.shape == (imdb.FOLDS + 1, imdb.BUCKETS + 1) and (odds[:, 0] == 0).all()
+    seen = set()
+    for left_out in range(imdb.FOLDS + 1):
+        counts = collections.defaultdict(lambda: [1, 1])
+        for x, label, fold in zip(ids, labels, folds, strict=True):
+            if fold != left_out:
+                for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
+                    counts[bucket][label] += 1
+        seen |= set(counts)
+        for bucket in seen:
+            negative, positive = counts[bucket]
+            assert odds[left_out, bucket].item() == pytest.approx(math.log(positive / negative), abs=1e-6)
+    assert (odds != 0).any(0).sum() <= len(seen)
+    turned = [1 - label if fold == 2 else label for label, fold in zip(labels, folds, strict=True)]
+    others = imdb.ngram_odds(ids, turned, folds)
+    assert torch.equal(others[2], odds[2]) and not torch.equal(others[1], odds[1])
+
+
+def imdb_random_model(**settings) -> imdb.ReviewClassifier:
+    model = imdb.make_model(imdb.Settings(d_model=16, n_heads=2, d_ff=24, max_len=64, **settings), 300).eval()
+    model.set_odds(torch.randn(imdb.FOLDS + 1, imdb.BUCKETS + 1).index_fill(1, torch.tensor(0), 0.0))
+    return model
+
+
+def test_classify_imdb_model_padding_and_batch_invariance():
+    model = imdb_random_model()
+    for n in (1, 2, 3, 4, 5, 17, 62):
+        tokens = torch.randint(2, 300, (3, n))
+        alone = model(tokens)
+        for T in (n, n + 1, n + 2, 64):
+            padded = torch.zeros(4, T, dtype=torch.long)
+            padded[:3, :n] = tokens
+            check_close(model(padded)[:3], alone, 1e-5)
+            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+    with pytest.raises(ValueError, match="T <= 64.*65"):
+        model(torch.ones(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match="integers.*float"):
+        model(torch.ones(1, 5))
+
+
+def test_classify_imdb_model_is_its_parts_written_out():
+    """Embedding * sqrt(C) + odds; a convolution and a mean at every fourth place; then encoder.py's parts."""
+    model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, 23))
+    x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
+    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 2, 16)), 1)
+    places = []
+    for start in range(0, 23, 4):
+        window = x[:, start : start + 5]  # (B, 5, C)
+        conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
+        places.append(conv + window.mean(1))
+    x = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
+    for layer in model.encoder.layers:
+        x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
+    check_close(model(tokens), model.head(model.encoder.final_norm(x).mean(1)), 1e-5)
+
+
+def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
+    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS + 1, 30))
+    folds = torch.arange(imdb.FOLDS + 1)
+    answers = model(tokens, folds)
+    odds = torch.cat((model.fold_odds.view(imdb.FOLDS, -1), model.odds.T))
+    for fold in folds:  # FOLDS: of an unlabelled review, all counts
+        model.odds.copy_(odds[fold][:, None])
+        check_close(answers[fold], model(tokens)[fold], 1e-5)
+    assert "fold_odds" not in model.state_dict() and "odds" in model.state_dict()
+
+
+def test_classify_imdb_linear_model_weighs_by_naive_bayes():
+    reviews = [r for r in imdb.demo_reviews(1)["train"][:400]]
+    labels = [r.label for r in reviews]
+    model = imdb.LinearModel(reviews, labels)
+    names = model.counts.get_feature_names_out()
+    holders = {0: collections.Counter(), 1: collections.Counter()}
+    for review in reviews:
+        words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
+        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+        holders[review.label].update(grams & set(names))
+    total = [sum(holders[label][name] + 1 for name in names) for label in (0, 1)]
+    for i in range(0, len(names), 50):
+        n0, n1 = (holders[label][names[i]] + 1 for label in (0, 1))
+        assert model.weights[i] == pytest.approx(math.log(n1 / total[1]) - math.log(n0 / total[0]))
+    p = torch.tensor(model([r.text for r in reviews]))
+    assert imdb.accuracy(p, torch.tensor(labels)) > 0.8
 
 
 @functools.cache
 def imdb_demo_run(folder: Path) -> subprocess.CompletedProcess:
-    return run_script("classify_imdb.py", *IMDB_SMALL, "--out", "run", cwd=folder, **NO_NETWORK)
+    return run_script(
+        "classify_imdb.py", *IMDB_SMALL, "--no-export", "--out", "run", cwd=folder, **NO_NETWORK
+    )
 
 
 IMDB_SMALL = (
@@ -6401,6 +6524,7 @@ def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
     assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
     assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
     made = {"checkpoint.pt", "confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
+    made |= {"calibration.png", "test.json", "index.html", "attention.png", "attention.html"}
     assert {path.name for path in (folder / "run").iterdir()} == made
     mistakes = json.loads((folder / "run/mistakes.json").read_text())
     surenesses = [m["probability"] for m in mistakes]
@@ -6424,7 +6548,7 @@ def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
     folder, result = imdb_run
     state = torch.load(folder / "run/model.pt", weights_only=True)
     assert set(state) == {"settings", "config", "ranks", "model"}
-    model = encoder.EncoderClassifier(encoder.EncoderConfig(**state["config"]))
+    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"]))
     model.load_state_dict(state["model"])
     test_set = imdb.demo_reviews(0)["test"]
     ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
@@ -6530,7 +6654,9 @@ def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run,
     folder, result = imdb_run
     out = tmp_path / "run"
     for kill in range(3):
-        process = imdb_start(tmp_path, "--out", "run", "--save-every", "0")  # a save after each step
+        process = imdb_start(
+            tmp_path, "--out", "run", "--no-export", "--save-every", "0"
+        )  # a save after each step
         before = (out / "checkpoint.pt").stat().st_mtime_ns if kill else 0
         now = lambda: (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0  # noqa: E731
         imdb_wait_for(process, lambda before=before, now=now: now() > before)
@@ -6543,7 +6669,7 @@ def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run,
         assert not (out / "model.pt").exists()
     left = torch.load(out / "checkpoint.pt", weights_only=True)
     assert 2 < left["step"] < 225
-    last = imdb_start(tmp_path, "--out", "run")
+    last = imdb_start(tmp_path, "--out", "run", "--no-export")
     output, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
     assert f"going on at step {left['step']}" in output
@@ -6572,7 +6698,9 @@ def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(tmp_path, number)
 
 def test_classify_imdb_shuffled_labels_teach_nothing(tmp_path):
     """The honesty check; the test set has 2,000 demo reviews, so 50 +- 4% is 3.6 standard deviations."""
-    result = run_script("classify_imdb.py", *IMDB_SMALL, "--shuffle-labels", cwd=tmp_path, **NO_NETWORK)
+    result = run_script(
+        "classify_imdb.py", *IMDB_SMALL, "--no-export", "--shuffle-labels", cwd=tmp_path, **NO_NETWORK
+    )
     report = last_json(result)
     assert abs(report["test_accuracy"] - 0.5) <= 0.04
 
@@ -6611,7 +6739,8 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
         ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
         ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
         ("--vocab-size 100", "vocab_size.*258.*100"),
-        ("--n-heads 3", "n_heads.*64.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
+        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
+        ("--target 1", "target.*1"), ("--explain", "explain.*predict"),
         ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
@@ -6621,7 +6750,95 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
 def test_classify_imdb_presets_give_way_to_flags():
     assert imdb.settings_from_command_line([]).preset == "fast"
     best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
-    assert best.epochs == 1 and best.d_model == imdb.PRESETS["best"]["d_model"] != imdb.Settings().d_model
+    assert best.epochs == 1 and best.unlabelled and not imdb.Settings().unlabelled
+
+
+def test_classify_imdb_exports_explains_and_writes_a_page(tmp_path):
+    """With the unlabelled reviews; killed during the export: what was finished then isn't done again."""
+    process = imdb_start(tmp_path, "--out", "run", "--preset", "best")
+    imdb_wait_for(process, (tmp_path / "run/export/trace.ts").exists)
+    process.kill()
+    process.communicate()
+    tested = (tmp_path / "run/test.json").stat().st_mtime_ns
+    again = imdb_start(tmp_path, "--out", "run", "--preset", "best")
+    output, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    report = json.loads(output.splitlines()[-1])
+    assert (tmp_path / "run/test.json").stat().st_mtime_ns == tested
+    assert report["with_linear_test_accuracy"] > 0.9 and report["linear_test_accuracy"] > 0.9
+    rows = {row["name"]: row for row in report["models"]}
+    assert {
+        "eager",
+        "TorchScript, trace",
+        "torch.export",
+        "ONNX",
+        "ONNX int8, static",
+        "pruned, ONNX",
+    } <= set(rows)
+    for name in ("TorchScript, trace", "torch.export", "ONNX"):
+        assert rows[name]["max_abs_diff"] <= 1e-5 and rows[name]["agreement"] == 1
+    assert all(row["agreement"] >= 0.99 for name, row in rows.items() if not name.startswith("pruned"))
+    assert report["deployed"]["size_bytes"] <= 0.3 * rows["ONNX"]["size_bytes"]
+    assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
+    page = (tmp_path / "run/index.html").read_text()
+    assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
+    assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
+    assert f"{report['test_accuracy']}" in page
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/model.onnx").write_bytes((tmp_path / "run/model.onnx").read_bytes())
+    arguments = (
+        "--predict",
+        "the plot was superb , and not only for fans",
+        "--explain",
+        "--out",
+        "elsewhere",
+    )
+    answer = last_json(run_script("classify_imdb.py", *arguments, cwd=tmp_path))  # the file alone is enough
+    assert answer["label"] == "positive" and len(answer["explain"]) == 10
+    effects = [abs(effect) for _, effect in answer["explain"]]
+    assert effects == sorted(effects, reverse=True) and answer["explain"][0][0] == "superb"
+    (tmp_path / "elsewhere/model.onnx").write_bytes(b"no model")
+    bad = run_script("classify_imdb.py", *arguments, cwd=tmp_path)
+    check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
+
+
+def test_classify_imdb_model_exports_at_every_size(tmp_path):
+    model = imdb_random_model()
+    path = export.export_onnx(model, torch.randint(2, 300, (2, 16)), tmp_path / "m.onnx")
+    run = export.onnx_runner(path)
+    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63)):
+        tokens = torch.randint(0, 300, (B, T))
+        tokens[0, T // 2 :] = imdb.PAD
+        tokens[-1] = imdb.PAD  # a row of padding alone
+        check_close(run(tokens), model(tokens).detach(), 1e-5)
+
+
+def test_classify_imdb_explains_by_hiding():
+    """A model that counts one word: hiding it moves the probability, hiding others doesn't."""
+    tokenizer = imdb.Tokenizer.train([imdb.clean(r.text) for r in imdb.demo_reviews(0)["train"][:500]], 400)
+    (superb,), (ids,) = tokenizer.encode([" superb"], 9), tokenizer.encode(["a superb film"], 9)
+
+    def positive(texts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([0.9 if superb in x else 0.3 for x in texts])
+
+    if len(tokenizer.encode([" superb"], 9)[0]) == 1:
+        assert imdb.explained(ids, 0.9, tokenizer, positive)[0] == ["superb", 0.6]
+    assert imdb.explained(ids[:0], 0.5, tokenizer, positive) == []
+
+
+def test_classify_imdb_stops_at_its_target(tmp_path):
+    arguments = (*IMDB_SMALL, "--no-export", "--target", "0.7", "--out", "run")
+    report = last_json(run_script("classify_imdb.py", *arguments, cwd=tmp_path, **NO_NETWORK))
+    last = report["history"][-1]
+    assert (
+        report["target"]["reached"]
+        and last["step"] < 225
+        and last["dev_accuracy"] > 0.7 + (0.21 / 800) ** 0.5
+    )
+    assert all(row["dev_accuracy"] <= 0.7 + (0.21 / 800) ** 0.5 for row in report["history"][:-1])
+    assert report["train_seconds"] < report["target"]["seconds"]
+    row, dev = {"dev_accuracy": 0.86}, ([None] * 2500, None)  # sqrt(0.85 * 0.15 / 2500) = 0.00714
+    assert imdb.safely_past(0.85, row, dev) and not imdb.safely_past(0.853, row, dev)
 
 
 def test_classify_imdb_baseline(tmp_path):
