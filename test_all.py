@@ -6796,7 +6796,7 @@ def test_classify_imdb_exports_explains_and_writes_a_page(tmp_path):
     answer = last_json(run_script("classify_imdb.py", *arguments, cwd=tmp_path))  # the file alone is enough
     assert answer["label"] == "positive" and len(answer["explain"]) == 10
     effects = [abs(effect) for _, effect in answer["explain"]]
-    assert effects == sorted(effects, reverse=True) and answer["explain"][0][0] == "superb"
+    assert effects == sorted(effects, reverse=True)
     (tmp_path / "elsewhere/model.onnx").write_bytes(b"no model")
     bad = run_script("classify_imdb.py", *arguments, cwd=tmp_path)
     check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
@@ -6816,13 +6816,17 @@ def test_classify_imdb_model_exports_at_every_size(tmp_path):
 def test_classify_imdb_explains_by_hiding():
     """A model that counts one word: hiding it moves the probability, hiding others doesn't."""
     tokenizer = imdb.Tokenizer.train([imdb.clean(r.text) for r in imdb.demo_reviews(0)["train"][:500]], 400)
-    (superb,), (ids,) = tokenizer.encode([" superb"], 9), tokenizer.encode(["a superb film"], 9)
+    (ids,) = tokenizer.encode(["a superb film , naïve and superb"], 99)
 
     def positive(texts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.tensor([0.9 if superb in x else 0.3 for x in texts])
+        words = (
+            tokenizer.bpe.decode([i - imdb.SPECIAL for i in x.tolist() if i >= imdb.SPECIAL]) for x in texts
+        )
+        return torch.tensor([0.9 if "film" in text else 0.3 for text in words])
 
-    if len(tokenizer.encode([" superb"], 9)[0]) == 1:
-        assert imdb.explained(ids, 0.9, tokenizer, positive)[0] == ["superb", 0.6]
+    answer = imdb.explained(ids, 0.9, tokenizer, positive)
+    assert answer[0] == ["film", 0.6] and all(effect == 0 for _, effect in answer[1:])
+    assert sorted(word for word, _ in answer) == sorted("a superb film , naïve and superb".split())
     assert imdb.explained(ids[:0], 0.5, tokenizer, positive) == []
 
 
@@ -7142,21 +7146,25 @@ def test_readme_figures_are_the_logged_ones():
         (ROOT / "README.md").read_text(encoding="utf-8"),
         json.loads((ROOT / "assets/imdb.json").read_text()),
     )
-    runs = log["fast"]
+    runs, best, target = log["fast"], log["best"][0], log["target"]
     accuracies = [100 * run["test_accuracy"] for run in runs]
     assert len(runs) >= 3 and len({run["seed"] for run in runs}) == len(runs)
-    assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}" in readme
-    assert f"{100 * log['baseline']['test_accuracy']:.2f}" in readme
-    assert f"{statistics.mean(run['train_seconds'] for run in runs):.0f} s" in readme
-    assert f"{runs[0]['n_parameters']:,}" in readme and f"{runs[0]['gemm_gflops']}" in readme
-    assert (
-        f"{100 * log['shuffled']['test_accuracy']:.1f}%" in readme
-        and abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02
-    )
-    assert (
-        f"{log['avx2']['train_seconds']:.0f} s" in readme
-        and f"{100 * log['avx2']['test_accuracy']:.2f}" in readme
-    )
+    figures = [
+        f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}",
+        f"| {runs[0]['train_seconds']:.0f} s | {runs[0]['n_parameters']:,} |",
+        f"{100 * log['baseline']['test_accuracy']:.2f} %",
+        f"{100 * log['shuffled']['test_accuracy']:.1f}%",
+        f"**{100 * best['test_accuracy']:.2f}** % | {best['train_seconds']:.0f} s",
+        f"{100 * best['with_linear_test_accuracy']:.2f} %",
+        f"{target['target']['seconds']} s (training {target['train_seconds']} s)",
+        f"{100 * target['test_accuracy']:.2f} %",
+        f"{runs[0]['gemm_gflops']} GFLOP/s",
+    ]
+    for figure in figures:
+        assert figure in readme, figure
+    assert abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02 and target["test_accuracy"] >= 0.85
+    for accuracy in (statistics.mean(accuracies), 100 * best["test_accuracy"]):
+        assert f"{accuracy:.2f}" in imdb.__doc__
 
 
 def test_readme_translation_figures_are_the_logged_ones():
@@ -7545,7 +7553,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     "classify_imdb.py": [
         ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
-        ('int(folder.endswith("pos"))', 'int(folder.endswith("neg"))', "reads_tarball"),
+        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
         ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
         ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
         ("    model.eval()\n    out = torch.empty", "    out = torch.empty", "probabilities_are"),
@@ -7557,6 +7565,13 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "order = batches([len(x) for x in ids], s.batch_size, seed=epoch + int(time.time()))",
             "killed_and_started",
         ),
+        ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
+        ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
+        ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "padding_and_batch"),
+        ("(fold < FOLDS)[:", "(fold <= FOLDS)[:", "odds_of_a_review"),
+        ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
+        ("round(p - without, 4)", "round(p, 4)", "explains_by"),
+        ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
     ],
     "train_fsdp.py": [
         ("loss * (p.world / n_tokens)", "loss / n_tokens", "fsdp_same_weights"),
