@@ -447,57 +447,56 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, path: Path, devi
     """
     ids, targets, folds = data["train"]
     targets, folds = torch.tensor(targets, dtype=torch.float32), torch.tensor(folds)
-    steps_per_epoch = math.ceil(len(ids) / s.batch_size)
-    steps = run["steps"] = s.epochs * steps_per_epoch
+    steps = run["steps"] = s.epochs * math.ceil(len(ids) / s.batch_size)
     evaluations = 16 * s.epochs if s.target else EVALUATIONS
     evaluate_at = {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
     optimizer = make_optimizer(model, s)
     if run["step"]:
         optimizer.load_state_dict(run["optimizer"])
     signals, progress, saved = Signals(), Progress(run["step"], steps), time.monotonic()
-    for epoch in range(run["step"] // steps_per_epoch, s.epochs if not run["reached"] else 0):
-        order = batches([len(x) for x in ids], s.batch_size, seed=s.seed * 1_000_003 + epoch)
-        for rows in order[run["step"] % steps_per_epoch :]:
-            start = time.perf_counter()
-            model.train()
-            torch.manual_seed(s.seed * 1_000_003 + run["step"])
-            tokens, target = pad([ids[i] for i in rows]).to(device), targets[rows].to(device)  # (B, T), (B,)
-            hidden = (torch.rand(tokens.shape) < s.mask_words).to(device) & (tokens != PAD)
-            with torch.autocast(device.type, torch.bfloat16, enabled=run["bf16"]):
-                logits = model(tokens.masked_fill(hidden, MASK), folds[rows].to(device)).float()  # (B, K)
-            loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run["step"], steps, s)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            optimizer.step()
-            run["step"] += 1
-            run["right"] += (logits.argmax(-1) == (target > 0.5)).sum().item()
-            run["seen"] += len(rows)
-            run["seconds"] += time.perf_counter() - start
-            progress.show(run["step"], loss.item())
-            if run["step"] in evaluate_at:
-                progress.say(record_dev(model, data["dev"], run, device))
-                run["reached"] = bool(s.target) and safely_past(s.target, run["history"][-1], data["dev"])
-            if (
-                signals.received
-                or run["step"] == steps
-                or run["reached"]
-                or time.monotonic() - saved > s.save_every
-            ):
-                run["total_seconds"] = time.perf_counter() - run["start"]
-                save(path, run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-                saved = time.monotonic()
-            if signals.received:
-                progress.bar.close()
-                raise Interrupted(signals.received, f"step {run['step']} of {steps} is saved in {path}")
-            if run["reached"]:
-                break
+    for rows in upcoming([len(x) for x in ids], s, run["step"]):
         if run["reached"]:
             break
+        start = time.perf_counter()
+        model.train()
+        torch.manual_seed(s.seed * 1_000_003 + run["step"])
+        tokens, target = pad([ids[i] for i in rows]).to(device), targets[rows].to(device)  # (B, T), (B,)
+        hidden = (torch.rand(tokens.shape) < s.mask_words).to(device) & (tokens != PAD)
+        with torch.autocast(device.type, torch.bfloat16, enabled=run["bf16"]):
+            logits = model(tokens.masked_fill(hidden, MASK), folds[rows].to(device)).float()  # (B, K)
+        loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run["step"], steps, s)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        optimizer.step()
+        run["step"] += 1
+        run["right"] += (logits.argmax(-1) == (target > 0.5)).sum().item()
+        run["seen"] += len(rows)
+        run["seconds"] += time.perf_counter() - start
+        progress.show(run["step"], loss.item())
+        if run["step"] in evaluate_at:
+            progress.say(record_dev(model, data["dev"], run, device))
+            run["reached"] = bool(s.target) and safely_past(s.target, run["history"][-1], data["dev"])
+        is_last = run["step"] == steps or run["reached"] or signals.received
+        if is_last or time.monotonic() - saved > s.save_every:
+            run["total_seconds"] = time.perf_counter() - run["start"]
+            save(path, run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            saved = time.monotonic()
+        if signals.received:
+            progress.bar.close()
+            raise Interrupted(signals.received, f"step {run['step']} of {steps} is saved in {path}")
     signals.restore()
     progress.bar.close()
+
+
+def upcoming(lengths: list[int], s: Settings, step: int) -> Iterable[list[int]]:
+    """The rows of each step, from this one to the last."""
+    per_epoch = math.ceil(len(lengths) / s.batch_size)
+    for epoch in range(step // per_epoch, s.epochs):
+        order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)
+        yield from order[max(0, step - epoch * per_epoch) :]
 
 
 def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
@@ -609,7 +608,7 @@ def classify(s: Settings) -> dict:
     run = earlier_run(s, dataset, reviews, out)
     if (out / "report.json").exists():
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] == run["settings"]:
+        if report["settings"] == run["settings"] and ("models" in report or not s.export):
             print(f"this run is finished; another one needs another --out than {out}")
             return report
     run["start"] = start - run["total_seconds"]  # as if the earlier parts of this run had just gone before
@@ -631,36 +630,20 @@ def classify(s: Settings) -> dict:
     labelled = [x[: len(train_set)] for x in data["train"]]
     model.set_odds(ngram_odds(*labelled))
     prepare = time.perf_counter() - prepare
-    n_parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(train_set):,} reviews to learn from, {len(dev_set):,} dev, {len(reviews['test']):,} test,")
-    print(f"{tokenizer.vocab_size:,} token ids, {n_parameters:,} parameters", flush=True)
+    print(f"{tokenizer.vocab_size:,} token ids", flush=True)
     if run["step"]:
         model.load_state_dict(run["model"])
         print(f"going on at step {run['step']}", flush=True)
     train(model.to(device), data, s, run, out / "checkpoint.pt", device)
 
-    flops = (
-        run["step"]
-        / run["steps"]
-        * s.epochs
-        * training_flops(model.config, [len(x) for x in data["train"][0]])
-    )
-    tested = stage(out / "test.json", run, lambda: test(model, tokenizer, reviews["test"], run, out, device))
-    report = {
-        "dataset": dataset,
-        **tested,
-        "dev_accuracy": run["history"][-1]["dev_accuracy"],
-        "prepare_seconds": round(prepare, 1),  # tokenizer, encoding, counting; for unlabelled: their labels
-        "train_seconds": round(run["seconds"], 1),
-        "n_parameters": n_parameters,
-        "preset": s.preset,
-        "seed": s.seed,
-        "mfu": round(flops / run["seconds"] / (machine["gemm_gflops"] * 1e9), 3),
-        "test_texts_also_in_train": shared_texts(reviews["train"], reviews["test"]),
-    }
+    report = {"dataset": dataset} | results(model, data, run, s, machine["gemm_gflops"])
+    report |= stage(out / "test.json", run, lambda: test(model, tokenizer, reviews["test"], run, out, device))
+    report["test_texts_also_in_train"] = shared_texts(reviews["train"], reviews["test"])
+    report["prepare_seconds"] = round(prepare, 1)  # tokenizer, encoding, counting, the linear model's labels
     if s.target:
-        report["target"] = {"accuracy": s.target, "reached": run["reached"]}
-        report["target"]["seconds"] = round(prepare + run["seconds"], 1)
+        seconds = round(prepare + run["seconds"], 1)
+        report["target"] = {"accuracy": s.target, "reached": run["reached"], "seconds": seconds}
     report |= machine | {"history": run["history"], "settings": run["settings"]}
     plot_curves(run["history"], out / "curves.png")
     if s.export:
@@ -672,6 +655,20 @@ def classify(s: Settings) -> dict:
     write_page(report, model.cpu(), tokenizer, reviews["test"], out)
     write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
     return report
+
+
+def results(model: ReviewClassifier, data: dict, run: dict, s: Settings, gemm_gflops: float) -> dict:
+    """What is known of the run before the test."""
+    epochs = s.epochs * run["step"] / run["steps"]  # fewer than asked for where a target ended it
+    flops = epochs * training_flops(model.config, [len(x) for x in data["train"][0]])
+    return {
+        "dev_accuracy": run["history"][-1]["dev_accuracy"],
+        "train_seconds": round(run["seconds"], 1),
+        "n_parameters": sum(p.numel() for p in model.parameters()),
+        "preset": s.preset,
+        "seed": s.seed,
+        "mfu": round(flops / run["seconds"] / (gemm_gflops * 1e9), 3),
+    }
 
 
 def stage(path: Path, run: dict, make: Callable[[], dict]) -> dict:

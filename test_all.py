@@ -7561,8 +7561,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('torch.manual_seed(s.seed * 1_000_003 + run["step"])', "pass", "killed_and_started"),
         ("damaged = file.testzip()", "damaged = None", "predict_errors"),
         (
-            "order = batches([len(x) for x in ids], s.batch_size, seed=s.seed * 1_000_003 + epoch)",
-            "order = batches([len(x) for x in ids], s.batch_size, seed=epoch + int(time.time()))",
+            "order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)",
+            "order = batches(lengths, s.batch_size, seed=epoch + int(time.time()))",
             "killed_and_started",
         ),
         ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
