@@ -7680,7 +7680,7 @@ def plant_all(files: list[str]) -> int:
 
 def run_everything() -> int:
     """Two pytest processes share the tests, one a core; halves of about the same length."""
-    half = "train_ddp or train_fsdp or attention"
+    half = "train_ddp or train_fsdp or attention or encoder"
     runs = []
     for selection in (half, f"not ({half})"):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "--durations=10", "-k", selection]
