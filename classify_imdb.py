@@ -890,7 +890,7 @@ def in_batches(ids: list[Tensor], labels: list, size: int = 50) -> list[tuple[tu
 
 def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list[Review], s, out) -> dict:
     """export.py's table for the model and a pruned one; writes OUT/export/* and OUT/model.onnx, the smallest
-    ONNX file that agrees with the original on at least 99.5% of the reviews. Returns {"models": rows, ...}."""
+    ONNX file that agrees with the original on 99.5% of the reviews. Returns {"models": rows, ...}."""
     need("onnx", "onnxruntime", "onnxscript")
     every = max(1, len(data["train"][0]) // 1000)  # they stand in order: the first thousand are one class
     sample = in_batches(*(x[::every] for x in data["train"][:2]))
