@@ -10,6 +10,7 @@ with the unlabelled reviews 92.13% after 414 s. A linear model: 91.65%.
     python classify_imdb.py --preset best --out out/best     # learns from the unlabelled reviews too
     python classify_imdb.py --target 0.85 --out out/target   # as fast as possible to 85%
     python classify_imdb.py --baseline                       # the linear model to compare with
+    torchrun --nproc_per_node=2 classify_imdb.py             # DDP, with train_ddp.py's pieces
 
 The same command goes on where it was stopped. Data: Maas et al., "Learning Word Vectors for Sentiment
 Analysis", ACL 2011. Tokenizer: byte-level BPE (Sennrich et al., arXiv:1508.07909) of the training reviews.
@@ -37,7 +38,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,17 +46,27 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import attention
 import export
-from encoder import (
-    EncoderClassifier,
-    EncoderConfig,
-    generate_reviews,
+from encoder import EncoderClassifier, EncoderConfig, generate_reviews, need
+from train_ddp import (
+    Interrupted,
+    Lost,
+    Processes,
+    Signals,
+    differences,
     hardware,
-    need,
-    pick_device,
+    leave,
+    load_checkpoint,
+    on_rank_0,
+    save_checkpoint,
     setting,
+    share_of_mean,
+    start_processes,
+    sum_over_ranks,
+    waiting,
     write_atomically,
 )
 
@@ -78,7 +89,7 @@ class Settings:
     explain: bool = setting(False, "with --predict: also the words that carried the answer")
     baseline: bool = setting(False, "train and test the linear model instead")
     shuffle_labels: bool = setting(False, "honesty check: learn shuffled labels; the test must give 50%")
-    device: str = setting("", "cuda, mps or cpu; empty: cuda where there is one, else cpu")
+    device: str = setting("auto", "auto (cuda, then cpu), cuda, cpu or mps")
     amp: str = setting("off", "bf16 autocast: off, auto (where the CPU or GPU has it) or bf16")
     vocab_size: int = setting(16000, "ids: padding, mask, then byte-level BPE")
     max_len: int = setting(512, "tokens a review, of a longer one its two ends; 256 lost a point on dev")
@@ -103,9 +114,9 @@ class Settings:
     save_every: float = setting(30.0, "seconds between checkpoints")
 
 
-FREE = set(
-    "data out predict explain baseline device export save_every".split()
-)  # may differ when a run goes on
+FREE = set("data out predict explain baseline device export save_every".split())  # may change in a run
+ALONE = Processes(rank=0, world=1, device=torch.device("cpu"))
+TIMEOUT = 3600.0  # seconds that the other ranks wait while rank 0 prepares, tests and exports
 
 # -----------------------------------------------------------------------------
 # IMDB: find, download, read, check, split
@@ -441,57 +452,87 @@ def load(path: Path) -> dict:
 EVALUATIONS = 4  # on the dev split, evenly spread over a run
 
 
-def train(model: nn.Module, data: dict, s: Settings, run: dict, path: Path, device: torch.device) -> None:
-    """Train from step run["step"] to the last; run, weights and optimizer are saved to path every so often.
+def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) -> None:
+    """Train from step run["step"] to the last; run, weights and optimizer are saved in OUT every so often.
 
     data: {"train": (ids, targets, folds), "dev": (ids, labels)}; a target is P(positive). All randomness of a
-    step is a function of seed and step, so a run that goes on needs no generator's state to end with the very
-    same weights. After Ctrl-C or SIGTERM it saves and raises Interrupted.
+    step is a function of seed, step and rank, so a run that goes on needs no generator's state to end with
+    the very same weights. After Ctrl-C or SIGTERM it saves and raises Interrupted.
     """
-    ids, targets, folds = data["train"]
-    targets, folds = torch.tensor(targets, dtype=torch.float32), torch.tensor(folds)
-    steps = run["steps"] = s.epochs * math.ceil(len(ids) / s.batch_size)
+    lengths = [len(x) for x in data["train"][0]]
+    steps = run["steps"] = s.epochs * math.ceil(len(lengths) / s.batch_size)
     evaluations = 16 * s.epochs if s.target else EVALUATIONS
     evaluate_at = {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
-    optimizer = make_optimizer(model, s)
+    parallel, optimizer, signals = wrap(model, p), make_optimizer(model, s), Signals(p)
     if run["step"]:
         optimizer.load_state_dict(run["optimizer"])
-    signals, progress, saved = Signals(), Progress(run["step"], steps), time.monotonic()
-    for rows in upcoming([len(x) for x in ids], s, run["step"]):
+    progress, saved = Progress(run["step"], steps, p), time.monotonic()
+    for rows in upcoming(lengths, s, run["step"]):
         if run["reached"]:
             break
         start = time.perf_counter()
         model.train()
-        torch.manual_seed(s.seed * 1_000_003 + run["step"])
-        tokens, target = pad([ids[i] for i in rows]).to(device), targets[rows].to(device)  # (B, T), (B,)
-        hidden = (torch.rand(tokens.shape) < s.mask_words).to(device) & (tokens != PAD)
-        with torch.autocast(device.type, torch.bfloat16, enabled=run["bf16"]):
-            logits = model(tokens.masked_fill(hidden, MASK), folds[rows].to(device)).float()  # (B, K)
-        loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1))
+        torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)
+        loss, right = share_of_batch(parallel, rows, data["train"], run["bf16"], s, p)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run["step"], steps, s)
         optimizer.zero_grad()
-        loss.backward()
+        with waiting(f"the gradients of step {run['step']}", p):
+            share_of_mean(loss, len(rows), p.world).backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
+        # Also what all ranks must do at the same step goes into this sum: save (rank 0's clock says), stop.
+        due = float(p.rank == 0 and time.monotonic() - saved > s.save_every)
+        loss, right, due, ints, terms = sum_over_ranks([loss.item(), right, due, *signals.received()], p)
         run["step"] += 1
-        run["right"] += (logits.argmax(-1) == (target > 0.5)).sum().item()
+        run["right"] += right
         run["seen"] += len(rows)
         run["seconds"] += time.perf_counter() - start
-        progress.show(run["step"], loss.item())
+        progress.show(run["step"], loss / len(rows))
         if run["step"] in evaluate_at:
-            progress.say(record_dev(model, data["dev"], run, device))
+            progress.say(record_dev(model, data["dev"], run, p))
             run["reached"] = bool(s.target) and safely_past(s.target, run["history"][-1], data["dev"])
-        is_last = run["step"] == steps or run["reached"] or signals.received
-        if is_last or time.monotonic() - saved > s.save_every:
-            run["total_seconds"] = time.perf_counter() - run["start"]
-            save(path, run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        stopped = ints + terms > 0
+        if run["step"] == steps or run["reached"] or stopped or due:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            path = on_rank_0(partial(save_run, run, state, s), p)
             saved = time.monotonic()
-        if signals.received:
+        if stopped:
             progress.bar.close()
-            raise Interrupted(signals.received, f"step {run['step']} of {steps} is saved in {path}")
+            message = f"step {run['step']} of {steps} is saved in {path}"
+            raise Interrupted(signal.SIGTERM if terms else signal.SIGINT, message)
     signals.restore()
     progress.bar.close()
+
+
+def share_of_batch(model, rows: list[int], data: tuple, bf16: bool, s: Settings, p: Processes) -> tuple:
+    """(sum of the losses () of this rank's rows of a batch, how many of them are right)."""
+    ids, targets, folds = data
+    mine = rows[p.rank :: p.world]
+    counts, mine = len(mine) > 0, mine or rows[:1]  # without a row a rank takes part with one that counts 0
+    tokens = pad([ids[i] for i in mine]).to(p.device)  # (B, T)
+    hidden = (torch.rand(tokens.shape) < s.mask_words).to(p.device) & (tokens != PAD)
+    target = torch.tensor([float(targets[i]) for i in mine], device=p.device)  # (B,)
+    fold = torch.tensor([folds[i] for i in mine], device=p.device)  # (B,)
+    with torch.autocast(p.device.type, torch.bfloat16, enabled=bf16):
+        logits = model(tokens.masked_fill(hidden, MASK), fold).float()  # (B, K)
+    loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1), reduction="sum")
+    return counts * loss, counts * (logits.argmax(-1) == (target > 0.5)).sum().item()
+
+
+def wrap(model: nn.Module, p: Processes) -> nn.Module:
+    """The model that forward goes through: its gradients become the mean over all processes."""
+    if p.world == 1:
+        return model
+    gpu = [p.device.index] if p.device.type == "cuda" else None
+    with waiting("all ranks to compare their model", p):
+        return DistributedDataParallel(model, gpu, forward_sync_buffers=False)  # the odds never change
+
+
+def save_run(run: dict, state: dict, s: Settings) -> Path:
+    """A checkpoint of run and state in OUT; see train_ddp.save_checkpoint."""
+    run["total_seconds"] = time.perf_counter() - run["start"]
+    return save_checkpoint(Path(s.out), run["step"], run | state, keep=2)
 
 
 def upcoming(lengths: list[int], s: Settings, step: int) -> Iterable[list[int]]:
@@ -516,24 +557,25 @@ def learning_rate(step: int, steps: int, s: Settings) -> float:
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, ids: list[Tensor], device: torch.device, bf16: bool = False) -> Tensor:
-    """P(positive) of encoded texts, (N,) in their order; in batches of similar length, each text once."""
+def probabilities(model: nn.Module, ids: list[Tensor], p: Processes, bf16: bool = False) -> Tensor:
+    """P(positive) of encoded texts, (N,) in their order, on every rank; in batches of similar length, each
+    text on one rank, once (DistributedSampler repeats some)."""
     model.eval()
-    out = torch.empty(len(ids))
-    for rows in torch.tensor([len(x) for x in ids]).argsort().split(64):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(pad([ids[i] for i in rows]).to(device)).float()  # (B, K)
-        out[rows] = logits.softmax(-1)[:, 1].cpu()
-    return out
+    out = torch.zeros(len(ids), dtype=torch.float64)
+    for rows in torch.tensor([len(x) for x in ids]).argsort().split(64)[p.rank :: p.world]:
+        with torch.autocast(p.device.type, torch.bfloat16, enabled=bf16):
+            logits = model(pad([ids[i] for i in rows]).to(p.device)).float()  # (B, K)
+        out[rows] = logits.softmax(-1)[:, 1].double().cpu()
+    return torch.tensor(sum_over_ranks(out.tolist(), p))
 
 
-def record_dev(model: nn.Module, dev: tuple, run: dict, device: torch.device) -> str:
+def record_dev(model: nn.Module, dev: tuple, run: dict, p: Processes) -> str:
     """Add dev accuracy, and training accuracy since the last time, to the history; returns them as text."""
-    p, labels = probabilities(model, dev[0], device, run["bf16"]), torch.tensor(dev[1])
+    positive, labels = probabilities(model, dev[0], p, run["bf16"]), torch.tensor(dev[1])
     row = {"step": run["step"], "seconds": round(run["seconds"], 1)}
     row["train_accuracy"] = round(run["right"] / run["seen"], 4)
-    row["dev_accuracy"] = accuracy(p, labels)
-    row["dev_loss"] = round(F.binary_cross_entropy(p, labels.float()).item(), 4)
+    row["dev_accuracy"] = accuracy(positive, labels)
+    row["dev_loss"] = round(F.binary_cross_entropy(positive, labels.float()).item(), 4)
     run["history"].append(row)
     run["right"] = run["seen"] = 0
     return "   ".join(f"{name.replace('_', ' ')} {value}" for name, value in row.items())
@@ -549,105 +591,114 @@ def accuracy(p: Tensor, labels: Tensor) -> float:
     return round(((p > 0.5) == labels.bool()).double().mean().item(), 5)
 
 
-class Interrupted(Exception):
-    """Ended by a signal, with what was done saved."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.number = number
-
-
-class Signals:
-    """Notes Ctrl-C and SIGTERM, so that no step is left half done; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number: int, _frame) -> None:
-        self.received = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 class Progress:
-    """A bar with rate and time left on a terminal, else a line every 15 seconds (both on stderr)."""
+    """Of rank 0: a bar with rate and time left on a terminal, else a line every 15 seconds (on stderr)."""
 
-    def __init__(self, step: int, steps: int):
+    def __init__(self, step: int, steps: int, p: Processes):
         from tqdm import tqdm
 
         self.steps, self.first, self.start, self.said = steps, step, time.monotonic(), time.monotonic()
-        self.bar = tqdm(initial=step, total=steps, unit="step", disable=None)  # None: not without a terminal
+        self.silent, disable = p.rank > 0, None if p.rank == 0 else True  # None: not without a terminal
+        self.bar = tqdm(initial=step, total=steps, unit="step", disable=disable)
 
     def show(self, step: int, loss: float) -> None:
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update()
         now = time.monotonic()
-        if self.bar.disable and now - self.said > 15:
+        if self.bar.disable and not self.silent and now - self.said > 15:
             left = (now - self.start) / (step - self.first) * (self.steps - step)
             print(f"step {step}/{self.steps}, loss {loss:.3f}, {left:.0f} s left", file=sys.stderr)
             self.said = now
 
     def say(self, line: str) -> None:
-        self.bar.clear()
-        print(line, flush=True)
+        if not self.silent:
+            self.bar.clear()
+            print(line, flush=True)
 
 
 # -----------------------------------------------------------------------------
 # The job: data, tokenizer, training, test, report
 
 
-def classify(s: Settings) -> dict:
-    """The whole job, or what is left of it. Returns the report, which is also in OUT/report.json."""
-    need("tiktoken", "rustbpe", "matplotlib", "tqdm")
-    start = time.perf_counter()
-    out, device = Path(s.out), pick_device(s.device)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
-    dataset, reviews = load_reviews(s)
-    run = earlier_run(s, dataset, reviews, out)
-    if (out / "report.json").exists():
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] == run["settings"] and ("models" in report or not s.export):
-            print(f"this run is finished; another one needs another --out than {out}")
-            return report
-    run["start"] = start - run["total_seconds"]  # as if the earlier parts of this run had just gone before
-    run["bf16"] = choose_bf16(s.amp, device)
-    machine = hardware() | {"dtype": "bf16 autocast" if run["bf16"] else "float32"}
-    chosen = asdict(s) | {"dataset": dataset, "device": device.type} | machine
-    print(" ".join(f"{name}={value}" for name, value in chosen.items() if value not in (None, "")))
+def classify(s: Settings, p: Processes) -> dict:
+    """The whole job, or what is left of it; returns the report, which is also in OUT/report.json.
 
+    Rank 0 alone reads, prepares, tests and exports; all ranks train.
+    """
+    start = time.perf_counter()
+    s = on_rank_0(lambda: s, p)  # its settings are those of all
+    finished, dataset, reviews, run = on_rank_0(partial(begin, s), p)
+    if finished:
+        return finished
+    run["start"] = start - run["total_seconds"]  # as if the earlier parts of this run had just gone before
+    run["bf16"] = choose_bf16(s.amp, p.device)
+    machine = hardware(p) | {"dtype": "bf16 autocast" if run["bf16"] else "float32"}
     train_set, dev_set = split_dev(reviews["train"])
+    if p.rank == 0:
+        chosen = asdict(s) | {"dataset": dataset} | machine
+        print(" ".join(f"{name}={value}" for name, value in chosen.items() if value not in (None, "")))
+        print(
+            f"{len(train_set):,} reviews to learn from, {len(dev_set):,} dev, {len(reviews['test']):,} test"
+        )
+        print(f"going on at step {run['step']}" if run["step"] else "preparing", flush=True)
+
     prepare = time.perf_counter()
-    if not run["ranks"]:
-        run["ranks"] = Tokenizer.train([clean(r.text) for r in train_set], s.vocab_size).ranks
+    run |= on_rank_0(partial(prepared, train_set, reviews, run, s), p)
     tokenizer = Tokenizer(run["ranks"])
-    if s.unlabelled and not run["taught"]:
-        linear = LinearModel(train_set, shuffled_labels(train_set, s))
-        run["taught"] = linear([r.text for r in reviews["unlabelled"]])
-        run["linear"] = linear([r.text for r in reviews["test"]])
     model, data = make_model(s, tokenizer.vocab_size), encoded(tokenizer, train_set, dev_set, reviews, run, s)
     labelled = [x[: len(train_set)] for x in data["train"]]
     model.set_odds(ngram_odds(*labelled))
     prepare = time.perf_counter() - prepare
-    print(f"{len(train_set):,} reviews to learn from, {len(dev_set):,} dev, {len(reviews['test']):,} test,")
-    print(f"{tokenizer.vocab_size:,} token ids", flush=True)
     if run["step"]:
         model.load_state_dict(run["model"])
-        print(f"going on at step {run['step']}", flush=True)
-    train(model.to(device), data, s, run, out / "checkpoint.pt", device)
+    train(model.to(p.device), data, s, run, p)
 
     report = {"dataset": dataset} | results(model, data, run, s, machine["gemm_gflops"])
-    report |= stage(out / "test.json", run, lambda: test(model, tokenizer, reviews["test"], run, out, device))
-    report["test_texts_also_in_train"] = shared_texts(reviews["train"], reviews["test"])
     report["prepare_seconds"] = round(prepare, 1)  # tokenizer, encoding, counting, the linear model's labels
-    if s.target:
-        seconds = round(prepare + run["seconds"], 1)
-        report["target"] = {"accuracy": s.target, "reached": run["reached"], "seconds": seconds}
     report |= machine | {"history": run["history"], "settings": run["settings"]}
+    return on_rank_0(partial(finish, report, model, tokenizer, data, reviews, run, s, replace(p, world=1)), p)
+
+
+def begin(s: Settings) -> tuple:
+    """For rank 0: (the report if the run is finished, dataset, reviews, run)."""
+    need("tiktoken", "rustbpe", "matplotlib", "tqdm")
+    out = Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
+    dataset, reviews = load_reviews(s)
+    run = earlier_run(s, dataset, reviews)
+    if (out / "report.json").exists():
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if report["settings"] == run["settings"] and ("models" in report or not s.export):
+            print(f"this run is finished; another one needs another --out than {out}")
+            return report, dataset, {}, {}
+    return None, dataset, reviews, run
+
+
+def prepared(train_set: list[Review], reviews: dict, run: dict, s: Settings) -> dict:
+    """For rank 0: tokenizer and, for --unlabelled, the linear model's opinions; kept in OUT once done."""
+    if run["ranks"]:
+        return {}
+    made = {"ranks": Tokenizer.train([clean(r.text) for r in train_set], s.vocab_size).ranks}
+    if s.unlabelled:
+        linear = LinearModel(train_set, shuffled_labels(train_set, s))
+        made["taught"] = linear([r.text for r in reviews["unlabelled"]])
+        made["linear"] = linear([r.text for r in reviews["test"]])
+    save_run(run, made, s)
+    return made
+
+
+def finish(report: dict, model, tokenizer, data: dict, reviews: dict, run: dict, s: Settings, p) -> dict:
+    """For rank 0, after the last step: test, export, pictures, page, report.
+
+    The report is written last: with it the run is finished.
+    """
+    out = Path(s.out)
+    report |= stage(out / "test.json", run, lambda: test(model, tokenizer, reviews["test"], run, out, p))
+    report["test_texts_also_in_train"] = shared_texts(reviews["train"], reviews["test"])
+    if s.target:
+        seconds = round(report["prepare_seconds"] + run["seconds"], 1)
+        report["target"] = {"accuracy": s.target, "reached": run["reached"], "seconds": seconds}
     plot_curves(run["history"], out / "curves.png")
     if s.export:
         make = partial(export_models, model.cpu(), tokenizer, data, reviews["test"], s, out)
@@ -735,25 +786,24 @@ def fingerprint(reviews: dict[str, list[Review]]) -> str:
     return digest.hexdigest()
 
 
-def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]], out: Path) -> dict:
-    """The state of the run in out, or a new one. Raises ValueError where it isn't the run asked for."""
+def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]]) -> dict:
+    """The state of the run in OUT, or a new one. Raises ValueError where it isn't the run asked for."""
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted |= {"dataset": dataset, "texts": fingerprint(reviews)}
     new = {"settings": wanted, "ranks": [], "taught": [], "linear": [], "reached": False}
     new |= {"step": 0, "seconds": 0.0, "total_seconds": 0.0}
     new |= {"right": 0, "seen": 0, "history": []}
-    path = out / "checkpoint.pt"
-    if not path.exists():
+    run = load_checkpoint(Path(s.out))
+    if run is None:
         return new
-    run = load(path)
     if (run["settings"].get("dataset"), dataset) == ("demo", "imdb"):
-        print(f"the run in {out} was on demo data; starting anew on IMDB")
+        print(f"the run in {s.out} was on demo data; starting anew on IMDB")
+        for old in Path(s.out).glob("step_*.pt"):
+            old.unlink()
         return new
-    names = [name for name in wanted if run["settings"].get(name) != wanted[name]]
-    if names:
-        there = run["settings"]
-        differences = ", ".join(f"{name} {there.get(name)} there, {wanted[name]} now" for name in names)
-        raise ValueError(f"{path} is of another run ({differences}); give another --out, or delete it")
+    if run["settings"] != wanted:
+        wrong = differences(run["settings"], wanted)
+        raise ValueError(f"{s.out} holds another run ({wrong}); give another --out, or delete it")
     return run
 
 
@@ -784,11 +834,11 @@ def training_flops(config: EncoderConfig, lengths: list[int]) -> float:
     return 3.0 * (2 * weights * sum(places) + 4 * config.d_model * pairs)
 
 
-def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, device) -> dict:
+def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processes) -> dict:
     """Accuracy on the test set, by which nothing is chosen; writes model, mistakes and pictures."""
     settings = run["settings"]
     ids = tokenizer.encode([r.text for r in reviews], model.config.max_len)
-    p = probabilities(model, ids, device)  # (N,)
+    p = probabilities(model, ids, processes)  # (N,)
     labels = torch.tensor([r.label for r in reviews])
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     state = {"settings": settings, "config": asdict(model.config), "ranks": tokenizer.ranks, "model": weights}
@@ -930,18 +980,15 @@ def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list
 
 def fine_tuned(model: nn.Module, data: dict, s: Settings) -> nn.Module:
     """Up to 300 steps at a falling learning rate: what pruning broke, a little training mends."""
-    ids, targets, folds = data["train"]
-    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:300]
+    order = batches([len(x) for x in data["train"][0]], s.batch_size, seed=s.seed)[:300]
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr / 2)
     torch.manual_seed(s.seed)
     model.train()
     for step, rows in enumerate(order):
-        tokens, p = pad([ids[i] for i in rows]), torch.tensor([float(targets[i]) for i in rows])
-        tokens = tokens.masked_fill((torch.rand(tokens.shape) < s.mask_words) & (tokens != PAD), MASK)
-        logits = model(tokens, torch.tensor([folds[i] for i in rows]))
+        loss, _ = share_of_batch(model, rows, data["train"], False, s, ALONE)
         optimizer.param_groups[0]["lr"] = s.lr / 2 * (1 - step / len(order))
         optimizer.zero_grad()
-        F.cross_entropy(logits, torch.stack((1 - p, p), -1)).backward()
+        (loss / len(rows)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
     return model.eval()
@@ -993,9 +1040,10 @@ def write_page(report: dict, model: ReviewClassifier, tokenizer, test_set: list[
         label, text = m["label"], html.escape(clean(m["text"])[:600])
         parts.append(f"<p><b class={label}>{label}</b>, given {m['probability']:.1%}: {text}</p>")
     parts.append("<h2>Where the heads look</h2><p>A place holds four tokens. Point at one.</p>")
-    for review in sorted(test_set, key=lambda r: abs(len(r.text) - 400))[:2]:  # short enough to see
-        page = html.escape(attention_page(model, tokenizer, review.text, out), quote=True)
-        parts.append(f'<p>{LABELS[review.label]}</p><iframe srcdoc="{page}"></iframe>')
+    for label, name in enumerate(LABELS):
+        review = min((r for r in test_set if r.label == label), key=lambda r: abs(len(r.text) - 400))
+        page = attention_page(model, tokenizer, review.text, out / f"attention_{name}")
+        parts.append(f'<p>{name}</p><iframe srcdoc="{html.escape(page, quote=True)}"></iframe>')
     head = f"<!doctype html><meta charset=utf-8><title>IMDB</title><style>{STYLE}</style>"
     write_atomically(out / "index.html", (head + "\n".join(parts)).encode())
 
@@ -1008,8 +1056,8 @@ def html_table(head: Iterable, rows: Iterable[Iterable]) -> str:
 
 
 @torch.no_grad()
-def attention_page(model: ReviewClassifier, tokenizer, text: str, out: Path) -> str:
-    """attention.py's viewer for one text; a picture of the same is OUT/attention.png."""
+def attention_page(model: ReviewClassifier, tokenizer, text: str, path: Path) -> str:
+    """attention.py's viewer for one text; it is also in PATH.html, and a picture of the same in PATH.png."""
     (ids,) = tokenizer.encode([text], model.config.max_len)
     tokens = pad([ids])
     x, mask = model.eval().embed(tokens)  # (1, T / 4, C), (1, T / 4)
@@ -1020,16 +1068,16 @@ def attention_page(model: ReviewClassifier, tokenizer, text: str, out: Path) -> 
     words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in ids.split(STRIDE) if len(part)]
     words, n = words or ["(nothing)"], max(1, len(words))
     weights = torch.stack(weights)[..., :n, :n]  # (L, H, n, n) without the place that embed adds
-    attention.plot_attention(weights, words, words, out / "attention.png")
-    attention.attention_html(weights, words, words, out / "attention.html")
-    return (out / "attention.html").read_text(encoding="utf-8")
+    attention.plot_attention(weights, words, words, path.with_suffix(".png"))
+    attention.attention_html(weights, words, words, path.with_suffix(".html"))
+    return path.with_suffix(".html").read_text(encoding="utf-8")
 
 
 # -----------------------------------------------------------------------------
 # Prediction, and the linear model to compare with
 
 
-def predict(s: Settings) -> None:
+def predict(s: Settings, p: Processes) -> None:
     """A line of JSON for each text: label, its probability, the text, with --explain the words that count."""
     need("tiktoken")
     is_file = os.path.isfile(s.predict)  # False also for what is no possible file name
@@ -1041,16 +1089,17 @@ def predict(s: Settings) -> None:
         texts = [s.predict]
     if not any(text.strip() for text in texts):
         raise ValueError("predict: there is no text to classify")
-    tokenizer, max_len, positive = predictor(Path(s.out), s)
+    tokenizer, max_len, positive = predictor(Path(s.out), p)
     ids = tokenizer.encode(texts, max_len)
-    for text, x, p in zip(texts, ids, positive(ids).tolist(), strict=True):
-        answer = {"label": LABELS[p > 0.5], "probability": round(max(p, 1 - p), 4), "text": text}
+    for text, x, probability in zip(texts, ids, positive(ids).tolist(), strict=True):
+        sure = round(max(probability, 1 - probability), 4)
+        answer = {"label": LABELS[probability > 0.5], "probability": sure, "text": text}
         if s.explain:
-            answer["explain"] = explained(x, p, tokenizer, positive)
+            answer["explain"] = explained(x, probability, tokenizer, positive)
         print(json.dumps(answer))
 
 
-def predictor(out: Path, s: Settings) -> tuple[Tokenizer, int, Callable[[list[Tensor]], Tensor]]:
+def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[Tensor]], Tensor]]:
     """(tokenizer, max_len, function of encoded texts to P(positive)): by OUT/model.onnx, all that it needs is
     in it, or where there is none (--no-export) by PyTorch from OUT/model.pt."""
     if (out / "model.onnx").exists():
@@ -1068,10 +1117,10 @@ def predictor(out: Path, s: Settings) -> tuple[Tokenizer, int, Callable[[list[Te
     path = out / "model.pt"
     if not path.exists():
         raise ValueError(f"predict: there is no {path} yet; train a model first: python classify_imdb.py")
-    state, device = load(path), pick_device(s.device)
+    state = load(path)
     model = ReviewClassifier(EncoderConfig(**state["config"]))
     model.load_state_dict(state["model"])
-    positive = partial(probabilities, model.to(device), device=device)
+    positive = partial(probabilities, model.to(p.device), p=p)
     return Tokenizer(state["ranks"]), model.config.max_len, positive
 
 
@@ -1131,7 +1180,8 @@ def baseline(s: Settings) -> dict:
         p = torch.tensor(model([r.text for r in part]))
         report[f"{name}_accuracy"] = accuracy(p, torch.tensor([r.label for r in part]))
     report |= {"train_seconds": round(seconds, 1), "total_seconds": round(time.perf_counter() - start, 1)}
-    report |= {"n_parameters": model.model.coef_.size + 1} | hardware()
+    report |= {"n_parameters": model.model.coef_.size + 1}
+    report |= hardware(ALONE)
     write_atomically(Path(s.out, "baseline.json"), json.dumps(report, indent=1).encode())
     return report
 
@@ -1173,23 +1223,35 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     return s
 
 
-def main(argv: list[str] | None = None) -> None:
+def run_job(argv: list[str] | None = None) -> None:
+    """What the command line asks for, on this rank."""
     s = settings_from_command_line(argv)
+    p = start_processes(s.device, TIMEOUT)
     if s.predict is not None:
-        predict(s)
-    else:
-        print(json.dumps(baseline(s) if s.baseline else classify(s)))
+        on_rank_0(partial(predict, s, replace(p, world=1)), p)
+        return
+    report = on_rank_0(partial(baseline, s), p) if s.baseline else classify(s, p)
+    if p.rank == 0:
+        print(json.dumps(report))
+
+
+def main() -> int:
+    """Exit code: 0 done, 1 another process is gone, 2 wrong input, 128 + n ended by signal n."""
+    try:
+        run_job()
+        return 0
+    except (ValueError, OSError) as error:  # what a user can mend: one line, no traceback
+        code, message = 2, str(error)
+    except Interrupted as error:
+        code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted; the same command goes on from what is saved so far"
+    except Lost as error:
+        code, message = 1, str(error)
+    if code == 1 or os.environ.get("RANK", "0") == "0":  # the rest is the same on all ranks
+        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # what a user can mend: one line, no traceback
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as interrupted:
-        print(f"interrupted: {interrupted}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + interrupted.number)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is saved so far", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    leave(main())

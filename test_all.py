@@ -6354,7 +6354,7 @@ def test_classify_imdb_probabilities_are_each_text_s_own():
     """In the order given, whatever stands beside a text in its batch; P(positive) is class 1's."""
     model = imdb.make_model(imdb.Settings(d_model=16, d_ff=16, max_len=50), 300)
     ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
-    p = imdb.probabilities(model, ids, torch.device("cpu"))
+    p = imdb.probabilities(model, ids, imdb.ALONE)
     for i in (0, 1, 70, 149):
         check_close(p[i : i + 1], model(imdb.pad([ids[i]])).softmax(-1)[:, 1].detach(), 1e-5)
     labels = torch.tensor([1, 0, 1, 0])
@@ -6523,9 +6523,12 @@ def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
     assert report == json.loads((folder / "run/report.json").read_text())
     assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
     assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
-    made = {"checkpoint.pt", "confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
-    made |= {"calibration.png", "test.json", "index.html", "attention.png", "attention.html"}
-    assert {path.name for path in (folder / "run").iterdir()} == made
+    made = {"confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
+    made |= {"calibration.png", "test.json", "index.html"}
+    made |= {f"attention_{label}.{kind}" for label in imdb.LABELS for kind in ("png", "html")}
+    checkpoints = {path.name for path in (folder / "run").glob("step_*.pt")}
+    assert {path.name for path in (folder / "run").iterdir()} == made | checkpoints
+    assert ddp_newest(folder / "run").startswith("step_00000225.") and len(checkpoints) == 2
     mistakes = json.loads((folder / "run/mistakes.json").read_text())
     surenesses = [m["probability"] for m in mistakes]
     assert len(mistakes) == 20 and surenesses == sorted(surenesses) and surenesses[0] < 0.5
@@ -6552,7 +6555,7 @@ def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
     model.load_state_dict(state["model"])
     test_set = imdb.demo_reviews(0)["test"]
     ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
-    p = imdb.probabilities(model, ids, torch.device("cpu"))
+    p = imdb.probabilities(model, ids, imdb.ALONE)
     assert imdb.accuracy(p, torch.tensor([r.label for r in test_set])) == last_json(result)["test_accuracy"]
 
 
@@ -6565,7 +6568,7 @@ def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
     )
 
     def predict(what: str) -> list[dict]:
-        imdb.main(["--out", str(folder / "run"), "--predict", what])
+        imdb.run_job(["--out", str(folder / "run"), "--predict", what])
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     (answer,) = predict("a superb film , the plot was clever")
@@ -6587,10 +6590,10 @@ def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
 def test_classify_imdb_predict_errors(imdb_run, tmp_path):
     folder, _ = imdb_run
     with pytest.raises(ValueError, match="nowhere/model.pt.*train a model first"):
-        imdb.main(["--predict", "a text", "--out", "nowhere"])
+        imdb.run_job(["--predict", "a text", "--out", "nowhere"])
     for nothing in ("", "  "):
         with pytest.raises(ValueError, match="no text"):
-            imdb.main(["--predict", nothing, "--out", str(folder / "run")])
+            imdb.run_job(["--predict", nothing, "--out", str(folder / "run")])
     data = bytearray((folder / "run/model.pt").read_bytes())
     (tmp_path / "bad").mkdir()
     for place in (len(data) // 2, len(data) // 3):
@@ -6654,20 +6657,17 @@ def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run,
     folder, result = imdb_run
     out = tmp_path / "run"
     for kill in range(3):
-        process = imdb_start(
-            tmp_path, "--out", "run", "--no-export", "--save-every", "0"
-        )  # a save after each step
-        before = (out / "checkpoint.pt").stat().st_mtime_ns if kill else 0
-        now = lambda: (out / "checkpoint.pt").stat().st_mtime_ns if (out / "checkpoint.pt").exists() else 0  # noqa: E731
-        imdb_wait_for(process, lambda before=before, now=now: now() > before)
+        before = max(ddp_newest(out), "step_00000001")
+        process = imdb_start(tmp_path, "--out", "run", "--no-export", "--save-every", "0")  # after each step
+        imdb_wait_for(process, lambda before=before: ddp_newest(out) > before)
         if kill == 2:
-            imdb_wait_for(process, (out / "checkpoint.pt.part").exists)
+            imdb_wait_for(process, lambda: list(out.glob("*.part")))
         else:
             time.sleep(0.2)
         process.kill()
         process.communicate()
         assert not (out / "model.pt").exists()
-    left = torch.load(out / "checkpoint.pt", weights_only=True)
+    left = train_ddp.load_checkpoint(out)
     assert 2 < left["step"] < 225
     last = imdb_start(tmp_path, "--out", "run", "--no-export")
     output, errors = last.communicate(timeout=120)
@@ -6680,20 +6680,127 @@ def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run,
     assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
 
 
+@pytest.fixture(scope="module")
+def imdb_ranks(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
+    yield launcher
+    launcher.end()
+
+
+IMDB_FEW = """
+import signal
+rows = {split: rows[:300] for split, rows in script.demo_reviews(0).items()}
+script.demo_reviews = lambda seed: rows
+
+def no_network(data):
+    raise OSError("no network")
+
+script.find_imdb = no_network
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def again(*_, **__):
+    raise AssertionError("done again")
+
+def late(step, steps, s, rate=script.learning_rate):
+    return die() if step == 12 else rate(step, steps, s)
+
+{here}
+script.leave(script.main())
+"""
+IMDB_TINY = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --unlabelled"
+IMDB_TINY += " --epochs 1 --no-export --save-every 0"
+
+
+def imdb_code(here: str = "") -> str:
+    """For the launcher: a run on 270 + 300 reviews, in which something is different."""
+    return IMDB_FEW.replace("{here}", here)
+
+
+def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
+    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
+    (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
+    places = ["Tokenizer.train", "LinearModel", "encoded", "learning_rate", "record_dev", "plot_confusion"]
+    for place in [*places, "write_page"]:
+        here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
+        (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
+        assert killed.returncode == -signal.SIGKILL, (place, killed)
+        left = train_ddp.load_checkpoint(out)
+        steps = {"Tokenizer.train": None, "LinearModel": None, "encoded": 0, "learning_rate": 12}
+        steps |= {"record_dev": 14}  # the third of four evaluations in 18 steps
+        wanted = steps.get(place, 18)
+        assert (left and left["step"]) == (13 if place == "record_dev" else wanted), place
+    nothing = "script.LinearModel = script.Tokenizer.train = script.learning_rate = script.test = again"
+    (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
+    assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
+    assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+
+
+def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
+    """Without dropout and hidden words; batches of 8, the last one of 2: fewer than there are ranks."""
+    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --batch-size 8 --lr 1e-4".split()]
+    arguments += ["--clip", "0.1"]
+    reports = {}
+    for world in (1, 2, 3):
+        results = imdb_ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=imdb_code())
+        reports[world] = last_json(results[0])
+        assert all(not result.stdout for result in results[1:])  # rank 0 alone speaks
+    states = {world: train_ddp.load_checkpoint(tmp_path / str(world)) for world in reports}
+    for world in (2, 3):
+        for name, value in states[1]["model"].items():
+            check_close(states[world]["model"][name], value, 2e-5)
+        for i, moments in states[1]["optimizer"]["state"].items():  # an average of the last gradients
+            check_close(states[world]["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
+        for mine, other in zip(reports[world]["history"], reports[1]["history"], strict=True):
+            assert mine["dev_loss"] == pytest.approx(other["dev_loss"], abs=2e-4)
+            assert mine["train_accuracy"] == other["train_accuracy"]
+        assert reports[world]["processes"] == world
+
+
+def test_classify_imdb_a_lost_process_ends_the_others_and_any_number_goes_on(imdb_ranks, tmp_path):
+    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --lr 1e-4".split()]
+    imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
+    out = tmp_path / "lost"
+    here = "script.learning_rate = late if os.environ['RANK'] == '1' else script.learning_rate"
+    first, second = imdb_ranks.attempt(2, *arguments, "--out", str(out), code=imdb_code(here))
+    assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+    assert "rank 0 waited for the gradients of step 12" in first.stderr and "Traceback" not in first.stderr
+    assert train_ddp.load_checkpoint(out)["step"] == 12
+    last = imdb_ranks.run(3, *arguments, "--out", str(out), code=imdb_code())[0]
+    assert "going on at step 12" in last.stdout
+    one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
+    assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
+
+
+def test_classify_imdb_signal_stops_all_ranks_at_one_step(imdb_ranks, tmp_path):
+    arguments = [*IMDB_TINY.split(), "--epochs", "50", "--out", str(tmp_path / "run")]
+    imdb_ranks.start(2, *arguments, code=imdb_code())
+    deadline = time.monotonic() + 60
+    while ddp_newest(tmp_path / "run") < "step_00000005":
+        assert time.monotonic() < deadline, imdb_ranks.out(0, "err")
+        time.sleep(0.005)
+    imdb_ranks.kill([1], signal.SIGTERM)
+    results = imdb_ranks.wait()
+    assert [result.returncode for result in results] == [143, 143], results
+    step = train_ddp.load_checkpoint(tmp_path / "run")["step"]
+    assert f"step {step} of 900 is saved" in results[0].stderr and not results[1].stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(tmp_path, number):
     process = imdb_start(tmp_path, "--out", "run", "--epochs", "50", "--save-every", "0.1")
-    imdb_wait_for(process, (tmp_path / "run/checkpoint.pt").exists)
+    imdb_wait_for(process, lambda: ddp_newest(tmp_path / "run") > "step_00000001")
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number and "Traceback" not in errors
-    assert "the same command goes on" in errors and "run/checkpoint.pt" in errors
-    state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert "the same command goes on" in errors and f"run/{ddp_newest(tmp_path / 'run')}" in errors
+    state = train_ddp.load_checkpoint(tmp_path / "run")
     assert state["step"] > 0 and f"step {state['step']} of" in errors
     other = imdb_start(tmp_path, "--out", "run", "--epochs", "50", "--seed", "7", "--dropout", "0.5")
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 2 and len(errors.strip().splitlines()) == 1
-    assert "seed 0 there, 7 now" in errors and "dropout 0.1 there, 0.5 now" in errors and "--out" in errors
+    assert "seed 0 there, 7 here" in errors and "dropout 0.1 there, 0.5 here" in errors and "--out" in errors
 
 
 def test_classify_imdb_shuffled_labels_teach_nothing(tmp_path):
@@ -6708,16 +6815,18 @@ def test_classify_imdb_shuffled_labels_teach_nothing(tmp_path):
 def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
     """A demo run in OUT gives way to IMDB; a run on IMDB is never overwritten by a demo."""
     reviews = imdb.demo_reviews(0)
-    s = imdb.Settings()
-    imdb.save(tmp_path / "checkpoint.pt", imdb.earlier_run(s, "demo", reviews, tmp_path) | {"step": 5})
-    assert imdb.earlier_run(s, "demo", reviews, tmp_path)["step"] == 5
-    assert imdb.earlier_run(s, "imdb", reviews, tmp_path)["step"] == 0
-    imdb.save(tmp_path / "checkpoint.pt", imdb.earlier_run(s, "imdb", reviews, tmp_path) | {"step": 5})
-    with pytest.raises(ValueError, match="dataset imdb there, demo now"):
-        imdb.earlier_run(s, "demo", reviews, tmp_path)
+    s = imdb.Settings(out=str(tmp_path))
+    new = imdb.earlier_run(s, "demo", reviews)
+    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
+    assert imdb.earlier_run(s, "demo", reviews)["step"] == 5
+    new = imdb.earlier_run(s, "imdb", reviews)
+    assert new["step"] == 0 and not ddp_newest(tmp_path)  # or the demo's would still be the newest
+    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
+    with pytest.raises(ValueError, match="dataset imdb there, demo here"):
+        imdb.earlier_run(s, "demo", reviews)
     reviews["test"][7] = reviews["test"][7]._replace(text="another text")
     with pytest.raises(ValueError, match="texts"):
-        imdb.earlier_run(s, "imdb", reviews, tmp_path)
+        imdb.earlier_run(s, "imdb", reviews)
 
 
 def test_classify_imdb_errors_on_the_command_line(tmp_path):
@@ -6728,7 +6837,7 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
     check_one_line_error(run("--out", "file/below"), "file")
     for argument in ("folder", "file"):
         with pytest.raises(ValueError, match=f"data: {tmp_path}/{argument}"):
-            imdb.main(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
+            imdb.run_job(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "cache").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
         "file",
         "folder",
@@ -7556,9 +7665,19 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
         ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
         ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
-        ("    model.eval()\n    out = torch.empty", "    out = torch.empty", "probabilities_are"),
+        ("    model.eval()\n    out = torch.zeros", "    out = torch.zeros", "probabilities_are"),
         ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
-        ('torch.manual_seed(s.seed * 1_000_003 + run["step"])', "pass", "killed_and_started"),
+        (
+            'torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)',
+            "pass",
+            "killed_and_started",
+        ),
+        ("share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
+        ("return counts * loss, counts", "return loss, counts", "any_number_of"),
+        ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
+        (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
+        ("    save_run(run, made, s)\n", "", "in_any_stage"),
+        ("            old.unlink()\n", "            pass\n", "goes_from_demo"),
         ("damaged = file.testzip()", "damaged = None", "predict_errors"),
         (
             "order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)",
