@@ -434,6 +434,7 @@ def label(token: str) -> str:
 
 
 def save_figure(fig, path: Path) -> Path:
+    """Write the figure as a PNG, beside its place and then over it."""
     png = io.BytesIO()
     fig.savefig(png, format="png", dpi=100)
     write_atomically(path, png.getvalue())

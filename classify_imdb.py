@@ -75,7 +75,7 @@ from train_ddp import (
 
 PRESETS = {  # what differs from the defaults below; every setting can still be given as a flag
     "fast": {},
-    "best": {"unlabelled": True},
+    "best": {"unlabelled": True, "students": 2},
 }
 
 
@@ -103,6 +103,9 @@ class Settings:
         0.2, "share of the training tokens hidden behind the mask id; 0.3 lost a point"
     )
     unlabelled: bool = setting(False, "learn the linear model's opinion of the 50,000 unlabelled reviews too")
+    students: int = setting(
+        1, "with --unlabelled: trained in turn; the linear model and the one before label for the next"
+    )
     export: bool = setting(True, "afterwards compare export.py's formats on it; --no-export: don't")
     target: float = setting(0.0, "stop as soon as dev is safely past this accuracy, e.g. 0.85; 0: never")
     epochs: int = setting(2, "passes over the training reviews")
@@ -271,7 +274,7 @@ def shared_texts(one: list[Review], other: list[Review]) -> int:
 def demo_reviews(seed: int) -> dict[str, list[Review]]:
     """encoder.py's generated reviews in IMDB's place: 8,000 to train (dev included), 2,000 to test, 2,000."""
     reviews = [Review(i // 2, label, text) for i, (text, label) in enumerate(generate_reviews(12_000, seed))]
-    unlabelled = [review._replace(label=-1) for review in reviews[10_000:]]
+    unlabelled = [review._replace(label=-1, number=i) for i, review in enumerate(reviews[10_000:])]
     return {"train": reviews[:8000], "test": reviews[8000:10_000], "unlabelled": unlabelled}
 
 
@@ -339,6 +342,7 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
 # the word, pair and triple that end there stand in positive reviews than in negative ones (naive Bayes;
 # Wang and Manning 2012), and the Transformer learns what to make of it. The trap: a review's own label is in
 # those counts. While training they come from the other folds of the reviews, those about other films.
+# Unlabelled reviews count as what their teacher takes them for: many more n-grams are then known.
 
 STRIDE = 4  # tokens that a place of the Transformer stands for
 FOLDS = 5
@@ -395,7 +399,7 @@ class ReviewClassifier(EncoderClassifier):
 
     def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(x (B, T / 4 + 1, C), mask (B, T / 4 + 1)), T / 4 rounded up. fold (B,): whose counts not to see;
-        FOLDS or None: it sees all."""
+        None: it sees all."""
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.size(1) > self.config.max_len:
             wanted = f"tokens must be integers (B, T <= {self.config.max_len})"
             raise ValueError(f"{wanted}, got {tokens.dtype} {list(tokens.shape)}")
@@ -403,11 +407,11 @@ class ReviewClassifier(EncoderClassifier):
             tokens, (0, STRIDE)
         )  # one more place, of padding: torch.export takes a size of 1 as fixed
         buckets, real = ngram_ids(tokens), tokens != PAD  # (B, T, 3), (B, T)
-        odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, T, 3)
-        if fold is not None:
-            apart = fold[:, None, None].clamp(max=FOLDS - 1) * (BUCKETS + 1) + buckets
-            apart = F.embedding(apart, self.fold_odds).squeeze(-1)
-            odds = torch.where((fold < FOLDS)[:, None, None], apart, odds)
+        if fold is None:
+            odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, T, 3)
+        else:
+            buckets = buckets + fold[:, None, None] * (BUCKETS + 1)
+            odds = F.embedding(buckets, self.fold_odds).squeeze(-1)  # (B, T, 3)
         x = self.encoder.embedding(tokens) * self.encoder.scale + self.from_odds(odds)  # (B, T, C)
         x = (self.encoder.dropout(x) * real[:, :, None]).transpose(1, 2)  # (B, C, T)
         x = self.shorten(x) + F.avg_pool1d(x, kernel_size=5, stride=STRIDE, padding=2)  # (B, C, T / 4)
@@ -484,6 +488,8 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
         # Also what all ranks must do at the same step goes into this sum: save (rank 0's clock says), stop.
         due = float(p.rank == 0 and time.monotonic() - saved > s.save_every)
         loss, right, due, ints, terms = sum_over_ranks([loss.item(), right, due, *signals.received()], p)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {run['step']}: try a smaller --lr")
         run["step"] += 1
         run["right"] += right
         run["seen"] += len(rows)
@@ -532,7 +538,8 @@ def wrap(model: nn.Module, p: Processes) -> nn.Module:
 def save_run(run: dict, state: dict, s: Settings) -> Path:
     """A checkpoint of run and state in OUT; see train_ddp.save_checkpoint."""
     run["total_seconds"] = time.perf_counter() - run["start"]
-    return save_checkpoint(Path(s.out), run["step"], run | state, keep=2)
+    step = (run["student"] - 1) * run["steps"] + run["step"]
+    return save_checkpoint(Path(s.out), step, run | state, keep=2)
 
 
 def upcoming(lengths: list[int], s: Settings, step: int) -> Iterable[list[int]]:
@@ -572,7 +579,7 @@ def probabilities(model: nn.Module, ids: list[Tensor], p: Processes, bf16: bool 
 def record_dev(model: nn.Module, dev: tuple, run: dict, p: Processes) -> str:
     """Add dev accuracy, and training accuracy since the last time, to the history; returns them as text."""
     positive, labels = probabilities(model, dev[0], p, run["bf16"]), torch.tensor(dev[1])
-    row = {"step": run["step"], "seconds": round(run["seconds"], 1)}
+    row = {"student": run["student"], "step": run["step"], "seconds": round(run["seconds"], 1)}
     row["train_accuracy"] = round(run["right"] / run["seen"], 4)
     row["dev_accuracy"] = accuracy(positive, labels)
     row["dev_loss"] = round(F.binary_cross_entropy(positive, labels.float()).item(), 4)
@@ -645,13 +652,14 @@ def classify(s: Settings, p: Processes) -> dict:
     prepare = time.perf_counter()
     run |= on_rank_0(partial(prepared, train_set, reviews, run, s), p)
     tokenizer = Tokenizer(run["ranks"])
-    model, data = make_model(s, tokenizer.vocab_size), encoded(tokenizer, train_set, dev_set, reviews, run, s)
-    labelled = [x[: len(train_set)] for x in data["train"]]
-    model.set_odds(ngram_odds(*labelled))
+    data = encoded(tokenizer, train_set, dev_set, reviews, run, s)
+    model = make_student(data, run, s)
     prepare = time.perf_counter() - prepare
-    if run["step"]:
-        model.load_state_dict(run["model"])
     train(model.to(p.device), data, s, run, p)
+    while run["student"] < s.students and not run["reached"]:
+        label_again(model, data, run, s, p)
+        model = make_student(data, run, s)
+        train(model.to(p.device), data, s, run, p)
 
     report = {"dataset": dataset} | results(model, data, run, s, machine["gemm_gflops"])
     report["prepare_seconds"] = round(prepare, 1)  # tokenizer, encoding, counting, the linear model's labels
@@ -682,10 +690,36 @@ def prepared(train_set: list[Review], reviews: dict, run: dict, s: Settings) -> 
     made = {"ranks": Tokenizer.train([clean(r.text) for r in train_set], s.vocab_size).ranks}
     if s.unlabelled:
         linear = LinearModel(train_set, shuffled_labels(train_set, s))
-        made["taught"] = linear([r.text for r in reviews["unlabelled"]])
-        made["linear"] = linear([r.text for r in reviews["test"]])
+        made["linear"] = {name: linear([r.text for r in reviews[name]]) for name in ("unlabelled", "test")}
+        made["taught"] = made["linear"]["unlabelled"]
     save_run(run, made, s)
     return made
+
+
+def make_student(data: dict, run: dict, s: Settings) -> ReviewClassifier:
+    """A model that knows the odds of the reviews' n-grams; new, or the one that was being trained."""
+    ids, targets, folds = data["train"]
+    model = make_model(s, SPECIAL + len(run["ranks"]))
+    model.set_odds(ngram_odds(ids, [int(target > 0.5) for target in targets], folds))
+    if run["step"]:
+        model.load_state_dict(run["model"])
+    return model
+
+
+def label_again(model: ReviewClassifier, data: dict, run: dict, s: Settings, p: Processes) -> None:
+    """The linear model and this student, who err differently, label the unlabelled reviews for the next."""
+    start = time.perf_counter()
+    (ids, targets, folds), linear = data["train"], torch.tensor(run["linear"]["unlabelled"])
+    run["taught"] = mean_opinion(probabilities(model, ids[-len(linear) :], p, run["bf16"]), linear).tolist()
+    data["train"] = ids, targets[: -len(linear)] + run["taught"], folds
+    run |= {"student": run["student"] + 1, "step": 0}
+    run["seconds"] += time.perf_counter() - start
+    on_rank_0(partial(save_run, run, {"model": {}, "optimizer": {}}, s), p)
+
+
+def mean_opinion(a: Tensor, b: Tensor) -> Tensor:
+    """P(positive) (N,) of two models to one, by the mean of their logits."""
+    return ((a.logit(1e-6) + b.logit(1e-6)) / 2).sigmoid()
 
 
 def finish(report: dict, model, tokenizer, data: dict, reviews: dict, run: dict, s: Settings, p) -> dict:
@@ -713,7 +747,8 @@ def finish(report: dict, model, tokenizer, data: dict, reviews: dict, run: dict,
 
 def results(model: ReviewClassifier, data: dict, run: dict, s: Settings, gemm_gflops: float) -> dict:
     """What is known of the run before the test."""
-    epochs = s.epochs * run["step"] / run["steps"]  # fewer than asked for where a target ended it
+    # fewer epochs than asked for where a target ended it
+    epochs = s.epochs * (run["student"] - 1 + run["step"] / run["steps"])
     flops = epochs * training_flops(model.config, [len(x) for x in data["train"][0]])
     return {
         "dev_accuracy": run["history"][-1]["dev_accuracy"],
@@ -747,14 +782,14 @@ def shuffled_labels(reviews: list[Review], s: Settings) -> list[int]:
 
 def encoded(tokenizer, train_set, dev_set, reviews: dict, run: dict, s: Settings) -> dict[str, tuple]:
     """{"train": (ids, P(positive), folds), "dev": (ids, labels)}: labelled reviews, then the unlabelled ones
-    with the linear model's opinion. Folds are blocks of review numbers: other folds, other films."""
-    ids, targets = tokenizer.encode([r.text for r in train_set], s.max_len), shuffled_labels(train_set, s)
-    last = max(r.number for r in train_set)
-    folds = [r.number * FOLDS // (last + 1) for r in train_set]
-    if s.unlabelled:
-        ids += tokenizer.encode([r.text for r in reviews["unlabelled"]], s.max_len)
-        targets, folds = targets + run["taught"], folds + [FOLDS] * len(run["taught"])
+    with their teacher's opinion. Folds are blocks of review numbers: other folds, other films."""
+    ids, folds = [], []
+    for part in (train_set, reviews["unlabelled"] if s.unlabelled else []):
+        ids += tokenizer.encode([r.text for r in part], s.max_len)
+        end = max((r.number for r in part), default=0) + 1
+        folds += [r.number * FOLDS // end for r in part]
     dev_ids = tokenizer.encode([r.text for r in dev_set], s.max_len)
+    targets = shuffled_labels(train_set, s) + run["taught"]
     return {"train": (ids, targets, folds), "dev": (dev_ids, [r.label for r in dev_set])}
 
 
@@ -790,8 +825,8 @@ def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]]) -> 
     """The state of the run in OUT, or a new one. Raises ValueError where it isn't the run asked for."""
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted |= {"dataset": dataset, "texts": fingerprint(reviews)}
-    new = {"settings": wanted, "ranks": [], "taught": [], "linear": [], "reached": False}
-    new |= {"step": 0, "seconds": 0.0, "total_seconds": 0.0}
+    new = {"settings": wanted, "ranks": [], "taught": [], "linear": {}, "reached": False}
+    new |= {"student": 1, "step": 0, "steps": 0, "seconds": 0.0, "total_seconds": 0.0}
     new |= {"right": 0, "seen": 0, "history": []}
     run = load_checkpoint(Path(s.out))
     if run is None:
@@ -858,10 +893,10 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     plot_confusion(p > 0.5, labels == 1, out / "confusion.png")
     error = plot_calibration(p, labels, out / "calibration.png")
     result = {"test_accuracy": accuracy(p, labels), "calibration_error": round(error, 4)}
-    if len(run["linear"]) == len(p):  # the teacher's opinion, and what both say together
-        linear = torch.tensor(run["linear"])
+    if run["linear"]:  # the teacher's opinion, and what both say together
+        linear = torch.tensor(run["linear"]["test"])
         result["linear_test_accuracy"] = accuracy(linear, labels)
-        result["with_linear_test_accuracy"] = accuracy((p.logit(1e-6) + linear.logit(1e-6)).sigmoid(), labels)
+        result["with_linear_test_accuracy"] = accuracy(mean_opinion(p, linear), labels)
     return result
 
 
@@ -1211,6 +1246,8 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
     if s.vocab_size < SPECIAL + 256:
         raise ValueError(f"vocab_size must be at least {SPECIAL + 256} (all bytes), got {s.vocab_size}")
+    if s.students < 1 or s.students > 1 and not s.unlabelled:
+        raise ValueError(f"students must be 1, or more with --unlabelled, got {s.students}")
     if not 0 <= s.target < 1:
         raise ValueError(f"target must be in [0, 1), got {s.target}")
     if s.explain and s.predict is None:

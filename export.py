@@ -607,11 +607,13 @@ def smaller_attention(attention: nn.Module, kept: Tensor) -> SelfAttention:
 
 
 def shrink(net: nn.Sequential, kept: Tensor) -> None:
+    """Keep these neurons between the first and the last layer of net."""
     keep_outputs(net[0], kept)
     keep_inputs(net[-1], kept)
 
 
 def keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
+    """Keep these rows of the weight and the bias."""
     linear.weight = nn.Parameter(linear.weight.detach()[rows])
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach()[rows])
@@ -619,6 +621,7 @@ def keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
 
 
 def keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
+    """Keep these columns of the weight."""
     linear.weight = nn.Parameter(linear.weight.detach()[:, columns].contiguous())
     linear.in_features = len(columns)
 
@@ -662,12 +665,14 @@ def benchmark(
 
 @torch.no_grad()
 def timed(run: Callable, inputs: tuple) -> float:
+    """Seconds of one call."""
     start = time.perf_counter()
     run(*inputs)
     return time.perf_counter() - start
 
 
 def latency(seconds: list[float], n_examples: int) -> dict[str, float]:
+    """Percentiles of the seconds of many calls, in ms, and examples a second."""
     p50, p90, p99 = (round(1000 * float(p), 3) for p in np.percentile(seconds, (50, 90, 99)))
     return {"p50_ms": p50, "p90_ms": p90, "p99_ms": p99, "throughput": round(n_examples / sum(seconds), 1)}
 
@@ -812,6 +817,7 @@ def write_artefacts(models: dict, example_inputs, calibration, out: Path, metada
 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
+    """The state dict alone, written atomically."""
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     write_atomically(path, buffer.getvalue())
@@ -819,6 +825,7 @@ def save_weights(model: nn.Module, path: Path) -> Path:
 
 
 def share(right: Tensor) -> float:
+    """Mean of booleans, five digits."""
     return round(right.double().mean().item(), 5)
 
 
@@ -903,6 +910,8 @@ class Settings:
 
 
 class Layer(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). x (B, T, C)."""
+
     def __init__(self, d_model: int, n_heads: int, d_ff: int):
         super().__init__()
         self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
@@ -969,6 +978,7 @@ def encode(sentences: list[tuple[str, int]], vocabulary: dict[str, int]) -> list
 
 
 def train(model: nn.Module, batches: list, epochs: int, lr: float, seed: int) -> nn.Module:
+    """AdamW with warm-up and a linear decay, on batches of ((tokens,), labels)."""
     order, steps = random.Random(seed), epochs * len(batches)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20, 1.02 - step / steps))
@@ -985,6 +995,7 @@ def train(model: nn.Module, batches: list, epochs: int, lr: float, seed: int) ->
 
 
 def accuracy(model: nn.Module, batches: list) -> float:
+    """Share of right labels, over batches of ((tokens,), labels)."""
     return share(outputs_on(model.eval(), batches).argmax(-1) == torch.cat([labels for _, labels in batches]))
 
 
@@ -1083,6 +1094,7 @@ def demo(s: Settings) -> dict:
 
 
 def need(*modules: str) -> None:
+    """Raises ValueError that names the libraries which the demo needs and this Python lacks."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the demo needs {' '.join(missing)}: pip install {' '.join(missing)}")

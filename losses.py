@@ -671,6 +671,7 @@ def table(title: str, rows: dict[str, dict[str, Tensor]], conclusion: str) -> di
 
 
 def print_table(table: dict) -> None:
+    """Rows by columns, mean ± standard deviation over the seeds, and the conclusion."""
     columns = list(next(iter(table["rows"].values())))
     print(f"\n{table['title']}\n{'':34}" + "".join(f"{c:>18}" for c in columns))
     for name, row in table["rows"].items():
@@ -908,6 +909,7 @@ def demo_tasks(s: Settings) -> tuple[dict, dict]:
 
 
 def train_two_tasks(name: str, fixed: tuple | None, data: tuple, lr: float, s: Settings) -> nn.Module:
+    """A model for digit and side at once, under fixed weights or a weighting that is learned with it."""
     kind = {"uncertainty": UncertaintyWeighting, "GradNorm": GradNorm}.get(name)
     weightings = nn.ModuleList(kind(2) for _ in range(s.n_seeds)) if kind else []
     model = SideBySide((64, 64, 64, 11), s)
@@ -1031,6 +1033,7 @@ def demo_ordinal(s: Settings) -> tuple[dict, dict]:
 
 
 def draw(curves: dict, out: Path) -> list[str]:
+    """Every picture into out, as PNG; returns their paths."""
     import matplotlib  # only the demo draws: whoever copies the functions above needs torch alone
 
     matplotlib.use("Agg")
@@ -1051,6 +1054,7 @@ def draw(curves: dict, out: Path) -> list[str]:
 
 
 def draw_calibration(figure, curves: dict) -> None:
+    """Accuracy against confidence, in bins."""
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), "k--", linewidth=0.8, label="calibrated")
     for name, (share, confidence, right) in curves.items():
@@ -1061,6 +1065,7 @@ def draw_calibration(figure, curves: dict) -> None:
 
 
 def draw_precision_recall(figure, curves: dict) -> None:
+    """Precision against recall of the rare class."""
     axes = figure.subplots()
     for name, (precision, recall) in curves.items():
         axes.plot(recall, precision, linewidth=1.2, label=name)
@@ -1069,6 +1074,7 @@ def draw_precision_recall(figure, curves: dict) -> None:
 
 
 def draw_rates(figure, curves: dict) -> None:
+    """Dev accuracy of each optimizer over its learning rates."""
     axes = figure.subplots()
     colours = {"sgd": "tab:blue", "adam": "tab:orange", "adamw": "tab:green", "muon": "tab:red"}
     for name, dev in curves["dev"].items():

@@ -6452,11 +6452,9 @@ def test_classify_imdb_model_is_its_parts_written_out():
 
 
 def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
-    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS + 1, 30))
-    folds = torch.arange(imdb.FOLDS + 1)
-    answers = model(tokens, folds)
-    odds = torch.cat((model.fold_odds.view(imdb.FOLDS, -1), model.odds.T))
-    for fold in folds:  # FOLDS: of an unlabelled review, all counts
+    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS, 30))
+    answers, odds = model(tokens, torch.arange(imdb.FOLDS)), model.fold_odds.view(imdb.FOLDS, -1)
+    for fold in range(imdb.FOLDS):
         model.odds.copy_(odds[fold][:, None])
         check_close(answers[fold], model(tokens)[fold], 1e-5)
     assert "fold_odds" not in model.state_dict() and "odds" in model.state_dict()
@@ -6719,22 +6717,51 @@ def imdb_code(here: str = "") -> str:
 
 
 def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
-    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
+    arguments, out = [*IMDB_TINY.split(), "--students", "2"], tmp_path / "killed"
     (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    places = ["Tokenizer.train", "LinearModel", "encoded", "learning_rate", "record_dev", "plot_confusion"]
-    for place in [*places, "write_page"]:
+    stages = [  # where it is killed; student and step of what is left
+        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", (1, 0)), ("learning_rate", (1, 12)),
+        ("record_dev", (1, 13)), ("label_again", (1, 18)), ("learning_rate", (2, 12)),
+        ("plot_confusion", (2, 18)), ("write_page", (2, 18)),
+    ]  # fmt: skip
+    for place, wanted in stages:
         here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
         (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
         assert killed.returncode == -signal.SIGKILL, (place, killed)
         left = train_ddp.load_checkpoint(out)
-        steps = {"Tokenizer.train": None, "LinearModel": None, "encoded": 0, "learning_rate": 12}
-        steps |= {"record_dev": 14}  # the third of four evaluations in 18 steps
-        wanted = steps.get(place, 18)
-        assert (left and left["step"]) == (13 if place == "record_dev" else wanted), place
-    nothing = "script.LinearModel = script.Tokenizer.train = script.learning_rate = script.test = again"
+        assert (left and (left["student"], left["step"])) == wanted, place
+    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "label_again", "test")
+    nothing = "".join(f"script.{name} = " for name in done_once) + "again"
     (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
     assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
     assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+    assert [row["student"] for row in last_json(whole)["history"]] == [1] * 4 + [2] * 4
+
+
+def test_classify_imdb_next_student_learns_from_both(tmp_path):
+    """Labels of the second student: mean logit of linear model and first student; the odds follow them."""
+    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True, students=2)
+    s.out = str(tmp_path)
+    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(3).items()}
+    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False, "steps": 9}
+    run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
+    run["linear"] = {"unlabelled": torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()}
+    run["taught"] = run["linear"]["unlabelled"]
+    tokenizer = imdb.Tokenizer(run["ranks"])
+    data = imdb.encoded(tokenizer, reviews["train"], reviews["test"], reviews, run, s)
+    ids, targets, folds = data["train"]
+    assert len(ids) == len(targets) == len(folds) == 400 and targets[200:] == run["taught"]
+    assert set(folds[:200]) == set(folds[200:]) == set(range(imdb.FOLDS))
+    model = imdb.make_student(data, run, s).eval()
+    check_close(model.odds[:, 0], imdb.ngram_odds(ids, [round(t) for t in targets], folds)[-1], 1e-6)
+    imdb.label_again(model, data, run, s, imdb.ALONE)
+    own = torch.tensor([model(x[None]).softmax(-1)[0, 1].item() for x in ids[200:]])
+    linear = torch.tensor(targets[200:])
+    check_close(torch.tensor(run["taught"]), ((own.logit() + linear.logit()) / 2).sigmoid(), 1e-5)
+    assert data["train"][1] == targets[:200] + run["taught"] and run["linear"]["unlabelled"] == targets[200:]
+    left = train_ddp.load_checkpoint(tmp_path)
+    assert (left["student"], left["step"], left["taught"]) == (2, 0, run["taught"])
+    assert ddp_newest(tmp_path).startswith("step_00000009.")  # after the first student's last step
 
 
 def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
@@ -7687,7 +7714,9 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "padding_and_batch"),
-        ("(fold < FOLDS)[:", "(fold <= FOLDS)[:", "odds_of_a_review"),
+        ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
+        ("a.logit(1e-6) + b.logit(1e-6)", "a.logit(1e-6) + a.logit(1e-6)", "learns_from_both"),
+        ('(run["student"] - 1) * run["steps"] + run["step"]', 'run["step"]', "learns_from_both"),
         ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
         ("round(p - without, 4)", "round(p, 4)", "explains_by"),
         ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),

@@ -401,11 +401,13 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
 
 def clear_parts(folder: Path) -> None:
+    """Delete what a killed save left behind."""
     for left in folder.glob("step_*.part"):  # of a save that was killed
         shutil.rmtree(left)
 
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
+    """Give a complete checkpoint its final name, with the manifest's sha256; delete all but the newest keep."""
     write_atomically(part / "manifest.json", manifest)
     path = part.with_suffix("." + hashlib.sha256(manifest).hexdigest())
     part.rename(path)
@@ -415,10 +417,12 @@ def publish(part: Path, manifest: bytes, keep: int) -> Path:
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
+    """Those with a final name, oldest first."""
     return [path for path in sorted(folder.glob("step_*")) if len(path.suffix) == 65]  # a dot and a sha256
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -451,6 +455,7 @@ def newest_manifest(folder: Path) -> tuple[Path | None, dict]:
 
 
 def set_aside(path: Path, wrong: list[str]) -> None:
+    """Rename a damaged checkpoint, so that it is never taken, and say so."""
     what = f"{', '.join(wrong)} missing or altered"
     print(f"{path} is damaged ({what}); taking the one before", file=sys.stderr, flush=True)
     path.rename(path.with_name(path.name + ".damaged"))
@@ -751,6 +756,7 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
 
 
 def check_place(out: Path) -> None:
+    """OSError if nothing can be written in out."""
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
 
@@ -845,6 +851,7 @@ def sharded_model(s: Settings, p: Processes) -> GPT:
 
 
 def run_job(s: Settings, p: Processes) -> None:
+    """All of it on this rank: settings agreed, resumed or begun, trained, written."""
     text, dev = load_manual(max(1, s.max_len))
     settings = bound(s, text)
     check_settings(s, p, settings["text"])
