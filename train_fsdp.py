@@ -407,7 +407,7 @@ def clear_parts(folder: Path) -> None:
 
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
-    """Give a complete checkpoint its final name, with the manifest's sha256; delete all but the newest keep."""
+    """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep."""
     write_atomically(part / "manifest.json", manifest)
     path = part.with_suffix("." + hashlib.sha256(manifest).hexdigest())
     part.rename(path)
