@@ -52,7 +52,8 @@ def padding_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     """(B, 1, 1, T): token t of sequence b is real (may be attended to) while t < lengths[b].
 
     lengths: (B,) integers, 0 allowed; max_len: default the largest. ValueError for lengths outside
-    0 .. max_len (a look at the values: call it where the batch is made). & merges it with causal_mask.
+    0 .. max_len (reading the values is a wait on a GPU: call it where the batch is made). & merges it with
+    causal_mask.
     """
     lengths = torch.as_tensor(lengths)
     if lengths.dim() != 1 or lengths.is_floating_point():
@@ -99,7 +100,7 @@ def allowed_pairs(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 
 
 def attention_loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal=False) -> Tensor:
-    """1. The equation, a query at a time: to read, and to check the others against. Arguments as in 2."""
+    """1. The equation, a query at a time: to check the others against. Arguments as in the next."""
     scale = q.size(-1) ** -0.25
     allowed = allowed_pairs(q, k, v, mask, causal)
     allowed = torch.tensor(True) if allowed is None else allowed
@@ -120,7 +121,7 @@ def scaled_dot_product_attention(
 
     q (..., Tq, D), k (..., Tk, D), v (..., Tk, Dv); mask boolean, True = may attend, broadcasting to
     (..., Tq, Tk). Returns the output (..., Tq, Dv) and the weights (..., Tq, Tk), those before dropout.
-    dropout_p counts whenever it is given: only while training. ValueError for shapes, dtypes that don't fit.
+    dropout_p is applied whenever it is above 0: pass 0 in evaluation. ValueError for what doesn't fit.
     """
     allowed = allowed_pairs(q, k, v, mask, causal)
     scale = q.size(-1) ** -0.25
@@ -431,6 +432,16 @@ def label(token: str) -> str:
     """A token as an axis label: control characters as escapes, long ones cut."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
     return text if len(text) <= 12 else text[:11] + "…"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whoever reads path sees the old bytes or the new ones, whenever this process dies."""
+    beside = path.with_name(path.name + ".part")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
 
 
 def save_figure(fig, path: Path) -> Path:
@@ -789,16 +800,6 @@ def machine(device: torch.device) -> dict:
         "gemm_gflops": round(2 * 1024**3 / gemm / 1e9, 1),
         "torch": torch.__version__,
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whoever reads path sees the old bytes or the new ones, whenever this process dies."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def main() -> None:

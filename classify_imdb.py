@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -114,7 +115,7 @@ class Settings:
     warmup: int = setting(100, "steps from 0 to the peak")
     weight_decay: float = setting(0.01, "on matrices; none on norms and biases")
     clip: float = setting(1.0, "largest norm of the gradient")
-    save_every: float = setting(30.0, "seconds between checkpoints")
+    save_every: float = setting(30.0, "seconds between checkpoints; 0: one after each step")
 
 
 FREE = set("data out predict explain baseline device export save_every".split())  # may change in a run
@@ -272,7 +273,8 @@ def shared_texts(one: list[Review], other: list[Review]) -> int:
 
 
 def demo_reviews(seed: int) -> dict[str, list[Review]]:
-    """encoder.py's generated reviews in IMDB's place: 8,000 to train (dev included), 2,000 to test, 2,000."""
+    """encoder.py's generated reviews in IMDB's place: 8,000 to train (dev included), 2,000 to test, 2,000
+    unlabelled."""
     reviews = [Review(i // 2, label, text) for i, (text, label) in enumerate(generate_reviews(12_000, seed))]
     unlabelled = [review._replace(label=-1, number=i) for i, review in enumerate(reviews[10_000:])]
     return {"train": reviews[:8000], "test": reviews[8000:10_000], "unlabelled": unlabelled}
@@ -427,30 +429,6 @@ class ReviewClassifier(EncoderClassifier):
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
-
-
-def save(path: Path, state: dict) -> None:
-    """Write state as one file, at once or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load(path: Path) -> dict:
-    """What save wrote; no code in it is run. Raises ValueError for anything else, one altered byte too."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load itself doesn't look at the checksums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damage can surface as anything
-        state = None
-    if not isinstance(state, dict) or "settings" not in state:
-        raise ValueError(f"{path} is damaged or no checkpoint of this script; delete it to start anew")
-    return state
-
-
-# -----------------------------------------------------------------------------
 # Training and testing
 
 EVALUATIONS = 4  # on the dev split, evenly spread over a run
@@ -507,8 +485,10 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
             progress.bar.close()
             message = f"step {run['step']} of {steps} is saved in {path}"
             raise Interrupted(signal.SIGTERM if terms else signal.SIGINT, message)
-    signals.restore()
     progress.bar.close()
+    signals.restore()
+    for number in signals.noted[:1]:  # it came after the last step's sum
+        signal.raise_signal(number)
 
 
 def share_of_batch(model, rows: list[int], data: tuple, bf16: bool, s: Settings, p: Processes) -> tuple:
@@ -538,7 +518,7 @@ def wrap(model: nn.Module, p: Processes) -> nn.Module:
 def save_run(run: dict, state: dict, s: Settings) -> Path:
     """A checkpoint of run and state in OUT; see train_ddp.save_checkpoint."""
     run["total_seconds"] = time.perf_counter() - run["start"]
-    step = (run["student"] - 1) * run["steps"] + run["step"]
+    step = (run["student"] - 1) * (run["steps"] + 1) + run["step"]  # each has a step 0
     return save_checkpoint(Path(s.out), step, run | state, keep=2)
 
 
@@ -559,7 +539,7 @@ def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
-    """Linear warm-up, then half a cosine to 0; the first step is 0."""
+    """The smaller of a linear warm-up to lr and half a cosine from lr to 0; steps count from 0."""
     return s.lr * min((step + 1) / s.warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
@@ -572,7 +552,7 @@ def probabilities(model: nn.Module, ids: list[Tensor], p: Processes, bf16: bool 
     for rows in torch.tensor([len(x) for x in ids]).argsort().split(64)[p.rank :: p.world]:
         with torch.autocast(p.device.type, torch.bfloat16, enabled=bf16):
             logits = model(pad([ids[i] for i in rows]).to(p.device)).float()  # (B, K)
-        out[rows] = logits.softmax(-1)[:, 1].double().cpu()
+        out[rows] = logits.softmax(-1)[:, 1].cpu().double()
     return torch.tensor(sum_over_ranks(out.tolist(), p))
 
 
@@ -630,7 +610,7 @@ class Progress:
 def classify(s: Settings, p: Processes) -> dict:
     """The whole job, or what is left of it; returns the report, which is also in OUT/report.json.
 
-    Rank 0 alone reads, prepares, tests and exports; all ranks train.
+    Rank 0 alone reads, makes the tokenizer, tests and exports; all ranks encode and train.
     """
     start = time.perf_counter()
     s = on_rank_0(lambda: s, p)  # its settings are those of all
@@ -649,12 +629,11 @@ def classify(s: Settings, p: Processes) -> dict:
         )
         print(f"going on at step {run['step']}" if run["step"] else "preparing", flush=True)
 
-    prepare = time.perf_counter()
     run |= on_rank_0(partial(prepared, train_set, reviews, run, s), p)
-    tokenizer = Tokenizer(run["ranks"])
+    prepare, tokenizer = time.perf_counter(), Tokenizer(run["ranks"])
     data = encoded(tokenizer, train_set, dev_set, reviews, run, s)
     model = make_student(data, run, s)
-    prepare = time.perf_counter() - prepare
+    prepare = run["prepare"] + time.perf_counter() - prepare
     train(model.to(p.device), data, s, run, p)
     while run["student"] < s.students and not run["reached"]:
         label_again(model, data, run, s, p)
@@ -669,15 +648,19 @@ def classify(s: Settings, p: Processes) -> dict:
 
 def begin(s: Settings) -> tuple:
     """For rank 0: (the report if the run is finished, dataset, reviews, run)."""
-    need("tiktoken", "rustbpe", "matplotlib", "tqdm")
+    need("tiktoken", "rustbpe", "matplotlib", "tqdm", *["sklearn"] * s.unlabelled)
+    need(*["onnx", "onnxruntime", "onnxscript"] * s.export)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
     dataset, reviews = load_reviews(s)
     run = earlier_run(s, dataset, reviews)
     if (out / "report.json").exists():
-        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] == run["settings"] and ("models" in report or not s.export):
+        try:
+            report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        except ValueError:
+            report = {}  # damaged: it is written anew
+        if report.get("settings") == run["settings"] and ("models" in report or not s.export):
             print(f"this run is finished; another one needs another --out than {out}")
             return report, dataset, {}, {}
     return None, dataset, reviews, run
@@ -687,11 +670,13 @@ def prepared(train_set: list[Review], reviews: dict, run: dict, s: Settings) -> 
     """For rank 0: tokenizer and, for --unlabelled, the linear model's opinions; kept in OUT once done."""
     if run["ranks"]:
         return {}
+    start = time.perf_counter()
     made = {"ranks": Tokenizer.train([clean(r.text) for r in train_set], s.vocab_size).ranks}
     if s.unlabelled:
         linear = LinearModel(train_set, shuffled_labels(train_set, s))
         made["linear"] = {name: linear([r.text for r in reviews[name]]) for name in ("unlabelled", "test")}
         made["taught"] = made["linear"]["unlabelled"]
+    made["prepare"] = time.perf_counter() - start
     save_run(run, made, s)
     return made
 
@@ -826,7 +811,7 @@ def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]]) -> 
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted |= {"dataset": dataset, "texts": fingerprint(reviews)}
     new = {"settings": wanted, "ranks": [], "taught": [], "linear": {}, "reached": False}
-    new |= {"student": 1, "step": 0, "steps": 0, "seconds": 0.0, "total_seconds": 0.0}
+    new |= {"prepare": 0.0, "student": 1, "step": 0, "steps": 0, "seconds": 0.0, "total_seconds": 0.0}
     new |= {"right": 0, "seen": 0, "history": []}
     run = load_checkpoint(Path(s.out))
     if run is None:
@@ -847,7 +832,7 @@ def choose_bf16(amp: str, device: torch.device) -> bool:
     if amp == "auto":
         if device.type == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+        return device.type == "cpu" and export.has_bf16()
     return amp == "bf16"
 
 
@@ -877,7 +862,10 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     labels = torch.tensor([r.label for r in reviews])
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     state = {"settings": settings, "config": asdict(model.config), "ranks": tokenizer.ranks, "model": weights}
-    save(out / "model.pt", state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    (out / "model.onnx").unlink(missing_ok=True)  # of another run: --predict would take it
+    write_atomically(out / "model.pt", buffer.getvalue())
     right_p = torch.where(labels == 1, p, 1 - p)  # (N,) the probability of the right answer
     mistakes = []
     for i in right_p.argsort()[:20].tolist():
@@ -976,7 +964,6 @@ def in_batches(ids: list[Tensor], labels: list, size: int = 50) -> list[tuple[tu
 def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list[Review], s, out) -> dict:
     """export.py's table for the model and a pruned one; writes OUT/export/* and OUT/model.onnx, the smallest
     ONNX file that agrees with the original on 99.5% of the reviews. Returns {"models": rows, ...}."""
-    need("onnx", "onnxruntime", "onnxscript")
     every = max(1, len(data["train"][0]) // 1000)  # they stand in order: the first thousand are one class
     sample = in_batches(*(x[::every] for x in data["train"][:2]))
     heads = export.head_importance(model.eval(), sample)
@@ -1002,8 +989,10 @@ def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list
     export.print_table(report)
     export.plot_rows(report, out / "export.png")
     onnx = [row for row in report["models"] if row["file"].endswith(".onnx")]
-    faithful = [row for row in onnx if row["agreement"] >= 0.995]  # not accuracy: no choice by test labels
-    best = min(faithful or onnx, key=lambda row: row["size_bytes"])
+    if not onnx:
+        raise ValueError(f"no ONNX file could be made: {report['refused']}")
+    enough = min(0.995, max(row["agreement"] for row in onnx))  # not accuracy: no choice by test labels
+    best = min((row for row in onnx if row["agreement"] >= enough), key=lambda row: row["size_bytes"])
     write_atomically(out / "model.onnx", (out / "export" / best["file"]).read_bytes())
     ids = tokenizer.encode([r.text for r in test_set], s.max_len)
     p, labels = onnx_probabilities(out / "model.onnx", ids), torch.tensor([r.label for r in test_set])
@@ -1134,6 +1123,22 @@ def predict(s: Settings, p: Processes) -> None:
         print(json.dumps(answer))
 
 
+AGAIN = "delete it and the *.json beside it, and run the training command again"
+
+
+def load(path: Path) -> dict:
+    """OUT/model.pt; no code in it is run. Raises ValueError for anything else, one altered byte too."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load itself doesn't look at the checksums
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damage can surface as anything
+        state = None
+    if not isinstance(state, dict) or "settings" not in state:
+        raise ValueError(f"{path} is damaged or no model of this script; {AGAIN}")
+    return state
+
+
 def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[Tensor]], Tensor]]:
     """(tokenizer, max_len, function of encoded texts to P(positive)): by OUT/model.onnx, all that it needs is
     in it, or where there is none (--no-export) by PyTorch from OUT/model.pt."""
@@ -1147,7 +1152,7 @@ def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[T
             ranks = [base64.b64decode(token) for token in json.loads(found["ranks"])]
             max_len = json.loads(found["max_len"])
         except Exception as error:  # of onnxruntime's own types, or what damage does to the metadata
-            raise ValueError(f"{out / 'model.onnx'} is damaged; delete it, and train again") from error
+            raise ValueError(f"{out / 'model.onnx'} is damaged; {AGAIN}") from error
         return Tokenizer(ranks), max_len, partial(onnx_probabilities, out / "model.onnx")
     path = out / "model.pt"
     if not path.exists():
@@ -1242,8 +1247,10 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     parser.set_defaults(**PRESETS[preset])
     s = Settings(**vars(parser.parse_args(argv)))
     for name in ("epochs", "batch_size", "lr", "warmup", "clip"):
-        if getattr(s, name) <= 0:
+        if not getattr(s, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
+    if not 0 <= s.seed < 2**32:
+        raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {s.seed}")
     if s.vocab_size < SPECIAL + 256:
         raise ValueError(f"vocab_size must be at least {SPECIAL + 256} (all bytes), got {s.vocab_size}")
     if s.students < 1 or s.students > 1 and not s.unlabelled:
@@ -1285,7 +1292,7 @@ def main() -> int:
         code, message = 130, "interrupted; the same command goes on from what is saved so far"
     except Lost as error:
         code, message = 1, str(error)
-    if code == 1 or os.environ.get("RANK", "0") == "0":  # the rest is the same on all ranks
+    if code == 1 or not dist.is_initialized() or dist.get_rank() == 0:  # those that have met agree
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 

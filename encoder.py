@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, C = d_model, H heads, D = C // H, L layers, K classes
 
 import argparse
 import importlib.util
+import io
 import json
 import math
 import os
@@ -97,6 +98,8 @@ class SelfAttention(nn.Module):
         return qkv[0], qkv[1], qkv[2]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None and mask.dtype != torch.bool:  # the kernel would add numbers to the scores
+            raise ValueError(f"mask must be boolean (True = may be attended to), got {mask.dtype}")
         q, k, v = self.heads(x)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
@@ -104,7 +107,7 @@ class SelfAttention(nn.Module):
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the fused kernel never holds: softmax(q k' / sqrt(D)) (eq. 1), (B, H, T, T)."""
         q, k, _ = self.heads(x)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
+        scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T); scaled first: float16
         if mask is None:
             return scores.softmax(dim=-1)
         lowest = torch.finfo(scores.dtype).min  # -inf alone in a row would give NaN
@@ -196,8 +199,8 @@ class Encoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) ids to (B, T, C): embedding * sqrt(C) + position (section 3.4), then dropout."""
-        if tokens.dim() != 2 or tokens.is_floating_point():
-            raise ValueError(f"tokens must be (B, T) integers, got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.dim() != 2 or (tokens.dtype != torch.int64 and tokens.dtype != torch.int32):
+            raise ValueError(f"tokens must be (B, T) int32 or int64, got {tokens.dtype} {list(tokens.shape)}")
         T = tokens.size(1)
         if T > self.max_len:
             raise ValueError(f"a sequence may have at most max_len={self.max_len} tokens, got {T}")
@@ -344,7 +347,9 @@ def setting(default, reason: str):
 
 @dataclass
 class Settings:
-    n_train: int = setting(6000, "generated reviews to learn from (even: they come in pairs)")
+    n_train: int = setting(
+        6000, "generated reviews to learn from (a multiple of 4: pairs of twins and others in turn)"
+    )
     n_test: int = setting(2000, "other reviews, none of them in the training set")
     d_model: int = setting(64, "width")
     n_heads: int = setting(4, "heads of 16 dimensions: enough to single out a word")
@@ -369,7 +374,8 @@ def encode_words(reviews: list[tuple[str, int]], vocabulary: dict[str, int]) -> 
 
 
 def train(model: nn.Module, tokens: Tensor, labels: Tensor, s: Settings) -> None:
-    """AdamW on the cross-entropy, warm-up and cosine, gradients clipped; all randomness from s.seed."""
+    """AdamW on the cross-entropy, warm-up and cosine, gradients clipped. Batches are drawn from s.seed,
+    dropout from torch's own generator."""
     generator = torch.Generator().manual_seed(s.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.01)
     steps = s.epochs * math.ceil(len(tokens) / s.batch_size)
@@ -482,8 +488,10 @@ def plot_twins(model: EncoderClassifier, test_set: list, vocabulary: dict, path:
         axes.set(xlabel="looked at (key)", ylabel="looking (query)", title=f"P(positive) = {p:.3f}")
     fig.suptitle(f"The same words in another order: layer {layer + 1}, head {head + 1}")
     fig.colorbar(image, ax=panels, label="attention weight (each row sums to 1)", shrink=0.8)
-    fig.savefig(path, dpi=110)
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=110)
     plt.close(fig)
+    write_atomically(path, png.getvalue())
     return path
 
 
@@ -509,8 +517,10 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     for name in ("n_train", "epochs", "batch_size", "lr"):
         if getattr(s, name) <= 0:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
-    if s.n_test < 40 or s.n_train % 4 or s.n_test % 4:
-        raise ValueError(f"n_train, n_test must be multiples of 4, n_test >= 40, got {s.n_train}, {s.n_test}")
+    if s.n_test < 400 or s.n_train % 4 or s.n_test % 4:
+        raise ValueError(
+            f"n_train, n_test must be multiples of 4, n_test >= 400, got {s.n_train}, {s.n_test}"
+        )
     return s
 
 

@@ -192,7 +192,8 @@ class OnnxAttention(TorchFunctionMode):
         return (self.attention if is_attention else function)(*args, **(kwargs or {}))
 
     @staticmethod
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args, **kwargs):
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *args, **kwargs):
+        q, k, v = query, key, value  # torch's names: a caller may use them
         attention = F.scaled_dot_product_attention
         if attn_mask is None:
             return attention(q, k, v, None, *args, **kwargs)
@@ -526,7 +527,8 @@ def importance(model: nn.Module, readers: dict[str, nn.Linear], widths: dict, ba
                 value = loss(model(*as_inputs(inputs)), targets)
                 gradients = torch.autograd.grad(value, [seen[name] for name in readers])
                 for name, gradient in zip(readers, gradients, strict=True):
-                    change = (seen[name].detach() * gradient).flatten(1, -2).sum(1)  # (B, features)
+                    change = seen[name].detach() * gradient  # (B, features) or (B, ..., features)
+                    change = change.reshape(len(change), -1, change.size(-1)).sum(1)  # (B, features)
                     change = change.unflatten(1, (-1, widths[name])).sum(2)  # (B, groups)
                     totals[name] += change.abs().sum(0).cpu()
                 n_examples += len(targets)
@@ -732,7 +734,8 @@ def in_a_fresh_process(path, inputs: tuple, threads: int = 1) -> tuple[dict, Ten
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if result.returncode:
-            raise RuntimeError(f"{path} fails in a fresh process: {result.stderr.strip().splitlines()[-1]}")
+            why = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+            raise RuntimeError(f"{path} fails in a fresh process: {why}")
         return json.loads(result.stdout), torch.from_numpy(np.load(Path(folder, "output.npy")))
 
 
@@ -801,9 +804,9 @@ def write_artefacts(models: dict, example_inputs, calibration, out: Path, metada
     for label, model in models.items():
         prefix = "" if model is original else f"{label}, "
         stem = "model" if model is original else label.replace(" ", "_")
-        if has_bf16() and not any(x.is_floating_point() for x in as_inputs(example_inputs)):
-            half = to_bfloat16(model), example_inputs, out / f"{stem}.bf16.pt2"
-            attempt(f"{prefix}torch.export, bf16", export_program, *half)
+        if not any(x.is_floating_point() for x in as_inputs(example_inputs)):
+            half = partial(lambda model, *rest: export_program(to_bfloat16(model), *rest), model)
+            attempt(f"{prefix}torch.export, bf16", half, example_inputs, out / f"{stem}.bf16.pt2")
         fp32 = out / f"{stem}.onnx"
         if not attempt(f"{prefix}ONNX", export_onnx, model, example_inputs, fp32, metadata=metadata):
             continue

@@ -12,6 +12,7 @@ torch alone.
 """
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -94,7 +95,8 @@ def reduce(rows: Tensor, divisor: Tensor, reduction: str, shape: tuple) -> Tenso
     if reduction == "sum":
         return rows.sum()
     if reduction == "mean":  # a divisor of 0 becomes infinity: value 0 and gradient 0 instead of 0 / 0
-        return rows.sum() / divisor.to(rows).masked_fill(divisor == 0, math.inf)
+        divisor = divisor.to(rows)
+        return rows.sum() / divisor.masked_fill(divisor == 0, math.inf)
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
@@ -122,8 +124,9 @@ def label_smoothing_cross_entropy(
     """Cross-entropy with the target distribution (1 - smoothing) * one-hot + smoothing / K.
 
     logits (N, K, ...), targets (N, ...) integers, weight (K,) >= 0. As F.cross_entropy in all: the mean with
-    weights divides by the sum of the targets' weights. But for one thing: where no row counts, it is 0 with
-    gradient 0 (torch: NaN). Half precision is computed, and returned, in float32.
+    weights divides by the sum of the targets' weights. But for one thing: where no row counts, or those that
+    do have weight 0, it is 0 with gradient 0 (torch: NaN). Half precision is computed, and returned, in
+    float32.
     Raises ValueError for targets outside 0 .. K - 1 (ignore_index excepted), smoothing outside [0, 1),
     shapes. Szegedy et al. 2016, arXiv:1512.00567, section 7.
     """
@@ -170,7 +173,8 @@ def focal_loss(
 def binary_focal_loss(
     logits: Tensor, targets: Tensor, gamma: float = 2.0, alpha: float | None = 0.25, reduction: str = "mean"
 ) -> Tensor:
-    """Focal loss over a sigmoid, as torchvision.ops.sigmoid_focal_loss; gamma = 0, alpha = None: plain BCE.
+    """Focal loss over a sigmoid, as torchvision.ops.sigmoid_focal_loss (there alpha comes before gamma, and
+    the default reduction is "none"); gamma = 0, alpha = None: plain BCE.
 
     logits and targets of one shape, targets 0 or 1 (any dtype). alpha weighs class 1, 1 - alpha class 0.
     Raises ValueError for other targets, gamma < 0, alpha outside [0, 1]. Lin et al. 2017, eq. 5.
@@ -347,7 +351,7 @@ def batch_hard_triplet_loss(
 
 def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
     """True where the embeddings z (N, D) have shrunk to a point, and triplet losses stand at the margin:
-    the mean distance is below that share of the margin (of 1, if it is "soft")."""
+    the mean distance is below share * margin ("soft" counts as 1)."""
     check_embeddings(2, z=z)
     mean_distance = torch.pdist(full_precision(z)).mean().item()
     return mean_distance < share * (1.0 if margin == "soft" else margin)
@@ -364,7 +368,7 @@ def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
 #    [ ] lower bound: >= 0, and -> 0 when sure and right
 #    [ ] direction: a gradient step raises the true class; a mistake farther off costs more, and pulls harder
 #    [ ] gradcheck in float64; finite at logits of +-1e4 and in half precision
-#    [ ] scale: uniform logits cost about 1 whatever K (the mean over questions), so learning rates carry over
+#    [ ] scale: uniform logits cost 0.5 to 0.7 whatever K (the mean over questions), so rates carry over
 #    [ ] limit cases: K = 2 is F.cross_entropy, values and gradients; ignored rows change nothing
 
 
@@ -422,7 +426,7 @@ def check_task_losses(losses: Tensor, n_tasks: int) -> None:
 class UncertaintyWeighting(nn.Module):
     """Sum over tasks of (exp(-s_i) L_i + s_i) / 2, s_i = log sigma_i^2 learned with the model (start: 0).
 
-    At the optimum s_i = log L_i: every task pulls with weight 1 / L_i, whatever its unit. No decay on s.
+    At the optimum s_i = log L_i: every task pulls with weight 1 / (2 L_i), whatever its unit. No decay on s.
     L_i > 0 is assumed: a loss that can reach 0 (or lie below) drives s_i to -infinity.
     Kendall et al. 2018, arXiv:1705.07115, eq. 7-10.
     """
@@ -562,8 +566,9 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 # -----------------------------------------------------------------------------
 # Demo: six comparisons. Everything above can be copied without it.
-# In a table every row has the same data, start, batches and number of steps, and its own learning rate: the
-# best on dev of a grid that is the same for all rows. The test images are read with that one alone.
+# In a table every row has the same data, start, batches and number of steps, unless its name says otherwise,
+# and its own learning rate: the best on dev of a grid that is the same for all rows. The test images are read
+# with that one alone.
 
 
 def setting(default, reason: str):
@@ -909,7 +914,7 @@ def demo_tasks(s: Settings) -> tuple[dict, dict]:
 
 
 def train_two_tasks(name: str, fixed: tuple | None, data: tuple, lr: float, s: Settings) -> nn.Module:
-    """A model for digit and side at once, under fixed weights or a weighting that is learned with it."""
+    """A model for digit and height at once, under fixed weights or a weighting that is learned with it."""
     kind = {"uncertainty": UncertaintyWeighting, "GradNorm": GradNorm}.get(name)
     weightings = nn.ModuleList(kind(2) for _ in range(s.n_seeds)) if kind else []
     model = SideBySide((64, 64, 64, 11), s)
@@ -1045,10 +1050,10 @@ def draw(curves: dict, out: Path) -> list[str]:
         size = (12, 5.4) if name == "embeddings" else (7, 4.5)
         figure = plt.figure(figsize=size, layout="constrained")
         plot(figure, curves[name])
-        beside = out / f"{name}.part.png"
-        figure.savefig(beside, dpi=100)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=100)
         plt.close(figure)
-        os.replace(beside, out / f"{name}.png")
+        write_atomically(out / f"{name}.png", png.getvalue())
         paths.append(str(out / f"{name}.png"))
     return paths
 

@@ -249,8 +249,8 @@ def waiting(what: str, processes: Processes, timeout: float | None = None):
 
 
 def on_rank_0(action, processes: Processes):
-    """What action() returns on rank 0, on every rank; and its ValueError or OSError likewise, so that either
-    all go on or all stop. For what is done once for all: reading and writing files."""
+    """What action() returns on rank 0, on every rank; and its ValueError, OSError or ImportError likewise, so
+    that either all go on or all stop. For what is done once for all: reading and writing files."""
     answer = [(None, None)]
     if processes.rank == 0:
         try:
@@ -357,9 +357,9 @@ def wrap(model: nn.Module, s: Settings, p: Processes) -> nn.Module:
 
     nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to every
     GPU in every step, all logits come back to the first one, it can't leave the machine, and it isn't
-    developed any more. On CPU it only calls the module: no gain at all.
+    developed any more. On CPU it would only call the module: no gain at all.
     """
-    if s.data_parallel:
+    if s.data_parallel and p.device.type == "cuda":
         return nn.DataParallel(model)
     if p.world == 1:
         return model
@@ -371,7 +371,8 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices decay, norms and biases don't. Unfused on CPU, where that is bitwise."""
+    """AdamW in two groups: matrices decay, norms and biases don't. Unfused on CPU: there the fused one
+    rounds differently at different places of a tensor."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -483,7 +484,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
     for _ in range(n_bytes):
         # max_len - 1: no later query ever looks back at the last position, so it learns more slowly.
         logits = model(tokens[:, 1 - model.max_len :])[0, -1]  # (V,)
-        drawn = (logits.double().cpu() / temperature).softmax(-1).multinomial(1, generator=generator)
+        drawn = (logits.cpu().double() / temperature).softmax(-1).multinomial(1, generator=generator)
         tokens = torch.cat((tokens, drawn.to(device)[None]), dim=1)
     text = bytes(tokens[0].tolist()).decode(errors="replace").strip()
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no codes for the terminal
@@ -556,6 +557,10 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
         raise ValueError(f"dropout must be in [0, 1), got {s.dropout}")
     if s.dtype not in ("float32", "float64") or s.amp not in ("off", *AMP):
         raise ValueError(f"dtype must be float32 or float64, amp off, bf16 or fp16, got {s.dtype}, {s.amp}")
+    if s.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {s.seed}")
+    if s.dtype == "float64" and p.device.type == "mps":
+        raise ValueError("dtype float64 can't be had on mps")
     if s.amp != "off" and s.dtype != "float32":
         raise ValueError(f"amp {s.amp} needs dtype float32, got {s.dtype}")
     if s.batch_size < p.world * s.accumulate:
@@ -621,11 +626,11 @@ def plot_loss(run: dict, path: Path) -> str:
 
 
 def hardware(p: Processes) -> dict:
-    """gemm_gflops: of all processes' CPUs together, measured by all at once (fp32 1024^3, median of 7)."""
-    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), []
+    """gemm_gflops: of all processes' devices together, measured by all at once (fp32 1024^3, median of 7)."""
+    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(p.device), []
     for _ in range(7):
         start = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - start)
     gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
     cpu = platform.processor() or platform.machine()

@@ -153,14 +153,14 @@ def initialise(model: GPT, seed: int) -> None:
         if weight.ndim == 2:  # what is added to the residual stream 2 n_layers times starts smaller
             deep = name.endswith(("out.weight", "mlp.2.weight"))
             number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")
-            whole = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
-            whole *= 0.02 / math.sqrt(2 * len(model.blocks)) if deep else 0.02
+            full = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+            full *= 0.02 / math.sqrt(2 * len(model.blocks)) if deep else 0.02
         else:
-            whole = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0)
-        whole = whole.to(weight.device, weight.dtype)
+            full = torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0)
+        full = full.to(weight.device, weight.dtype)
         if isinstance(weight, DTensor):  # src_data_rank=None: slice here, send nothing
-            whole = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
-        weight.copy_(whole)
+            full = distribute_tensor(full, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.copy_(full)
 
 
 # -----------------------------------------------------------------------------
@@ -313,8 +313,8 @@ def waiting(what: str, p: Processes, timeout: float | None = None):
 
 
 def on_rank_0(action, p: Processes):
-    """What action() returns on rank 0, on every rank; and its ValueError or OSError likewise, so that either
-    all go on or all stop. For what is done once for all: reading and writing files."""
+    """What action() returns on rank 0, on every rank; and its ValueError, OSError or ImportError likewise, so
+    that either all go on or all stop. For what is done once for all: reading and writing files."""
     answer = [(None, None)]
     if p.rank == 0:
         try:
@@ -746,6 +746,10 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
         raise ValueError(f"dropout must be in [0, 1), got {s.dropout}")
     if s.dtype not in ("float32", "float64") or s.amp not in ("off", *AMP):
         raise ValueError(f"dtype must be float32 or float64, amp off, bf16 or fp16, got {s.dtype}, {s.amp}")
+    if s.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {s.seed}")
+    if s.dtype == "float64" and p.device.type == "mps":
+        raise ValueError("dtype float64 can't be had on mps")
     if s.amp != "off" and (s.exact or s.dtype != "float32"):
         raise ValueError(f"amp {s.amp} needs dtype float32 and no --exact, got {s.dtype}, exact={s.exact}")
     if p.world % s.replicate:
@@ -822,11 +826,11 @@ def show_memory(held: dict[str, dict[str, int]], path: Path) -> str:
 
 
 def hardware(p: Processes) -> dict:
-    """gemm_gflops: of all processes' CPUs together, measured by all at once (fp32 1024^3, median of 7)."""
-    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), []
+    """gemm_gflops: of all processes' devices together, measured by all at once (fp32 1024^3, median of 7)."""
+    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(p.device), []
     for _ in range(7):
         start = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - start)
     gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
     cpu = platform.processor() or platform.machine()
