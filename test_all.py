@@ -1257,7 +1257,7 @@ def test_encoder_weights_stay_finite_in_float16():
     with torch.no_grad():
         attention_.qkv_proj.weight.copy_(torch.eye(64).repeat(3, 1) * 8)
         attention_.qkv_proj.bias.zero_()  # q = k = 64: q k' = 262,144 overflows, scaled it is 32,768
-        assert (attention_.weights(x) == 1 / 3).all() or (attention_.weights(x) - 1 / 3).abs().max() < 1e-3
+        assert (attention_.weights(x) - 1 / 3).abs().max() < 1e-3
 
 
 def test_encoder_errors_on_the_command_line(tmp_path):
@@ -4313,7 +4313,7 @@ def test_train_ddp_bad_input(ddp, tmp_path):
     assert not (tmp_path / "out").exists() and not (ddp.folder / "out").exists()
 
 
-def test_train_ddp_settings_are_checked():
+def test_train_ddp_settings_are_checked(monkeypatch):
     good = train_ddp.Settings(steps=20, warmup=3)
     alone = train_ddp.Processes(0, 1, torch.device("cpu"))
     train_ddp.check_settings(good, alone, {})
@@ -4342,6 +4342,7 @@ def test_train_ddp_settings_are_checked():
             train_ddp.check_settings(train_ddp.Settings(**{"steps": 20, "warmup": 3, name: value}), alone, {})
     with pytest.raises(ValueError, match="lr must be at least 0, got nan"):
         train_ddp.check_settings(train_ddp.Settings(lr=float("nan")), alone, {})
+    monkeypatch.setattr(train_fsdp, "from_all", lambda thing, p: [thing])  # no group here
     for module in (train_ddp, train_fsdp):
         mps = module.Processes(0, 1, torch.device("mps"))
         for wrong, p, why in (({"seed": 2**32}, alone, "seed"), ({"dtype": "float64"}, mps, "float64.*mps")):
@@ -6928,8 +6929,11 @@ def test_classify_imdb_diverging_is_an_error(tmp_path):
     model, data, s, run = imdb_tiny_training(tmp_path)
     with torch.no_grad():
         model.head.weight.fill_(math.nan)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(ValueError, match="loss is nan at step 0.*--lr"):
         imdb.train(model, data, s, run, imdb.ALONE)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_classify_imdb_training_accuracy_is_of_the_steps_since_the_last_time(tmp_path):
@@ -7536,8 +7540,8 @@ def test_readme_figures_are_the_logged_ones():
         assert len(runs) >= 3 and len({run["seed"] for run in runs}) == len(runs)
         return f"{statistics.mean(values):.2f}" + spread * f" ± {statistics.stdev(values):.2f}"
 
-    ratios = sorted(row["ratio"] for row in two["rounds"])
-    for row in two["rounds"]:
+    ratios = {size: sorted(row["ratio"] for row in rounds) for size, rounds in two["rounds"].items()}
+    for row in itertools.chain(*two["rounds"].values()):
         rates = row["1_process_steps_per_second"], row["2_process_steps_per_second"]
         assert row["ratio"] == pytest.approx(rates[1] / rates[0], abs=1e-3)
     figures = [
@@ -7548,9 +7552,10 @@ def test_readme_figures_are_the_logged_ones():
         f"{100 * first['with_linear_test_accuracy']:.2f} % | {first['train_seconds']:.0f} s",
         f"**{mean(best)}** % | {best[0]['train_seconds']:.0f} s",
         f"**{mean(best, 'with_linear_test_accuracy')}** % | {best[0]['train_seconds']:.0f} s",
-        f"{ratios[1]:.2f} times the steps a second ({ratios[0]:.2f} to {ratios[2]:.2f})",
-        f"{mean(two['runs'], 'dev_accuracy', False)} % with\ntwo processes",
-        f"{mean(runs, 'dev_accuracy', False)} % with one; test {mean(two['runs'])} %",
+        "{1:.2f} times the steps a second ({0:.2f} to {2:.2f})".format(*ratios["64"]),
+        "batch size of 32 {1:.2f} ({0:.2f} to {2:.2f})".format(*ratios["32"]),
+        f"{mean(two['runs'], 'dev_accuracy', False)} % with the two",
+        f"{mean(runs, 'dev_accuracy', False)} % with one process; test {mean(two['runs'])} %",
         f"takes {slower['fast']['train_seconds']:.0f} s (test {100 * slower['fast']['test_accuracy']:.2f} %)",
         f"{runs[0]['gemm_gflops']} GFLOP/s",
     ]
@@ -8089,7 +8094,7 @@ def plant_all(files: list[str]) -> int:
 
 def run_everything() -> int:
     """Two pytest processes share the tests, one a core; halves of about the same length."""
-    half = "train_ddp or train_fsdp or attention or encoder"
+    half = "train_ddp or train_fsdp or attention or encoder or losses"
     runs = []
     for selection in (half, f"not ({half})"):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "--durations=10", "-k", selection]
