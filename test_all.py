@@ -7555,7 +7555,7 @@ def test_readme_figures_are_the_logged_ones():
         "{1:.2f} times the steps a second ({0:.2f} to {2:.2f})".format(*ratios["64"]),
         "batch size of 32 {1:.2f} ({0:.2f} to {2:.2f})".format(*ratios["32"]),
         f"{mean(two['runs'], 'dev_accuracy', False)} % with the two",
-        f"{mean(runs, 'dev_accuracy', False)} % with one process; test {mean(two['runs'])} %",
+        f"{mean(runs, 'dev_accuracy', False)} % with one process at 32; test {mean(two['runs'])} %",
         f"takes {slower['fast']['train_seconds']:.0f} s (test {100 * slower['fast']['test_accuracy']:.2f} %)",
         f"{runs[0]['gemm_gflops']} GFLOP/s",
     ]
