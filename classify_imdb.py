@@ -47,7 +47,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import attention
 import export
@@ -68,6 +67,7 @@ from train_ddp import (
     start_processes,
     sum_over_ranks,
     waiting,
+    wrap,
     write_atomically,
 )
 
@@ -504,15 +504,6 @@ def share_of_batch(model, rows: list[int], data: tuple, bf16: bool, s: Settings,
         logits = model(tokens.masked_fill(hidden, MASK), fold).float()  # (B, K)
     loss = F.cross_entropy(logits, torch.stack((1 - target, target), -1), reduction="sum")
     return counts * loss, counts * (logits.argmax(-1) == (target > 0.5)).sum().item()
-
-
-def wrap(model: nn.Module, p: Processes) -> nn.Module:
-    """The model that forward goes through: its gradients become the mean over all processes."""
-    if p.world == 1:
-        return model
-    gpu = [p.device.index] if p.device.type == "cuda" else None
-    with waiting("all ranks to compare their model", p):
-        return DistributedDataParallel(model, gpu, forward_sync_buffers=False)  # the odds never change
 
 
 def save_run(run: dict, state: dict, s: Settings) -> Path:

@@ -4348,7 +4348,7 @@ def test_train_ddp_settings_are_checked(monkeypatch):
         for wrong, p, why in (({"seed": 2**32}, alone, "seed"), ({"dtype": "float64"}, mps, "float64.*mps")):
             with pytest.raises(ValueError, match=why):
                 module.check_settings(module.Settings(**wrong), p, {})
-    wrapped = train_ddp.wrap(nn.Linear(2, 2), train_ddp.Settings(data_parallel=True), alone)
+    wrapped = train_ddp.wrap(nn.Linear(2, 2), alone, data_parallel=True)
     assert isinstance(wrapped, nn.Linear)  # on a CPU, also of a machine with GPUs
     with pytest.raises(ValueError, match="accumulate 5"):
         train_ddp.check_settings(train_ddp.Settings(batch_size=4, accumulate=5), alone, {})

@@ -352,19 +352,20 @@ def load_checkpoint(folder: Path) -> dict | None:
 # Training
 
 
-def wrap(model: nn.Module, s: Settings, p: Processes) -> nn.Module:
+def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Module:
     """The model that forward goes through: its gradients become the mean over all processes.
 
     nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to every
     GPU in every step, all logits come back to the first one, it can't leave the machine, and it isn't
     developed any more. On CPU it would only call the module: no gain at all.
     """
-    if s.data_parallel and p.device.type == "cuda":
+    if data_parallel and p.device.type == "cuda":
         return nn.DataParallel(model)
     if p.world == 1:
         return model
     with waiting("all ranks to compare their model", p):
-        return DistributedDataParallel(model, [p.device.index] if p.device.type == "cuda" else None)
+        gpu = [p.device.index] if p.device.type == "cuda" else None
+        return DistributedDataParallel(model, gpu, forward_sync_buffers=False)  # buffers are constants here
 
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -395,7 +396,7 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
     from tqdm import tqdm
 
     (text, dev), parts, signals = data, p.world * s.accumulate, Signals(p)
-    parallel, optimizer = wrap(model, s, p), make_optimizer(model, s, p.device)
+    parallel, optimizer = wrap(model, p, s.data_parallel), make_optimizer(model, s, p.device)
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
     autocast = torch.autocast(p.device.type, AMP.get(s.amp), enabled=s.amp != "off")
     if run["step"]:
