@@ -573,6 +573,7 @@ RUNGS = {  # the ladder without the loop, as f(q, k, v, mask=None, causal=False)
 
 
 def print_masks() -> None:
+    """Each mask with its shape, x where a query may attend to a key."""
     padding = padding_mask(torch.tensor([2, 4]))
     table = {"causal_mask(4)": causal_mask(4), "causal_mask(2, 4), the last two of four": causal_mask(2, 4)}
     table |= {"padding_mask([2, 4]), two sequences": padding}
@@ -696,6 +697,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long work() takes, a GPU's part of it included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -727,6 +729,7 @@ def scaling(s: Settings, device: torch.device) -> dict:
 
 
 def plot_scaling(lengths: list[int], measured: dict, path: Path) -> None:
+    """PNG: memory (MB) and time (ms) over T, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(9, 3.8), layout="constrained")
@@ -781,6 +784,7 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
 
 
 def usable_device(name: str) -> torch.device:
+    """For "auto" cuda where there is one, else cpu. Raises ValueError for one that can't be used here."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.zeros(1, device=device)

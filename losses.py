@@ -65,6 +65,7 @@ def check_class_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tupl
 
 
 def check_integers(name: str, values: Tensor, shape: tuple) -> None:
+    """Raises ValueError unless values are integers of this shape."""
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {values.dtype}")
     if values.shape != shape:
@@ -84,6 +85,7 @@ def check_per_class(name: str, values: Tensor | None, log_p: Tensor) -> Tensor |
 
 
 def check_at_least_0(name: str, value: float) -> None:
+    """Raises ValueError also for NaN and infinity."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
@@ -419,6 +421,7 @@ def class_balanced_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
 
 
 def check_task_losses(losses: Tensor, n_tasks: int) -> None:
+    """Raises ValueError unless losses are (n_tasks,)."""
     if losses.shape != (n_tasks,):
         raise ValueError(f"losses must have the shape ({n_tasks},), one a task, got {tuple(losses.shape)}")
 
@@ -651,6 +654,7 @@ def fit_tuned(sizes: tuple, x: Tensor, y: Tensor, loss_of, dev_score, s: Setting
 
 
 def draw_batches(n: int, s: Settings):
+    """Rows of n samples for each step, (S, B): each seed its own, the same for every row of a table."""
     generator = torch.Generator().manual_seed(s.seed)
     for _ in range(s.steps):
         yield torch.randint(n, (s.n_seeds, s.batch_size), generator=generator)  # (S, B)
