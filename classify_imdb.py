@@ -51,6 +51,7 @@ from torch import Tensor, nn
 import attention
 import export
 from encoder import EncoderClassifier, EncoderConfig, generate_reviews, need
+from losses import parameter_groups
 from train_ddp import (
     Interrupted,
     Lost,
@@ -76,7 +77,7 @@ from train_ddp import (
 
 PRESETS = {  # what differs from the defaults below; every setting can still be given as a flag
     "fast": {},
-    "best": {"unlabelled": True, "students": 2},
+    "best": {"unlabelled": True},
 }
 
 
@@ -104,9 +105,6 @@ class Settings:
         0.2, "share of the training tokens hidden behind the mask id; 0.3 lost a point"
     )
     unlabelled: bool = setting(False, "learn the linear model's opinion of the 50,000 unlabelled reviews too")
-    students: int = setting(
-        1, "with --unlabelled: trained in turn; the linear model and the one before label for the next"
-    )
     export: bool = setting(True, "afterwards compare export.py's formats on it; --no-export: don't")
     target: float = setting(0.0, "stop as soon as dev is safely past this accuracy, e.g. 0.85; 0: never")
     epochs: int = setting(2, "passes over the training reviews")
@@ -509,8 +507,7 @@ def share_of_batch(model, rows: list[int], data: tuple, bf16: bool, s: Settings,
 def save_run(run: dict, state: dict, s: Settings) -> Path:
     """A checkpoint of run and state in OUT; see train_ddp.save_checkpoint."""
     run["total_seconds"] = time.perf_counter() - run["start"]
-    step = (run["student"] - 1) * (run["steps"] + 1) + run["step"]  # each has a step 0
-    return save_checkpoint(Path(s.out), step, run | state, keep=2)
+    return save_checkpoint(Path(s.out), run["step"], run | state, keep=2)
 
 
 def upcoming(lengths: list[int], s: Settings, step: int) -> Iterable[list[int]]:
@@ -523,10 +520,7 @@ def upcoming(lengths: list[int], s: Settings, step: int) -> Iterable[list[int]]:
 
 def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     """AdamW; weight decay pulls matrices to 0, but not norms and biases, which have no reason to be small."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.lr, fused=True)
+    return torch.optim.AdamW(parameter_groups(model.parameters(), s.weight_decay), lr=s.lr, fused=True)
 
 
 def learning_rate(step: int, steps: int, s: Settings) -> float:
@@ -550,7 +544,7 @@ def probabilities(model: nn.Module, ids: list[Tensor], p: Processes, bf16: bool 
 def record_dev(model: nn.Module, dev: tuple, run: dict, p: Processes) -> str:
     """Add dev accuracy, and training accuracy since the last time, to the history; returns them as text."""
     positive, labels = probabilities(model, dev[0], p, run["bf16"]), torch.tensor(dev[1])
-    row = {"student": run["student"], "step": run["step"], "seconds": round(run["seconds"], 1)}
+    row = {"step": run["step"], "seconds": round(run["seconds"], 1)}
     row["train_accuracy"] = round(run["right"] / run["seen"], 4)
     row["dev_accuracy"] = accuracy(positive, labels)
     row["dev_loss"] = round(F.binary_cross_entropy(positive, labels.float()).item(), 4)
@@ -623,13 +617,9 @@ def classify(s: Settings, p: Processes) -> dict:
     run |= on_rank_0(partial(prepared, train_set, reviews, run, s), p)
     prepare, tokenizer = time.perf_counter(), Tokenizer(run["ranks"])
     data = encoded(tokenizer, train_set, dev_set, reviews, run, s)
-    model = make_student(data, run, s)
+    model = model_of(run, data, s)
     prepare = run["prepare"] + time.perf_counter() - prepare
     train(model.to(p.device), data, s, run, p)
-    while run["student"] < s.students and not run["reached"]:
-        label_again(model, data, run, s, p)
-        model = make_student(data, run, s)
-        train(model.to(p.device), data, s, run, p)
 
     report = {"dataset": dataset} | results(model, data, run, s, machine["gemm_gflops"])
     report["prepare_seconds"] = round(prepare, 1)  # tokenizer, encoding, counting, the linear model's labels
@@ -666,13 +656,12 @@ def prepared(train_set: list[Review], reviews: dict, run: dict, s: Settings) -> 
     if s.unlabelled:
         linear = LinearModel(train_set, shuffled_labels(train_set, s))
         made["linear"] = {name: linear([r.text for r in reviews[name]]) for name in ("unlabelled", "test")}
-        made["taught"] = made["linear"]["unlabelled"]
     made["prepare"] = time.perf_counter() - start
     save_run(run, made, s)
     return made
 
 
-def make_student(data: dict, run: dict, s: Settings) -> ReviewClassifier:
+def model_of(run: dict, data: dict, s: Settings) -> ReviewClassifier:
     """A model that knows the odds of the reviews' n-grams; new, or the one that was being trained."""
     ids, targets, folds = data["train"]
     model = make_model(s, SPECIAL + len(run["ranks"]))
@@ -680,22 +669,6 @@ def make_student(data: dict, run: dict, s: Settings) -> ReviewClassifier:
     if run["step"]:
         model.load_state_dict(run["model"])
     return model
-
-
-def label_again(model: ReviewClassifier, data: dict, run: dict, s: Settings, p: Processes) -> None:
-    """The linear model and this student, who err differently, label the unlabelled reviews for the next."""
-    start = time.perf_counter()
-    (ids, targets, folds), linear = data["train"], torch.tensor(run["linear"]["unlabelled"])
-    run["taught"] = mean_opinion(probabilities(model, ids[-len(linear) :], p, run["bf16"]), linear).tolist()
-    data["train"] = ids, targets[: -len(linear)] + run["taught"], folds
-    run |= {"student": run["student"] + 1, "step": 0}
-    run["seconds"] += time.perf_counter() - start
-    on_rank_0(partial(save_run, run, {"model": {}, "optimizer": {}}, s), p)
-
-
-def mean_opinion(a: Tensor, b: Tensor) -> Tensor:
-    """P(positive) (N,) of two models to one, by the mean of their logits."""
-    return ((a.logit(1e-6) + b.logit(1e-6)) / 2).sigmoid()
 
 
 def finish(report: dict, model, tokenizer, data: dict, reviews: dict, run: dict, s: Settings, p) -> dict:
@@ -724,7 +697,7 @@ def finish(report: dict, model, tokenizer, data: dict, reviews: dict, run: dict,
 def results(model: ReviewClassifier, data: dict, run: dict, s: Settings, gemm_gflops: float) -> dict:
     """What is known of the run before the test."""
     # fewer epochs than asked for where a target ended it
-    epochs = s.epochs * (run["student"] - 1 + run["step"] / run["steps"])
+    epochs = s.epochs * run["step"] / run["steps"]
     flops = epochs * training_flops(model.config, [len(x) for x in data["train"][0]])
     return {
         "dev_accuracy": run["history"][-1]["dev_accuracy"],
@@ -765,7 +738,7 @@ def encoded(tokenizer, train_set, dev_set, reviews: dict, run: dict, s: Settings
         end = max((r.number for r in part), default=0) + 1
         folds += [r.number * FOLDS // end for r in part]
     dev_ids = tokenizer.encode([r.text for r in dev_set], s.max_len)
-    targets = shuffled_labels(train_set, s) + run["taught"]
+    targets = shuffled_labels(train_set, s) + run["linear"].get("unlabelled", [])
     return {"train": (ids, targets, folds), "dev": (dev_ids, [r.label for r in dev_set])}
 
 
@@ -801,8 +774,8 @@ def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]]) -> 
     """The state of the run in OUT, or a new one. Raises ValueError where it isn't the run asked for."""
     wanted = {name: value for name, value in asdict(s).items() if name not in FREE}
     wanted |= {"dataset": dataset, "texts": fingerprint(reviews)}
-    new = {"settings": wanted, "ranks": [], "taught": [], "linear": {}, "reached": False}
-    new |= {"prepare": 0.0, "student": 1, "step": 0, "steps": 0, "seconds": 0.0, "total_seconds": 0.0}
+    new = {"settings": wanted, "ranks": [], "linear": {}, "reached": False}
+    new |= {"prepare": 0.0, "step": 0, "steps": 0, "seconds": 0.0, "total_seconds": 0.0}
     new |= {"right": 0, "seen": 0, "history": []}
     run = load_checkpoint(Path(s.out))
     if run is None:
@@ -875,7 +848,8 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     if run["linear"]:  # the teacher's opinion, and what both say together
         linear = torch.tensor(run["linear"]["test"])
         result["linear_test_accuracy"] = accuracy(linear, labels)
-        result["with_linear_test_accuracy"] = accuracy(mean_opinion(p, linear), labels)
+        both = (p.logit(1e-6) + linear.logit(1e-6)).sigmoid()
+        result["with_linear_test_accuracy"] = accuracy(both, labels)
     return result
 
 
@@ -919,7 +893,7 @@ def plot_confusion(predicted: Tensor, actual: Tensor, path: Path) -> None:
     counts = torch.bincount(2 * actual.long() + predicted.long(), minlength=4).view(2, 2)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     fig, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for a in (0, 1):
         for b in (0, 1):
             color = "white" if share[a, b] > 0.5 else "black"
@@ -1244,8 +1218,6 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {s.seed}")
     if s.vocab_size < SPECIAL + 256:
         raise ValueError(f"vocab_size must be at least {SPECIAL + 256} (all bytes), got {s.vocab_size}")
-    if s.students < 1 or s.students > 1 and not s.unlabelled:
-        raise ValueError(f"students must be 1, or more with --unlabelled, got {s.students}")
     if not 0 <= s.target < 1:
         raise ValueError(f"target must be in [0, 1), got {s.target}")
     if s.explain and s.predict is None:

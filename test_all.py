@@ -3894,6 +3894,13 @@ def test_train_ddp_evaluation_and_flops_and_sample():
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()  # the mean over real tokens
     assert train_ddp.evaluate(model, dev, alone) == pytest.approx(expected, rel=1e-6)
     assert model.training
+    noisy, plain = train_ddp.GPT(16, 2, 1, 32, dropout=0.5), train_ddp.GPT(16, 2, 1, 32)
+    for weight in noisy.parameters():
+        nn.init.normal_(weight, std=0.3)
+    plain.load_state_dict(noisy.state_dict())
+    few = train_ddp.Sequences(dev.tokens[:99], dev.lengths[:99])
+    losses = [train_ddp.evaluate(m, few, alone) for m in (noisy, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "no dropout in evaluation"
     weights = sum(p.numel() for p in model.parameters()) - 32 * 16
     assert train_ddp.flops_per_token(model) == 6 * weights + 6 * 1 * 32 * 16
     text = train_ddp.generate(model, "The ", 50, alone.device)
@@ -3922,8 +3929,8 @@ def ddp_state(step: int) -> dict:
 
 
 def test_train_ddp_checkpoints_keep_the_last_and_leave_no_parts(tmp_path):
-    folder = tmp_path / "new"
-    (tmp_path / "new").mkdir()
+    folder = tmp_path / "new/folder"
+    train_ddp.save_checkpoint(folder, 1, ddp_state(1))
     (folder / "step_00000001.abc.pt.part").write_bytes(b"of a killed process")
     (folder / "mine.txt").write_text("not a checkpoint")
     for step in (5, 50, 500, 5000):
@@ -4118,8 +4125,9 @@ def distance_of_weights(a: Path, b: Path) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def by_hand(s, initialise=None) -> Tensor:
-    """The same training as a plain loop over whole batches: what all ways of splitting them must give.
+def by_hand(s, initialise=None) -> tuple[Tensor, Tensor]:
+    """The same training as a plain loop over whole batches: the weights and the losses of the steps, which
+    all ways of splitting the batches must give.
 
     initialise(model, seed): train_fsdp.py's start weights; None: train_ddp.py's."""
     text, _ = train_ddp.load_manual(s.max_len)
@@ -4132,22 +4140,26 @@ def by_hand(s, initialise=None) -> Tensor:
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
+    losses = []
     for step in range(s.steps):
         rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
         x, y = text.batch(rows, torch.device("cpu"))
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()  # the mean over real tokens
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # the mean over real tokens
+        loss.backward()
+        losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
+    weights = torch.cat([value.detach().flatten() for value in model.state_dict().values()])
+    return weights, torch.tensor(losses, dtype=torch.float64)
 
 
 def test_train_ddp_same_weights_however_the_batch_is_split(ddp, tmp_path):
     """13 sequences of unequal length on 1 to 4 processes, with and without accumulation, in float64."""
     arguments = [*DDP_TINY, "--dtype", "float64"]
     s = train_ddp.settings_from_command_line(arguments)
-    expected, losses = by_hand(s), {}
+    (expected, by_step), losses = by_hand(s), {}
     for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
         out = tmp_path / f"{world}x{accumulate}"
         ddp.run(world, *arguments, "--accumulate", str(accumulate), "--out", str(out))
@@ -4158,6 +4170,7 @@ def test_train_ddp_same_weights_however_the_batch_is_split(ddp, tmp_path):
         losses[world, accumulate] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
         assert report["processes"] == world and len(report["losses"]) == 20
         check_close(losses[world, accumulate], losses[1, 1], 1e-12, "losses")
+    check_close(losses[1, 1][:-1], by_step, 1e-12, "losses")
 
 
 def test_train_ddp_two_processes_are_bitwise_one_with_two_micro_batches(ddp, tmp_path):
@@ -4313,45 +4326,224 @@ def test_train_ddp_bad_input(ddp, tmp_path):
     assert not (tmp_path / "out").exists() and not (ddp.folder / "out").exists()
 
 
-def test_train_ddp_settings_are_checked(monkeypatch):
-    good = train_ddp.Settings(steps=20, warmup=3)
-    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
-    train_ddp.check_settings(good, alone, {})
+BOTH = (train_ddp, train_fsdp)
+
+
+def as_ranks(monkeypatch, change: dict | None = None) -> None:
+    """Without a group: what all ranks say is what this one says, but that the last one's has a change."""
+
+    def gather(out, mine):
+        out[:] = [mine] * (len(out) - 1) + [mine | (change or {})]
+
+    def from_all(thing, p):
+        out = [None] * p.world
+        gather(out, thing)
+        return out
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(train_fsdp, "from_all", from_all)
+
+
+def check_train_settings(module, world: int = 1, **more) -> None:
+    p = module.Processes(0, world, torch.device("cpu"))
+    module.check_settings(
+        module.Settings(**({"steps": 20, "warmup": 0} | more)), p, *[{}] * (module is train_ddp)
+    )
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_settings_are_checked(module, monkeypatch):
+    """The least value of each is taken, one below it is not; and what doesn't go together."""
+    as_ranks(monkeypatch)
+    ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
+    zeros = "lr warmup weight_decay clip seed save_every".split()
+    for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | {"max_len": 2}).items():
+        check_train_settings(module, **{name: least})
+        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got"):
+            check_train_settings(module, **{name: least - 1})
     wrong = {
-        "steps": 0,
-        "batch_size": 0,
-        "accumulate": 0,
-        "max_len": 0,
-        "n_layers": 0,
-        "lr": -1.0,
-        "clip": -0.1,
+        "dropout": (-0.1, 1.0),
+        "dtype": ("float16",),
+        "amp": ("fp8",),
+        "warmup": (20,),
+        "seed": (2**32,),
     }
-    wrong |= {
-        "eval_every": 0,
-        "save_every": -1,
-        "keep": 0,
-        "dropout": 1.0,
-        "dtype": "float16",
-        "amp": "fp8",
-        "seed": -1,
-        "weight_decay": -0.1,
-        "warmup": -1,
-    }
-    for name, value in wrong.items():
-        with pytest.raises(ValueError, match=name):
-            train_ddp.check_settings(train_ddp.Settings(**{"steps": 20, "warmup": 3, name: value}), alone, {})
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                check_train_settings(module, **{name: value})
+    check_train_settings(module, warmup=19, seed=2**32 - 1, dropout=0.99)
     with pytest.raises(ValueError, match="lr must be at least 0, got nan"):
-        train_ddp.check_settings(train_ddp.Settings(lr=float("nan")), alone, {})
-    monkeypatch.setattr(train_fsdp, "from_all", lambda thing, p: [thing])  # no group here
-    for module in (train_ddp, train_fsdp):
-        mps = module.Processes(0, 1, torch.device("mps"))
-        for wrong, p, why in (({"seed": 2**32}, alone, "seed"), ({"dtype": "float64"}, mps, "float64.*mps")):
-            with pytest.raises(ValueError, match=why):
-                module.check_settings(module.Settings(**wrong), p, {})
+        check_train_settings(module, lr=float("nan"))
+    with pytest.raises(ValueError, match="amp bf16 needs dtype float32"):
+        check_train_settings(module, amp="bf16", dtype="float64")
+    check_train_settings(module, 2, batch_size=6, accumulate=3)
+    with pytest.raises(ValueError, match="accumulate 3"):
+        check_train_settings(module, 2, batch_size=5, accumulate=3)
+
+
+def test_train_ddp_and_train_fsdp_ranks_must_agree_on_every_setting(monkeypatch):
+    as_ranks(monkeypatch, {"save_every": 7})
+    for module in BOTH:  # save_every may change between runs, but not between ranks
+        with pytest.raises(ValueError, match="rank 1 .*save_every 7 there, 50 here"):
+            check_train_settings(module, 2, save_every=50)
+
+
+def test_train_ddp_data_parallel_is_one_process(monkeypatch):
+    as_ranks(monkeypatch)
+    with pytest.raises(ValueError, match="data_parallel"):
+        check_train_settings(train_ddp, 2, data_parallel=True)
+    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
     wrapped = train_ddp.wrap(nn.Linear(2, 2), alone, data_parallel=True)
     assert isinstance(wrapped, nn.Linear)  # on a CPU, also of a machine with GPUs
-    with pytest.raises(ValueError, match="accumulate 5"):
-        train_ddp.check_settings(train_ddp.Settings(batch_size=4, accumulate=5), alone, {})
+
+
+def test_train_ddp_float64_and_processes_on_mps(monkeypatch):
+    mps = train_ddp.Processes(0, 1, torch.device("mps"))
+    with pytest.raises(ValueError, match="float64.*mps"):
+        train_ddp.check_settings(train_ddp.Settings(dtype="float64"), mps, {})
+    for world, have in (("1", False), ("2", True)):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda have=have: have)
+        with pytest.raises(ValueError, match="needs a Mac's GPU and one process"):
+            train_ddp.start_processes("mps")
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_what_binds_a_run(module):
+    """The text and every setting that changes the weights; the others may change when it goes on."""
+    text = module.Sequences(torch.zeros(1, 3, dtype=torch.uint8), torch.tensor([2]))
+    other = module.Sequences(text.tokens + 1, text.lengths)
+    may = {"eval_every", "save_every", "keep", "timeout", "device", "out"}
+    may |= {"data_parallel"} if module is train_ddp else {"replicate", "recompute"}
+    s = module.Settings()
+    assert set(module.bound(s, text)) == (set(vars(s)) - may) | {"text"}
+    assert module.bound(s, text)["text"] != module.bound(s, other)["text"]
+
+
+@pytest.mark.parametrize(
+    "rank, agent, nodes, prefix",
+    [(0, "", "1", "2"), (0, "True", "1", "2"), (1, "", "1", "2"), (0, "", "2", "several nodes")],
+)
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_processes_meet_within_the_timeout(
+    module, rank, agent, nodes, prefix, monkeypatch
+):
+    """Rank 0 hosts the store unless torchrun does; each attempt has a part of it; one limit for all."""
+    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 5}
+    environment |= {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 2}
+    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": agent}).items():
+        monkeypatch.setenv(name, str(value))
+    made, limit = [], module.timedelta(seconds=7)
+    monkeypatch.setattr(module.dist, "TCPStore", lambda *a: made.append(a))
+    monkeypatch.setattr(module.dist, "PrefixStore", lambda name, _: made.append(name))
+    monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **k: made.append(k.get("timeout")))
+    module.start_processes("cpu", 7)
+    assert made == [("host", 5, 2, rank == 0 and not agent, limit), prefix, limit]
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_signals_are_noted_and_given_back(module):
+    before = signal.getsignal(signal.SIGTERM)
+    for world in (1, 2):
+        signals = module.Signals(module.Processes(0, world, torch.device("cpu")))
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.received() == (0, 1)
+        alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
+        assert alone == (world == 1)
+        signals.restore()
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_errors_on_rank_0_reach_all_ranks(module, monkeypatch):
+    sent, two = [], module.Processes(0, 2, torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
+    for kind in (ValueError, OSError, ImportError):
+
+        def fail(kind=kind):
+            raise kind("why")
+
+        with pytest.raises(kind, match="why"):
+            module.on_rank_0(fail, two)
+    assert len(sent) == 3
+    cases = ((1, RuntimeError, RuntimeError), (2, RuntimeError, module.Lost))
+    for world, kind, seen in (*cases, (2, torch.OutOfMemoryError, torch.OutOfMemoryError)):
+        p = module.Processes(0, world, torch.device("cpu"))
+        with pytest.raises(seen), module.waiting("it", p):
+            raise kind("why")
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_exit_codes(module, monkeypatch, capsys):
+    codes = {ValueError("x"): 2, OSError("x"): 2, ImportError("x", name="y"): 2, KeyboardInterrupt(): 130}
+    codes |= {module.Interrupted(15, "x"): 143, module.Lost("x"): 1}
+    for error, code in codes.items():
+
+        def fail(error=error):
+            raise error
+
+        monkeypatch.setattr(module, "settings_from_command_line", fail)
+        assert module.main() == code
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_train_ddp_and_train_fsdp_know_a_place_that_cannot_be_written_before_the_work(tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(OSError, match="read-only"):
+        train_ddp.earlier_run(train_ddp.Settings(out=str(tmp_path)), {})
+    with pytest.raises(OSError, match="read-only"):
+        train_fsdp.check_place(tmp_path)
+
+
+def test_train_ddp_and_train_fsdp_reports_hold_the_last_figures(tmp_path, monkeypatch):
+    run = {"tokens": 6000, "seconds": 2.0, "loss": [5.0, 4.0, 3.0], "dev": [[2, 4.5], [3, 3.5]]}
+    run |= {"settings": {}, "held": []}
+    model = train_ddp.GPT(16, 2, 1, 8)
+    machine = {"gemm_gflops": 4 * 3000 * train_ddp.flops_per_token(model) / 1e9}
+    for module, name in ((train_ddp, "generate"), (train_ddp, "plot_loss"), (train_fsdp, "show_memory")):
+        monkeypatch.setattr(module, name, lambda *_: "")
+    s = train_fsdp.Settings(out=str(tmp_path), d_model=16, n_layers=1, max_len=8)
+    reports = [train_ddp.finish(model, run, machine, train_ddp.Settings(out=str(tmp_path)))]
+    reports.append(train_fsdp.finish(model.state_dict(), run, machine, s))
+    for report in reports:
+        figures = [report[name] for name in ("loss", "dev_loss", "tokens_per_second", "mfu")]
+        assert figures == [3.0, 3.5, 3000, 0.25]
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_gflops_are_the_median_s(module, monkeypatch):
+    alone = module.Processes(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(module, "sum_over_ranks", lambda values, p: values)
+    ticks = itertools.accumulate(t for ms in (7, 1, 3, 2, 6, 5, 4) for t in (0, ms / 1000))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
+    assert module.hardware(alone)["gemm_gflops"] == 536.9  # 2 * 1024^3 in 4 ms
+
+
+def test_train_fsdp_peak_rss_is_the_kernel_s():
+    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    assert 0.9 * peak <= train_fsdp.peak_rss() < 1.5 * peak
+
+
+def test_train_ddp_dropout_is_new_in_each_part_of_each_step(tmp_path, monkeypatch):
+    """For the largest seed too; and tokens are counted, and the signals' handlers are put back."""
+    seeds, seed, before = [], torch.manual_seed, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
+    _, dev = train_ddp.load_manual(8)
+    few = train_ddp.Sequences(dev.tokens[:50], dev.lengths[:50])
+    s = train_ddp.Settings(steps=4, warmup=0, batch_size=6, accumulate=3, max_len=8, save_every=0)
+    s = dataclasses.replace(s, out=str(tmp_path), seed=2**32 - 1)
+    run = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
+    train_ddp.train(
+        train_ddp.GPT(4, 1, 1, 8), (few, few), run, s, train_ddp.Processes(0, 1, torch.device("cpu"))
+    )
+    assert len(seeds) == len(set(seeds)) == 4 * 3
+    rows = torch.cat([train_ddp.rows_of_step(step, 50, 6, s.seed) for step in range(4)])
+    assert run["tokens"] == few.lengths[rows].sum()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_train_ddp_other_settings_do_not_mix(ddp, tmp_path):
@@ -4366,6 +4558,8 @@ def test_train_ddp_other_settings_do_not_mix(ddp, tmp_path):
         (result,) = ddp.attempt(1, *run, *extra)
         check_one_line_error(result, "holds a run of other settings", difference, "another --out")
     assert before == {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    (tmp_path / "a/report.json").unlink()  # killed between the last step and the report
+    assert "going on at step 4" in ddp.run(1, *run)[0].stdout and (tmp_path / "a/report.json").exists()
 
 
 def test_train_ddp_diverging_run_ends_with_advice(ddp, tmp_path):
@@ -4532,7 +4726,7 @@ def test_train_ddp_two_hosts(rendezvous, tmp_path):
             kill_with_children(agent)
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    expected = by_hand(train_ddp.settings_from_command_line(arguments))
+    expected, _ = by_hand(train_ddp.settings_from_command_line(arguments))
     assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
     assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
 
@@ -4653,7 +4847,7 @@ def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
     """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
     arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
     s = train_fsdp.settings_from_command_line(arguments)
-    expected, losses = by_hand(s, train_fsdp.initialise), {}
+    (expected, by_step), losses = by_hand(s, train_fsdp.initialise), {}
     runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
     runs |= {"4, 2 x 2": ["--replicate", "2", "--accumulate", "2"], "2, 2 x 1": ["--replicate", "2"]}
     for name, more in runs.items():
@@ -4666,6 +4860,7 @@ def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
         losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
         assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
         check_close(losses[name], losses["1"], 1e-12, "losses")
+    check_close(losses["1"][:-1], by_step, 1e-12, "losses")
     assert 4 < report["dev_loss"] < 5.5
 
 
@@ -4715,7 +4910,8 @@ print(json.dumps([seen, seeds]))
 def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
     """Training: each row of a step on one rank in one micro-batch. Evaluation: each held-out row once, and
     as many forwards on every rank."""
-    arguments = [*FSDP_TINY, "--accumulate", "2", "--out", str(tmp_path / "a")]
+    seed = 2**32 - 1  # the largest
+    arguments = [*FSDP_TINY, "--accumulate", "2", "--seed", str(seed), "--out", str(tmp_path / "a")]
     results = fsdp.run(3, *arguments, code=FSDP_ROWS)
     seen, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
     assert len(set(sum(seeds, []))) == 20 * 2 * 3, "dropout of its own in each part of each step"
@@ -4724,7 +4920,7 @@ def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
     training = [[rows for size, rows in of_rank if size == n] for of_rank in seen]
     for step in range(20):
         parts = [of_rank[2 * step + micro] for of_rank in training for micro in (0, 1)]
-        expected = train_ddp.rows_of_step(step, n, 13, 0).tolist()
+        expected = train_ddp.rows_of_step(step, n, 13, seed).tolist()
         assert sorted(sum(parts, [])) == sorted(expected) and all(parts)
         assert sum(sum(of_rank[2 * step : 2 * step + 2], []) != sum(parts, []) for of_rank in training) == 3
     evaluations = [[rows for size, rows in of_rank if size == n_dev] for of_rank in seen]
@@ -5035,6 +5231,7 @@ script.leave(script.main())
     check_one_line_error(results[0], "step_00000020.part: rank 1: ")
     assert "File too large" in results[0].stderr or "failed writing" in results[0].stderr, results[0].stderr
     assert [path.name[:13] for path in fsdp_checkpoints(tmp_path / "a")] == ["step_00000010"]
+    (tmp_path / "a/step_00000003.part").mkdir()  # of a process killed earlier
     assert "going on at step 10" in fsdp.run(2, *arguments)[0].stdout
     assert not list((tmp_path / "a").glob("*.part"))
 
@@ -6855,9 +7052,6 @@ def again(*_, **__):
 def late(step, steps, s, rate=script.learning_rate):
     return die() if step == 12 else rate(step, steps, s)
 
-def second(data, run, s, make=script.make_student):
-    return die() if run["student"] == 2 else make(data, run, s)
-
 {here}
 script.leave(script.main())
 """
@@ -6871,29 +7065,23 @@ def imdb_code(here: str = "") -> str:
 
 
 def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
-    arguments, out = [*IMDB_TINY.split(), "--students", "2"], tmp_path / "killed"
+    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
     (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    stages = [  # where it is killed; student and step of what is left
-        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", (1, 0)), ("learning_rate", (1, 12)),
-        ("record_dev", (1, 13)), ("label_again", (1, 18)), ("make_student", (2, 0)),
-        ("learning_rate", (2, 12)),
-        ("plot_confusion", (2, 18)), ("write_page", (2, 18)),
+    stages = [  # where it is killed; the step of what is left
+        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", 0), ("learning_rate", 12),
+        ("record_dev", 13), ("plot_confusion", 18), ("write_page", 18),
     ]  # fmt: skip
     for place, wanted in stages:
-        here = {"learning_rate": "late", "make_student": "second"}.get(place, "die")
-        here = f"script.{place} = {here}"
-        if wanted and wanted > (1, 18):
-            here += "; script.label_again = script.label_again if script.make_student is second else again"
+        here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
         (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
         assert killed.returncode == -signal.SIGKILL, (place, killed)
         left = train_ddp.load_checkpoint(out)
-        assert (left and (left["student"], left["step"])) == wanted, place
-    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "label_again", "test")
+        assert (left and left["step"]) == wanted, place
+    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "test")
     nothing = "".join(f"script.{name} = " for name in done_once) + "again"
     (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
     assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
     assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
-    assert [row["student"] for row in last_json(whole)["history"]] == [1] * 4 + [2] * 4
 
 
 def imdb_tiny_training(tmp_path: Path, **settings):
@@ -6904,7 +7092,7 @@ def imdb_tiny_training(tmp_path: Path, **settings):
     run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False}
     run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
     data = imdb.encoded(imdb.Tokenizer(run["ranks"]), reviews["train"], reviews["test"][:50], reviews, run, s)
-    return imdb.make_student(data, run, s), data, s, run
+    return imdb.model_of(run, data, s), data, s, run
 
 
 def test_classify_imdb_saves_every_so_often_and_after_the_last_step(tmp_path, monkeypatch):
@@ -6967,7 +7155,7 @@ def test_classify_imdb_shuffled_labels_teach_the_teacher_too(tmp_path, monkeypat
     run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0}
     made = imdb.prepared(reviews["train"], reviews, run, s)
     assert given == [imdb.shuffled_labels(reviews["train"], s)] != [[r.label for r in reviews["train"]]]
-    assert made["prepare"] > 0 and made["taught"] == [0.5]
+    assert made["prepare"] > 0 and made["linear"] == {"unlabelled": [0.5], "test": [0.5]}
 
 
 def test_classify_imdb_a_new_model_ends_what_predict_used_before(tmp_path):
@@ -6979,35 +7167,38 @@ def test_classify_imdb_a_new_model_ends_what_predict_used_before(tmp_path):
     assert not (tmp_path / "model.onnx").exists() and (tmp_path / "model.pt").exists()
 
 
-def test_classify_imdb_next_student_learns_from_both(tmp_path):
-    """Labels of the second student: mean logit of linear model and first student; the odds follow them."""
-    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True, students=2)
-    s.out = str(tmp_path)
+def test_classify_imdb_unlabelled_reviews_carry_the_linear_model_s_opinion():
+    """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
+    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True)
     reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(3).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False, "steps": 9}
-    run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
-    run["linear"] = {"unlabelled": torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()}
-    run["taught"] = run["linear"]["unlabelled"]
-    tokenizer = imdb.Tokenizer(run["ranks"])
-    data = imdb.encoded(tokenizer, reviews["train"], reviews["test"], reviews, run, s)
+    ranks = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
+    opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+    run = {"step": 0, "ranks": ranks, "linear": {"unlabelled": opinions}}
+    data = imdb.encoded(imdb.Tokenizer(ranks), reviews["train"], reviews["test"], reviews, run, s)
     ids, targets, folds = data["train"]
-    assert len(ids) == len(targets) == len(folds) == 400 and targets[200:] == run["taught"]
+    assert len(ids) == len(folds) == 400 and targets == [r.label for r in reviews["train"]] + opinions
     assert set(folds[:200]) == set(folds[200:]) == set(range(imdb.FOLDS))
     for part, of in ((reviews["train"], folds[:200]), (reviews["unlabelled"], folds[200:])):
-        numbers = [r.number for r in part]
-        assert sorted(of) == [
-            fold for _, fold in sorted(zip(numbers, of, strict=True))
-        ]  # blocks of neighbours
-    model = imdb.make_student(data, run, s).eval()
+        by_number = sorted(zip([r.number for r in part], of, strict=True))
+        assert sorted(of) == [fold for _, fold in by_number]
+    model = imdb.model_of(run, data, s)
     check_close(model.odds[:, 0], imdb.ngram_odds(ids, [round(t) for t in targets], folds)[-1], 1e-6)
-    imdb.label_again(model, data, run, s, imdb.ALONE)
-    own = torch.tensor([model(x[None]).softmax(-1)[0, 1].item() for x in ids[200:]])
-    linear = torch.tensor(targets[200:])
-    check_close(torch.tensor(run["taught"]), ((own.logit() + linear.logit()) / 2).sigmoid(), 1e-5)
-    assert data["train"][1] == targets[:200] + run["taught"] and run["linear"]["unlabelled"] == targets[200:]
-    left = train_ddp.load_checkpoint(tmp_path)
-    assert (left["student"], left["step"], left["taught"]) == (2, 0, run["taught"])
-    assert ddp_newest(tmp_path).startswith("step_00000010.")  # after the first student's last step
+
+
+def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_path):
+    model, _, _, run = imdb_tiny_training(tmp_path)
+    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:300]
+    linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    run["linear"] = {"test": linear.tolist()}
+    with torch.no_grad():
+        model.head.weight.mul_(30)  # an untrained model is never sure
+    result = imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
+    own = imdb.probabilities(model, tokenizer.encode([r.text for r in test_set], 16), imdb.ALONE)
+    labels = torch.tensor([r.label for r in test_set])
+    both, alone = (own.logit() + linear.logit() > 0) == labels.bool(), (linear > 0.5) == labels.bool()
+    assert result["with_linear_test_accuracy"] == pytest.approx(both.double().mean().item(), abs=1e-5)
+    assert result["linear_test_accuracy"] == pytest.approx(alone.double().mean().item(), abs=1e-5)
+    assert len({*result.values()}) == 4
 
 
 def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
@@ -7118,7 +7309,7 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
     ]
     assert run("--widht", "3").returncode == 2
     for arguments, words in [
-        ("--lr nan", "lr.*nan"), ("--seed 4294967296", "seed.*4294967296"), ("--students 2", "students.*2"),
+        ("--lr nan", "lr.*nan"), ("--seed 4294967296", "seed.*4294967296"),
         ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
         ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
         ("--vocab-size 100", "vocab_size.*258.*100"),
@@ -7485,7 +7676,7 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     fsync, move = module.os.fsync, module.os.replace
 
     def note_fsync(descriptor):
-        done.append(("fsync", path.read_bytes()))
+        done.append(("fsync", path.read_bytes(), os.fstat(descriptor).st_size))
         fsync(descriptor)
 
     def note_move(beside, target):
@@ -7495,7 +7686,7 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module.os, "fsync", note_fsync)
     monkeypatch.setattr(module.os, "replace", note_move)
     module.write_atomically(path, b"new")
-    assert done == [("fsync", b"old"), ("replace", b"new", True)] and path.read_bytes() == b"new"
+    assert done == [("fsync", b"old", 3), ("replace", b"new", True)] and path.read_bytes() == b"new"
 
     def full(_):
         raise OSError("no space left")
@@ -7981,8 +8172,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "padding_and_batch"),
         ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
-        ("a.logit(1e-6) + b.logit(1e-6)", "a.logit(1e-6) + a.logit(1e-6)", "learns_from_both"),
-        ('(run["student"] - 1) * (run["steps"] + 1) + run["step"]', 'run["step"]', "learns_from_both"),
+        ("(p.logit(1e-6) + linear.logit(1e-6))", "(p + linear)", "linear_model_s_logit"),
+        ('run["linear"].get("unlabelled", [])', 'run["linear"].get("test", [])', "linear_model_s_opinion"),
         ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
         ("round(p - without, 4)", "round(p, 4)", "explains_by"),
         ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),

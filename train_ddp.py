@@ -51,7 +51,7 @@ def setting(default, reason: str):
 
 @dataclass
 class Settings:
-    steps: int = setting(500, "optimizer steps in all; the learning rate ends at 0 with the last")
+    steps: int = setting(500, "optimizer steps in all; the learning rate falls to nearly 0 by the last")
     batch_size: int = setting(16, "sequences a step, over all processes and micro-batches; any number")
     accumulate: int = setting(1, "micro-batches a process takes for a step: the same step in less memory")
     max_len: int = setting(128, "tokens (here bytes) the model looks back")

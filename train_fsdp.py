@@ -69,7 +69,7 @@ def setting(default, reason: str):
 
 @dataclass
 class Settings:
-    steps: int = setting(500, "optimizer steps in all; the learning rate ends at 0 with the last")
+    steps: int = setting(500, "optimizer steps in all; the learning rate falls to nearly 0 by the last")
     batch_size: int = setting(16, "sequences a step, over all processes and micro-batches; any number")
     accumulate: int = setting(1, "micro-batches a process takes for a step: the same step in less memory")
     max_len: int = setting(128, "tokens (here bytes) the model looks back")
@@ -748,8 +748,6 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
         raise ValueError(f"dtype must be float32 or float64, amp off, bf16 or fp16, got {s.dtype}, {s.amp}")
     if s.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {s.seed}")
-    if s.dtype == "float64" and p.device.type == "mps":
-        raise ValueError("dtype float64 can't be had on mps")
     if s.amp != "off" and (s.exact or s.dtype != "float32"):
         raise ValueError(f"amp {s.amp} needs dtype float32 and no --exact, got {s.dtype}, exact={s.exact}")
     if p.world % s.replicate:
