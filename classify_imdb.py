@@ -22,6 +22,7 @@ import base64
 import gzip
 import hashlib
 import html
+import http.client
 import io
 import json
 import math
@@ -75,7 +76,7 @@ from train_ddp import (
 # -----------------------------------------------------------------------------
 # Settings
 
-PRESETS = {  # what differs from the defaults below; every setting can still be given as a flag
+PRESETS = {  # what differs from the defaults below; flags go before both
     "fast": {},
     "best": {"unlabelled": True},
 }
@@ -167,7 +168,7 @@ def download(url: str, path: Path, size: int, md5: str) -> None:
                 problem = "the connection broke off"
             except urllib.error.HTTPError as error:
                 raise OSError(f"{url}: the server answers {error.code} {error.reason}") from None
-            except OSError as error:  # no network, no such host, reset, timed out
+            except (OSError, http.client.HTTPException) as error:  # no network, no such host, broken off
                 problem = str(getattr(error, "reason", error))
             if not part.exists() or part.stat().st_size <= have:
                 raise OSError(f"{url}: {problem} after {have:,} of {size:,} bytes")
@@ -756,7 +757,7 @@ def load_reviews(s: Settings) -> tuple[str, dict[str, list[Review]]]:
         print("!" * 100, flush=True)
         return "demo", demo_reviews(s.seed)
     reviews = read_imdb(path, s.unlabelled)
-    if fingerprint(reviews) != IMDB_FINGERPRINT:
+    if fingerprint({split: reviews[split] for split in ("train", "test")}) != IMDB_FINGERPRINT:
         print("note: these are not exactly the published texts; results don't compare with those of others")
     return "imdb", reviews
 
@@ -764,8 +765,8 @@ def load_reviews(s: Settings) -> tuple[str, dict[str, list[Review]]]:
 def fingerprint(reviews: dict[str, list[Review]]) -> str:
     """sha256 of all labels and texts in order."""
     digest = hashlib.sha256()
-    for split in ("train", "test"):
-        for review in reviews[split]:
+    for rows in reviews.values():
+        for review in rows:
             digest.update(f"{review.label}{review.text}\0".encode())
     return digest.hexdigest()
 

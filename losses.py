@@ -356,7 +356,8 @@ def has_collapsed(z: Tensor, margin: float | str, share: float = 0.05) -> bool:
     the mean distance is below share * margin ("soft" counts as 1)."""
     check_embeddings(2, z=z)
     mean_distance = torch.pdist(full_precision(z)).mean().item()
-    return mean_distance < share * (1.0 if margin == "soft" else margin)
+    margin = 1.0 if margin == "soft" else hinge(torch.zeros(()), margin).item()  # which checks it
+    return mean_distance < share * margin
 
 
 # Design your own: from an idea to a loss to trust

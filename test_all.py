@@ -212,15 +212,40 @@ def test_attention_masks():
     assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [[o, o, o], [x, x, o], [x, x, x]]
     assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
     assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
+    assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
     for lengths, max_len, words in [
         (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
         (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
         (torch.tensor([1.5]), None, ("float32",)),
         (torch.tensor([[1]]), None, ("[1, 1]",)),
+        (torch.tensor(3), None, ("[] of",)),
     ]:
         with pytest.raises(ValueError, match="lengths") as error:
             attention.padding_mask(lengths, max_len)
         assert all(word in str(error.value) for word in words), error.value
+
+
+def test_attention_blockwise_gradients_are_summed_in_float32():
+    """Sums that half precision can't hold: they would stall, or lose the digits of log-sum-exp."""
+    for dtype in (torch.float16, torch.bfloat16):
+        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
+        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
+        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
+    q, k, v = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
+    _, dk, dv = torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), (q, k, v))
+    assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
+    q, k = torch.zeros(1, 1), torch.cat((torch.ones(500, 1), -torch.ones(500, 1)))
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, k.clone()))
+    assert torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), q)[0].item() == 1.0
+
+
+def test_attention_cache_refuses_other_shapes():
+    for shape in ((1, 3, 2, 5), (1, 2, 2, 4), (2, 3, 2, 4)):
+        cache = attention.KVCache()
+        cache.append(*torch.randn(2, 1, 3, 2, 4))
+        with pytest.raises(ValueError, match="the cache holds"):
+            cache.append(*torch.randn(2, *shape))
 
 
 @pytest.mark.parametrize("name", ATTENTION_RUNGS)
@@ -611,6 +636,8 @@ def test_attention_errors_name_what_is_wrong():
         ((q, k, v, torch.zeros(5, 7)), ("boolean", "float32")),
         ((q, k, v, torch.ones(5, 7, dtype=torch.int64)), ("boolean", "int64")),
         ((q, k, v, torch.ones(7, 5, dtype=torch.bool)), ("[7, 5]", "[2, 3, 5, 7]")),
+        ((q, k, v, torch.ones(5, 6, dtype=torch.bool)), ("[5, 6]", "[2, 3, 5, 7]")),
+        ((torch.randn(4),) * 3, ("q [4]", "v [4]")),
         ((q, k, v, torch.ones(2, 7, dtype=torch.bool)), ("[2, 7]",)),  # a (B, T) padding mask
         ((q, k, v, torch.ones(1, 2, 3, 5, 7, dtype=torch.bool)), ("[1, 2, 3, 5, 7]",)),
     ]
@@ -751,6 +778,8 @@ def test_attention_demo_alone_in_an_empty_folder(tmp_path):
 
 def test_attention_induction_task():
     """The answer is the word that followed the asked one, and it stands where `places` says."""
+    tokens, *_ = attention.induction_batch(500, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
     batch = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
     (tokens, places, answers), seen = batch, attention.N_SEEN
     assert tokens.shape == (7, 2 * seen - 1) and places.shape == answers.shape == (7, seen - 1)
@@ -1011,13 +1040,20 @@ def test_encoder_row_of_padding_alone_pools_to_0_with_finite_gradients(pool, nor
     assert (weights[:, 0] == 0).all() and vectors.isfinite().all()
 
 
+def test_encoder_keeps_the_mode_and_the_dropout_asked_for():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert encoder.EncoderLayer.from_torch(layer.train()).training
+    model = encoder.EncoderClassifier(encoder.EncoderConfig(9, n_layers=2, dropout=0.3))
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3] * 4
+
+
 def test_encoder_pools_are_their_loops():
     for seed, pool in enumerate(["mean", "max", "mean+max", "first"] * 3):
         config = encoder_config(random.Random(seed), pool=pool)
         model = encoder.EncoderClassifier(config)
         x = torch.randn(5, 7, config.d_model) - 3  # all below 0 somewhere: a max over padding's 0 would show
         mask = torch.rand(5, 7) < 0.6
-        mask[0], mask[1] = False, True
+        mask[0], mask[1], mask[2] = False, True, torch.arange(7) == 3
         for row, result in enumerate(model.pool(x, mask)):
             real = [x[row, t] for t in range(7) if mask[row, t]]
             mean = torch.stack(real).mean(0) if real else torch.zeros(config.d_model)
@@ -1117,7 +1153,7 @@ def test_encoder_bad_input_is_named():
     assert model(torch.ones(2, 8, dtype=torch.long)).shape == (2, 2)  # max_len itself fits
     with pytest.raises(ValueError, match="max_len=8.*9"):
         model(torch.ones(2, 9, dtype=torch.long))
-    for wrong in (torch.ones(5, dtype=torch.long), torch.ones(2, 5)):
+    for wrong in (*(torch.ones(size, dtype=torch.long) for size in (5, (2, 5, 3))), torch.ones(2, 5)):
         with pytest.raises(ValueError, match="tokens must be"):
             model(wrong)
     for wrong in (torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool), torch.ones(5, dtype=torch.bool)):
@@ -1157,9 +1193,10 @@ def test_encoder_generated_reviews_hide_the_label_from_who_counts_words():
         twins = sorted(positive.split()) == sorted(negative.split())
         assert twins == (i % 4 == 0) and positive != negative
         if not twins:  # plain: the adjectives alone tell
-            assert not set(positive.split()) & set(encoder.BAD) and not set(negative.split()) & set(
-                encoder.GOOD
-            )
+            words = set(positive.split()), set(negative.split())
+            assert not words[0] & set(encoder.BAD) and not words[1] & set(encoder.GOOD)
+            assert len(words[0] & set(encoder.GOOD)) == len(words[1] & set(encoder.BAD)) == 2
+    assert {sum(aside in text for aside in encoder.ASIDES) for text in texts} == {0, 1, 2, 3}
     assert encoder.word_counting_ceiling(reviews) == 0.75
     assert encoder.word_counting_ceiling([("a b", 1), ("b a", 1), ("a b c", 0)]) == 1.0
     for wrong in (0, 3, -2, 100_002):
@@ -1421,6 +1458,13 @@ def test_transformer_tying_and_initial_scale():
     untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
     matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
     assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+    assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)
+    assert "positions" not in untied.state_dict()
+    s = transformer.Settings(tied=False, norm_first=False, dropout=0.25)
+    made = vars(transformer.model_config(s, 300))
+    assert all(
+        made[name] == value for name, value in vars(s).items() if name in made and name != "vocab_size"
+    )
 
 
 def test_transformer_positions():
@@ -1770,6 +1814,33 @@ def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_tr
 
 
 @torch.no_grad()
+def test_transformer_translate_loses_no_text(transformer_half_trained):
+    model, tokenizer, _, _ = transformer_half_trained
+    texts = [transformer.english_number(n) for n in range(130)]
+    found = transformer.translate(
+        model, tokenizer, texts, lambda src: transformer.greedy_decode(model, src, 3)
+    )
+    assert min(t.n_tokens for t in found) >= 1
+    blank = transformer.Translation("", 0.0, 0, True)
+    assert transformer.translate(model, tokenizer, ["", "   "], None) == [blank, blank]
+
+
+def test_transformer_search_of_no_sentence():
+    model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
+    assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+    tokens, scores = transformer.beam_search(model, none, 5)
+    assert tokens.shape == (0, 0) and scores.shape == (0,)
+
+
+def test_transformer_log_probs_of_a_bf16_model_are_float32():
+    model = transformer_tiny(dtype=torch.bfloat16).eval()
+    src, _ = transformer_sentences()
+    log_probs, n_tokens, _ = transformer.sequence_log_probs(
+        model, src, transformer.greedy_decode(model, src, 9)
+    )
+    assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
+
+
 def test_transformer_decoding_has_no_reference_to_see():
     """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
     model = transformer_tiny().eval()
@@ -1790,6 +1861,15 @@ def test_transformer_decoding_has_no_reference_to_see():
             transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
         )
     assert found[0]["searches"] == found[1]["searches"]
+    ways = (
+        lambda src: transformer.greedy_decode(poisoned, src, 40),
+        transformer.beam_of(poisoned, 40, 2, 0.0),
+    )
+    texts = [source for source, _ in corpus.test]
+    greedy, beam = (transformer.translate(poisoned, tokenizer, texts, way) for way in ways)
+    gains = [b.log_prob - g.log_prob for g, b in zip(greedy, beam, strict=True)]
+    expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
+    assert (found[0]["search_gains"], found[0]["search_errors"]) == expected
 
 
 def test_transformer_a_step_is_the_sum_of_its_sentences():
@@ -2005,13 +2085,14 @@ def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
     entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(transformer, "MULTI30K_URL", url)
     monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cached = tmp_path / "multi30k" / "train.de.gz"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+    cached = tmp_path / "new/cache/multi30k/train.de.gz"
     with pytest.raises(ValueError, match="404"):
         transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text.replace(b"mann", b"frau"))
-    with pytest.raises(ValueError, match="was altered"):
-        transformer.read_multi30k("train.de", "")
+    for altered in (text.replace(b"mann", b"frau"), text * 2):
+        files["train.de.gz"] = gzip.compress(altered)
+        with pytest.raises(ValueError, match="was altered"):
+            transformer.read_multi30k("train.de", "")
     files["train.de.gz"] = gzip.compress(text)[:-10]
     with pytest.raises(ValueError, match="damaged"):
         transformer.read_multi30k("train.de", "")
@@ -2024,6 +2105,8 @@ def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
     assert transformer.read_multi30k("train.de", "") == (text, True)
     asked.clear()
     assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
+    cached.unlink()
+    assert transformer.read_multi30k("train.de", "") == (text, True)  # into a folder that is there
     monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
     cached.unlink()
     with pytest.raises(ValueError, match="--data"):
@@ -2060,7 +2143,7 @@ def test_transformer_parameter_groups():
     assert not any("norm" in names[id(p)] for p in decayed["params"])
 
 
-def test_transformer_training_step(transformer_half_trained):
+def test_transformer_training_step(transformer_half_trained, monkeypatch):
     """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
     _, tokenizer, corpus, _ = transformer_half_trained
     pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
@@ -2094,6 +2177,11 @@ def test_transformer_training_step(transformer_half_trained):
         training.progress["step"] == training.progress["batch"] == 3
         and training.progress["tokens"] == 3 * n_tokens
     )
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for _ in range(3):
+        training.step(pairs)
+    assert len(set(seeds)) == 3, "dropout of its own in every step"
 
 
 def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
@@ -2139,9 +2227,23 @@ def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, t
         epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
         step(batch)
 
-    training.step = recorded
+    seen, loss = [], training.loss
+
+    def noted(batch, smoothing):
+        value, n = loss(batch, smoothing)
+        if smoothing:  # a training batch
+            seen.append((training.progress["epoch"] + 1, value.item() * n, n))
+        return value, n
+
+    training.step, training.loss = recorded, noted
     training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
     training.run()
+    for row in training.history:
+        sums, counts = zip(*((x, n) for epoch, x, n in seen if epoch == row["epoch"]), strict=True)
+        assert abs(row["train_loss"] - sum(sums) / sum(counts)) < 1e-6
+    for batch in itertools.chain(*epochs):
+        assert len(batch) * max(len(side) for pair in batch for side in pair) <= 100 or len(batch) == 1
+    assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
     for batches in epochs:
         assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
@@ -2157,6 +2259,52 @@ def test_transformer_bf16_only_where_native(monkeypatch):
         assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
     assert chosen("auto") == "float32"
+
+    def auto(device):
+        return transformer.precision(transformer.Settings(device=device))
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert auto("cuda:1") == "float32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert (auto("cuda:1"), auto("mps")) == ("bf16", "float32")
+
+
+def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
+    folder, known = transformer_small_multi30k(tmp_path / "data"), {}
+    for name in transformer.MULTI30K:
+        text = gzip.decompress((folder / f"{name}.gz").read_bytes())
+        known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(transformer, "MULTI30K", known)
+    assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
+    for name in list(known):
+        monkeypatch.setitem(known, name, (41, 0, ""))
+        assert transformer.multi30k_corpus(str(folder)).name == "own"
+        monkeypatch.undo()
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+
+
+def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
+    corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
+    monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
+    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
+    training = transformer.prepare(s)[1]
+    assert [training.tokenizer.decode(side) for pair in training.dev for side in pair] == ["two", "zwei"]
+
+
+def test_transformer_edges():
+    """What is just allowed, and just not."""
+    assert transformer.noam_lr(1, 512, 1) == 512**-0.5
+    assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
+    assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
+    assert transformer.settings_from_command_line(["--smoothing", "0"]).smoothing == 0
+    transformer.check_lines("x", ["hund"], "de", "en")  # no frequent word at all: no reason to refuse
+    with pytest.raises(ValueError, match="language"):
+        transformer.check_lines("x", ["A DOG ON THE MEADOW"], "de", "en")
+    with pytest.raises(ValueError, match="dropout"):
+        transformer.TransformerConfig(dropout=-0.5)
+    for flag in ("--lr-scale", "--length-penalty"):
+        with pytest.raises(ValueError, match=f"{flag} .*nan"):
+            transformer.settings_from_command_line([flag, "nan"])
 
 
 def test_transformer_checkpoint_files(tmp_path, monkeypatch):
@@ -3425,6 +3573,10 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= 2
+    a, b, weight = torch.ones(2, 3).requires_grad_(), torch.ones(2, 3).requires_grad_(), torch.arange(12.0)
+    ((losses.gather_batch(a) + losses.gather_batch(b)) * weight.view(4, 3)).sum().backward()
+    for x in (a, b):  # one gradient tensor goes to both gathers
+        assert torch.equal(x.grad, 2 * weight.view(2, 2, 3)[rank])
     labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
     try:
         losses.gather_batch(torch.ones(2 + rank, 3))
@@ -3437,6 +3589,32 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
+
+
+def test_losses_targets_of_any_integer_type_and_the_dtype_of_results():
+    logits, targets, _ = losses_class_data(ignored=False)
+    for loss, dtype in itertools.product(LOSSES_ON_LOGITS.values(), (torch.uint8, torch.int32)):
+        assert torch.equal(loss(logits, targets.to(dtype)), loss(logits, targets))
+    z, y = torch.randn(6, 3), torch.arange(6) % 3
+    assert losses.focal_loss(z, y, alpha=torch.ones(3).double()).dtype == torch.float32
+    assert losses.binary_focal_loss(z[:, 0].bfloat16(), y % 2).dtype == torch.float32
+
+
+def test_losses_edges():
+    """What is just allowed, and just not."""
+    z, one = torch.randn(6), torch.randn(1, 3)
+    assert losses.binary_focal_loss(z, (z > 0).long(), 2.0, 1.0).isfinite()
+    check_close(losses.contrastive_loss(one, one + 1, torch.ones(1)), torch.tensor(1.5), 1e-6)
+    assert losses.settings_from_command_line(["--batch-size", "4"]).batch_size == 4
+    assert losses.GradNorm(1).weights() == 1 and losses.UncertaintyWeighting(1).weights() == 0.5
+    for call in (
+        lambda: losses.nt_xent_loss(torch.eye(3), torch.eye(3), math.inf),
+        lambda: losses.has_collapsed(one, 0.2),
+        lambda: losses.has_collapsed(torch.eye(3), "hard"),
+        lambda: losses.has_collapsed(torch.eye(3), -0.2),
+    ):
+        with pytest.raises(ValueError):
+            call()
 
 
 def test_losses_nt_xent_on_two_processes_is_one(tmp_path):
@@ -5820,6 +5998,7 @@ def test_export_reduced_range_and_bf16_follow_the_cpu(monkeypatch):
         ({"avx2": True, "avx512_vnni": True}, False, False),
         ({"avx2": True, "avx_vnni": True, "avx512_bf16": False}, False, False),
         ({"avx2": True, "avx512_vnni": True, "avx512_bf16": True}, False, True),
+        ({"avx2": True, "avx512_vnni": True, "amx_bf16": True}, False, True),
         ({"neon": True, "bf16": True}, False, True),
         ({"neon": True, "bf16": False}, False, False),
     ):
@@ -6044,6 +6223,17 @@ class ExportOddAttention(nn.Module):
         return (y, y) if self.change == "tuple" else y
 
 
+def test_export_unstructured_pruning_takes_convolutions():
+    for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1.0)[0].weight.any()
+
+
+def test_export_neurons_of_a_net_that_mixes_them_are_not_pruned():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 4))
+    with pytest.raises(ValueError, match="no feed-forward net"):
+        export.prune_neurons(net, {"": torch.arange(6.0)}, 3)
+
+
 def test_export_pruning_refuses_what_it_does_not_know(export_models):
     model = export_models["own"]
     heads = {f"layers.{i}.attention": torch.ones(3) for i in range(2)}
@@ -6078,7 +6268,11 @@ def test_export_pruning_refuses_what_it_does_not_know(export_models):
     assert isinstance(plain[0], export.SelfAttention)
     with pytest.raises(ValueError, match="Linear has no attention"):
         export.prune_heads(nn.Linear(2, 2), {}, 1)
-    for net in ([nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)], [nn.Linear(2, 3), nn.Linear(3, 2)]):
+    for net in (
+        [nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)],
+        [nn.Linear(2, 3), nn.Linear(3, 2)],
+        [nn.Linear(2, 3), nn.Flatten(0), nn.Linear(6, 2)],
+    ):
         with pytest.raises(ValueError, match="no feed-forward net"):
             export.neuron_importance(nn.Sequential(*net), [])
 
@@ -6295,18 +6489,31 @@ def test_export_fresh_process_has_nothing_of_this_one(export_onnx_file, tmp_path
 
 def test_export_all_says_what_a_model_refuses(tmp_path):
     """A model with an `if` on its input has no .pt2 and no ONNX; the rest is compared all the same."""
-    model, x = nn.Sequential(export.Gate(), nn.Linear(3, 2)), torch.randn(4, 3)
-    labels = model(x).argmax(-1)
+    model, x = nn.Sequential(export.Gate(), nn.Linear(3, 2), nn.Dropout(0.5)), torch.randn(4, 3)
+    labels = model.eval()(x).argmax(-1).clone()
+    model.train()
     cases = {"small": [(x[:2],)], "large": [(x,)]}
     report = export.export_all({"it": model}, x, [((x,), labels)], cases, [], tmp_path, seconds=0.001)
     assert set(report["refused"]) == {"torch.export", "ONNX"} and report["headline"] == "large"
     assert [row["name"] for row in report["models"]] == ["eager", "TorchScript, trace", "TorchScript, script"]
     assert all(row["accuracy"] == row["agreement"] == 1 and row["batch"] == 4 for row in report["models"])
+    assert all(row["max_abs_diff"] <= 1e-6 for row in report["models"])  # without dropout
     assert model.training  # as it was
     for wrong in ({"evaluation": []}, {"cases": {}}, {"models": {}}, {"max_loss": -0.1}):
         given = {"models": {"it": model}, "evaluation": [((x,), labels)], "cases": cases} | wrong
         with pytest.raises(ValueError, match="models, evaluation and cases must hold something"):
             export.export_all(example_inputs=x, calibration=[], out=tmp_path, **given)
+
+
+def test_export_all_holds_everything_to_the_threads_asked_for(tmp_path, monkeypatch):
+    given, load, measure = [], export.load_artefact, export.benchmark
+    monkeypatch.setattr(export, "load_artefact", lambda path, n=1: given.append(n) or load(path, n))
+    monkeypatch.setattr(export, "benchmark", lambda r, c, t=1.0, n=1: given.append(n) or measure(r, c, t, n))
+    monkeypatch.setattr(export, "in_a_fresh_process", lambda path, x, n=1: (given.append(n) or {}, None))
+    model, x = nn.Sequential(export.Gate(), nn.Linear(3, 2)), torch.randn(4, 3)
+    data, cases = [((x,), torch.zeros(4))], {"c": [(x,)]}
+    export.export_all({"it": model}, x, data, cases, [], tmp_path, threads=2, seconds=0.001)
+    assert given == [2] * 5
 
 
 def test_export_sentences_mean_what_their_labels_say():
@@ -6371,6 +6578,9 @@ def imdb_files(per_folder: int) -> dict[str, str]:
 
 def imdb_tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
     with tarfile.open(path, "w:gz") as tar:
+        folder = tarfile.TarInfo(prefix + "train/pos")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
         for name, text in files.items():
             member = tarfile.TarInfo(prefix + name)
             member.size = len(text.encode())
@@ -6457,6 +6667,38 @@ def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch
         refused(whole, "truncated, altered")
     whole.write_bytes(data)
     assert len(imdb.read_imdb(whole)["test"]) == 60
+
+
+def test_classify_imdb_loads_what_is_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
+    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 3})
+    files = imdb_files(5) | {f"train/unsup/{i}_0.txt": "?" for i in range(3)}
+    path = imdb_tarball(tmp_path / "all.tar.gz", files)
+    for unlabelled in (False, True):
+        s = imdb.Settings(data=str(path), unlabelled=unlabelled)
+        assert imdb.load_reviews(s) == ("imdb", imdb.read_imdb(path, unlabelled))
+        assert "not exactly the published" in capsys.readouterr().out
+    monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(imdb.read_imdb(path)))
+    imdb.load_reviews(s)
+    assert not capsys.readouterr().out
+
+
+def test_classify_imdb_constants_are_the_published_ones():
+    assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
+    assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+    log = json_of(ROOT / "assets/imdb.json")
+    assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
+
+
+def test_classify_imdb_fingerprint_sees_each_label_and_text():
+    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
+    seen = {imdb.fingerprint(reviews)}
+    for split in ("train", "test", "unlabelled"):
+        for change in ({"text": "x"}, {"label": 7}):
+            rows = list(reviews[split])
+            rows[3] = rows[3]._replace(**change)
+            seen.add(imdb.fingerprint(reviews | {split: rows}))
+    assert len(seen) == 7
 
 
 def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
@@ -6671,6 +6913,34 @@ def test_classify_imdb_batches_hold_each_review_once_and_little_padding():
     assert len({tuple(sorted(batch)) for batch in batches} & other) < 3
 
 
+def test_classify_imdb_upcoming_goes_on_in_any_epoch():
+    s, lengths = imdb.Settings(epochs=3, batch_size=4), [7] * 10  # 3 steps an epoch
+    whole = list(imdb.upcoming(lengths, s, 0))
+    assert len(whole) == 9 and whole[:3] != whole[3:6] != whole[6:]
+    assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3, 6))
+    assert all(list(imdb.upcoming(lengths, s, step)) == whole[step:] for step in range(10))
+
+
+def test_classify_imdb_hides_a_share_of_the_words_and_counts():
+    seen, ids = [], [torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)]
+
+    def model(tokens, fold):
+        seen.append((tokens, fold))
+        return torch.zeros(len(tokens), 2)
+
+    data, s = (ids, [0.2, 0.3, 0.9], [0, 1, 2]), imdb.Settings(mask_words=0.3)
+    loss, right = imdb.share_of_batch(model, [0, 1, 2], data, False, s, imdb.ALONE)
+    assert right == 2 and loss.item() == pytest.approx(3 * math.log(2))
+    ((tokens, fold),) = seen
+    assert (tokens[0, 400:] == imdb.PAD).all() and fold.tolist() == [0, 1, 2]
+    assert abs((tokens == imdb.MASK).sum().item() / 2400 - 0.3) < 0.05
+
+
+def test_classify_imdb_weights_follow_the_seed():
+    a, b, c = (imdb.make_model(imdb.Settings(seed=n), 300).head.weight for n in (0, 1, 0))
+    assert torch.equal(a, c) and not torch.equal(a, b)
+
+
 def test_classify_imdb_optimizer_and_schedule():
     s = imdb.Settings(lr=2.0, warmup=10, weight_decay=0.5)
     model = imdb.make_model(s, 300)
@@ -6814,10 +7084,13 @@ def test_classify_imdb_linear_model_weighs_by_naive_bayes():
     model = imdb.LinearModel(reviews, labels)
     names = model.counts.get_feature_names_out()
     holders = {0: collections.Counter(), 1: collections.Counter()}
+    all_grams = collections.Counter()
     for review in reviews:
         words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
         grams = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
         holders[review.label].update(grams & set(names))
+        all_grams.update(grams)
+    assert set(names) == {gram for gram, n in all_grams.items() if n >= 2}
     total = [sum(holders[label][name] + 1 for name in names) for label in (0, 1)]
     for i in range(0, len(names), 50):
         n0, n1 = (holders[label][names[i]] + 1 for label in (0, 1))
@@ -6869,6 +7142,7 @@ def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
     assert report == json.loads((folder / "run/report.json").read_text())
     assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
     assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
+    assert 0.4 < report["history"][0]["train_accuracy"] < report["history"][-1]["train_accuracy"] <= 1
     made = {"confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
     made |= {"calibration.png", "test.json", "index.html"}
     made |= {f"attention_{label}.{kind}" for label in imdb.LABELS for kind in ("png", "html")}
@@ -7077,11 +7351,16 @@ def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_rank
         assert killed.returncode == -signal.SIGKILL, (place, killed)
         left = train_ddp.load_checkpoint(out)
         assert (left and left["step"]) == wanted, place
+    assert left["total_seconds"] > 0 and left["prepare"] > 0
+    for old in out.glob("step_*.pt"):
+        old.unlink()
+    train_ddp.save_checkpoint(out, 18, left | {"total_seconds": 1000.0, "prepare": 500.0})
     done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "test")
     nothing = "".join(f"script.{name} = " for name in done_once) + "again"
     (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
     assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
     assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+    assert last_json(done)["total_seconds"] > 1000 and last_json(done)["prepare_seconds"] > 500
 
 
 def imdb_tiny_training(tmp_path: Path, **settings):
@@ -7093,6 +7372,59 @@ def imdb_tiny_training(tmp_path: Path, **settings):
     run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
     data = imdb.encoded(imdb.Tokenizer(run["ranks"]), reviews["train"], reviews["test"][:50], reviews, run, s)
     return imdb.model_of(run, data, s), data, s, run
+
+
+def test_classify_imdb_every_step_and_rank_has_its_own_randomness(tmp_path, monkeypatch):
+    """And gradients are clipped to the norm asked for."""
+    seeds, norms, share, clip = [], [], imdb.share_of_batch, nn.utils.clip_grad_norm_
+    monkeypatch.setattr(imdb, "share_of_batch", lambda *a: seeds.append(torch.initial_seed()) or share(*a))
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
+    for rank in (1, 0):  # rank 1 saves nothing
+        model, data, s, run = imdb_tiny_training(tmp_path, clip=0.125)
+        imdb.train(model, data, s, run, imdb.Processes(rank, 1, torch.device("cpu")))
+    assert len(set(seeds)) == 40 and norms == [0.125] * 40
+
+
+def test_classify_imdb_a_stage_of_another_run_is_done_again(tmp_path):
+    run, path = {"settings": {"seed": 0}, "history": [1]}, tmp_path / "stage.json"
+    for now, made, result in (
+        (run, 1, 1),
+        (run, 2, 1),
+        (run | {"history": [2]}, 3, 3),
+        (run | {"settings": 0}, 4, 4),
+    ):
+        assert imdb.stage(path, now, lambda made=made: {"a": made}) == {"a": result}
+
+
+def test_classify_imdb_tokenizer_learns_clean_texts(tmp_path):
+    s = imdb.Settings(out=str(tmp_path), vocab_size=300)
+    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
+    raw = {
+        split: [r._replace(text=r.text.upper() + "<br />") for r in rows] for split, rows in reviews.items()
+    }
+    run = imdb.earlier_run(s, "demo", raw) | {"start": 0.0}
+    merged = b"".join(token for token in imdb.prepared(raw["train"], raw, run, s)["ranks"] if len(token) > 1)
+    assert merged and merged == merged.lower() and b"<" not in merged
+
+
+def test_classify_imdb_fine_tuning_moves_the_weights(tmp_path):
+    model, data, s, _ = imdb_tiny_training(tmp_path)
+    before = model.head.weight.clone()
+    tuned = imdb.fine_tuned(model, data, s)
+    assert not tuned.training and not torch.equal(tuned.head.weight, before)
+    (((tokens,), labels),) = imdb.in_batches([torch.full((2,), 5), torch.full((1,), 5)], [0.9, 0.2])
+    assert labels.tolist() == [0, 1] and tokens.tolist() == [[5, imdb.PAD], [5, 5]]  # the shorter first
+
+
+def test_classify_imdb_mfu_and_calibration_error(tmp_path):
+    model, data, s, run = imdb_tiny_training(tmp_path)
+    run |= {"step": 10, "steps": 20, "seconds": 2.0, "history": [{"dev_accuracy": 0.5}]}
+    flops = imdb.training_flops(model.config, [len(x) for x in data["train"][0]])
+    assert imdb.results(model, data, run, s, flops / 8 / 1e9)["mfu"] == pytest.approx(2.0)
+    p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
+    # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
+    expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
+    assert imdb.plot_calibration(p, y, tmp_path / "c.png") == pytest.approx(expected, abs=1e-5)
 
 
 def test_classify_imdb_saves_every_so_often_and_after_the_last_step(tmp_path, monkeypatch):
@@ -7182,7 +7514,9 @@ def test_classify_imdb_unlabelled_reviews_carry_the_linear_model_s_opinion():
         by_number = sorted(zip([r.number for r in part], of, strict=True))
         assert sorted(of) == [fold for _, fold in by_number]
     model = imdb.model_of(run, data, s)
-    check_close(model.odds[:, 0], imdb.ngram_odds(ids, [round(t) for t in targets], folds)[-1], 1e-6)
+    odds = imdb.ngram_odds(ids, [round(t) for t in targets], folds)
+    check_close(model.odds[:, 0], odds[-1], 1e-6)
+    check_close(model.fold_odds.view(imdb.FOLDS, -1), odds[:-1], 1e-6)
 
 
 def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_path):
@@ -7199,6 +7533,9 @@ def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_pa
     assert result["with_linear_test_accuracy"] == pytest.approx(both.double().mean().item(), abs=1e-5)
     assert result["linear_test_accuracy"] == pytest.approx(alone.double().mean().item(), abs=1e-5)
     assert len({*result.values()}) == 4
+    worst = torch.where(labels == 1, own, 1 - own).sort().values[:20].tolist()
+    given = [mistake["probability"] for mistake in json_of(tmp_path / "mistakes.json")]
+    assert given == pytest.approx(worst, abs=1e-4)
 
 
 def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
@@ -7265,6 +7602,14 @@ def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(tmp_path, number)
     _, errors = other.communicate(timeout=60)
     assert other.returncode == 2 and len(errors.strip().splitlines()) == 1
     assert "seed 0 there, 7 here" in errors and "dropout 0.1 there, 0.5 here" in errors and "--out" in errors
+
+
+def test_classify_imdb_ctrl_c_before_training(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(imdb, "run_job", interrupted)
+    assert imdb.main() == 130 and "same command goes on" in capsys.readouterr().err
 
 
 def test_classify_imdb_shuffled_labels_teach_nothing(tmp_path):
@@ -7357,6 +7702,9 @@ def test_classify_imdb_exports_explains_and_writes_a_page(tmp_path):
     smaller = [r for r in rows.values() if r["size_bytes"] < report["deployed"]["size_bytes"]]
     assert all(row["agreement"] < 0.995 for row in smaller if row["file"].endswith(".onnx"))
     assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
+    assert (32, 8) in {
+        weight.shape for weight in export_weights(tmp_path / "run/export/pruned.onnx").values()
+    }
     page = (tmp_path / "run/index.html").read_text()
     assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
     assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
@@ -7758,6 +8106,23 @@ def test_readme_figures_are_the_logged_ones():
         assert figure in readme, figure
     assert abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02
     assert mean(runs) in imdb.__doc__ and mean(best) in imdb.__doc__
+
+
+def test_readme_defaults_are_those_of_the_logged_runs():
+    logged = json_of(ROOT / "assets/multi30k.json")["settings"]
+    command = "--preset multi30k --data multi30k --device cpu".split()
+    now = dataclasses.asdict(transformer.settings_from_command_line(command))
+    assert now | {"out": ""} == logged | {"out": ""}
+    assert dataclasses.asdict(losses.Settings()) == json_of(ROOT / "assets/losses.json")["settings"]
+    s = transformer.Settings()  # of the generated numbers
+    assert (s.vocab_size, s.max_len, s.d_model, s.n_layers, s.d_ff) == (600, 32, 64, 2, 256)
+    assert (s.dropout, s.epochs, s.batch_tokens, s.warmup, s.lr_scale) == (0.0, 5, 1024, 100, 0.4)
+    assert (s.average, s.beam_size) == (2, 4)
+    logged = json_of(ROOT / "assets/imdb.json")["fast"][0]["settings"]
+    now = dataclasses.asdict(imdb.Settings())
+    assert {name: value for name, value in logged.items() if name in now} == {
+        name: value for name, value in now.items() if name in logged
+    }
 
 
 def test_readme_translation_figures_are_the_logged_ones():

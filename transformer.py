@@ -383,7 +383,7 @@ def beam_search(
         first_rows = torch.arange(batch, device=device)[:, None] * beam_size  # (B, 1) of a sentence's K rows
         log_probs = at_least_float32(memory.new_full((batch, beam_size), -torch.inf))  # (B, K)
         log_probs[:, 0] = 0.0  # K equal beginnings would stay equal: all but one start with probability 0
-        only_pad = torch.full_like(log_probs[0, :1].expand(vocab), -torch.inf)  # (V,)
+        only_pad = log_probs.new_full((vocab,), -torch.inf)
         only_pad[model.config.pad_id] = 0.0  # what follows a finished hypothesis, at no cost
         cache: dict = {}
         while tokens.shape[1] <= max_len and not finished.all():
@@ -402,7 +402,7 @@ def beam_search(
         divisor = ((5 + lengths.to(log_probs)) / 6) ** length_penalty  # in log_probs' precision
         scores, best = (log_probs / divisor).max(dim=1)  # (B,) each
         chosen = first_rows[:, 0] + best  # (B,)
-    longest = int(lengths.flatten()[chosen].max())
+    longest = int(lengths.flatten()[chosen].max()) if batch else 0
     return tokens[chosen, 1 : 1 + longest], scores
 
 
@@ -808,7 +808,9 @@ class Training:
         epoch, dev_loss = progress["epoch"] + 1, self.dev_loss()
         train_loss = progress["loss"] / progress["tokens"]
         if not math.isfinite(train_loss):
-            raise ValueError(f"the loss is {train_loss} in epoch {epoch}: try a smaller --lr-scale")
+            raise ValueError(
+                f"the loss is {train_loss} in epoch {epoch}: try a smaller --lr-scale and another --out"
+            )
         losses = f"train loss {train_loss:.4f} (smoothed), dev loss {dev_loss:.4f}"
         print(f"epoch {epoch}/{s.epochs}: {losses}, {progress['seconds']:.0f} s", flush=True)
         self.history.append({"epoch": epoch, "train_loss": train_loss, "dev_loss": dev_loss})
@@ -864,7 +866,7 @@ def sequence_log_probs(model: Transformer, src: Tensor, tokens: Tensor) -> tuple
     with evaluating(model):
         bos = torch.full_like(tokens[:, :1], model.config.bos_id)
         logits = model(src, torch.cat((bos, tokens[:, :-1]), dim=1))  # (B, T, V)
-        log_probs = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]  # (B, T)
+        log_probs = at_least_float32(logits).log_softmax(-1).gather(2, tokens[..., None])[..., 0]  # (B, T)
         is_eos = tokens == model.config.eos_id
         real = is_eos.cumsum(1) - is_eos.long() == 0  # (B, T) no EOS before this token
         return (log_probs * real).sum(1), real.sum(1), is_eos.any(1)
@@ -1018,8 +1020,10 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=reason, **kind)
     s = Settings(**vars(parser.parse_args(argv)))
     for name in "epochs batch_tokens warmup average save_every beam_size lr_scale clip".split():
-        if getattr(s, name) <= 0:
+        if not getattr(s, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(s, name)}")
+    if not math.isfinite(s.length_penalty):
+        raise ValueError(f"--length-penalty must be a finite number, got {s.length_penalty}")
     if not 0 <= s.smoothing < 1:
         raise ValueError(f"--smoothing must be in [0, 1), got {s.smoothing}")
     if s.data and s.preset != "multi30k":
