@@ -102,7 +102,9 @@ class Settings:
     d_ff: int = setting(512, "inner width of the feed-forward net, 4 x d_model")
     dropout: float = setting(0.1, "of embeddings, sub-layers and the pooled vector")
     pool: str = setting("mean+max", "mean, max, mean+max or first")
-    mask_words: float = setting(0.2, "share of the training tokens hidden behind the mask id: less overfitting")
+    mask_words: float = setting(
+        0.2, "share of the training tokens hidden behind the mask id: less overfitting"
+    )
     unlabelled: bool = setting(False, "learn the linear model's opinion of the 50,000 unlabelled reviews too")
     export: bool = setting(True, "afterwards compare export.py's formats on it; --no-export: don't")
     target: float = setting(0.0, "stop as soon as dev is safely past this accuracy, e.g. 0.85; 0: never")
