@@ -4986,6 +4986,17 @@ def test_train_fsdp_start_weights_depend_on_seed_and_name_alone():
         check_close(p, a[name].double(), 1e-9, name)
 
 
+def test_train_fsdp_recomputes_blocks_only_where_asked():
+    model, calls, tokens = train_fsdp.GPT(8, 2, 3, 6), [], torch.arange(6)[None]
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    for recompute, expected in ((None, 3), (True, 6)):  # forward, and once more in backward
+        model.recompute = recompute or model.recompute
+        calls.clear()
+        model(tokens).sum().backward()
+        assert len(calls) == expected
+
+
 def test_train_fsdp_clipping_both_ways_on_a_plain_model():
     for largest in (0.01, 1.0, 100.0):
         grads = []
@@ -6221,6 +6232,13 @@ class ExportOddAttention(nn.Module):
             mask = None
         y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
         return (y, y) if self.change == "tuple" else y
+
+
+def test_export_onnx_may_differ_in_proportion_to_the_outputs(tmp_path):
+    model = nn.Linear(512, 3)
+    with torch.no_grad():
+        model.weight.mul_(1e7)
+    export.export_onnx(model, torch.randn(2, 512), tmp_path / "large.onnx")
 
 
 def test_export_unstructured_pruning_takes_convolutions():
