@@ -4088,14 +4088,18 @@ def test_train_ddp_evaluation_and_flops_and_sample():
         model.embedding.weight[ord("a"), 0] = model.embedding.weight[ord("b"), 1] = 1.0
 
     class Alternates(nn.Module):
-        max_len = 8
+        max_len, widest = 8, 0
 
         def forward(self, tokens: Tensor) -> Tensor:
-            assert tokens.shape[1] <= 7  # one less than max_len, see there
+            Alternates.widest = max(Alternates.widest, tokens.shape[1])
             following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
             return 50.0 * F.one_hot(following, 256)
 
-    assert train_ddp.generate(Alternates(), "xa", 12, alone.device) == "xa" + "ba" * 6
+    assert train_ddp.generate(Alternates(), "xa", 12, alone.device, temperature=0.02) == "xa" + "ba" * 6
+    assert Alternates.widest == 7  # one less than max_len, see there
+    assert train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, alone.device) == "\ufffd[2J\nxaba"
+    texts = [train_ddp.generate(m, "The ", 60, alone.device) for m in (noisy.train(), plain)]
+    assert texts[0] == texts[1], "no dropout"
 
 
 # -----------------------------------------------------------------------------
@@ -4496,7 +4500,7 @@ def test_train_ddp_bad_input(ddp, tmp_path):
     wrong = [
         (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
         (["--device", "tpu"], "device must be auto, cuda, cpu or mps, got tpu"),
-        (["--timeout", "0"], "timeout must be above 0, got 0.0"),
+        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
         (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32, got float64"),
     ]
     for arguments, message in wrong:
@@ -4585,6 +4589,8 @@ def test_train_ddp_float64_and_processes_on_mps(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda have=have: have)
         with pytest.raises(ValueError, match="needs a Mac's GPU and one process"):
             train_ddp.start_processes("mps")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train_ddp.start_processes("mps") == mps
 
 
 @pytest.mark.parametrize("module", BOTH)
@@ -4677,6 +4683,43 @@ def test_train_ddp_and_train_fsdp_know_a_place_that_cannot_be_written_before_the
         train_fsdp.check_place(tmp_path)
 
 
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_begin_with_nothing(module, tmp_path, monkeypatch):
+    as_ranks(monkeypatch)
+    begun, alone = [], module.Processes(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(train_fsdp, "on_rank_0", lambda action, p: action())
+    monkeypatch.setattr(train_fsdp, "sharded_model", lambda s, p: train_fsdp.GPT(4, 1, 1, 8))
+    monkeypatch.setattr(train_fsdp, "whole_weights", lambda *_: {})
+    monkeypatch.setattr(module, "train", lambda *a: begun.extend(x for x in a if isinstance(x, dict)))
+    for name in ("hardware", "finish"):
+        monkeypatch.setattr(module, name, lambda *_: {})
+    module.run_job(module.Settings(out=str(tmp_path / "new")), alone)
+    (run,) = begun
+    assert run["step"] == run["tokens"] == run["seconds"] == 0 and run["loss"] == run["dev"] == []
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_timeouts(module):
+    assert module.settings_from_command_line(["--timeout", "0.5"]).timeout == 0.5
+    for wrong in ("0", "-1", "nan", "inf", "1e30"):
+        with pytest.raises(ValueError, match="timeout must be above 0"):
+            module.settings_from_command_line(["--timeout", wrong])
+    with pytest.raises(module.Lost, match="NotImplementedError"):  # an error without a message
+        with module.waiting("it", module.Processes(0, 2, torch.device("cpu"))):
+            raise NotImplementedError
+
+
+@pytest.mark.parametrize("module", BOTH)
+def test_train_ddp_and_train_fsdp_end_the_group_after_success_alone(module, monkeypatch):
+    done = []
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: done.append("group"))
+    monkeypatch.setattr(module.os, "_exit", done.append)
+    module.leave(0)
+    module.leave(1)
+    assert done == ["group", 0, 1]
+
+
 def test_train_ddp_and_train_fsdp_reports_hold_the_last_figures(tmp_path, monkeypatch):
     run = {"tokens": 6000, "seconds": 2.0, "loss": [5.0, 4.0, 3.0], "dev": [[2, 4.5], [3, 3.5]]}
     run |= {"settings": {}, "held": []}
@@ -4719,6 +4762,7 @@ def test_train_ddp_dropout_is_new_in_each_part_of_each_step(tmp_path, monkeypatc
         train_ddp.GPT(4, 1, 1, 8), (few, few), run, s, train_ddp.Processes(0, 1, torch.device("cpu"))
     )
     assert len(seeds) == len(set(seeds)) == 4 * 3
+    assert {n // 4_096 // 1_000_003 for n in seeds} == {s.seed}, "no other seed's"
     rows = torch.cat([train_ddp.rows_of_step(step, 50, 6, s.seed) for step in range(4)])
     assert run["tokens"] == few.lengths[rows].sum()
     assert signal.getsignal(signal.SIGINT) == before
@@ -5091,7 +5135,10 @@ def note(self, rows, device):
     seen.append((len(self.lengths), rows.tolist()))
     return batch(self, rows, device)
 train_fsdp.Sequences.batch = note
+import signal
+before = signal.getsignal(signal.SIGTERM)
 train_fsdp.main()
+assert signal.getsignal(signal.SIGTERM) == before
 print(json.dumps([seen, seeds]))
 """
 
@@ -5104,6 +5151,7 @@ def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
     results = fsdp.run(3, *arguments, code=FSDP_ROWS)
     seen, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
     assert len(set(sum(seeds, []))) == 20 * 2 * 3, "dropout of its own in each part of each step"
+    assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {seed}, "and no other seed's"
     text, dev = train_ddp.load_manual(21)
     n, n_dev = len(text.lengths), len(dev.lengths)
     training = [[rows for size, rows in of_rank if size == n] for of_rank in seen]
@@ -5353,11 +5401,30 @@ def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
     fsdp.run(1, *arguments)
     expected = final_weights(tmp_path / "a")
     assert len(fsdp_checkpoints(tmp_path / "a")) == 2
-    for path in fsdp_checkpoints(tmp_path / "a"):
-        (path / "__0_0.distcp").write_bytes(b"")
+    names = ("__0_0.distcp", ".metadata")
+    for path, name in zip(fsdp_checkpoints(tmp_path / "a"), names, strict=True):
+        (path / name).write_bytes(b"")
     result = fsdp.run(1, *arguments)[0]
     assert result.stderr.count("is damaged") == 2 and "going on" not in result.stdout
     assert torch.equal(final_weights(tmp_path / "a"), expected)
+
+
+def test_train_fsdp_metadata_names_no_function_of_torch():
+    def named(name: bytes):
+        return train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
+
+    assert named(b"float32") is torch.float32
+    for name in (b"load", b"os.system"):
+        with pytest.raises(pickle.UnpicklingError, match="has no place there"):
+            named(name)
+
+
+def test_train_fsdp_failure_on_several_ranks_names_the_first():
+    for cause, reason in ((OSError("a"), "a"), (MemoryError(), "MemoryError")):
+        failures = {1: (OSError("b"), []), 0: (cause, [])}
+        with pytest.raises(OSError, match=f"x: rank 0: {reason}"):
+            with train_fsdp.shards_travel(Path("x"), None):
+                raise train_fsdp.dcp.CheckpointException("write", failures)
 
 
 class FsdpEvil:
@@ -5561,10 +5628,11 @@ def test_train_fsdp_bad_input(fsdp, tmp_path):
         results = fsdp.wait()
         check_one_line_error(results[0], message)
         assert results[1].returncode == 2 and results[1].stderr == ""
+        assert (results[0].stdout == "") == (message != "the loss is")  # known before the work, or not
     wrong = [
         (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
         (["--device", "mps"], "device must be auto, cuda or cpu, got mps"),
-        (["--timeout", "0"], "timeout must be above 0, got 0.0"),
+        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
         (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32"),
         (["--replicate", "0"], "replicate must be at least 1, got 0"),
         (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),

@@ -244,7 +244,7 @@ def waiting(what: str, processes: Processes, timeout: float | None = None):
         if processes.world == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         limit = f" for up to {timeout:g} s" if timeout else ""
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Lost(f"rank {processes.rank} waited{limit} for {what}; in vain: {reason}") from error
 
 
@@ -683,8 +683,8 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(flag, default=f.default, help=reason, **kind)
     s = Settings(**vars(parser.parse_args(argv)))
-    if not s.timeout > 0:
-        raise ValueError(f"timeout must be above 0, got {s.timeout}")
+    if not 0 < s.timeout < 1e9:
+        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {s.timeout}")
     return s
 
 

@@ -308,7 +308,7 @@ def waiting(what: str, p: Processes, timeout: float | None = None):
         if p.world == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         limit = f" for up to {timeout:g} s" if timeout else ""
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Lost(f"rank {p.rank} waited{limit} for {what}; in vain: {reason}") from error
 
 
@@ -506,7 +506,7 @@ def shards_travel(path: Path, p: Processes | None):
             yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        raise OSError(f"{path}: rank {rank}: {cause or type(cause).__name__}") from error
+        raise OSError(f"{path}: rank {rank}: {str(cause) or type(cause).__name__}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -897,8 +897,8 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument(flag, default=f.default, help=reason, **kind)
     s = Settings(**vars(parser.parse_args(argv)))
-    if not s.timeout > 0:
-        raise ValueError(f"timeout must be above 0, got {s.timeout}")
+    if not 0 < s.timeout < 1e9:
+        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {s.timeout}")
     return s
 
 
