@@ -79,8 +79,8 @@ def check_per_class(name: str, values: Tensor | None, log_p: Tensor) -> Tensor |
     if not isinstance(values, Tensor) or values.shape != log_p.shape[1:]:
         given = tuple(values.shape) if isinstance(values, Tensor) else repr(values)
         raise ValueError(f"{name} must be a tensor of {log_p.shape[1]} values, one a class, got {given}")
-    if not (values >= 0).all():
-        raise ValueError(f"{name} must be >= 0, got {values.min().item()}")
+    if not ((values >= 0) & values.isfinite()).all():
+        raise ValueError(f"{name} must be finite and >= 0, got {values.tolist()}")
     return values.to(log_p)
 
 

@@ -6,6 +6,7 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
     python test_all.py --mutants          # plants bugs and sees them caught; --mutants losses.py: in one file
 """
 
+import argparse
 import base64
 import collections
 import contextlib
@@ -23,6 +24,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -213,6 +215,7 @@ def test_attention_masks():
     assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
     assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
     assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+    assert torch.equal(attention.padding_mask([1, 2]), attention.padding_mask(torch.tensor([1, 2])))
     for lengths, max_len, words in [
         (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
         (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
@@ -776,6 +779,21 @@ def test_attention_demo_alone_in_an_empty_folder(tmp_path):
     assert "padding_mask([2, 4]) & causal_mask(4)" in result.stdout
 
 
+def test_attention_weights_to_draw_are_plain_numbers():
+    weights = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
+    drawn = attention.checked_weights(weights, ["a"], ["b"])
+    assert not drawn.requires_grad and drawn.dtype == torch.float32 and drawn.max() == 1
+
+
+def test_attention_page_takes_the_row_of_a_query():
+    """The page's script: which of the flat (L, H, Tq, Tk) weights belong to layer l, head h, query q."""
+    start, stop = re.search(r"weights\.subarray\((.*), (.*)\);", attention.PAGE).groups()
+    flat, shape = np.arange(120), (2, 3, 4, 5)
+    for index in itertools.product(*map(range, shape[:3])):
+        names = dict(zip("lhqHQK", (*index, *shape[1:]), strict=True))
+        assert (flat[eval(start, names) : eval(stop, names)] == flat.reshape(shape)[index]).all()
+
+
 def test_attention_induction_task():
     """The answer is the word that followed the asked one, and it stands where `places` says."""
     tokens, *_ = attention.induction_batch(500, torch.Generator().manual_seed(0), torch.device("cpu"))
@@ -1304,6 +1322,7 @@ def test_encoder_errors_on_the_command_line(tmp_path):
     assert unknown.returncode == 2 and "unrecognized arguments: --widht" in unknown.stderr
     usage = run_script("encoder.py", "--help", cwd=tmp_path)
     assert usage.returncode == 0 and "default: 0.003" in usage.stdout
+    (tmp_path / "out").mkdir()  # of an earlier run
     small = ["--n-train", "40", "--n-test", "400", "--epochs", "1", "--out", str(tmp_path / "out")]
     for arguments, message in [
         (["--n-heads", "5"], "n_heads.*64.*5"), (["--epochs", "0"], "epochs.*0"),
@@ -1839,6 +1858,40 @@ def test_transformer_log_probs_of_a_bf16_model_are_float32():
         model, src, transformer.greedy_decode(model, src, 9)
     )
     assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
+    scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
+    with torch.no_grad():
+        logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+    check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+
+
+def test_transformer_search_leaves_the_model_as_it_was():
+    """Every submodule's mode; and no hook of cross_attention_weights."""
+    model = transformer_tiny().train()
+    model.encoder.eval()
+    modes = [module.training for module in model.modules()]
+    transformer.greedy_decode(model, torch.full((1, 3), 3), 2)
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+    transformer.cross_attention_weights(model, *torch.full((2, 2, 4), 3))
+    assert not any(layer.cross_attention._forward_pre_hooks for layer in model.decoder)
+
+
+def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
+    rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
+    monkeypatch.setattr(transformer, "translate", lambda *_: rows)
+    corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
+    searches = transformer.evaluate(None, None, corpus, transformer.Settings())["searches"]
+    assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
+    assert all(row["cut_off"] == 1 for row in searches.values())
+
+
+def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(ROOT / "transformer.py"), run_name="__main__")
+    assert leaving.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_transformer_decoding_has_no_reference_to_see():
@@ -1880,6 +1933,12 @@ def test_transformer_a_step_is_the_sum_of_its_sentences():
     assert len({len(target) for _, target in pairs}) > 5
     s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
     training = transformer.Training(s, tokenizer, pairs, pairs)
+    got = []
+    hook = training.model.register_forward_hook(lambda module, inputs, output: got.append(output.dtype))
+    for s.amp in ("bf16", "off"):
+        training.loss(pairs[:4], 0.0)
+    hook.remove()
+    assert got == [torch.bfloat16, torch.float32]
     model = training.model.double()
 
     def gradient(batch):
@@ -1966,6 +2025,8 @@ def test_transformer_number_corpus():
     short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
     assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
     assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+    assert max(source.count("thousand") for part in parts for source, _ in part) == 1
+    assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
 
 
 def test_transformer_tokenizer():
@@ -2177,11 +2238,20 @@ def test_transformer_training_step(transformer_half_trained, monkeypatch):
         training.progress["step"] == training.progress["batch"] == 3
         and training.progress["tokens"] == 3 * n_tokens
     )
-    seeds = []
+    model, training.progress["seconds"] = training.model, 1e-6
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", itertools.count().__next__)  # every product takes 1 s
+        report = transformer.cost(training)
+    n_encoder, n_decoder = (sum(p.numel() for p in x.parameters()) for x in (model.encoder, model.decoder))
+    n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in pairs) for side in (0, 1))
+    flops = 6 * (n_encoder * n_src + (n_decoder + model.output.weight.numel()) * n_tgt)
+    assert report["gemm_gflops"] == 2.1
+    assert report["mfu"] == pytest.approx(flops * 1e6 / (2 * 1024**3), rel=1e-6, abs=1e-3)
+    seeds, training.s.seed = [], 1
     monkeypatch.setattr(torch, "manual_seed", seeds.append)
     for _ in range(3):
         training.step(pairs)
-    assert len(set(seeds)) == 3, "dropout of its own in every step"
+    assert seeds == [1_000_003 + step for step in (3, 4, 5)], "dropout of its own in every step"
 
 
 def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
@@ -2276,6 +2346,8 @@ def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
         known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
     monkeypatch.setattr(transformer, "MULTI30K", known)
     assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
+    blanks = transformer_small_multi30k(tmp_path / "crlf", 41, val_en="a dog on the meadow\r\n" * 41)
+    assert transformer.multi30k_corpus(str(blanks)).dev[0][1] == "a dog on the meadow"
     for name in list(known):
         monkeypatch.setitem(known, name, (41, 0, ""))
         assert transformer.multi30k_corpus(str(folder)).name == "own"
@@ -2293,6 +2365,8 @@ def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
 
 def test_transformer_edges():
     """What is just allowed, and just not."""
+    assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary  # learns what encode makes
+    assert [n for n, *_ in transformer.MULTI30K.values()] == [29_000, 29_000, 1_014, 1_014, 1_000, 1_000]
     assert transformer.noam_lr(1, 512, 1) == 512**-0.5
     assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
     assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
@@ -2487,6 +2561,8 @@ def test_transformer_demo(transformer_demo):
     ):
         assert key in report
     assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
+    assert 0 < report["train_seconds"] < report["seconds"] < 240 and report["cache_speedup"] > 1
+    assert report["searches"]["greedy"]["cut_off"] <= 20
     assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
     rows = list(report["searches"].values())
     assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
@@ -2530,6 +2606,7 @@ def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
     command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
+    assert "fünf tausend siebzehn" in many.stdout
     rows = [json.loads(line) for line in many.stdout.splitlines()]
     assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
         rows
@@ -3606,12 +3683,14 @@ def test_losses_edges():
     assert losses.binary_focal_loss(z, (z > 0).long(), 2.0, 1.0).isfinite()
     check_close(losses.contrastive_loss(one, one + 1, torch.ones(1)), torch.tensor(1.5), 1e-6)
     assert losses.settings_from_command_line(["--batch-size", "4"]).batch_size == 4
+    assert losses.has_collapsed(torch.zeros(2, 2).bfloat16(), 0.2)
     assert losses.GradNorm(1).weights() == 1 and losses.UncertaintyWeighting(1).weights() == 0.5
     for call in (
         lambda: losses.nt_xent_loss(torch.eye(3), torch.eye(3), math.inf),
         lambda: losses.has_collapsed(one, 0.2),
         lambda: losses.has_collapsed(torch.eye(3), "hard"),
         lambda: losses.has_collapsed(torch.eye(3), -0.2),
+        lambda: losses.focal_loss(torch.eye(3), torch.arange(3), alpha=torch.tensor([1.0, math.inf, 1.0])),
     ):
         with pytest.raises(ValueError):
             call()
@@ -3794,6 +3873,7 @@ def test_losses_optimizer_options_do_something():
 
 
 def test_losses_script(tmp_path):
+    (tmp_path / "here").mkdir()  # of an earlier run
     result = run_script(
         "losses.py", "--steps", "6", "--n-seeds", "2", "--batch-size", "8", "--out", "here", cwd=tmp_path
     )
@@ -6358,6 +6438,7 @@ def test_export_pruning_refuses_what_it_does_not_know(export_models):
         [nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)],
         [nn.Linear(2, 3), nn.Linear(3, 2)],
         [nn.Linear(2, 3), nn.Flatten(0), nn.Linear(6, 2)],
+        [nn.Embedding(5, 4), nn.Dropout(), nn.Linear(4, 2)],
     ):
         with pytest.raises(ValueError, match="no feed-forward net"):
             export.neuron_importance(nn.Sequential(*net), [])
@@ -8129,6 +8210,17 @@ def test_all_files_write_atomically(module, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         module.write_atomically(path, b"newer")
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("module", [attention, encoder, losses, transformer])
+def test_all_files_know_a_place_that_cannot_be_written_before_the_work(module, tmp_path, monkeypatch):
+    def read_only(dir):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
+    with pytest.raises(OSError, match="read-only"):
+        module.main()
 
 
 def test_all_files_do_nothing_when_imported(tmp_path):

@@ -321,14 +321,15 @@ def noam_lr(step: int, d_model: int, warmup: int) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; the model's mode is restored after."""
-    training = model.training
+    """No dropout and no gradients inside; every submodule's own mode is put back after."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def check_search(model: Transformer, max_len: int, beam_size: int) -> None:
