@@ -5943,7 +5943,7 @@ class ExportAttention(nn.Module):
         return F.scaled_dot_product_attention(x, x, x, mask)
 
 
-@pytest.mark.parametrize("kind", ["none", "causal", "float", "keys", "rows", "scale", "negative scale"])
+@pytest.mark.parametrize("kind", ["none", "causal", "float", "keys", "rows", "scale"])
 def test_export_onnx_attention_has_torchs_masks(kind, tmp_path):
     """In onnxruntime too, a query that may attend to nothing gets 0, and a mask may broadcast."""
 
@@ -5959,6 +5959,13 @@ def test_export_onnx_attention_has_torchs_masks(kind, tmp_path):
     for b, t in ((1, 1), (2, 7), (5, 3)):
         x, mask = inputs(b, t)
         check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
+
+
+def test_export_onnx_attention_with_a_negative_scale_is_refused(tmp_path):
+    """onnxruntime has none; hidden keys must not get all of the weight instead."""
+    model, x = ExportAttention("negative scale"), torch.randn(2, 2, 5, 8)
+    with pytest.raises(ValueError, match="scale must be greater than 0"):
+        export.export_onnx(model, (x, torch.ones(2, 1, 1, 5, dtype=torch.bool)), tmp_path / "m.onnx")
 
 
 class ExportScale(nn.Module):
