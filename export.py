@@ -197,9 +197,9 @@ class OnnxAttention(TorchFunctionMode):
         attention = F.scaled_dot_product_attention
         if attn_mask is None:
             return attention(q, k, v, None, *args, **kwargs)
-        scale = kwargs.get("scale")
-        if attn_mask.dtype == torch.bool and attn_mask.size(-2) == 1 and (scale is None or scale > 0):
-            kwargs["scale"] = q.size(-1) ** -0.5 if scale is None else scale  # that of D, not of D + 1
+        if attn_mask.dtype == torch.bool and attn_mask.size(-2) == 1:
+            if kwargs.get("scale") is None:
+                kwargs["scale"] = q.size(-1) ** -0.5  # that of D, not of D + 1
             hidden = torch.zeros_like(attn_mask, dtype=k.dtype)  # (..., 1, Tk)
             hidden = hidden.masked_fill(~attn_mask, torch.finfo(k.dtype).min / 4).transpose(-2, -1)
             k = torch.cat((k, hidden.expand(*k.shape[:-1], 1)), -1)  # (B, H, Tk, D + 1)
