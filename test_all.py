@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -5850,7 +5851,7 @@ def export_tokens(b: int, t: int, vocab_size: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def export_models() -> dict[str, nn.Module]:
+def export_models(export_demo_begun) -> dict[str, nn.Module]:
     """encoder.py's classifier and the demo's own, both with random weights and dropout left on."""
     torch.manual_seed(1)
     config = encoder.EncoderConfig(50, 224, d_model=24, n_heads=3, n_layers=2, d_ff=32, pool="mean+max")
@@ -5867,12 +5868,22 @@ def export_onnx_file(export_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def export_demo(tmp_path_factory):
-    """A short run of the demo, without a compiler and without a network."""
+def export_demo_begun(request, tmp_path_factory):
+    """A short run of the demo, without a compiler and without a network; where it is needed it goes on beside
+    the other tests of export.py, as it takes as long as all of them."""
     folder = tmp_path_factory.mktemp("export")
     small = "--n-train 4000 --n-test 400 --epochs 3 --seconds 0.005 --out run".split()
     without = {"PATH": str(folder), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    return folder / "run", run_script("export.py", *small, cwd=folder, **without)
+    with ThreadPoolExecutor(1) as pool:
+        needed = any("export_demo" in item.fixturenames for item in request.session.items)
+        run = pool.submit(run_script, "export.py", *small, cwd=folder, **without) if needed else None
+        yield folder / "run", run
+
+
+@pytest.fixture(scope="module")
+def export_demo(export_demo_begun):
+    folder, run = export_demo_begun
+    return folder, run.result()
 
 
 def check_export(run, model: nn.Module, vocab_size: int = 50, tolerance: float = 1e-5) -> None:
@@ -8947,8 +8958,6 @@ def plant(file: str, old: str, new: str, selection: str) -> bool:
 
 def plant_all(files: list[str]) -> int:
     """Every bug, or those of files; control: without any, all the tests named pass."""
-    from concurrent.futures import ThreadPoolExecutor
-
     bugs = [(file, *bug) for file in files or MUTANTS for bug in MUTANTS[file]]
     for file in files or MUTANTS:
         old = MUTANTS[file][0][0]
@@ -8970,7 +8979,7 @@ def plant_all(files: list[str]) -> int:
 
 def run_everything() -> int:
     """Two pytest processes share the tests, one a core; halves of about the same length."""
-    half = "train_ddp or train_fsdp or attention or encoder or losses"
+    half = "train_ddp or train_fsdp or attention or encoder or (losses and not losses_script)"
     runs = []
     for selection in (half, f"not ({half})"):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "--durations=10", "-k", selection]
