@@ -8832,7 +8832,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         (
             'attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "several nodes"',
             'attempt = "0"',
-            "ddp_under_torchrun",
+            "ddp_under_torchrun or meet_within",
         ),
     ],
     "classify_imdb.py": [
