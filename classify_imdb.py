@@ -340,8 +340,8 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
 # The model: encoder.py's Transformer behind a front of its own
 #
 # A word pair like "not bad" is rare: the Transformer would have to learn each from a few reviews, and learns
-# those reviews by heart instead. Counting is better at that. So each place is also given how much more often
-# the word, pair and triple that end there stand in positive reviews than in negative ones (naive Bayes;
+# those reviews by heart instead. Counting is better at that. So each token is also given how much more often
+# the word, pair and triple that end with it stand in positive reviews than in negative ones (naive Bayes;
 # Wang and Manning 2012), and the Transformer learns what to make of it. The trap: a review's own label is in
 # those counts. While training they come from the other folds of the reviews, those about other films.
 # Unlabelled reviews count as what their teacher takes them for: many more n-grams are then known.
@@ -353,11 +353,11 @@ FACTORS = (1_000_003, 15_485_863, 179_424_673)  # primes; a sum of three product
 
 
 def ngram_ids(tokens: Tensor) -> Tensor:
-    """tokens (B, T) -> buckets (B, T, 3) of the single, pair and triple of tokens that end at each place;
+    """tokens (B, T) -> buckets (B, T, 3) of the single, pair and triple of tokens that end at each token;
     0 where one of them is padding, hidden, or before the start."""
     real, code, buckets = tokens >= 0, torch.zeros_like(tokens), []
     for n, factor in enumerate(FACTORS):
-        before = F.pad(tokens, (n, 0))[:, : tokens.size(1)]  # (B, T) the token n places earlier
+        before = F.pad(tokens, (n, 0))[:, : tokens.size(1)]  # (B, T) the token n before
         code, real = code + before * factor, real & (before >= SPECIAL)
         buckets.append((code % BUCKETS + 1) * real)
     return torch.stack(buckets, dim=-1)
@@ -388,15 +388,15 @@ class ReviewClassifier(EncoderClassifier):
     """
 
     def __init__(self, config: EncoderConfig):
-        super().__init__(config)
-        C = config.d_model
+        places = config.max_len // STRIDE + 2  # rounded up, and one that embed may add
+        super().__init__(replace(config, max_len=places))
+        self.config, C = config, config.d_model
         self.from_odds = nn.Linear(len(FACTORS), C, bias=False)
-        nn.init.normal_(self.from_odds.weight)  # as large as the embedding: it is right from the start
+        nn.init.normal_(self.from_odds.weight)  # as large as the embedding, so that odds count from the start
         self.merge = nn.Linear(STRIDE * C, C)
-        with torch.no_grad():  # begins as about the mean of the four
+        with torch.no_grad():  # begins as the mean of the four, and the usual noise
             self.merge.weight += torch.eye(C).repeat(1, STRIDE) / STRIDE
         self.fused = False
-        self.encoder.positions = self.encoder.positions[: config.max_len // STRIDE + 2].clone()
         self.register_buffer("odds", torch.zeros(BUCKETS + 1, 1))
         self.register_buffer("fold_odds", torch.zeros(FOLDS * (BUCKETS + 1), 1), persistent=False)
 
@@ -406,32 +406,34 @@ class ReviewClassifier(EncoderClassifier):
         self.fold_odds.copy_(odds[:-1].reshape(-1, 1))
 
     def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x (B, P, C), mask (B, P)) for P = (T + 7) // 4 places. fold (B,): whose counts not to see;
-        None: it sees all."""
+        """The places' vectors (B, P, C) and mask (B, P), P = (T + 7) // 4. fold (B,): each review's own fold,
+        whose labels its odds leave out; None: they leave out none."""
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.size(1) > self.config.max_len:
             wanted = f"tokens must be integers (B, T <= {self.config.max_len})"
             raise ValueError(f"{wanted}, got {tokens.dtype} {list(tokens.shape)}")
         T = tokens.size(1)
-        P = (T + 2 * STRIDE - 1) // STRIDE  # at least 2: torch.export takes a size of 1 as fixed
+        P = (T + 2 * STRIDE - 1) // STRIDE  # 2 for the shortest text: torch.export takes a size of 1 as fixed
         tokens = F.pad(tokens, (0, P * STRIDE - T))  # (B, 4P)
         buckets = ngram_ids(tokens)  # (B, 4P, 3)
         if fold is None:
             odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, 4P, 3)
         else:
             odds = F.embedding(buckets + fold[:, None, None] * (BUCKETS + 1), self.fold_odds).squeeze(-1)
-        tokens, odds = (x.unflatten(1, (P, STRIDE)) for x in (tokens, odds))  # (B, P, 4), (B, P, 4, 3)
+        tokens = tokens.unflatten(1, (P, STRIDE))  # (B, P, 4)
+        odds = odds.unflatten(1, (P, STRIDE))  # (B, P, 4, 3)
         words = self.encoder.embedding(tokens)  # (B, P, 4, C)
         if self.fused:
-            x = self.merge(words.flatten(2)) + self.from_odds(odds.flatten(2))  # (B, P, C)
+            places = self.merge(words.flatten(2)) + self.from_odds(odds.flatten(2))  # (B, P, C)
         else:
-            words = self.encoder.dropout(words * self.encoder.scale + self.from_odds(odds))
-            x = self.merge(words.flatten(2))  # (B, P, C)
-        return x + self.encoder.positions[:P], tokens[:, :, 0] != PAD
+            words = self.encoder.dropout(words * self.encoder.scale + self.from_odds(odds))  # (B, P, 4, C)
+            places = self.merge(words.flatten(2))  # (B, P, C)
+        return places + self.encoder.positions[:P], tokens[:, :, 0] != PAD
 
     @torch.no_grad()
     def fuse(self) -> "ReviewClassifier":
-        """Makes it quicker, and no more to be trained: (scale E + odds U) W is E (scale W) + odds (U W), and
-        U W is small: a place takes 12 numbers through it, instead of four vectors to sum."""
+        """Makes this model quicker, for use and not for training; returns it. With the embedding E, U of
+        from_odds and W of merge: (scale E + odds U) W is E (scale W) + odds (U W). So the 12 odds of a place
+        go through one small matrix, and no longer into four vectors of width C."""
         each = self.merge.weight.unflatten(1, (STRIDE, -1)) @ self.from_odds.weight  # (C, 4, 3)
         self.from_odds = nn.Linear(STRIDE * len(FACTORS), self.config.d_model, bias=False)
         self.from_odds.weight.copy_(each.flatten(1))
@@ -689,7 +691,7 @@ def model_of(run: dict, data: dict, s: Settings) -> ReviewClassifier:
     model = make_model(s, SPECIAL + len(run["ranks"]))
     model.set_odds(ngram_odds(ids, [int(target > 0.5) for target in targets], folds))
     if run["step"]:
-        model.load_state_dict(run["model"])
+        load_weights(model, run["model"], s.out)
     return model
 
 
@@ -948,20 +950,26 @@ def in_batches(ids: list[Tensor], labels: list, size: int = 50) -> list[tuple[tu
     return [((pad([ids[i] for i in rows]),), torch.tensor(labels)[rows].round().long()) for rows in order]
 
 
+def pruned_copy(model: ReviewClassifier, sample: list, data: dict, s: Settings) -> ReviewClassifier:
+    """A copy with the lower half of the layers (the upper ones do least: Sajjad et al., arXiv:2004.03844), a
+    quarter of their heads and of their neurons, fine-tuned and fused. sample: batches to judge heads by."""
+    copied = copy.deepcopy(model)
+    copied.encoder.layers = copied.encoder.layers[: max(1, s.n_layers // 2)]
+    heads = export.head_importance(copied, sample)
+    fewer = export.prune_heads(copied, heads, keep=max(1, s.n_heads // 4))
+    neurons = export.neuron_importance(fewer, sample)
+    fewer = export.prune_neurons(fewer, neurons, keep=max(1, s.d_ff // 4))
+    return fine_tuned(fewer, model, data, s).fuse()
+
+
 def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list[Review], s, out) -> dict:
-    """export.py's table for the model and a pruned one of half the layers (Sajjad et al., arXiv:2004.03844),
-    a quarter of their heads and neurons; writes OUT/export/* and OUT/model.onnx, the smallest ONNX file that
-    agrees with the original on 99.5% of the reviews. Returns {"models": rows, ...}."""
+    """export.py's table for the model and its pruned copy; writes OUT/export/* and OUT/model.onnx, the
+    smallest ONNX file that agrees with the original on 99.5% of the reviews compared (else the one that
+    agrees most). Returns {"models": rows, ...}."""
     every = max(1, len(data["train"][0]) // 1000)  # they stand in order: the first thousand are one class
     sample = in_batches(*(x[::every] for x in data["train"][:2]))
-    pruned = copy.deepcopy(model.eval())
-    pruned.encoder.layers = pruned.encoder.layers[: max(1, s.n_layers // 2)]  # the upper ones do least
-    heads = export.head_importance(pruned, sample)
-    pruned = export.prune_heads(pruned, heads, keep=max(1, s.n_heads // 4))
-    neurons = export.neuron_importance(pruned, sample)
-    pruned = export.prune_neurons(pruned, neurons, keep=max(1, s.d_ff // 4))
-    pruned = fine_tuned(pruned, model, data, s).fuse()
-    model.fold_odds = model.fold_odds[:0].clone()  # trained: these counts are needed no more
+    pruned = pruned_copy(model.eval(), sample, data, s)
+    model.fold_odds = model.fold_odds[:0].clone()  # the last training, fine-tuning, is done
     draw = random.Random(0)
     compared = draw.sample(test_set, min(COMPARED, len(test_set)))
     test_ids = tokenizer.encode([r.text for r in compared], s.max_len)
@@ -992,7 +1000,7 @@ def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list
 
 
 def packed(ranks: list[bytes]) -> str:
-    """A tokenizer's ranks as text, a third of their size."""
+    """A tokenizer's ranks as text, compressed."""
     text = json.dumps([token.decode("latin-1") for token in ranks])  # a letter for each byte
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
@@ -1006,15 +1014,16 @@ def fine_tuned(pruned: nn.Module, model: ReviewClassifier, data: dict, s: Settin
     """Up to 300 steps at a falling learning rate: what pruning broke, a little training mends. Targets lie
     half-way between the labels and what the whole model says (distillation, arXiv:1503.02531)."""
     ids, targets, folds = data["train"]
-    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:300]
-    optimizer, targets = torch.optim.AdamW(pruned.parameters(), lr=s.lr / 2), torch.tensor(targets).float()
+    halfway = torch.tensor(targets).float()  # (N,)
+    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:300]  # each review once at most
+    optimizer = torch.optim.AdamW(pruned.parameters())
     torch.manual_seed(s.seed)
     pruned.train()
     for step, rows in enumerate(order):
         with torch.no_grad():
             said = model(pad([ids[i] for i in rows]), torch.tensor([folds[i] for i in rows]))  # (B, K)
-        targets[rows] = (targets[rows] + said.softmax(-1)[:, 1]) / 2
-        loss, _ = share_of_batch(pruned, rows, (ids, targets, folds), False, s, ALONE)
+        halfway[rows] = (halfway[rows] + said.softmax(-1)[:, 1]) / 2
+        loss, _ = share_of_batch(pruned, rows, (ids, halfway, folds), False, s, ALONE)
         optimizer.param_groups[0]["lr"] = s.lr / 2 * (1 - step / len(order))
         optimizer.zero_grad()
         (loss / len(rows)).backward()
@@ -1089,11 +1098,11 @@ def attention_page(model: ReviewClassifier, tokenizer, text: str, path: Path) ->
     """attention.py's viewer for one text; it is also in PATH.html, and a picture of the same in PATH.png."""
     (ids,) = tokenizer.encode([text], model.config.max_len)
     tokens = pad([ids])
-    x, mask = model.eval().embed(tokens)  # (1, T / 4, C), (1, T / 4)
+    x, mask = model.eval().embed(tokens)  # (1, P, C), (1, P)
     weights = []
     for layer in model.encoder.layers:
         x, w = layer.forward_with_weights(x, mask[:, None, None, :])
-        weights.append(w[0])  # (H, T / 4, T / 4)
+        weights.append(w[0])  # (H, P, P)
     words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in ids.split(STRIDE) if len(part)]
     words, n = words or ["(nothing)"], max(1, len(words))
     weights = torch.stack(weights)[..., :n, :n]  # (L, H, n, n) without the place that embed adds
@@ -1144,6 +1153,15 @@ def load(path: Path) -> dict:
     return state
 
 
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place) -> None:
+    """Into the model. ValueError where they are another model's, as after a new version of this file."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        what = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{place} holds another model's weights ({what}); {AGAIN}") from error
+
+
 def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[Tensor]], Tensor]]:
     """(tokenizer, max_len, function of encoded texts to P(positive)): by OUT/model.onnx, all that it needs is
     in it, or where there is none (--no-export) by PyTorch from OUT/model.pt."""
@@ -1163,7 +1181,7 @@ def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[T
         raise ValueError(f"predict: there is no {path} yet; train a model first: python classify_imdb.py")
     state = load(path)
     model = ReviewClassifier(EncoderConfig(**state["config"]))
-    model.load_state_dict(state["model"])
+    load_weights(model, state["model"], path)
     positive = partial(probabilities, model.to(p.device), p=p)
     return Tokenizer(state["ranks"]), model.config.max_len, positive
 

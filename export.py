@@ -398,12 +398,12 @@ def read_graph(onnx_path):
 
 
 def quantized(onnx_path, path, quantize: Callable, embedding_bits: int) -> Path:
-    """Runs onnxruntime's quantizer, packs embeddings, keeps the metadata, checks, only then writes path."""
+    """Packs embeddings, runs onnxruntime's quantizer, keeps the metadata, checks, only then writes path."""
     graph = read_graph(onnx_path)
     metadata = list(graph.metadata_props)
     try:
         with tempfile.TemporaryDirectory() as folder, quietly():
-            source, target = Path(folder, "packed.onnx"), Path(folder, "int8.onnx")
+            source, target = Path(folder, "source.onnx"), Path(folder, "int8.onnx")
             packed = with_packed_embeddings(graph) if embedding_bits == 4 else graph
             source.write_bytes(packed.SerializeToString())
             quantize(source, target)
@@ -420,10 +420,11 @@ BLOCK = 32  # values that share a scale and a zero point in a 4-bit table
 
 
 def with_packed_embeddings(graph):
-    """The ONNX graph with 4-bit embedding tables; those of fewer than BLOCK columns would grow, and stay."""
+    """The ONNX graph with 4-bit embedding tables; those of fewer than BLOCK columns stay: with a scale and a
+    zero point a row, one column would take 5 bytes."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    columns = {table.name: table.dims[-1] for table in graph.graph.initializer if table.dims}
+    columns = {table.name: table.dims[1] for table in graph.graph.initializer if len(table.dims) == 2}
     lookups = [node for node in graph.graph.node if node.op_type == "Gather"]
     narrow = [node.name for node in lookups if columns.get(node.input[0], 0) < BLOCK]
     options = {"bits": 4, "block_size": BLOCK, "op_types_to_quantize": ("Gather",)}
@@ -665,9 +666,10 @@ def benchmark(
 
     runners: name -> function of tensors. cases: name -> list of inputs; a case of several inputs (real texts
     of several lengths) is timed input by input. A case has one round to warm up, then rounds until `seconds`
-    a runner are spent, 5 at least; in a round each runner takes each input once, in an order drawn anew.
-    PyTorch is held to `threads` threads; give the same number to load_artefact. Returns runner -> case ->
-    {rounds, p50_ms, p90_ms, p99_ms of a call, throughput in examples a second}.
+    a runner are spent, 5 at least; in a round, of an order drawn anew, each runner takes each input once,
+    after a call that isn't timed (the others have filled the caches, and a server runs one model). PyTorch is
+    held to `threads` threads; give the same number to load_artefact. Returns runner -> case -> {rounds,
+    p50_ms, p90_ms, p99_ms of a call, throughput in examples a second}.
     """
     draw, before, results = random.Random(0), torch.get_num_threads(), {name: {} for name in runners}
     torch.set_num_threads(threads)
@@ -678,6 +680,7 @@ def benchmark(
             while rounds < 5 or time.perf_counter() < until:
                 draw.shuffle(order)
                 for name in order:
+                    timed(runners[name], batches[0])
                     times[name] += [timed(runners[name], inputs) for inputs in batches]
                 rounds += 1
                 if rounds == 0:
