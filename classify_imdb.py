@@ -855,13 +855,13 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     (out / "model.onnx").unlink(missing_ok=True)  # of another run: --predict would take it
     write_atomically(out / "model.pt", buffer.getvalue())
     right_p = torch.where(labels == 1, p, 1 - p)  # (N,) the probability of the right answer
-    mistakes = []
-    for i in right_p.argsort()[:20].tolist():
+    mistakes, n_wrong = [], ((p > 0.5) != (labels == 1)).sum()
+    for i in right_p.argsort()[: min(n_wrong, 20)].tolist():
         mistake = {"label": LABELS[reviews[i].label], "probability": round(right_p[i].item(), 4)}
         mistakes.append(mistake | {"text": reviews[i].text})
     write_atomically(out / "mistakes.json", json.dumps(mistakes, indent=1).encode())
     print(f"\ntest accuracy {accuracy(p, labels):.2%} on {len(reviews):,} reviews ({settings['dataset']})")
-    print(f"the most wrong of them (20 are in {out / 'mistakes.json'}):")
+    print(f"the most confident of {n_wrong:,} mistakes ({len(mistakes)} are in {out / 'mistakes.json'}):")
     for mistake in mistakes[:5]:
         print(
             f"  {mistake['label']} (given {mistake['probability']:.1%}): ... {clean(mistake['text'])[-90:]}"
