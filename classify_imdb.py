@@ -14,7 +14,7 @@ with the unlabelled reviews 92.17 ± 0.02% after 690 s on one core. A linear mod
 
 The same command goes on where it was stopped. Data: Maas et al., "Learning Word Vectors for Sentiment
 Analysis", ACL 2011. Tokenizer: byte-level BPE (Sennrich et al., arXiv:1508.07909) of the training reviews.
-Shapes: B batch, T tokens, K = 2 classes (0 negative, 1 positive), N reviews.
+Shapes: B batch, T tokens, P places of four tokens, K = 2 classes (0 negative, 1 positive), N reviews.
 """
 
 import argparse
@@ -1257,11 +1257,9 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     )
     for f in fields(Settings):
         reason = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-        kind = (
-            {"action": argparse.BooleanOptionalAction if f.default else "store_true"}
-            if f.type is bool
-            else {"type": str if f.name == "predict" else f.type}
-        )
+        kind = {"type": str if f.name == "predict" else f.type}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=reason, **kind)
     preset = parser.parse_args(argv).preset
     if preset not in PRESETS:

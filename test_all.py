@@ -8097,6 +8097,8 @@ def test_classify_imdb_presets_give_way_to_flags():
     assert imdb.settings_from_command_line([]).preset == "fast"
     best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
     assert best.epochs == 1 and best.unlabelled and not imdb.Settings().unlabelled
+    fewer = imdb.settings_from_command_line("--preset best --no-unlabelled".split())
+    assert fewer.preset == "best" and not fewer.unlabelled
 
 
 IMDB_FORMATS = """
@@ -8660,7 +8662,16 @@ def test_readme_export_figures_are_the_logged_ones():
     found = re.findall(
         r"^\| (.+?) \| ([\d.]+) × \| ([\d.]+) × \| ([\d.]+) \| ([\d.]+)% \|$", table, flags=re.MULTILINE
     )
-    assert len(found) == 11
+    assert len(found) == 12
+    deployed, pruned = log["deployed"], rows["pruned, ONNX int8, embeddings 8 bits"]
+    for figure in (
+        f"loses {100 * (rows['eager']['accuracy'] - pruned['accuracy']):.2f} points in int8",
+        f'`--predict` uses "{deployed["name"]}"',
+        f"{100 * deployed['test_accuracy']:.2f} % on all 25,000",
+        f"{deployed['size_bytes'] / rows['ONNX']['size_bytes']:.2f} of the ONNX file's size",
+        f"{log['reviews_compared']:,} test reviews",
+    ):
+        assert figure in " ".join(table.split()), figure
     for name, *figures in found:
         row, eager = rows[name if name in rows else "eager"], rows["eager"]
         for case, figure in zip(("32 x 256", "1 x 256"), figures, strict=False):
