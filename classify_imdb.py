@@ -14,7 +14,7 @@ with the unlabelled reviews 92.17 ± 0.02% after 690 s on one core. A linear mod
 
 The same command goes on where it was stopped. Data: Maas et al., "Learning Word Vectors for Sentiment
 Analysis", ACL 2011. Tokenizer: byte-level BPE (Sennrich et al., arXiv:1508.07909) of the training reviews.
-Shapes: B batch, T tokens, P places of four tokens, K = 2 classes (0 negative, 1 positive), N reviews.
+Shapes: B batch, T tokens, P places (every fourth token), K = 2 classes (0 negative, 1 positive), N reviews.
 """
 
 import argparse
@@ -346,7 +346,7 @@ def batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
 # those counts. While training they come from the other folds of the reviews, those about other films.
 # Unlabelled reviews count as what their teacher takes them for: many more n-grams are then known.
 
-STRIDE = 4  # tokens that a place of the Transformer stands for
+STRIDE, WINDOW = 4, 5  # a place of the Transformer stands for 4 tokens, and sees 5
 FOLDS = 5
 BUCKETS = 2_097_143  # a prime; words, pairs and triples share them, as their hashes fall
 FACTORS = (1_000_003, 15_485_863, 179_424_673)  # primes; a sum of three products stays far below 2**63
@@ -380,11 +380,10 @@ def ngram_odds(ids: list[Tensor], labels: list[int], folds: list[int]) -> Tensor
 
 
 class ReviewClassifier(EncoderClassifier):
-    """Embedding of a token + embedding of its n-grams' odds; four tokens become one place, as an image's
-    patches do (Dosovitskiy et al., arXiv:2010.11929); then encoder.py's layers, pooling and head. tokens
-    (B, T) to logits (B, 2).
+    """Embedding of a token + embedding of its n-grams' odds; a convolution that leaves every fourth place;
+    then encoder.py's layers, pooling and head. tokens (B, T) to logits (B, 2).
 
-    At a quarter of the length a layer costs a quarter and less. A place is padding where its first token is.
+    At a quarter of the length a layer costs a quarter and less. A place is padding where its own token is.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -393,10 +392,7 @@ class ReviewClassifier(EncoderClassifier):
         self.config, C = config, config.d_model
         self.from_odds = nn.Linear(len(FACTORS), C, bias=False)
         nn.init.normal_(self.from_odds.weight)  # as large as the embedding, so that odds count from the start
-        self.merge = nn.Linear(STRIDE * C, C)
-        with torch.no_grad():  # begins as the mean of the four, and the usual noise
-            self.merge.weight += torch.eye(C).repeat(1, STRIDE) / STRIDE
-        self.fused = False
+        self.shorten = nn.Conv1d(C, C, kernel_size=WINDOW, stride=STRIDE, padding=WINDOW // 2)
         self.register_buffer("odds", torch.zeros(BUCKETS + 1, 1))
         self.register_buffer("fold_odds", torch.zeros(FOLDS * (BUCKETS + 1), 1), persistent=False)
 
@@ -405,42 +401,28 @@ class ReviewClassifier(EncoderClassifier):
         self.odds.copy_(odds[-1][:, None])
         self.fold_odds.copy_(odds[:-1].reshape(-1, 1))
 
-    def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The places' vectors (B, P, C) and mask (B, P), P = (T + 7) // 4. fold (B,): each review's own fold,
-        whose labels its odds leave out; None: they leave out none."""
+    def checked(self, tokens: Tensor) -> int:
+        """How many places P the tokens make. Raises ValueError."""
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.size(1) > self.config.max_len:
             wanted = f"tokens must be integers (B, T <= {self.config.max_len})"
             raise ValueError(f"{wanted}, got {tokens.dtype} {list(tokens.shape)}")
-        T = tokens.size(1)
-        P = (T + 2 * STRIDE - 1) // STRIDE  # 2 for the shortest text: torch.export takes a size of 1 as fixed
-        tokens = F.pad(tokens, (0, P * STRIDE - T))  # (B, 4P)
-        buckets = ngram_ids(tokens)  # (B, 4P, 3)
+        return (tokens.size(1) + 2 * STRIDE - 1) // STRIDE
+
+    def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The places' vectors (B, P, C) and mask (B, P), P = (T + 7) // 4. fold (B,): each review's own fold,
+        whose labels its odds leave out; None: they leave out none."""
+        P = self.checked(tokens)
+        tokens = F.pad(tokens, (0, STRIDE))  # one more place: torch.export takes a size of 1 as fixed
+        buckets, real = ngram_ids(tokens), tokens != PAD  # (B, T, 3), (B, T)
         if fold is None:
-            odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, 4P, 3)
+            odds = F.embedding(buckets, self.odds).squeeze(-1)  # (B, T, 3)
         else:
             odds = F.embedding(buckets + fold[:, None, None] * (BUCKETS + 1), self.fold_odds).squeeze(-1)
-        tokens = tokens.unflatten(1, (P, STRIDE))  # (B, P, 4)
-        odds = odds.unflatten(1, (P, STRIDE))  # (B, P, 4, 3)
-        words = self.encoder.embedding(tokens)  # (B, P, 4, C)
-        if self.fused:
-            places = self.merge(words.flatten(2)) + self.from_odds(odds.flatten(2))  # (B, P, C)
-        else:
-            words = self.encoder.dropout(words * self.encoder.scale + self.from_odds(odds))  # (B, P, 4, C)
-            places = self.merge(words.flatten(2))  # (B, P, C)
-        return places + self.encoder.positions[:P], tokens[:, :, 0] != PAD
-
-    @torch.no_grad()
-    def fuse(self) -> "ReviewClassifier":
-        """Makes this model quicker, for use and not for training; returns it. With the embedding E, U of
-        from_odds and W of merge: (scale E + odds U) W is E (scale W) + odds (U W). So the 12 odds of a place
-        go through one small matrix, and no longer into four vectors of width C."""
-        each = self.merge.weight.unflatten(1, (STRIDE, -1)) @ self.from_odds.weight  # (C, 4, 3)
-        self.from_odds = nn.Linear(STRIDE * len(FACTORS), self.config.d_model, bias=False)
-        self.from_odds.weight.copy_(each.flatten(1))
-        self.merge.weight *= self.encoder.scale
-        self.fold_odds = self.fold_odds[:0].clone()  # for training only
-        self.fused = True
-        return self
+        x = self.encoder.embedding(tokens) * self.encoder.scale + self.from_odds(odds)  # (B, T, C)
+        x = (self.encoder.dropout(x) * real[:, :, None]).transpose(1, 2)  # (B, C, T)
+        x = self.shorten(x) + F.avg_pool1d(x, WINDOW, STRIDE, WINDOW // 2)  # (B, C, P)
+        mask = F.avg_pool1d(real[:, None].to(x.dtype), kernel_size=1, stride=STRIDE)[:, 0] > 0  # every fourth
+        return x.transpose(1, 2) + self.encoder.positions[:P], mask
 
     def forward(self, tokens: Tensor, fold: Tensor | None = None) -> Tensor:
         """tokens (B, T) integers, T <= max_len -> logits (B, 2). fold: see embed. Raises ValueError."""
@@ -833,11 +815,11 @@ def make_model(s: Settings, vocab_size: int) -> ReviewClassifier:
 
 
 def training_flops(config: EncoderConfig, lengths: list[int]) -> float:
-    """Floating-point operations of one epoch: the matrix products of places and layers, and twice as many
-    backward. Padding, softmax, norms and look-ups are left out."""
+    """Floating-point operations of one epoch: the matrix products of convolution and layers on real places,
+    and twice as many backward. Padding, softmax, norms and look-ups are left out."""
     places = [math.ceil(n / STRIDE) for n in lengths]
     weights = config.n_layers * (4 * config.d_model**2 + 2 * config.d_model * config.d_ff)
-    weights += STRIDE * (config.d_model + len(FACTORS)) * config.d_model  # what makes a place
+    weights += WINDOW * config.d_model**2  # the convolution's
     pairs = config.n_layers * sum(n * n for n in places)
     return 3.0 * (2 * weights * sum(places) + 4 * config.d_model * pairs)
 
@@ -950,16 +932,54 @@ def in_batches(ids: list[Tensor], labels: list, size: int = 50) -> list[tuple[tu
     return [((pad([ids[i] for i in rows]),), torch.tensor(labels)[rows].round().long()) for rows in order]
 
 
+class FusedClassifier(ReviewClassifier):
+    """A trained model's function in fewer steps, for use alone: what is linear before the layers is one
+    matrix for words, and a small one for odds.
+
+    With the embedding E, U of from_odds and W of the convolution and its mean, W (scale E + U odds) is
+    (scale W) E + (W U) odds. The 15 odds of a window go through W U, and no longer into vectors of width C.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: ReviewClassifier):
+        super().__init__(model.config)
+        self.encoder, self.head, self.odds = copy.deepcopy((model.encoder, model.head, model.odds))
+        self.encoder.embedding.weight[PAD] = 0.0  # instead of a mask
+        C = model.config.d_model
+        W = model.shorten.weight + torch.eye(C)[:, :, None] / WINDOW  # (C, C, 5): out, in, token
+        self.from_words, self.from_odds = (nn.Linear(WINDOW * n, C, bias=n == C) for n in (C, len(FACTORS)))
+        self.from_words.weight.copy_(W.transpose(1, 2).flatten(1) * self.encoder.scale)
+        self.from_words.bias.copy_(model.shorten.bias)
+        self.from_odds.weight.copy_((W.transpose(1, 2) @ model.from_odds.weight).flatten(1))
+        del self.shorten, self.fold_odds
+        self.eval()
+
+    def embed(self, tokens: Tensor, fold: None = None) -> tuple[Tensor, Tensor]:
+        P = self.checked(tokens)
+        before = WINDOW // 2
+        tokens = F.pad(tokens, (before, P * STRIDE + 1 - before - tokens.size(1)))  # (B, 4P + 1)
+        odds = F.embedding(windows(ngram_ids(tokens), P), self.odds)  # (B, P, 5, 3, 1)
+        tokens = windows(tokens, P)  # (B, P, 5)
+        x = self.from_words(self.encoder.embedding(tokens).flatten(2)) + self.from_odds(odds.flatten(2))
+        return x + self.encoder.positions[:P], tokens[:, :, before] != PAD  # (B, P, C), (B, P)
+
+
+def windows(x: Tensor, P: int) -> Tensor:
+    """x (B, 4P + 1, ...) to (B, P, 5, ...): each four and the first of the next."""
+    fours = x[:, :-1].unflatten(1, (P, STRIDE))  # (B, P, 4, ...)
+    return torch.cat((fours, x[:, STRIDE::STRIDE].unsqueeze(2)), dim=2)
+
+
 def pruned_copy(model: ReviewClassifier, sample: list, data: dict, s: Settings) -> ReviewClassifier:
     """A copy with the lower half of the layers (the upper ones do least: Sajjad et al., arXiv:2004.03844), a
-    quarter of their heads and of their neurons, fine-tuned and fused. sample: batches to judge heads by."""
+    quarter of their heads and of their neurons, fine-tuned, fused. sample: batches to judge heads by."""
     copied = copy.deepcopy(model)
     copied.encoder.layers = copied.encoder.layers[: max(1, s.n_layers // 2)]
     heads = export.head_importance(copied, sample)
     fewer = export.prune_heads(copied, heads, keep=max(1, s.n_heads // 4))
     neurons = export.neuron_importance(fewer, sample)
     fewer = export.prune_neurons(fewer, neurons, keep=max(1, s.d_ff // 4))
-    return fine_tuned(fewer, model, data, s).fuse()
+    return FusedClassifier(fine_tuned(fewer, model, data, s))
 
 
 def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list[Review], s, out) -> dict:

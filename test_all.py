@@ -7259,7 +7259,7 @@ def test_classify_imdb_optimizer_and_schedule():
     optimizer = imdb.make_optimizer(model, s)
     decayed, spared = optimizer.param_groups
     assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in spared["params"]} == {1}
+    assert {p.dim() for p in decayed["params"]} == {2, 3} and {p.dim() for p in spared["params"]} == {1}
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
     assert rates[:10] == pytest.approx(
@@ -7299,7 +7299,7 @@ def test_classify_imdb_training_flops_count_the_matrix_products():
     s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
     model = imdb.make_model(s, 300)
     weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
-    weights += model.merge.weight.numel() + 4 * model.from_odds.weight.numel()
+    weights += model.shorten.weight.numel()
     forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (5, 2))
     assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
 
@@ -7377,19 +7377,16 @@ def test_classify_imdb_model_padding_and_batch_invariance():
 
 @pytest.mark.parametrize("n", [21, 22, 23, 24])
 def test_classify_imdb_model_is_its_parts_written_out(n):
-    """Embedding * sqrt(C) + odds; a matrix makes a place of four of these; then encoder.py's parts."""
+    """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place; then
+    encoder.py's parts."""
     model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, n))
+    x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
+    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 2, 16)), 1)
     places = []
     for start in range(0, n, 4):
-        x = model.merge.bias.expand(2, 16)
-        for i in range(4):  # padding (id 0) has an embedding, but no odds
-            token = tokens[:, start + i] if start + i < n else torch.zeros(2, dtype=torch.long)
-            vector = 4 * model.encoder.embedding(token)  # (2, C)
-            if start + i < n:
-                odds = model.odds[imdb.ngram_ids(tokens)[:, start + i], 0]  # (2, 3)
-                vector = vector + odds @ model.from_odds.weight.T
-            x = x + vector @ model.merge.weight[:, 16 * i : 16 * i + 16].T
-        places.append(x)
+        window = x[:, start : start + 5]  # (B, 5, C)
+        conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
+        places.append(conv + window.mean(1))
     x = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
     for layer in model.encoder.layers:
         x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
@@ -7402,7 +7399,7 @@ def test_classify_imdb_refuses_the_weights_of_another_model():
         imdb.load_weights(model, other.state_dict(), "out")
     other = imdb_random_model()
     imdb.load_weights(model, other.state_dict(), "out")
-    assert torch.equal(model.merge.weight, other.merge.weight)
+    assert torch.equal(model.shorten.weight, other.shorten.weight)
 
 
 @torch.no_grad()
@@ -7410,7 +7407,7 @@ def test_classify_imdb_dropout_is_of_words_and_odds():
     model, tokens = imdb_random_model().train(), torch.randint(2, 300, (2, 10))
     model.encoder.dropout.forward = torch.zeros_like
     places, _ = model.embed(tokens)
-    check_close(places, (model.merge.bias + model.encoder.positions[:4]).expand(2, 4, 16), 1e-6)
+    check_close(places, (model.shorten.bias + model.encoder.positions[:4]).expand(2, 4, 16), 1e-6)
     for max_len in (1, 2, 3, 4, 5, 63, 64, 65):
         model = imdb.make_model(imdb.Settings(max_len=max_len, d_model=16, n_heads=2), 300)
         assert model.encoder.positions.shape == (max_len // 4 + 2, 16)
@@ -7428,8 +7425,12 @@ def test_classify_imdb_pruned_copy_keeps_the_lower_layers(monkeypatch):
     monkeypatch.setattr(imdb, "fine_tuned", lambda *a: seen.append(a) or a[0])
     sample = [((torch.randint(2, 300, (4, 9)),), torch.tensor([0, 1, 1, 0]))]
     pruned = imdb.pruned_copy(model, sample, {"train": ()}, s)
-    assert seen == [(pruned, model, {"train": ()}, s)] and pruned is not model and pruned.fused
-    assert not model.fused and model.fold_odds.numel() > 0 and len(model.encoder.layers) == 5
+    ((tuned, *rest),) = seen
+    assert rest == [model, {"train": ()}, s] and tuned is not model
+    assert isinstance(pruned, imdb.FusedClassifier) and len(model.encoder.layers) == 5
+    assert not isinstance(tuned, imdb.FusedClassifier) and model.fold_odds.numel() > 0
+    tokens = torch.randint(2, 300, (3, 20))
+    check_close(pruned(tokens).detach(), tuned.eval()(tokens).detach(), 1e-5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [layer.attention_norm.bias[0].item() for layer in pruned.encoder.layers] == [0.0, 1.0]
     for layer in pruned.encoder.layers:
@@ -7447,24 +7448,22 @@ def test_classify_imdb_fine_tuning_ends_after_300_steps(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_classify_imdb_fused_model_is_the_same_function():
+    """On every length; the model itself stays as it is."""
     model = imdb_random_model()
-    fused = copy.deepcopy(model).fuse()
-    for T in (1, 4, 23, 64):
-        tokens = torch.randint(0, 300, (3, T))
+    before = copy.deepcopy(model.state_dict())
+    fused = imdb.FusedClassifier(model.train())
+    assert not fused.training
+    model.eval()
+    for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
+        tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
+        (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
+        check_close(y[mask], x[mask], 1e-5)
+        assert torch.equal(mask, fused_mask)
         check_close(fused(tokens), model(tokens), 1e-5)
-    assert fused.fold_odds.numel() == 0 and model.fold_odds.numel() > 0 and fused.from_odds.in_features == 12
-    with pytest.raises(RuntimeError):  # the odds of a fold are gone
-        fused(tokens, torch.zeros(3, dtype=torch.long))
-
-
-@torch.no_grad()
-def test_classify_imdb_place_begins_as_about_the_mean_of_its_tokens():
-    model, tokens = imdb.make_model(imdb.Settings(dropout=0.0), 300), torch.randint(2, 300, (64, 40))
-    x, _ = model.embed(tokens)  # no odds yet
-    words = model.encoder.embedding(tokens) * math.sqrt(128)
-    mean = words.unflatten(1, (10, 4)).mean(2)  # (64, 10, C)
-    rest = x[:, :10] - model.encoder.positions[:10] - mean
-    assert rest.std() < 0.6 and mean.std() == pytest.approx(0.5, abs=0.05)
+    assert "shorten.weight" not in fused.state_dict() and not hasattr(fused, "fold_odds")
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="T <= 64.*65"):
+        fused(torch.ones(1, 65, dtype=torch.long))
 
 
 def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
@@ -8164,7 +8163,7 @@ def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats)
     assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
     shapes = [weight.shape for weight in export_weights(folder / "run/export/pruned.onnx").values()]
     assert shapes.count((32, 8)) == 1  # of two layers one, of 32 neurons 8
-    assert (12, 32) in shapes or (32, 12) in shapes  # fused
+    assert (15, 32) in shapes or (32, 15) in shapes  # fused
     assert rows["eager"]["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)  # all are compared
     for name in ("TorchScript, trace", "torch.export"):  # the counts for training are not in them
         assert rows[name]["size_bytes"] < 1.2 * rows["ONNX"]["size_bytes"]
@@ -9033,8 +9032,9 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
         ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
-        ("words * self.encoder.scale + self", "words + self", "written_out"),
-        ("self.merge.weight *= self.encoder.scale", "pass", "fused_model"),
+        ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "written_out"),
+        ("flatten(1) * self.encoder.scale", "flatten(1)", "fused_model"),
+        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused_model"),
         ("(halfway[rows] + said.softmax(-1)[:, 1]) / 2", "said.softmax(-1)[:, 1]", "fine_tuning_is"),
         ("copied.encoder.layers[: max(1, s.n_layers // 2)]", "copied.encoder.layers[1:]", "pruned_copy"),
         ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
