@@ -8599,6 +8599,16 @@ def test_readme_figures_are_the_logged_ones():
     readme = " ".join(readme.split())  # lines break anywhere
     for figure in figures:
         assert figure in readme, figure
+    rows = json_of(ROOT / "assets/imdb_experiments.json")["rows"]
+    tried = {name: [r for r in rows if r.get("name") == name] for name in ("matrix_fast", "matrix_best")}
+    dev = [
+        100 * statistics.mean(run["dev_accuracy"] for run in part) for part in (tried["matrix_fast"], runs)
+    ]
+    assert "{:.1f} against {:.1f} % (three seeds)".format(*dev) in readme
+    loss = [
+        statistics.mean(r["history"][-1]["dev_loss"] for r in p) for p in (tried["matrix_best"], best[:2])
+    ]
+    assert "a loss of {:.3f} against {:.3f} (two)".format(*loss) in readme
     assert abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02
     assert mean(runs) in imdb.__doc__ and mean(best) in imdb.__doc__
 
