@@ -1220,7 +1220,7 @@ def explained(ids: Tensor, p: float, tokenizer: Tokenizer, positive: Callable) -
     effects = []
     for (a, b), without in zip(spans, positive(hidden).tolist() if hidden else [], strict=True):
         word = b"".join(pieces[a:b]).decode("utf-8", errors="replace").strip()
-        effects.append([word, round(p - without, 4)])
+        effects.append([word, round(p - without, 4) + 0.0])  # + 0.0: no -0.0
     return sorted(effects, key=lambda pair: -abs(pair[1]))[:10]
 
 
