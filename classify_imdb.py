@@ -401,17 +401,17 @@ class ReviewClassifier(EncoderClassifier):
         self.odds.copy_(odds[-1][:, None])
         self.fold_odds.copy_(odds[:-1].reshape(-1, 1))
 
-    def checked(self, tokens: Tensor) -> int:
-        """How many places P the tokens make. Raises ValueError."""
+    def n_places(self, tokens: Tensor) -> int:
+        """How many places P = (T + 7) // 4 tokens (B, T) make. Raises ValueError for what are no tokens."""
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.size(1) > self.config.max_len:
             wanted = f"tokens must be integers (B, T <= {self.config.max_len})"
             raise ValueError(f"{wanted}, got {tokens.dtype} {list(tokens.shape)}")
         return (tokens.size(1) + 2 * STRIDE - 1) // STRIDE
 
     def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The places' vectors (B, P, C) and mask (B, P), P = (T + 7) // 4. fold (B,): each review's own fold,
+        """The places' vectors (B, P, C) and mask (B, P), see n_places. fold (B,): each review's own fold,
         whose labels its odds leave out; None: they leave out none."""
-        P = self.checked(tokens)
+        P = self.n_places(tokens)
         tokens = F.pad(tokens, (0, STRIDE))  # one more place: torch.export takes a size of 1 as fixed
         buckets, real = ngram_ids(tokens), tokens != PAD  # (B, T, 3), (B, T)
         if fold is None:
@@ -947,7 +947,8 @@ class FusedClassifier(ReviewClassifier):
         self.encoder.embedding.weight[PAD] = 0.0  # instead of a mask
         C = model.config.d_model
         W = model.shorten.weight + torch.eye(C)[:, :, None] / WINDOW  # (C, C, 5): out, in, token
-        self.from_words, self.from_odds = (nn.Linear(WINDOW * n, C, bias=n == C) for n in (C, len(FACTORS)))
+        self.from_words = nn.Linear(WINDOW * C, C)
+        self.from_odds = nn.Linear(WINDOW * len(FACTORS), C, bias=False)
         self.from_words.weight.copy_(W.transpose(1, 2).flatten(1) * self.encoder.scale)
         self.from_words.bias.copy_(model.shorten.bias)
         self.from_odds.weight.copy_((W.transpose(1, 2) @ model.from_odds.weight).flatten(1))
@@ -955,7 +956,8 @@ class FusedClassifier(ReviewClassifier):
         self.eval()
 
     def embed(self, tokens: Tensor, fold: None = None) -> tuple[Tensor, Tensor]:
-        P = self.checked(tokens)
+        """As ReviewClassifier.embed, of tokens in windows; there are no folds any more."""
+        P = self.n_places(tokens)
         before = WINDOW // 2
         tokens = F.pad(tokens, (before, P * STRIDE + 1 - before - tokens.size(1)))  # (B, 4P + 1)
         odds = F.embedding(windows(ngram_ids(tokens), P), self.odds)  # (B, P, 5, 3, 1)
@@ -965,7 +967,7 @@ class FusedClassifier(ReviewClassifier):
 
 
 def windows(x: Tensor, P: int) -> Tensor:
-    """x (B, 4P + 1, ...) to (B, P, 5, ...): each four and the first of the next."""
+    """x (B, 4P + 1, ...) to (B, P, 5, ...): each four and the first of the next, as WINDOW is STRIDE + 1."""
     fours = x[:, :-1].unflatten(1, (P, STRIDE))  # (B, P, 4, ...)
     return torch.cat((fours, x[:, STRIDE::STRIDE].unsqueeze(2)), dim=2)
 
