@@ -8680,8 +8680,10 @@ def test_readme_export_figures_are_the_logged_ones():
     )
     assert len(found) == 12
     deployed, pruned = log["deployed"], rows["pruned, ONNX int8, embeddings 8 bits"]
+    everywhere = log["accuracy_on_all_25000"]
     for figure in (
         f"loses {100 * (rows['eager']['accuracy'] - pruned['accuracy']):.2f} points in int8",
+        f"{100 * (everywhere['eager'] - everywhere[pruned['name']]):.2f} on all 25,000.",
         f'`--predict` uses "{deployed["name"]}"',
         f"{100 * deployed['test_accuracy']:.2f} % on all 25,000",
         f"{deployed['size_bytes'] / rows['ONNX']['size_bytes']:.2f} of the ONNX file's size",
