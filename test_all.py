@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -5179,7 +5180,7 @@ FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
 
 def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
     """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
-    arguments = [*FSDP_TINY, "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
+    arguments = [*FSDP_TINY, "--steps", "10", "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
     s = train_fsdp.settings_from_command_line(arguments)
     (expected, by_step), losses = by_hand(s, train_fsdp.initialise), {}
     runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
@@ -5192,7 +5193,7 @@ def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
         assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
         report = json_of(out / "report.json")
         losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == int(name[0]) and len(report["losses"]) == 20
+        assert report["processes"] == int(name[0]) and len(report["losses"]) == 10
         check_close(losses[name], losses["1"], 1e-12, "losses")
     check_close(losses["1"][:-1], by_step, 1e-12, "losses")
     assert 4 < report["dev_loss"] < 5.5
@@ -5216,7 +5217,7 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
 def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
     """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
     stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
-    arguments = [*FSDP_TINY, "--clip", "0.3"]
+    arguments = [*FSDP_TINY, "--steps", "10", "--clip", "0.3"]
     fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
     runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
     for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
@@ -5225,7 +5226,7 @@ def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
         out = tmp_path / name.replace(" ", "_") / "run"
         fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
         distance = distance_of_weights(out, tmp_path / "1")
-        assert distance <= limit and (distance > limit / 100 or "16" not in name), (name, distance)
+        assert distance <= limit and (distance > 5e-5 or "16" not in name), (name, distance)
         assert final_weights(out).dtype == torch.float32
 
 
@@ -8678,12 +8679,15 @@ def test_readme_export_figures_are_the_logged_ones():
     readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/export_imdb.json")
     rows = {row["name"]: row for row in log["models"]}
     table = readme.split("## Export")[1].split("## ")[0]
-    found = re.findall(
-        r"^\| (.+?) \| ([\d.]+) × \| ([\d.]+) × \| ([\d.]+) \| ([\d.]+)% \|$", table, flags=re.MULTILINE
-    )
+    speed = r"([\d.]+ ×|-) \| " * 4  # with AVX-512 and with AVX2 alone, at batch 32 and 1
+    found = re.findall(rf"^\| (.+?) \| {speed}([\d.]+) \| ([\d.]+)% \|$", table, flags=re.MULTILINE)
     assert len(found) == 12
     deployed, pruned = log["deployed"], rows["pruned, ONNX int8, embeddings 8 bits"]
-    everywhere = log["accuracy_on_all_25000"]
+    everywhere, avx2 = log["accuracy_on_all_25000"], {row["name"]: row for row in log["avx2"]["models"]}
+    avx2_lost = (
+        100 * (avx2["eager"]["accuracy"] - avx2[pruned["name"]]["accuracy"]),
+        100 * (log["avx2"]["test_accuracy"] - log["avx2"]["accuracy_on_all_25000"][pruned["name"]]),
+    )
     for figure in (
         f"loses {100 * (rows['eager']['accuracy'] - pruned['accuracy']):.2f} points in int8",
         f"{100 * (everywhere['eager'] - everywhere[pruned['name']]):.2f} on all 25,000.",
@@ -8691,15 +8695,20 @@ def test_readme_export_figures_are_the_logged_ones():
         f"{100 * deployed['test_accuracy']:.2f} % on all 25,000",
         f"{deployed['size_bytes'] / rows['ONNX']['size_bytes']:.2f} of the ONNX file's size",
         f"{log['reviews_compared']:,} test reviews",
+        "loses {:.2f} points in int8 on the 5,000 reviews and {:.2f} on all 25,000 there".format(*avx2_lost),
     ):
         assert figure in " ".join(table.split()), figure
     for name, *figures in found:
         row, eager = rows[name if name in rows else "eager"], rows["eager"]
-        for case, figure in zip(("32 x 256", "1 x 256"), figures, strict=False):
-            ratio = eager["latency"][case]["p50_ms"] / row["latency"][case]["p50_ms"]
-            assert float(figure) == pytest.approx(ratio, abs=0.051), (name, case)
-        assert float(figures[2]) == pytest.approx(row["size_bytes"] / eager["size_bytes"], abs=0.0051)
-        assert float(figures[3]) == pytest.approx(100 * row["accuracy"], abs=0.005)
+        assert float(figures[4]) == pytest.approx(row["size_bytes"] / eager["size_bytes"], abs=0.0051)
+        assert float(figures[5]) == pytest.approx(100 * row["accuracy"], abs=0.005)
+        for of, two in ((rows, figures[:2]), (avx2, figures[2:4])):
+            if two == ["-", "-"]:
+                assert of is avx2 and name in log["avx2"]["refused"]
+                continue
+            for case, figure in zip(("32 x 256", "1 x 256"), two, strict=True):
+                times = (of[n]["latency"][case]["p50_ms"] for n in ("eager", row["name"]))
+                assert float(figure[:-2]) == pytest.approx(operator.truediv(*times), abs=0.051), (name, case)
 
 
 def test_readme_memory_figures_are_the_logged_ones():
