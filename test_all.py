@@ -5629,18 +5629,7 @@ def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
 
 @pytest.mark.parametrize("world, who, number", [(1, "all", "SIGINT"), (2, "last", "SIGTERM")])
 def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp, tmp_path):
-    arguments = [
-        *FSDP_TINY,
-        "--steps",
-        "40",
-        "--amp",
-        "fp16",
-        "--dropout",
-        "0.1",
-        "--eval-every",
-        "5",
-        "--out",
-    ]
+    arguments = [*FSDP_TINY, *"--steps 25 --amp fp16 --dropout 0.1 --eval-every 5 --out".split()]
     fsdp.run(world, *arguments, str(tmp_path / "whole"))
     out = tmp_path / "stopped"
     fsdp.start(world, *arguments, str(out))
@@ -5653,7 +5642,7 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
     assert all(r.stderr == "" for r in results[1:]), "one line an event"
     (path,) = fsdp_checkpoints(out)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert 5 <= manifest["step"] < 40 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
+    assert 5 <= manifest["step"] < 25 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
     results = fsdp.run(world, *arguments, str(out))
     assert f"going on at step {manifest['step']}" in results[0].stdout
     assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
@@ -7485,7 +7474,7 @@ def test_classify_imdb_linear_model_weighs_by_naive_bayes():
     all_grams = collections.Counter()
     for review in reviews:
         words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
+        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
         holders[review.label].update(grams & set(names))
         all_grams.update(grams)
     assert set(names) == {gram for gram, n in all_grams.items() if n >= 2}
@@ -7496,8 +7485,10 @@ def test_classify_imdb_linear_model_weighs_by_naive_bayes():
     p = torch.tensor(model([r.text for r in reviews]))
     assert imdb.accuracy(p, torch.tensor(labels)) > 0.8
     # Where the penalised loss is least, the weights are C times what the errors pull at.
-    x = model.counts.transform([imdb.clean(r.text) for r in reviews]).multiply(model.weights).tocsr()
-    assert np.abs(0.1 * x.T @ (np.array(labels) - p.numpy()) - model.model.coef_[0]).max() < 0.01
+    x = model.counts.transform([imdb.clean(r.text) for r in reviews]).toarray() * model.weights
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    pull, weights = 30 * x.T @ (np.array(labels) - p.numpy()), model.model.coef_[0]
+    assert np.abs(pull - weights).max() < 0.2 * np.abs(weights).max()  # it stops a little before that
 
 
 @functools.cache
