@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def padding_mask(lengths: Tensor, max_len: int | None = None) -> Tensor:
     causal_mask.
     """
     lengths = torch.as_tensor(lengths)
-    if lengths.dim() != 1 or lengths.is_floating_point():
+    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be (B,) integers, got {list(lengths.shape)} of {lengths.dtype}")
     longest = int(lengths.max()) if len(lengths) else 0
     max_len = longest if max_len is None else max_len
@@ -236,7 +237,8 @@ def fused_attention(
 ) -> Tensor:
     """4. The same by torch's fused kernel, with this file's masks. Arguments as in 2; the one to use.
 
-    On a CPU it has a first derivative only, and dropout_p > 0 or D != Dv takes a path that holds all scores.
+    On a CPU the kernel takes q (B, H, Tq, D), a mask of 2 or 4 dimensions, D = Dv and no dropout, and has a
+    first derivative only; for anything else torch takes a path that holds all scores.
     """
     allowed = allowed_pairs(q, k, v, mask, causal=False)
     # The kernel's own triangle skips the future (a mask doesn't) but is aligned top-left: ours where Tq = Tk.
@@ -267,6 +269,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
         self.d_model, self.n_heads, self.dropout, self.fused = d_model, n_heads, dropout, fused
         self.kv_dim = d_model if kv_dim is None else kv_dim
+        if self.kv_dim < 1:
+            raise ValueError(f"kv_dim must be at least 1, got {kv_dim}")
         self.q_proj = nn.Linear(d_model, d_model, bias)
         self.k_proj = nn.Linear(self.kv_dim, d_model, bias)
         self.v_proj = nn.Linear(self.kv_dim, d_model, bias)
@@ -282,7 +286,7 @@ class MultiHeadAttention(nn.Module):
         """query (B, Tq, C), context (B, Tk, kv_dim) or None for self-attention -> (B, Tq, C).
 
         mask: boolean, True = may attend, broadcasting to (B, H, Tq, Tk). A query that may attend to nothing
-        gets out_proj's bias. ValueError for shapes or dtypes that don't fit.
+        gets out_proj's bias. ValueError for shapes that don't fit, and a mask that isn't boolean.
         """
         q, k, v = self.project(query, context)
         if context is not None:  # not the kernel's own triangle: a trace must fit every Tq and Tk
@@ -456,7 +460,7 @@ def attention_html(weights: Tensor, q_tokens: list[str], k_tokens: list[str], pa
     """One page that needs no network: pick a layer and head, point at a token, read what it looks at.
 
     weights (H, Tq, Tk) or (L, H, Tq, Tk), of self- or cross-attention. They are stored in 16 bits: off by at
-    most 2e-5. 0, which is shown as masked, stays 0, and nothing else becomes 0.
+    most 2e-5. 0, which is shown as masked, stays 0, and nothing else that float32 can hold becomes 0.
     """
     weights = checked_weights(weights, q_tokens, k_tokens)
     steps = (weights * 65535).round().clamp(min=1).masked_fill(weights == 0, 0).to(torch.uint16)
@@ -698,7 +702,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """How long work() takes, a GPU's part of it included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
     work()

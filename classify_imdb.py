@@ -355,6 +355,7 @@ FACTORS = (1_000_003, 15_485_863, 179_424_673)  # primes; a sum of three product
 def ngram_ids(tokens: Tensor) -> Tensor:
     """tokens (B, T) -> buckets (B, T, 3) of the single, pair and triple of tokens that end at each token;
     0 where one of them is padding, hidden, or before the start."""
+    tokens = tokens.long()  # 32 bits would overflow
     real, code, buckets = tokens >= 0, torch.zeros_like(tokens), []
     for n, factor in enumerate(FACTORS):
         before = F.pad(tokens, (n, 0))[:, : tokens.size(1)]  # (B, T) the token n before
@@ -459,11 +460,11 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
         start = time.perf_counter()
         model.train()
         torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)
-        loss, right = share_of_batch(parallel, rows, data["train"], run["bf16"], s, p)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(run["step"], steps, s)
         optimizer.zero_grad()
         with waiting(f"the gradients of step {run['step']}", p):
+            loss, right = share_of_batch(parallel, rows, data["train"], run["bf16"], s, p)
             share_of_mean(loss, len(rows), p.world).backward()
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
@@ -644,8 +645,8 @@ def begin(s: Settings) -> tuple:
     run = earlier_run(s, dataset, reviews)
     if (out / "report.json").exists():
         try:
-            report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        except ValueError:
+            report = dict(json.loads((out / "report.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             report = {}  # damaged: it is written anew
         if report.get("settings") == run["settings"] and ("models" in report or not s.export):
             print(f"this run is finished; another one needs another --out than {out}")
@@ -717,12 +718,17 @@ def results(model: ReviewClassifier, data: dict, run: dict, s: Settings, gemm_gf
 
 def stage(path: Path, run: dict, make: Callable[[], dict]) -> dict:
     """What make() returns, kept in path: a run that goes on after it doesn't do it again."""
+    of, start = [run["settings"], run["history"]], time.perf_counter()
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] == [run["settings"], run["history"]]:
-            return kept["result"]
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["of"] == of:
+                run["start"] -= kept["seconds"]
+                return kept["result"]
+        except (ValueError, KeyError, TypeError):
+            pass  # damaged: it is made anew
     result = make()
-    kept = {"of": [run["settings"], run["history"]], "result": result}
+    kept = {"of": of, "seconds": time.perf_counter() - start, "result": result}
     write_atomically(path, json.dumps(kept).encode())
     return result
 
@@ -845,9 +851,8 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     print(f"\ntest accuracy {accuracy(p, labels):.2%} on {len(reviews):,} reviews ({settings['dataset']})")
     print(f"the most confident of {n_wrong:,} mistakes ({len(mistakes)} are in {out / 'mistakes.json'}):")
     for mistake in mistakes[:5]:
-        print(
-            f"  {mistake['label']} (given {mistake['probability']:.1%}): ... {clean(mistake['text'])[-90:]}"
-        )
+        end = clean(mistake["text"])[-90:].encode("ascii", "replace").decode()  # for any terminal
+        print(f"  {mistake['label']} (given {mistake['probability']:.1%}): ... {end}")
     plot_confusion(p > 0.5, labels == 1, out / "confusion.png")
     error = plot_calibration(p, labels, out / "calibration.png")
     result = {"test_accuracy": accuracy(p, labels), "calibration_error": round(error, 4)}
@@ -1170,7 +1175,7 @@ def load(path: Path) -> dict:
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damage can surface as anything
         state = None
-    if not isinstance(state, dict) or "settings" not in state:
+    if not isinstance(state, dict) or not {"settings", "config", "ranks", "model"} <= state.keys():
         raise ValueError(f"{path} is damaged or no model of this script; {AGAIN}")
     return state
 
@@ -1212,18 +1217,26 @@ def explained(ids: Tensor, p: float, tokenizer: Tokenizer, positive: Callable) -
     """The ten words that matter most, [word, how much P(positive) falls without it], strongest first.
 
     Each word in turn is hidden as in training: an honest question to the model, though words that say the
-    same twice hide each other.
+    same twice hide each other. A mark of punctuation is a word, what follows an apostrophe is not.
     """
     pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
-    inside = [i > 0 and (piece[0] >= 128 or piece[:1].isalnum()) for i, piece in enumerate(pieces)]
-    starts = [i for i, goes_on in enumerate(inside) if not goes_on] + [len(pieces)]
+    inside = [False] + [goes_on(a, b) for a, b in zip(pieces, pieces[1:], strict=False)]
+    starts = [i for i in range(len(pieces)) if not inside[i]] + [len(pieces)]
     spans = list(zip(starts, starts[1:], strict=False))  # first token and end of each word
     hidden = [torch.cat((ids[:a], torch.full((b - a,), MASK), ids[b:])) for a, b in spans]
     effects = []
     for (a, b), without in zip(spans, positive(hidden).tolist() if hidden else [], strict=True):
         word = b"".join(pieces[a:b]).decode("utf-8", errors="replace").strip()
-        effects.append([word, round(p - without, 4) + 0.0])  # + 0.0: no -0.0
+        if word:
+            effects.append([word, round(p - without, 4) + 0.0])  # + 0.0: no -0.0
     return sorted(effects, key=lambda pair: -abs(pair[1]))[:10]
+
+
+def goes_on(before: bytes, piece: bytes) -> bool:
+    """Whether a token continues the word that the one before it is part of."""
+    if piece[:1] == b"'" and len(piece) > 1:  # of "don't"
+        piece = piece[1:]
+    return all(x >= 128 or chr(x).isalnum() for x in (before[-1], piece[0]))  # 128 ..: part of a letter
 
 
 class LinearModel:
@@ -1259,6 +1272,7 @@ class LinearModel:
 
 def baseline(s: Settings) -> dict:
     """The linear model trained and tested; returns a report."""
+    need("sklearn", "tqdm")
     start = time.perf_counter()
     Path(s.out).mkdir(parents=True, exist_ok=True)
     dataset, reviews = load_reviews(s)
@@ -1298,6 +1312,8 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
     for name in ("epochs", "batch_size", "lr", "warmup", "clip"):
         if not getattr(s, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
+    if s.max_len < STRIDE:
+        raise ValueError(f"max_len must be at least {STRIDE}, got {s.max_len}")
     if not 0 <= s.seed < 2**32:
         raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {s.seed}")
     if s.vocab_size < SPECIAL + 256:
@@ -1328,18 +1344,24 @@ def run_job(argv: list[str] | None = None) -> None:
 
 def main() -> int:
     """Exit code: 0 done, 1 another process is gone, 2 wrong input, 128 + n ended by signal n."""
+    alone = False
     try:
         run_job()
         return 0
     except (ValueError, OSError) as error:  # what a user can mend: one line, no traceback
         code, message = 2, str(error)
+        alone = isinstance(error, OSError) and not hasattr(error, "of_all")
+    except ImportError as error:
+        code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
+        alone = not hasattr(error, "of_all")
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on from what is saved so far"
     except Lost as error:
         code, message = 1, str(error)
-    if code == 1 or not dist.is_initialized() or dist.get_rank() == 0:  # those that have met agree
+    # What is wrong on all that have met, rank 0 says.
+    if code == 1 or alone or not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 

@@ -44,7 +44,7 @@ class EncoderConfig:
     n_heads: int = 4
     n_layers: int = 2
     d_ff: int = 512  # inner width of the feed-forward net, usually 4 * d_model
-    dropout: float = 0.1  # of the embeddings and of each sub-layer's output (paper, 5.4)
+    dropout: float = 0.1  # of the embeddings, each sub-layer's output (paper, 5.4) and the pooled vector
     norm_first: bool = True  # pre-norm trains without warm-up; False is the paper's post-norm
     activation: str = "gelu"  # "relu" as in the paper, or "gelu" (exact, with erf)
     n_classes: int = 2
@@ -91,22 +91,22 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(d_model, 3 * d_model)  # one product instead of three
         self.out_proj = nn.Linear(d_model, d_model)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if mask is not None and mask.dtype != torch.bool:  # the kernel would add numbers to the scores
+            raise ValueError(f"mask must be boolean (True = may be attended to), got {mask.dtype}")
         B, T, C = x.shape
         qkv = self.qkv_proj(x).view(B, T, 3, self.n_heads, C // self.n_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         return qkv[0], qkv[1], qkv[2]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is not None and mask.dtype != torch.bool:  # the kernel would add numbers to the scores
-            raise ValueError(f"mask must be boolean (True = may be attended to), got {mask.dtype}")
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(x, mask)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the fused kernel never holds: softmax(q k' / sqrt(D)) (eq. 1), (B, H, T, T)."""
-        q, k, _ = self.heads(x)
+        q, k, _ = self.heads(x, mask)
         scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T); scaled first: float16
         if mask is None:
             return scores.softmax(dim=-1)
@@ -261,7 +261,10 @@ class EncoderClassifier(nn.Module):
         return largest if self.pool_kind == "max" else torch.cat((mean, largest), dim=-1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """tokens (B, T) integers, mask (B, T) boolean (default: tokens != pad_id). Returns logits (B, K)."""
+        """tokens (B, T) integers, T >= 1, mask (B, T) boolean (default: tokens != pad_id). Returns logits
+        (B, K). Raises ValueError as Encoder.forward does, and for T = 0: there is nothing to pool."""
+        if tokens.size(-1) < 1:
+            raise ValueError(f"tokens must be (B, T >= 1), got {list(tokens.shape)}")
         if mask is None:
             mask = tokens != self.encoder.pad_id
         return self.head(self.dropout(self.pool(self.encoder(tokens, mask), mask)))

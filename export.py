@@ -229,6 +229,8 @@ def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, met
     inputs = as_inputs(example_inputs)
     with evaluating(model), torch.no_grad():
         expected = model(*inputs)
+    if not isinstance(expected, Tensor) or not expected.is_floating_point():
+        raise ValueError(f"the model must return one tensor of floats, got {type(expected).__name__}")
     with OnnxAttention() if opset >= 23 else contextlib.nullcontext():
         program = capture(model, inputs, dynamic_shapes)
     options = {"output_names": ["output"], "opset_version": opset, "dynamo": True, "verbose": False}
@@ -486,17 +488,23 @@ class SelfAttention(nn.Module):
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
-def attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """name -> attention, by the convention above. Raises ValueError where there is none."""
+def attentions(model: nn.Module, needed: bool = True) -> dict[str, nn.Module]:
+    """name -> attention, by the convention above. Raises ValueError where there is none that is needed, and
+    for one that two modules share: it can't be replaced in one of them."""
     parts = ("n_heads", "qkv_proj", "out_proj")
     found = {name: m for name, m in model.named_modules() if all(hasattr(m, part) for part in parts)}
-    if not found:
+    if needed and not found:
         raise ValueError(f"{type(model).__name__} has no attention (a module with {', '.join(parts)})")
+    places = [child for parent in model.modules() for child in parent._modules.values()]
+    for name, m in found.items():
+        if sum(m is child for child in places) > 1:
+            raise ValueError(f"{name} stands in two places of {type(model).__name__}")
     return found
 
 
-def feed_forwards(model: nn.Module) -> dict[str, nn.Sequential]:
-    """name -> feed-forward net, by the convention above. Raises ValueError where there is none."""
+def feed_forwards(model: nn.Module, needed: bool = True) -> dict[str, nn.Sequential]:
+    """name -> feed-forward net, by the convention above. Raises ValueError where there is none that is
+    needed."""
 
     def is_one(m: nn.Module) -> bool:
         if not isinstance(m, nn.Sequential) or len(m) < 3:
@@ -506,7 +514,7 @@ def feed_forwards(model: nn.Module) -> dict[str, nn.Sequential]:
         return ends and is_of_single_elements(m[1:-1], m[0].weight)
 
     found = {name: m for name, m in model.named_modules() if is_one(m)}
-    if not found:
+    if needed and not found:
         raise ValueError(f"{type(model).__name__} has no feed-forward net (Sequential: Linear, ..., Linear)")
     return found
 
@@ -594,12 +602,12 @@ def load_pruned(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """An unpruned model's copy with sizes and weights of a pruned one's state dict, or ValueError."""
     model = copy.deepcopy(model)
     try:
-        for name, attention in attentions(model).items():
+        for name, attention in attentions(model, needed=False).items():
             width = attention.out_proj.in_features // attention.n_heads
             kept = torch.arange(state[f"{name}.out_proj.weight"].size(1) // width)
             model.set_submodule(name, smaller_attention(attention, kept))
-        for name, net in feed_forwards(model).items():
-            shrink(net, torch.arange(state[f"{name}.0.weight"].size(0)))
+        for name, net in feed_forwards(model, needed=False).items():
+            shrink(net, torch.arange(state[f"{name}.0.weight".removeprefix(".")].size(0)))  # "": the model
         model.load_state_dict(state)
     except (KeyError, IndexError, RuntimeError) as error:
         raise refused(f"this is no state dict of a pruned {type(model).__name__}", error) from error
@@ -817,6 +825,9 @@ def export_all(
 def write_artefacts(models: dict, example_inputs, calibration, out: Path, metadata) -> tuple[dict, dict]:
     """(name -> file, name -> why not) of every format that takes the models."""
     original, files, refusals = next(iter(models.values())), {}, {}
+    stems = {label: "model" if i == 0 else label.replace(" ", "_") for i, label in enumerate(models)}
+    if len(set(stems.values())) < len(stems):
+        raise ValueError(f"models: these labels would share a file: {', '.join(models)}")
 
     def attempt(name: str, write: Callable, *arguments, **options) -> bool:
         try:
@@ -832,7 +843,7 @@ def write_artefacts(models: dict, example_inputs, calibration, out: Path, metada
     attempt("torch.export", export_program, original, example_inputs, out / "program.pt2")
     for label, model in models.items():
         prefix = "" if model is original else f"{label}, "
-        stem = "model" if model is original else label.replace(" ", "_")
+        stem = stems[label]
         if not any(x.is_floating_point() for x in as_inputs(example_inputs)):
             half = partial(lambda model, *rest: export_program(to_bfloat16(model), *rest), model)
             attempt(f"{prefix}torch.export, bf16", half, example_inputs, out / f"{stem}.bf16.pt2")

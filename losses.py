@@ -7,8 +7,8 @@ Measured on two cores of an Intel Xeon (torch 2.13.0, 5 seeds), learning rates c
     python losses.py                  # the comparisons: tables, pictures, a line of JSON
     python losses.py --n-seeds 10     # every setting is a flag
 
-The papers stand with the functions. Copy what is above "Demo" (part 1: losses, part 2: weighting); it needs
-torch alone.
+The papers stand with the functions. Copy what is above "Demo" (part 1: losses, 2: weighting, 3: optimizers);
+it needs torch alone.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # -----------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def check_class_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tupl
     Returns log-probabilities (R, K), targets (R,) and which rows count (R,). A row that doesn't count gets
     logits of 0 and target 0: whatever stood there (NaN too) reaches neither value nor gradient.
     """
-    if logits.ndim < 2 or not logits.is_floating_point():
+    if logits.ndim < 2 or not logits.is_floating_point() or logits.shape[1] < 1:
         raise ValueError(f"logits must be floats (N, K, ...), got {logits.dtype} {tuple(logits.shape)}")
     check_integers("targets", targets, logits.shape[:1] + logits.shape[2:])
     n_classes = logits.shape[1]
@@ -224,12 +225,13 @@ def similarity(a: Tensor, b: Tensor, temperature: float) -> Tensor:
 
 
 def check_embeddings(least: int, **embeddings: Tensor) -> None:
-    """Each (N, D), floating point, of the first one's shape, and at least so many rows."""
+    """Each (N, D), floating point, of the first one's shape and dtype, and at least so many rows."""
     first = next(iter(embeddings.values()))
     for name, z in embeddings.items():
-        if z.ndim != 2 or not z.is_floating_point() or z.shape != first.shape:
+        alike = z.shape == first.shape and z.dtype == first.dtype
+        if z.ndim != 2 or not z.is_floating_point() or not alike:
             shapes = ", ".join(f"{n} {tuple(e.shape)} {e.dtype}" for n, e in embeddings.items())
-            raise ValueError(f"{name} must be floating point (N, D), all of one shape, got {shapes}")
+            raise ValueError(f"{name} must be floating point (N, D), all of one kind, got {shapes}")
         if len(z) < least:
             raise ValueError(f"{name} must have at least {least} rows (other ones to compare), got {len(z)}")
 
@@ -474,8 +476,9 @@ class GradNorm(nn.Module):
     def weights(self) -> Tensor:
         return len(self.log_weights) * self.log_weights.softmax(0)  # (n_tasks,)
 
-    def forward(self, losses: Tensor, shared: Tensor) -> Tensor:
-        """losses (n_tasks,), shared: the last weights that all tasks use -> scalar, sum of w_i L_i.
+    def forward(self, losses: Tensor, shared: Tensor | list[Tensor]) -> Tensor:
+        """losses (n_tasks,), shared: the last weights that all tasks use, one tensor or several -> scalar,
+        sum of w_i L_i.
 
         backward() gives the model the gradient of that sum with w held fixed, and log_weights the gradient
         of the balance sum |G_i - target_i| with the model held fixed. Raises ValueError if the first losses
@@ -487,10 +490,12 @@ class GradNorm(nn.Module):
                 raise ValueError(f"losses must be > 0 at first (the measure of progress): {losses.tolist()}")
             self.first_losses.copy_(losses.detach())
         # G_i is linear in w_i, so the norms themselves may be constants: no second derivatives needed
-        gradients = [torch.autograd.grad(loss, shared, retain_graph=True)[0] for loss in losses]
-        pulls = self.weights() * torch.stack([g.norm() for g in gradients])  # (n_tasks,) G_i
-        remaining = losses.detach() / self.first_losses
-        target = (pulls.mean() * (remaining / remaining.mean()) ** self.alpha).detach()
+        gradients = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
+        norms = [torch.cat([g.flatten() for g in of_task]).norm() for of_task in gradients]
+        pulls = self.weights() * torch.stack(norms)  # (n_tasks,) G_i
+        remaining = (losses.detach() / self.first_losses).clamp(min=0)  # a loss that falls to 0 is done
+        relative = remaining / remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)
+        target = (pulls.mean() * relative**self.alpha).detach()
         balance = (pulls - target).abs().sum()
         return (self.weights().detach() * losses).sum() + balance - balance.detach()
 
@@ -505,6 +510,7 @@ class GatherBatch(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
+    @once_differentiable  # all_reduce has no gradient: a second derivative would silently lack it
     def backward(ctx, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous().clone()  # in-place below: never on what autograd still holds
         dist.all_reduce(gradient)  # every process's loss depends on this process's rows

@@ -72,7 +72,7 @@ class Settings:
     data_parallel: bool = setting(False, "nn.DataParallel in one process instead of DDP: to see, not to use")
     device: str = setting("auto", "auto (cuda, then cpu), cuda, cpu or mps")
     out: str = setting("out/train_ddp", "checkpoints, final.pt, picture and report.json go here")
-    seed: int = setting(0, "same seed, same weights, on any number of processes")
+    seed: int = setting(0, "same seed, same weights; without dropout on any number of processes")
 
 
 # may change in a run:
@@ -262,6 +262,7 @@ def on_rank_0(action, processes: Processes):
             dist.broadcast_object_list(answer)
     result, error = answer[0]
     if error is not None:
+        error.of_all = True  # rank 0 alone has to say it
         raise error
     return result
 
@@ -274,7 +275,7 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=processes.device if on_gpu else "cpu")
     with waiting("a sum over all ranks", processes):
         dist.all_reduce(total)
-    return total.tolist()
+        return total.tolist()  # on a GPU this is what waits
 
 
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
@@ -297,7 +298,11 @@ def leave(code: int):
     if dist.is_initialized() and code == 0:
         gc.collect()
         dist.destroy_process_group()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # its reader has gone (`| head`), or the disk is full
+        code = code or 2
+        print(f"{Path(__file__).name}: stdout: {error}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 
@@ -328,9 +333,11 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path
     torch.save(state, buffer)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     path = folder / f"step_{step:08}.{digest}.pt"
-    for leftover in folder.glob("*.part"):  # of a process that was killed while it wrote
+    for leftover in folder.glob("step_*.part"):  # of a process that was killed while it wrote
         leftover.unlink()
     write_atomically(path, buffer.getvalue())
+    for other in set(folder.glob(f"step_{step:08}.*.pt")) - {path}:  # of the same step: this is the newest
+        other.unlink()
     for old in sorted(folder.glob("step_*.pt"))[:-keep]:
         old.unlink()
     return path
@@ -412,12 +419,12 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
             part = micro * p.world + p.rank  # 0 .. parts - 1
             x, y = text.batch(rows[part::parts], p.device)  # (B, T) each
             torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            with gradients_travel(parallel, now=micro == s.accumulate - 1):
+            last_one = micro == s.accumulate - 1
+            with gradients_travel(parallel, now=last_one), waiting(f"the gradients of step {step}", p):
                 with autocast:
-                    logits = parallel(x).to(model.norm.weight.dtype)  # (B, T, V)
+                    logits = parallel(x).to(model.norm.weight.dtype)  # (B, T, V); DDP's forward waits, too
                 loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
-                with waiting(f"the gradients of step {step}", p):
-                    scaler.scale(share_of_mean(loss, n_tokens, p.world)).backward()
+                scaler.scale(share_of_mean(loss, n_tokens, p.world)).backward()
             loss_sum = loss_sum + loss.detach()
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
         if s.clip:
@@ -569,6 +576,8 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
         raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
     if s.data_parallel and p.world > 1:
         raise ValueError(f"data_parallel is one process, but {p.world} were started")
+    if s.data_parallel and s.amp != "off":
+        raise ValueError(f"data_parallel has no amp (its threads don't inherit the dtype), got {s.amp}")
 
 
 def earlier_run(s: Settings, settings: dict) -> dict:
@@ -690,7 +699,7 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
 
 def main() -> int:
     """Exit code: 0 done, 1 another process is gone, 2 wrong input, 128 + n ended by signal n."""
-    processes = None
+    processes, alone = None, False
     try:
         s = settings_from_command_line()
         processes = start_processes(s.device, s.timeout)
@@ -698,15 +707,18 @@ def main() -> int:
         return 0
     except (ValueError, OSError) as error:
         code, message = 2, str(error)
+        alone = isinstance(error, OSError) and not hasattr(error, "of_all")
     except ImportError as error:
         code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
+        alone = not hasattr(error, "of_all")
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
         code, message = 130, "interrupted before there was anything to save"
     except Lost as error:
         code, message = 1, str(error)
-    if code == 1 or processes is None or processes.rank == 0:  # the rest is the same on all that have met
+    # What is wrong on all that have met, rank 0 says.
+    if code == 1 or alone or processes is None or processes.rank == 0:
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 

@@ -92,7 +92,7 @@ class Settings:
     timeout: float = setting(120.0, "seconds that any wait for another process may take")
     device: str = setting("auto", "auto (cuda, then cpu), cuda or cpu")
     out: str = setting("out/train_fsdp", "checkpoints, final weights, picture and report.json go here")
-    seed: int = setting(0, "same seed, same weights, on any number of processes")
+    seed: int = setting(0, "same seed, same weights; without dropout on any number of processes")
 
 
 # may change in a run:
@@ -325,6 +325,7 @@ def on_rank_0(action, p: Processes):
         dist.broadcast_object_list(answer)
     result, error = answer[0]
     if error is not None:
+        error.of_all = True  # rank 0 alone has to say it
         raise error
     return result
 
@@ -342,7 +343,7 @@ def sum_over_ranks(values: list[float], p: Processes) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=p.device)
     with waiting("a sum over all ranks", p):
         dist.all_reduce(total)
-    return total.tolist()
+        return total.tolist()  # on a GPU this is what waits
 
 
 def leave(code: int):
@@ -355,7 +356,11 @@ def leave(code: int):
     if dist.is_initialized() and code == 0:
         gc.collect()
         dist.destroy_process_group()
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # its reader has gone (`| head`), or the disk is full
+        code = code or 2
+        print(f"{Path(__file__).name}: stdout: {error}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 
@@ -904,7 +909,7 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
 
 def main() -> int:
     """Exit code: 0 done, 1 another process is gone, 2 wrong input, 128 + n ended by signal n."""
-    processes = None
+    processes, alone = None, False
     try:
         s = settings_from_command_line()
         processes = start_processes(s.device, s.timeout)
@@ -912,15 +917,18 @@ def main() -> int:
         return 0
     except (ValueError, OSError) as error:
         code, message = 2, str(error)
+        alone = isinstance(error, OSError) and not hasattr(error, "of_all")
     except ImportError as error:
         code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
+        alone = not hasattr(error, "of_all")
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
         code, message = 130, "interrupted before there was anything to save"
     except Lost as error:
         code, message = 1, str(error)
-    if code == 1 or processes is None or processes.rank == 0:  # the rest is the same on all that have met
+    # What is wrong on all that have met, rank 0 says.
+    if code == 1 or alone or processes is None or processes.rank == 0:
         print(f"{Path(__file__).name}: {message}", file=sys.stderr)
     return code
 

@@ -297,8 +297,13 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing:
     """Cross-entropy against a target of 1 - smoothing, with smoothing spread evenly over V (section 5.4).
 
     logits (B, T, V), targets (B, T). Returns the mean over real tokens: padding counts for nothing. NaN where
-    there is no real token.
+    there is no real token. Raises ValueError for a target outside 0 .. V - 1, smoothing outside [0, 1).
     """
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
+    wrong = (targets < 0) | (targets >= logits.size(-1))
+    if wrong.any():
+        raise ValueError(f"targets must lie in 0 .. {logits.size(-1) - 1}, got {targets[wrong][0].item()}")
     logits = at_least_float32(logits.flatten(0, 1))  # (B*T, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=pad_id, label_smoothing=smoothing)
 
@@ -1029,9 +1034,10 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         raise ValueError(f"--smoothing must be in [0, 1), got {s.smoothing}")
     if s.data and s.preset != "multi30k":
         raise ValueError("--data belongs to --preset multi30k: the numbers are generated")
+    s.length_penalty += 0.0  # -0.0 is 0
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=s.device)
+        torch.zeros(1, device=s.device).item()  # meta has no values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {s.device} can't be used: {str(error).splitlines()[0]}") from None
     return s
