@@ -9203,6 +9203,11 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
     ],
     "encoder.py": [
+        (
+            "x = x + self.dropout(self.attention(self.attention_norm(x), mask))",
+            "x = self.dropout(x + self.attention(self.attention_norm(x), mask))",
+            "encoder_dropout",
+        ),
         ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "positions_are"),
         (
             "scores.softmax(dim=-1).masked_fill(~mask, 0.0)",
@@ -9273,6 +9278,11 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     ],
     "losses.py": [
         (
+            "remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)",
+            "remaining.mean()",
+            "losses_gradnorm",
+        ),
+        (
             "smoothing / log_p.shape[1] * weighted",
             "smoothing / (log_p.shape[1] - 1) * weighted",
             "label_smoothing_is",
@@ -9318,6 +9328,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
     ],
     "train_ddp.py": [
+        ("if s.clip:", "if True:", "train_ddp_clip_0"),
+        ("now=last_one), waiting", "now=True), waiting", "train_ddp_gradients_travel"),
         ("masked_fill(behind, -100)", "masked_fill(behind, 0)", "same_weights or every_byte"),
         ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
@@ -9327,7 +9339,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "same_weights",
         ),
         ("part = micro * p.world + p.rank", "part = micro", "same_weights"),
-        ("now=micro == s.accumulate - 1", "now=micro == 0", "same_weights"),
+        ("last_one = micro == s.accumulate - 1", "last_one = micro == 0", "same_weights"),
         (
             "        if s.clip:\n            nn.utils",
             "        if not s.clip:\n            nn.utils",
@@ -9368,6 +9380,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "classify_imdb.py": [
+        ("tokens = tokens.long()  # 32", "# 32", "classify_imdb_ngram_ids"),
+        ('kept["seconds"]\n', "0\n", "kept_stage_counts"),
         ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
@@ -9407,6 +9421,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
     ],
     "train_fsdp.py": [
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "train_fsdp_gradients_travel"),
         ("loss * (p.world / n_tokens)", "loss / n_tokens", "fsdp_same_weights"),
         ("part = micro * p.world + p.rank", "part = p.rank", "fsdp_same_weights"),
         (
@@ -9434,6 +9449,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "export.py": [
+        ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
         ("                    timed(runners[name], batches[0])\n", "", "benchmark_alternates"),
         ("    model.eval()\n    try:\n        yield", "    try:\n        yield", "export_torch_formats"),
         (
