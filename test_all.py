@@ -4589,14 +4589,16 @@ for now in (False, True):
     alone, both = zip(*(r.stdout.splitlines() for r in ddp.run(2, code="import torch\n" + code)), strict=True)
     assert list(alone) == ["[2.0, 2.0, 2.0]", "[4.0, 4.0, 4.0]"] and set(both) == {"[6.0, 6.0, 6.0]"}
     code = """
-travel, said = train_ddp.gradients_travel, []
+travel, said, ticks = train_ddp.gradients_travel, [], iter(range(10**6))
 train_ddp.gradients_travel = lambda parallel, now: said.append(now) or travel(parallel, now)
+train_ddp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
 train_ddp.main()
 print(said)
 """
     arguments = [*DDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
     for result in ddp.run(2, *arguments, code=code):
         assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
+    assert train_ddp.load_checkpoint(tmp_path)["seconds"] == 4
 
 
 def check_clip_0_is_no_clipping(launcher: Launcher, folder: Path) -> None:
@@ -5411,7 +5413,8 @@ def test_train_fsdp_clip_0_is_no_clipping(fsdp, tmp_path):
 def test_train_fsdp_gradients_travel_with_the_last_micro_batch_alone(fsdp, tmp_path):
     code = """
 from torch.distributed.fsdp import FSDPModule
-set_sync, said = FSDPModule.set_requires_gradient_sync, []
+set_sync, said, ticks = FSDPModule.set_requires_gradient_sync, [], iter(range(10**6))
+train_fsdp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
 FSDPModule.set_requires_gradient_sync = lambda self, now: said.append(now) or set_sync(self, now)
 train_fsdp.main()
 print(said)
@@ -5419,6 +5422,7 @@ print(said)
     arguments = [*FSDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
     for result in fsdp.run(2, *arguments, code=code):
         assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
+    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["seconds"] == 4
 
 
 def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
@@ -7994,7 +7998,7 @@ def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_rank
 def imdb_tiny_training(tmp_path: Path, **settings):
     """(model, data, settings, run) of a training on 200 demo reviews."""
     s = imdb.Settings(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, batch_size=10, vocab_size=300)
-    s = dataclasses.replace(s, out=str(tmp_path), epochs=1, **settings)
+    s = dataclasses.replace(s, **{"out": str(tmp_path), "epochs": 1} | settings)
     reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(5).items()}
     run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False}
     run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
@@ -8083,9 +8087,10 @@ def test_classify_imdb_keeps_two_checkpoints_and_the_time(tmp_path):
 
 
 def test_classify_imdb_looks_sixteen_times_an_epoch_for_its_target(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path, target=0.99)
-    imdb.train(model, data, s, run, imdb.ALONE)
-    assert len(run["history"]) == 16
+    for epochs in (1, 2):
+        model, data, s, run = imdb_tiny_training(tmp_path / str(epochs), target=0.99, epochs=epochs)
+        imdb.train(model, data, s, run, imdb.ALONE)
+        assert len(run["history"]) == 16 * epochs
 
 
 def test_classify_imdb_knows_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path, monkeypatch):
@@ -8855,6 +8860,28 @@ def test_all_files_do_nothing_when_imported(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_all_models_make_their_tensors_where_their_input_is():
+    """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
+    meta = torch.device("meta")
+    q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
+    ids, fold = torch.ones(2, 5, dtype=torch.long, device=meta), torch.zeros(2, dtype=torch.long, device=meta)
+    mask = attention.causal_mask(5, device=meta)
+    many = attention.MultiHeadAttention(16, 2).to(meta)
+    outputs = [
+        attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
+        attention.fused_attention(q, q, q, mask, causal=True),
+        many(x, context, causal=True),
+        many.forward_with_weights(x, causal=True)[1],
+    ]
+    small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
+    for pool in ("mean", "max", "mean+max", "first"):
+        outputs.append(encoder.EncoderClassifier(encoder.EncoderConfig(30, pool=pool, **small)).to(meta)(ids))
+    outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
+    outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
+    outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
+    assert all(output.device == meta for output in outputs) and len(outputs) == 12
 
 
 def test_all_requirements_are_pinned():
