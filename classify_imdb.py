@@ -268,8 +268,12 @@ def clean(text: str) -> str:
 
 def shared_texts(one: list[Review], other: list[Review]) -> int:
     """How many reviews of other have the words of one in one, whatever the case and punctuation."""
-    words = {" ".join(re.findall(r"\w+", clean(r.text))) for r in one}
-    return sum(" ".join(re.findall(r"\w+", clean(r.text))) in words for r in other)
+
+    def words(review: Review) -> str:
+        return re.sub(r"\W+", " ", clean(review.text)).strip()
+
+    known = {words(review) for review in one}
+    return sum(words(review) in known for review in other)
 
 
 def demo_reviews(seed: int) -> dict[str, list[Review]]:
@@ -1348,12 +1352,11 @@ def main() -> int:
     try:
         run_job()
         return 0
-    except (ValueError, OSError) as error:  # what a user can mend: one line, no traceback
+    except (ValueError, OSError, ImportError) as error:  # what a user can mend: one line, no traceback
         code, message = 2, str(error)
-        alone = isinstance(error, OSError) and not hasattr(error, "of_all")
-    except ImportError as error:
-        code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
-        alone = not hasattr(error, "of_all")
+        if isinstance(error, ImportError):
+            message = f"the package {error.name} is missing: pip install {error.name}"
+        alone = not isinstance(error, ValueError) and not hasattr(error, "of_all")
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:

@@ -915,12 +915,11 @@ def main() -> int:
         processes = start_processes(s.device, s.timeout)
         run_job(s, processes)
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         code, message = 2, str(error)
-        alone = isinstance(error, OSError) and not hasattr(error, "of_all")
-    except ImportError as error:
-        code, message = 2, f"the package {error.name} is missing: pip install {error.name}"
-        alone = not hasattr(error, "of_all")
+        if isinstance(error, ImportError):
+            message = f"the package {error.name} is missing: pip install {error.name}"
+        alone = not isinstance(error, ValueError) and not hasattr(error, "of_all")
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
