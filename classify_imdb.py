@@ -270,7 +270,7 @@ def shared_texts(one: list[Review], other: list[Review]) -> int:
     """How many reviews of other have the words of one in one, whatever the case and punctuation."""
 
     def words(review: Review) -> str:
-        return re.sub(r"\W+", " ", clean(review.text)).strip()
+        return " ".join(re.findall(r"\w+", clean(review.text)))
 
     known = {words(review) for review in one}
     return sum(words(review) in known for review in other)
@@ -388,7 +388,7 @@ class ReviewClassifier(EncoderClassifier):
     """Embedding of a token + embedding of its n-grams' odds; a convolution that leaves every fourth place;
     then encoder.py's layers, pooling and head. tokens (B, T) to logits (B, 2).
 
-    At a quarter of the length a layer costs a quarter and less. A place is padding where its own token is.
+    At a quarter of the length a layer costs a quarter and less. A place is padding where it sees nothing else.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -426,7 +426,7 @@ class ReviewClassifier(EncoderClassifier):
         x = self.encoder.embedding(tokens) * self.encoder.scale + self.from_odds(odds)  # (B, T, C)
         x = (self.encoder.dropout(x) * real[:, :, None]).transpose(1, 2)  # (B, C, T)
         x = self.shorten(x) + F.avg_pool1d(x, WINDOW, STRIDE, WINDOW // 2)  # (B, C, P)
-        mask = F.avg_pool1d(real[:, None].to(x.dtype), kernel_size=1, stride=STRIDE)[:, 0] > 0  # every fourth
+        mask = F.avg_pool1d(real[:, None].to(x.dtype), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0  # (B, P)
         return x.transpose(1, 2) + self.encoder.positions[:P], mask
 
     def forward(self, tokens: Tensor, fold: Tensor | None = None) -> Tensor:
@@ -967,12 +967,11 @@ class FusedClassifier(ReviewClassifier):
     def embed(self, tokens: Tensor, fold: None = None) -> tuple[Tensor, Tensor]:
         """As ReviewClassifier.embed, of tokens in windows; there are no folds any more."""
         P = self.n_places(tokens)
-        before = WINDOW // 2
-        tokens = F.pad(tokens, (before, P * STRIDE + 1 - before - tokens.size(1)))  # (B, 4P + 1)
+        tokens = F.pad(tokens, (WINDOW // 2, P * STRIDE + 1 - WINDOW // 2 - tokens.size(1)))  # (B, 4P + 1)
         odds = F.embedding(windows(ngram_ids(tokens), P), self.odds)  # (B, P, 5, 3, 1)
         tokens = windows(tokens, P)  # (B, P, 5)
         x = self.from_words(self.encoder.embedding(tokens).flatten(2)) + self.from_odds(odds.flatten(2))
-        return x + self.encoder.positions[:P], tokens[:, :, before] != PAD  # (B, P, C), (B, P)
+        return x + self.encoder.positions[:P], (tokens != PAD).any(-1)  # (B, P, C), (B, P)
 
 
 def windows(x: Tensor, P: int) -> Tensor:
@@ -1108,7 +1107,7 @@ def write_page(report: dict, model: ReviewClassifier, tokenizer, test_set: list[
     for m in json.loads((out / "mistakes.json").read_text(encoding="utf-8"))[:10]:
         label, text = m["label"], html.escape(clean(m["text"])[:600])
         parts.append(f"<p><b class={label}>{label}</b>, given {m['probability']:.1%}: {text}</p>")
-    parts.append("<h2>Where the heads look</h2><p>A place holds four tokens. Point at one.</p>")
+    parts.append("<h2>Where the heads look</h2><p>A place stands for four tokens. Point at one.</p>")
     for label, name in enumerate(LABELS):
         review = min((r for r in test_set if r.label == label), key=lambda r: abs(len(r.text) - 400))
         page = attention_page(model, tokenizer, review.text, out / f"attention_{name}")
@@ -1134,7 +1133,8 @@ def attention_page(model: ReviewClassifier, tokenizer, text: str, path: Path) ->
     for layer in model.encoder.layers:
         x, w = layer.forward_with_weights(x, mask[:, None, None, :])
         weights.append(w[0])  # (H, P, P)
-    words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in ids.split(STRIDE) if len(part)]
+    parts = [ids[: STRIDE - WINDOW // 2], *ids[STRIDE - WINDOW // 2 :].split(STRIDE)]  # a place's own tokens
+    words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in parts if len(part)]
     words, n = words or ["(nothing)"], max(1, len(words))
     weights = torch.stack(weights)[..., :n, :n]  # (L, H, n, n) without the place that embed adds
     attention.plot_attention(weights, words, words, path.with_suffix(".png"))

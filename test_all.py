@@ -4493,9 +4493,11 @@ class Launcher:
 
 @contextlib.contextmanager
 def beside_other_tests(request, name: str, run):
-    """run() as a future that starts now, if the test of this name is asked for: long waits pass meanwhile."""
+    """run() as a future that starts now, if a test or fixture of this name is asked for: long waits pass
+    meanwhile."""
+    asked_for = any(name in (item.name, *item.fixturenames) for item in request.session.items)
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run) if any(item.name == name for item in request.session.items) else None
+        yield pool.submit(run) if asked_for else None
 
 
 @pytest.fixture(scope="module")
@@ -7655,9 +7657,9 @@ def test_classify_imdb_model_is_its_parts_written_out(n):
     encoder.py's parts."""
     model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, n))
     x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
-    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 2, 16)), 1)
+    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
     places = []
-    for start in range(0, n, 4):
+    for start in range(0, n + 2, 4):  # while one of five tokens is there
         window = x[:, start : start + 5]  # (B, 5, C)
         conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
         places.append(conv + window.mean(1))
@@ -7665,6 +7667,19 @@ def test_classify_imdb_model_is_its_parts_written_out(n):
     for layer in model.encoder.layers:
         x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
     check_close(model(tokens), model.head(model.encoder.final_norm(x).mean(1)), 1e-5)
+
+
+@torch.no_grad()
+def test_classify_imdb_every_token_counts():
+    """Wherever it stands: also the last one of a text whose length the stride divides."""
+    model = imdb_random_model()
+    for run in (model, imdb.FusedClassifier(model)):
+        for T in range(1, 14):
+            tokens = torch.full((1, T), 7)
+            for i in range(T):
+                other = tokens.clone()
+                other[0, i] = 8
+                assert not torch.equal(run(other), run(tokens)), (T, i)
 
 
 def test_classify_imdb_refuses_the_weights_of_another_model():
@@ -8472,8 +8487,7 @@ def imdb_formats_begun(request, tmp_path_factory):
         tested = (folder / "run/test.json").stat().st_mtime_ns
         return tested, last_json(launcher.run(1, *arguments, code=IMDB_FORMATS)[0])
 
-    name = "test_classify_imdb_compares_formats_explains_and_writes_a_page"
-    with beside_other_tests(request, name, run) as begun:
+    with beside_other_tests(request, "imdb_formats", run) as begun:
         yield folder, begun
     launcher.end()
 
@@ -8538,12 +8552,14 @@ def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats)
     check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
 
 
-def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(tmp_path):
-    model = imdb_random_model()
-    path = export.export_onnx(model, torch.randint(2, 300, (2, 16)), tmp_path / "m.onnx")
-    run = export.onnx_runner(path)
-    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63)):
-        tokens = torch.randint(0, 300, (B, T))
+def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
+    out = imdb_formats[0] / "run"
+    state = imdb.load(out / "model.pt")
+    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
+    model.load_state_dict(state["model"])
+    run = export.onnx_runner(out / "export/model.onnx")
+    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
+        tokens = torch.randint(0, model.config.vocab_size, (B, T))
         tokens[0, T // 2 :] = imdb.PAD
         tokens[-1] = imdb.PAD  # a row of padding alone
         check_close(run(tokens), model(tokens).detach(), 1e-5)
