@@ -6,7 +6,7 @@ with the unlabelled reviews 92.25 ± 0.19% after 943 s on one core. A linear mod
     python classify_imdb.py                                  # finds or downloads IMDB, trains, tests, reports
     python classify_imdb.py --data aclImdb_v1.tar.gz         # or the unpacked folder
     python classify_imdb.py --predict "A film to remember."  # by the trained model; or a file, or - for stdin
-    python classify_imdb.py --predict "Not bad." --explain   # and the words that carried the answer
+    python classify_imdb.py --predict "A waste." --explain   # and the words that carried the answer
     python classify_imdb.py --preset best --out out/best     # learns from the unlabelled reviews too
     python classify_imdb.py --target 0.85 --out out/target   # as fast as possible to 85%
     python classify_imdb.py --baseline                       # the linear model to compare with
@@ -19,12 +19,15 @@ Shapes: B batch, T tokens, P places (every fourth token), K = 2 classes (0 negat
 
 import argparse
 import base64
+import codecs
+import contextlib
 import copy
 import gzip
 import hashlib
 import html
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -148,7 +151,12 @@ def find_imdb(data: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imdb" / "aclImdb_v1.tar.gz"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        download(IMDB_URL, cache, IMDB_SIZE, IMDB_MD5)
+        with open(f"{cache}.lock", "w") as lock, contextlib.suppress(ImportError):
+            import fcntl  # not on Windows
+
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first runs one waits, and finds the file
+            if not cache.exists():
+                download(IMDB_URL, cache, IMDB_SIZE, IMDB_MD5)
     return cache
 
 
@@ -388,7 +396,7 @@ class ReviewClassifier(EncoderClassifier):
     """Embedding of a token + embedding of its n-grams' odds; a convolution that leaves every fourth place;
     then encoder.py's layers, pooling and head. tokens (B, T) to logits (B, 2).
 
-    At a quarter of the length a layer costs a quarter and less. A place is padding where it sees nothing else.
+    At a quarter of the length a layer costs a quarter and less. A place is padding where it sees only that.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -796,13 +804,14 @@ def earlier_run(s: Settings, dataset: str, reviews: dict[str, list[Review]]) -> 
     run = load_checkpoint(Path(s.out))
     if run is None:
         return new
-    if (run["settings"].get("dataset"), dataset) == ("demo", "imdb"):
+    there = run.get("settings", {})  # another script's state may be without
+    if (there.get("dataset"), dataset) == ("demo", "imdb"):
         print(f"the run in {s.out} was on demo data; starting anew on IMDB")
         for old in Path(s.out).glob("step_*.pt"):
             old.unlink()
         return new
-    if run["settings"] != wanted:
-        wrong = differences(run["settings"], wanted)
+    if there != wanted:
+        wrong = differences(there, wanted)
         raise ValueError(f"{s.out} holds another run ({wrong}); give another --out, or delete it")
     return run
 
@@ -844,7 +853,8 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
     state = {"settings": settings, "config": asdict(model.config), "ranks": tokenizer.ranks, "model": weights}
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    (out / "model.onnx").unlink(missing_ok=True)  # of another run: --predict would take it
+    for name in ("model.onnx", "model.onnx.sha256"):  # of another run: --predict would take it
+        (out / name).unlink(missing_ok=True)
     write_atomically(out / "model.pt", buffer.getvalue())
     right_p = torch.where(labels == 1, p, 1 - p)  # (N,) the probability of the right answer
     mistakes, n_wrong = [], ((p > 0.5) != (labels == 1)).sum()
@@ -870,63 +880,54 @@ def test(model, tokenizer, reviews: list[Review], run: dict, out: Path, processe
 
 def plot_curves(history: list[dict], path: Path) -> None:
     """Accuracy (%) on train and dev over training time (s)."""
-    plt = pyplot()
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    seconds = [row["seconds"] for row in history]
-    for name, label in (("train_accuracy", "training, words hidden"), ("dev_accuracy", "dev, other films")):
-        axes.plot(seconds, [100 * row[name] for row in history], "o-", label=label)
-    axes.set(xlabel="training time (s)", ylabel="accuracy (%)", title="Learning curves")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    with picture(path, "Learning curves", "training time (s)", "accuracy (%)", width=6.0) as axes:
+        seconds = [row["seconds"] for row in history]
+        for name, label in (("train", "training, words hidden"), ("dev", "dev, other films")):
+            axes.plot(seconds, [100 * row[f"{name}_accuracy"] for row in history], "o-", label=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def plot_calibration(p: Tensor, labels: Tensor, path: Path) -> float:
     """Of the reviews given a probability of about x, a share of x should be positive. Returns the expected
     calibration error over ten bins."""
-    plt = pyplot()
-    fig, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
     bins, points, error = (10 * p).long().clamp(max=9), [], 0.0
     for b in bins.unique().tolist():
         said, happened = p[bins == b].mean().item(), labels[bins == b].double().mean().item()
         points.append((said, happened))
         error += (bins == b).double().mean().item() * abs(said - happened)
-    axes.plot((0, 1), (0, 1), "--", color="grey", label="perfect")
-    axes.plot(*zip(*points, strict=True), "o-", label=f"model, error {error:.3f}")
-    axes.set(xlabel="predicted P(positive)", ylabel="share of positive reviews", title="Calibration")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    with picture(path, "Calibration", "predicted P(positive)", "share of positive reviews") as axes:
+        axes.plot((0, 1), (0, 1), "--", color="grey", label="perfect")
+        axes.plot(*zip(*points, strict=True), "o-", label=f"model, error {error:.3f}")
+        axes.grid(alpha=0.3)
+        axes.legend()
     return error
 
 
 def plot_confusion(predicted: Tensor, actual: Tensor, path: Path) -> None:
     """Counts and shares of the 2 x 2 outcomes; predicted, actual (N,) boolean, True = positive."""
-    plt = pyplot()
     counts = torch.bincount(2 * actual.long() + predicted.long(), minlength=4).view(2, 2)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    fig, axes = plt.subplots(figsize=(4.2, 3.6), layout="constrained")
-    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for a in (0, 1):
-        for b in (0, 1):
+    with picture(path, "Test set: reviews by label", "predicted", "actual") as axes:
+        image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+        for a, b in itertools.product((0, 1), repeat=2):
             color = "white" if share[a, b] > 0.5 else "black"
             axes.text(b, a, f"{counts[a, b]:,}\n{share[a, b]:.1%}", ha="center", va="center", color=color)
-    axes.set(xticks=(0, 1), yticks=(0, 1), xticklabels=LABELS, yticklabels=LABELS)
-    axes.set(xlabel="predicted", ylabel="actual", title="Test set: reviews by label")
-    fig.colorbar(image, label="share of the row")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+        axes.set(xticks=(0, 1), yticks=(0, 1), xticklabels=LABELS, yticklabels=LABELS)
+        axes.figure.colorbar(image, label="share of the row")
 
 
-def pyplot():
-    import matplotlib
+@contextlib.contextmanager
+def picture(path: Path, title: str, xlabel: str, ylabel: str, width: float = 4.2):
+    """Axes to draw on; then they are a PNG at path."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    figure, png = Figure(figsize=(width, 3.6), layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    yield axes
+    figure.savefig(png, format="png", dpi=110)
+    write_atomically(path, png.getvalue())
 
 
 # -----------------------------------------------------------------------------
@@ -1020,7 +1021,10 @@ def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list
         raise ValueError(f"no ONNX file could be made: {report['refused']}")
     enough = min(0.995, max(row["agreement"] for row in onnx))  # not accuracy: no choice by test labels
     best = min((row for row in onnx if row["agreement"] >= enough), key=lambda row: row["size_bytes"])
-    write_atomically(out / "model.onnx", (out / "export" / best["file"]).read_bytes())
+    data = (out / "export" / best["file"]).read_bytes()
+    digest = f"{hashlib.sha256(data).hexdigest()}  model.onnx\n"  # as sha256sum -c reads it
+    write_atomically(out / "model.onnx.sha256", digest.encode())
+    write_atomically(out / "model.onnx", data)
     ids = tokenizer.encode([r.text for r in test_set], s.max_len)
     p, labels = onnx_probabilities(out / "model.onnx", ids), torch.tensor([r.label for r in test_set])
     report["deployed"] = {"name": best["name"], "test_accuracy": accuracy(p, labels)}
@@ -1041,11 +1045,11 @@ def unpacked(ranks: str) -> list[bytes]:
 
 
 def fine_tuned(pruned: nn.Module, model: ReviewClassifier, data: dict, s: Settings) -> nn.Module:
-    """Up to 300 steps at a falling learning rate: what pruning broke, a little training mends. Targets lie
+    """Up to 700 steps at a falling learning rate: what pruning broke, a little training mends. Targets lie
     half-way between the labels and what the whole model says (distillation, arXiv:1503.02531)."""
     ids, targets, folds = data["train"]
     halfway = torch.tensor(targets).float()  # (N,)
-    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:300]  # each review once at most
+    order = batches([len(x) for x in ids], s.batch_size, seed=s.seed)[:700]  # each review once at most
     optimizer = torch.optim.AdamW(pruned.parameters())
     torch.manual_seed(s.seed)
     pruned.train()
@@ -1149,9 +1153,10 @@ def attention_page(model: ReviewClassifier, tokenizer, text: str, path: Path) ->
 def predict(s: Settings, p: Processes) -> None:
     """A line of JSON for each text: label, its probability, the text, with --explain the words that count."""
     need("tiktoken")
-    is_file = os.path.isfile(s.predict)  # False also for what is no possible file name
+    is_file = os.path.exists(s.predict)  # a pipe too; False also for what is no possible file name
     if is_file or s.predict == "-":
         data = Path(s.predict).read_bytes() if is_file else sys.stdin.buffer.read()
+        data = data.removeprefix(codecs.BOM_UTF8)
         # Lines of bytes end at \n, \r alone; lines of str also at what IMDB's reviews have inside (\x85).
         texts = [line.decode("utf-8", errors="replace") for line in data.splitlines()]
     else:
@@ -1201,7 +1206,10 @@ def predictor(out: Path, p: Processes) -> tuple[Tokenizer, int, Callable[[list[T
         import onnxruntime
 
         try:
-            session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+            data, digest = (out / "model.onnx").read_bytes(), out / "model.onnx.sha256"
+            if digest.exists() and digest.read_text().split()[0] != hashlib.sha256(data).hexdigest():
+                raise ValueError("sha256")  # onnxruntime takes altered weights without a word
+            session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
             found = session.get_modelmeta().custom_metadata_map
             ranks, max_len = unpacked(json.loads(found["ranks"])), json.loads(found["max_len"])
         except Exception as error:  # of onnxruntime's own types, or what damage does to the metadata
@@ -1224,9 +1232,9 @@ def explained(ids: Tensor, p: float, tokenizer: Tokenizer, positive: Callable) -
     same twice hide each other. A mark of punctuation is a word, what follows an apostrophe is not.
     """
     pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
-    inside = [False] + [goes_on(a, b) for a, b in zip(pieces, pieces[1:], strict=False)]
-    starts = [i for i in range(len(pieces)) if not inside[i]] + [len(pieces)]
-    spans = list(zip(starts, starts[1:], strict=False))  # first token and end of each word
+    text, ends = b"".join(pieces), list(itertools.accumulate(map(len, pieces)))
+    starts = [0] + [i for i, end in enumerate(ends[:-1], 1) if not goes_on(text, end)] + [len(pieces)]
+    spans = list(itertools.pairwise(starts)) if pieces else []  # first token and end of each word
     hidden = [torch.cat((ids[:a], torch.full((b - a,), MASK), ids[b:])) for a, b in spans]
     effects = []
     for (a, b), without in zip(spans, positive(hidden).tolist() if hidden else [], strict=True):
@@ -1236,11 +1244,14 @@ def explained(ids: Tensor, p: float, tokenizer: Tokenizer, positive: Callable) -
     return sorted(effects, key=lambda pair: -abs(pair[1]))[:10]
 
 
-def goes_on(before: bytes, piece: bytes) -> bool:
-    """Whether a token continues the word that the one before it is part of."""
-    if piece[:1] == b"'" and len(piece) > 1:  # of "don't"
-        piece = piece[1:]
-    return all(x >= 128 or chr(x).isalnum() for x in (before[-1], piece[0]))  # 128 ..: part of a letter
+def goes_on(text: bytes, place: int) -> bool:
+    """Whether a word of the text, in UTF-8, goes on over this place."""
+    if 0x80 <= text[place] < 0xC0:  # within the bytes of one character
+        return True
+    before = text[max(0, place - 4) : place].decode(errors="replace")
+    after = text[place : place + 8].decode(errors="replace")
+    after = after[1:] if after[0] == "'" else after  # of "don't"
+    return before[-1].isalnum() and after[:1].isalnum()
 
 
 class LinearModel:
@@ -1313,21 +1324,20 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset}")
     parser.set_defaults(**PRESETS[preset])
     s = Settings(**vars(parser.parse_args(argv)))
+    least = {"weight_decay": 0, "save_every": 0, "max_len": STRIDE, "vocab_size": SPECIAL + 256}
     for name in ("epochs", "batch_size", "lr", "warmup", "clip"):
         if not getattr(s, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(s, name)}")
-    if s.max_len < STRIDE:
-        raise ValueError(f"max_len must be at least {STRIDE}, got {s.max_len}")
+    for name, value in least.items():  # of vocab_size: all bytes
+        if not getattr(s, name) >= value:
+            raise ValueError(f"{name} must be at least {value}, got {getattr(s, name)}")
+    for name in ("target", "mask_words"):
+        if not 0 <= getattr(s, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {getattr(s, name)}")
     if not 0 <= s.seed < 2**32:
         raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {s.seed}")
-    if s.vocab_size < SPECIAL + 256:
-        raise ValueError(f"vocab_size must be at least {SPECIAL + 256} (all bytes), got {s.vocab_size}")
-    if not 0 <= s.target < 1:
-        raise ValueError(f"target must be in [0, 1), got {s.target}")
     if s.explain and s.predict is None:
         raise ValueError("explain: needs --predict TEXT")
-    if not 0 <= s.mask_words < 1:
-        raise ValueError(f"mask_words must be in [0, 1), got {s.mask_words}")
     if s.amp not in ("auto", "bf16", "off"):
         raise ValueError(f"amp must be auto, bf16 or off, got {s.amp}")
     make_model(s, vocab_size=SPECIAL + 256)  # wrong sizes are known before the work

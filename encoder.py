@@ -137,7 +137,11 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, C); mask broadcasts to (B, H, T, T), True = may be attended to. Returns (B, T, C)."""
+        """x (B, T, C); mask, of 2 to 4 dimensions, broadcasts to (B, H, T, T), True = may be attended to.
+        Returns (B, T, C)."""
+        C = self.ffn[0].in_features
+        if x.dim() != 3 or x.size(-1) != C:
+            raise ValueError(f"x must be (B, T, C={C}), got {list(x.shape)}")
         if self.norm_first:
             x = x + self.dropout(self.attention(self.attention_norm(x), mask))
             return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -146,8 +150,8 @@ class EncoderLayer(nn.Module):
 
     def forward_with_weights(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As forward, and with it the attention weights (B, H, T, T)."""
-        weights = self.attention.weights(self.attention_norm(x) if self.norm_first else x, mask)
-        return self.forward(x, mask), weights
+        y = self.forward(x, mask)
+        return y, self.attention.weights(self.attention_norm(x) if self.norm_first else x, mask)
 
     @staticmethod
     def from_torch(layer: nn.TransformerEncoderLayer) -> "EncoderLayer":
@@ -160,8 +164,8 @@ class EncoderLayer(nn.Module):
         gelu = activation is F.gelu or isinstance(activation, nn.GELU) and activation.approximate == "none"
         if not (relu or gelu):
             raise ValueError(f'activation must be "relu" or exact "gelu", got {activation}')
-        if not attention.batch_first or layer.linear1.bias is None:
-            raise ValueError("from_torch needs a layer with batch_first=True and bias=True")
+        if not attention.batch_first or layer.linear1.bias is None or attention.add_zero_attn:
+            raise ValueError("from_torch needs a layer with batch_first=True, bias=True, no add_zero_attn")
         sizes = {"n_heads": attention.num_heads, "d_ff": layer.linear1.out_features}
         choices = {"norm_first": layer.norm_first, "activation": "relu" if relu else "gelu"}
         config = EncoderConfig(
@@ -365,7 +369,7 @@ class Settings:
     epochs: int = setting(4, "passes over the training reviews")
     batch_size: int = setting(64, "reviews a step")
     lr: float = setting(3e-3, "AdamW's peak learning rate, reached after 5% of the steps, then a cosine to 0")
-    device: str = setting("", "cuda, mps or cpu; empty: cuda where there is one, else cpu")
+    device: str = setting("auto", "auto (cuda, then cpu), cuda, cpu or mps")
     out: str = setting("out/encoder", "picture and report.json go here")
     seed: int = setting(0, "same seed, same machine, same threads: same numbers")
 
@@ -462,10 +466,7 @@ def bag_of_words(train_set: list[tuple[str, int]], test_set: list[tuple[str, int
 @torch.no_grad()
 def plot_twins(model: EncoderClassifier, test_set: list, vocabulary: dict, path: Path) -> Path:
     """Twins side by side: where the head looks that gives "not" the most weight from the word it turns."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     model.eval()
     texts = [text for text, _ in test_set if "only for fans" in text]
@@ -483,7 +484,8 @@ def plot_twins(model: EncoderClassifier, test_set: list, vocabulary: dict, path:
         on_not += weights[:, :, turned, words.index("not")]
     layer, head = divmod(int(on_not.argmax()), on_not.size(1))
 
-    fig, panels = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
+    fig, png = Figure(figsize=(9, 4.6), layout="constrained"), io.BytesIO()
+    panels = fig.subplots(1, 2)
     for axes, (words, p, weights) in zip(panels, views, strict=True):
         image = axes.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=1)
         axes.set_xticks(range(len(words)), words, rotation=90)
@@ -491,9 +493,7 @@ def plot_twins(model: EncoderClassifier, test_set: list, vocabulary: dict, path:
         axes.set(xlabel="looked at (key)", ylabel="looking (query)", title=f"P(positive) = {p:.3f}")
     fig.suptitle(f"The same words in another order: layer {layer + 1}, head {head + 1}")
     fig.colorbar(image, ax=panels, label="attention weight (each row sums to 1)", shrink=0.8)
-    png = io.BytesIO()
     fig.savefig(png, format="png", dpi=110)
-    plt.close(fig)
     write_atomically(path, png.getvalue())
     return path
 
@@ -528,12 +528,12 @@ def settings_from_command_line(argv: list[str] | None = None) -> Settings:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named, else cuda where there is one, else cpu. Raises ValueError for one that is missing."""
+    """For "auto" cuda where there is one, else cpu. Raises ValueError for one that is missing."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f'device "{name}" is not available here; accepted: cpu, cuda, mps') from None
+    except (RuntimeError, AssertionError):
+        raise ValueError(f'device "{name}" is not available here; accepted: auto, cuda, cpu, mps') from None
     return device
 
 

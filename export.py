@@ -92,19 +92,24 @@ def evaluating(model: nn.Module):
 def quietly():
     """Without the exporters' warnings, log lines and dumps; what goes wrong is raised."""
     root = logging.getLogger()
-    before = root.manager.disable, root.level, root.handlers[:]
+    disabled, level, handlers = root.manager.disable, root.level, root.handlers[:]
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:  # one of onnxruntime's modules calls logging.basicConfig when it is imported
-        root.manager.disable, root.level, root.handlers[:] = before
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.disable(disabled)  # which also forgets what loggers have remembered meanwhile
 
 
 def as_inputs(example_inputs) -> tuple:
     """Example inputs as the tuple of a call's arguments; one tensor alone is a tuple of one."""
-    return tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise ValueError(f"example_inputs must be tensors, got {[type(x).__name__ for x in inputs]}")
+    return inputs
 
 
 def refused(what: str, error: Exception) -> ValueError:
@@ -139,14 +144,15 @@ def export_torchscript(model: nn.Module, example_inputs, path, method: str = "tr
 
 
 def free_dimensions(inputs: tuple) -> tuple:
-    """What stays free by default: each input's batch, the length of (B, T) integers, the rest if possible."""
+    """What stays free by default: the batch, the length of (B, T) integers, the rest if possible. A name is
+    one size (to onnxruntime too), so each input has a length of its own: "length", "length_1", ..."""
     shapes = []
-    for x in inputs:
+    for i, x in enumerate(inputs):
         shapes.append(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO))
-        if x.dim():
+        if x.dim() and len(x) == len(inputs[0]):
             shapes[-1][0] = "batch"
         if x.dim() == 2 and not x.is_floating_point():
-            shapes[-1][1] = "length"
+            shapes[-1][1] = f"length_{i}" if i else "length"
     return tuple(shapes)
 
 
@@ -155,8 +161,8 @@ def capture(model: nn.Module, inputs: tuple, dynamic_shapes=None) -> torch.expor
     if dynamic_shapes is None:
         free, shapes = torch.export.Dim.DYNAMIC, free_dimensions(inputs)  # AUTO would fix a size silently
         dynamic_shapes = tuple({i: free if isinstance(d, str) else d for i, d in x.items()} for x in shapes)
-        # A size of 1 is taken for a constant, so a batch of 1 is doubled.
-        inputs = tuple(torch.cat((x, x)) if x.dim() and len(x) == 1 else x for x in inputs)
+        if all(len(x) == 1 for x in inputs if x.dim()):  # 1 is taken for a constant: a batch of 1 is doubled
+            inputs = tuple(torch.cat((x, x)) if x.dim() else x for x in inputs)
     with evaluating(model), torch.no_grad(), quietly():
         model(*inputs)  # the model's own complaint about wrong inputs comes first
         try:
@@ -226,7 +232,12 @@ def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, met
     """
     if opset not in OPSETS:
         raise ValueError(f"opset must be in {OPSETS.start} .. {OPSETS.stop - 1}, got {opset}")
-    inputs = as_inputs(example_inputs)
+    inputs, texts = as_inputs(example_inputs), {}
+    for key, value in (metadata or {}).items():
+        try:
+            texts[key] = json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata: {key} can't be written as JSON: {error}") from error
     with evaluating(model), torch.no_grad():
         expected = model(*inputs)
     if not isinstance(expected, Tensor) or not expected.is_floating_point():
@@ -243,10 +254,14 @@ def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, met
         raise refused(f"ONNX can't express {type(model).__name__}", error) from error
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.value_info):
         part.ClearField("metadata_props")  # stack traces: half of a small file, and paths of this machine
-    for key, value in (metadata or {}).items():
-        graph.metadata_props.add(key=key, value=json.dumps(value))
+    for key, value in texts.items():
+        graph.metadata_props.add(key=key, value=value)
     data = checked_bytes(graph)
-    difference = (onnx_runner(data)(*inputs) - expected).abs().max().item()
+    try:
+        output = onnx_runner(data)(*inputs)
+    except Exception as error:
+        raise refused(f"onnxruntime can't run the graph of {type(model).__name__}", error) from error
+    difference = (output - expected).where(output != expected, 0.0).abs().max().item()  # inf equals inf
     if not difference <= 1e-3 * max(1.0, expected.abs().max().item()):  # also NaN
         raise ValueError(f"the ONNX graph of {type(model).__name__} differs from it by {difference:.1e}")
     write_atomically(Path(path), data)
@@ -282,7 +297,7 @@ def onnx_runner(model: bytes | str | Path, threads: int = 1) -> Callable[..., Te
     names = [x.name for x in session.get_inputs()]
 
     def run(*inputs: Tensor) -> Tensor:
-        feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
+        feed = {name: x.detach().numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, feed)[0])
 
     return run
@@ -291,17 +306,22 @@ def onnx_runner(model: bytes | str | Path, threads: int = 1) -> Callable[..., Te
 def load_artefact(path, threads: int = 1) -> Callable[..., Tensor]:
     """Whatever the functions above wrote, as a function of tensors; .onnx, .pt2 or .ts tells what it is.
 
-    PyTorch's formats run on torch.get_num_threads() threads, whatever threads says.
+    PyTorch's formats run on torch.get_num_threads() threads, whatever threads says. Raises ValueError for
+    another or a damaged file, OSError where there is none.
     """
     path = Path(path)
-    if path.suffix == ".onnx":
-        return onnx_runner(path, threads)
-    with quietly():
-        if path.suffix == ".pt2":
-            return torch.export.load(path).module()
-        if path.suffix == ".ts":
-            return torch.jit.load(path)
-    raise ValueError(f"a file ends in .onnx, .pt2 or .ts, got {path}")
+    if path.suffix not in (".onnx", ".pt2", ".ts"):
+        raise ValueError(f"a file ends in .onnx, .pt2 or .ts, got {path}")
+    data = path.read_bytes()
+    try:
+        with quietly():
+            if path.suffix == ".onnx":
+                return onnx_runner(data, threads)
+            if path.suffix == ".pt2":
+                return torch.export.load(io.BytesIO(data)).module()
+            return torch.jit.load(io.BytesIO(data))
+    except Exception as error:
+        raise refused(f"{path} is damaged", error) from error
 
 
 # -----------------------------------------------------------------------------
@@ -359,9 +379,9 @@ def quantize_static(
     """int8 weights, and int8 activations whose ranges are fixed beforehand, on real inputs.
 
     calibration: an iterable of input dicts, name -> tensor or array, as a session takes them; a hundred real
-    inputs are enough, random ones are not. What it is for: convolutions, and devices that can't rescale. In a
-    Transformer ranges differ from input to input, so dynamic quantization is closer. The rest as in
-    quantize_dynamic. Raises ValueError for an empty calibration or wrong names, OSError from the disk.
+    inputs are enough, random ones are not. What it is for: devices that can't rescale. A Transformer's ranges
+    differ from input to input, so dynamic quantization is closer. The rest as in quantize_dynamic. Raises
+    ValueError for an empty calibration or wrong names, OSError from the disk.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType
     from onnxruntime.quantization import quantize_static as quantize
@@ -410,6 +430,8 @@ def quantized(onnx_path, path, quantize: Callable, embedding_bits: int) -> Path:
             source.write_bytes(packed.SerializeToString())
             quantize(source, target)
             graph = read_graph(target)
+    except OSError:  # a full disk
+        raise
     except Exception as error:
         raise refused(f"onnxruntime can't quantize {onnx_path}", error) from error
     del graph.metadata_props[:]
@@ -510,8 +532,9 @@ def feed_forwards(model: nn.Module, needed: bool = True) -> dict[str, nn.Sequent
         if not isinstance(m, nn.Sequential) or len(m) < 3:
             return False
         ends = isinstance(m[0], nn.Linear) and isinstance(m[-1], nn.Linear)
-        ends = ends and m[0].out_features == m[-1].in_features and not list(m[1:-1].parameters())
-        return ends and is_of_single_elements(m[1:-1], m[0].weight)
+        between = nn.Sequential(*list(m)[1:-1])  # not m[1:-1]: a subclass may be made otherwise
+        ends = ends and m[0].out_features == m[-1].in_features and not list(between.parameters())
+        return ends and is_of_single_elements(between, m[0].weight)
 
     found = {name: m for name, m in model.named_modules() if is_one(m)}
     if needed and not found:
@@ -549,23 +572,27 @@ def neuron_importance(model: nn.Module, batches: Iterable, loss: Callable | None
 def importance(model: nn.Module, readers: dict[str, nn.Linear], widths: dict, batches, loss) -> dict:
     """First-order change of the loss if a group of `width` inputs of a Linear were 0: name -> (groups,)."""
     loss = loss or partial(F.cross_entropy, reduction="sum")
-    seen, n_examples = {}, 0
-    totals = {name: torch.zeros(m.in_features // widths[name]) for name, m in readers.items()}
+    seen: dict[str, list[Tensor]] = {name: [] for name in readers}
+    n_examples, totals = 0, {name: torch.zeros(m.in_features // widths[name]) for name, m in readers.items()}
 
-    def keep_input(name: str, _module, inputs: tuple) -> None:
-        seen[name] = inputs[0]
+    def keep_input(name: str, _module, inputs: tuple) -> None:  # a module may be called several times
+        x = inputs[0]
+        seen[name].append(x if x.requires_grad else x.requires_grad_())  # where all weights are frozen
 
     hooks = [m.register_forward_pre_hook(partial(keep_input, name)) for name, m in readers.items()]
     try:
         with evaluating(model), torch.enable_grad():
             for inputs, targets in batches:
                 value = loss(model(*as_inputs(inputs)), targets)
-                gradients = torch.autograd.grad(value, [seen[name] for name in readers])
-                for name, gradient in zip(readers, gradients, strict=True):
-                    change = seen[name].detach() * gradient  # (B, features) or (B, ..., features)
-                    change = change.reshape(len(change), -1, change.size(-1)).sum(1)  # (B, features)
-                    change = change.unflatten(1, (-1, widths[name])).sum(2)  # (B, groups)
-                    totals[name] += change.abs().sum(0).cpu()
+                gradients = iter(torch.autograd.grad(value, sum(seen.values(), []), materialize_grads=True))
+                for name, xs in seen.items():
+                    groups = torch.zeros(())
+                    for x in xs:
+                        change = x.detach() * next(gradients)  # (B, features) or (B, ..., features)
+                        change = change.reshape(len(x), -1, x.size(-1)).sum(1)  # (B, features)
+                        groups = groups + change.unflatten(1, (-1, widths[name])).sum(2).cpu()  # (B, groups)
+                    totals[name] += groups.abs().sum(0)
+                    xs.clear()
                 n_examples += len(targets)
     finally:
         for hook in hooks:
@@ -579,8 +606,9 @@ def prune_heads(model: nn.Module, importance: dict[str, Tensor], keep: int) -> n
     """A copy whose attentions have their `keep` most important heads alone, and smaller matrices.
 
     importance: attention's name -> (H,), from head_importance or any other. The pruned model equals the
-    original with the other heads' outputs set to 0. Fine-tune it, save its state dict, read that back with
-    load_pruned. Raises ValueError for a keep that is not in 1 .. H and for other attentions than plain ones.
+    original with the other heads' outputs set to 0 (and drops no weights in training). Fine-tune it, save its
+    state dict, read that back with load_pruned. Raises ValueError for a keep that is not in 1 .. H and for
+    other attentions than plain ones.
     """
     model = copy.deepcopy(model)
     for name, attention in attentions(model).items():
@@ -813,7 +841,7 @@ def export_all(
             row["accuracy"] = share(outputs.argmax(-1) == labels)
             row["agreement"] = share(outputs.argmax(-1) == expected.argmax(-1))
             row["max_abs_diff"] = float(f"{(outputs - expected).abs().max().item():.2g}")
-            row["batch"], row["seq_len"] = cases[headline][0][0].shape[:2]
+            row["batch"], row["seq_len"], *_ = (*cases[headline][0][0].shape, None)  # None: of vectors
             row |= timings[name][headline] | {"latency": timings[name]}
             if name != "eager":
                 row |= in_a_fresh_process(files[name], cases[headline][0], threads)[0]
@@ -844,9 +872,9 @@ def write_artefacts(models: dict, example_inputs, calibration, out: Path, metada
     for label, model in models.items():
         prefix = "" if model is original else f"{label}, "
         stem = stems[label]
-        if not any(x.is_floating_point() for x in as_inputs(example_inputs)):
-            half = partial(lambda model, *rest: export_program(to_bfloat16(model), *rest), model)
-            attempt(f"{prefix}torch.export, bf16", half, example_inputs, out / f"{stem}.bf16.pt2")
+        attempt(
+            f"{prefix}torch.export, bf16", export_bfloat16, model, example_inputs, out / f"{stem}.bf16.pt2"
+        )
         fp32 = out / f"{stem}.onnx"
         if not attempt(f"{prefix}ONNX", export_onnx, model, example_inputs, fp32, metadata=metadata):
             continue
@@ -857,6 +885,13 @@ def write_artefacts(models: dict, example_inputs, calibration, out: Path, metada
         if model is original:
             attempt("ONNX int8, static", quantize_static, fp32, out / f"{stem}.static.onnx", calibration)
     return files, refusals
+
+
+def export_bfloat16(model: nn.Module, example_inputs, path) -> Path:
+    """to_bfloat16's copy as a torch.export program. Raises ValueError for inputs of floats: float32 ones."""
+    if any(x.is_floating_point() for x in as_inputs(example_inputs)):
+        raise ValueError("inputs of floats: call to_bfloat16 and convert them, too")
+    return export_program(to_bfloat16(model), example_inputs, path)
 
 
 def save_weights(model: nn.Module, path: Path) -> Path:
@@ -905,16 +940,14 @@ def print_table(report: dict) -> None:
 
 def plot_rows(report: dict, path: Path) -> Path:
     """Accuracy against latency, a point a model, its area the size of the file."""
-    import matplotlib  # only the picture needs it
+    from matplotlib import colormaps  # only the picture needs it
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = report["models"]
-    fig, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    rows, fig, png = report["models"], Figure(figsize=(9, 4.2), layout="constrained"), io.BytesIO()
+    axes = fig.subplots()
     largest = max(row["size_bytes"] for row in rows)
     for i, row in enumerate(rows):
-        area, color = 500 * row["size_bytes"] / largest, plt.get_cmap("tab20")(i)
+        area, color = 500 * row["size_bytes"] / largest, colormaps["tab20"](i)
         point = (row["p50_ms"], 100 * row["accuracy"])
         label = f"{i + 1}  {row['name']}, {row['size_bytes'] / 1000:,.0f} kB"
         axes.scatter(*point, s=area, color=color, alpha=0.7, edgecolors="k", linewidths=0.5, label=label)
@@ -927,8 +960,8 @@ def plot_rows(report: dict, path: Path) -> Path:
     axes.set_title(f"Accuracy against latency, {report['threads']} thread(s); area: size of the file")
     axes.grid(alpha=0.3)
     fig.legend(loc="outside right upper", fontsize=8, markerscale=0.5)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    fig.savefig(png, format="png", dpi=110)
+    write_atomically(path, png.getvalue())
     return path
 
 

@@ -126,9 +126,9 @@ def label_smoothing_cross_entropy(
 ) -> Tensor:
     """Cross-entropy with the target distribution (1 - smoothing) * one-hot + smoothing / K.
 
-    logits (N, K, ...), targets (N, ...) integers, weight (K,) >= 0. As F.cross_entropy in all: the mean with
-    weights divides by the sum of the targets' weights. But for one thing: where no row counts, or those that
-    do have weight 0, it is 0 with gradient 0 (torch: NaN). Half precision is computed, and returned, in
+    logits (N, K, ...), targets (N, ...) integers, weight (K,) >= 0. As F.cross_entropy with these: the mean
+    with weights divides by the sum of the targets' weights. But for one thing: where no row counts, or those
+    that do have weight 0, it is 0 with gradient 0 (torch: NaN). Half precision is computed, and returned, in
     float32.
     Raises ValueError for targets outside 0 .. K - 1 (ignore_index excepted), smoothing outside [0, 1),
     shapes. Szegedy et al. 2016, arXiv:1512.00567, section 7.
@@ -481,10 +481,12 @@ class GradNorm(nn.Module):
         sum of w_i L_i.
 
         backward() gives the model the gradient of that sum with w held fixed, and log_weights the gradient
-        of the balance sum |G_i - target_i| with the model held fixed. Raises ValueError if the first losses
-        aren't > 0.
+        of the balance sum |G_i - target_i| with the model held fixed. Under torch.no_grad() it is that sum
+        alone. Raises ValueError if the first losses aren't > 0.
         """
         check_task_losses(losses, len(self.log_weights))
+        if not torch.is_grad_enabled():
+            return (self.weights() * losses).sum()
         if self.first_losses.isnan().any():
             if not (losses > 0).all():
                 raise ValueError(f"losses must be > 0 at first (the measure of progress): {losses.tolist()}")
@@ -505,8 +507,9 @@ class GatherBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
@@ -568,10 +571,11 @@ def make_optimizers(name: str, hidden: list, others: list, lr: float, weight_dec
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor on the learning rate at step 0 .. total - 1: up to 1 in warmup steps, then a cosine to 0."""
+    """Factor on the learning rate at step 0 .. total - 1: up to 1 in warmup steps, then a cosine to 0, which
+    it is from total on (LambdaLR asks for that step, too)."""
     if step < warmup:
         return (step + 1) / warmup
-    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+    return (1 + math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup)))) / 2
 
 
 # -----------------------------------------------------------------------------
@@ -1039,8 +1043,8 @@ def demo_ordinal(s: Settings) -> tuple[dict, dict]:
         rows[name] = {"accuracy": (off == 0).double().mean(1), "mean stars off": off.mean(1)}
         rows[name] |= {"2 or more off": (off > 1).double().mean(1), "learning rate": rate}
     conclusion = (
-        "It passes the checklist, and isn't thereby better: on 442 patients no difference beyond the spread. "
-        "Use it where far misses cost more, not for plain accuracy."
+        "It passes the checklist, and isn't thereby better: on 442 patients no difference beyond the spread, "
+        "not even in far misses, which it charges for. A loss to trust isn't yet a loss to choose."
     )
     return table("design your own: five ordered classes", rows, conclusion), {}
 
@@ -1050,20 +1054,15 @@ def demo_ordinal(s: Settings) -> tuple[dict, dict]:
 
 def draw(curves: dict, out: Path) -> list[str]:
     """Every picture into out, as PNG; returns their paths."""
-    import matplotlib  # only the demo draws: whoever copies the functions above needs torch alone
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # only the demo draws: the functions above need torch alone
 
     paths = []
     plots = {"smoothing": draw_calibration, "imbalance": draw_precision_recall, "optimizers": draw_rates}
     for name, plot in (plots | {"embeddings": draw_embeddings}).items():
         size = (12, 5.4) if name == "embeddings" else (7, 4.5)
-        figure = plt.figure(figsize=size, layout="constrained")
+        figure, png = Figure(figsize=size, layout="constrained"), io.BytesIO()
         plot(figure, curves[name])
-        png = io.BytesIO()
         figure.savefig(png, format="png", dpi=100)
-        plt.close(figure)
         write_atomically(out / f"{name}.png", png.getvalue())
         paths.append(str(out / f"{name}.png"))
     return paths
@@ -1170,6 +1169,8 @@ def main() -> None:
     machine = {"torch": torch.__version__, "threads": 1, "gemm_gflops": gemm_gflops()}
     machine["cpu"] = torch.cpu.get_capabilities().get("cpu_name", platform.machine())
     print(" ".join(f"{k}={v}" for k, v in (asdict(s) | machine).items()), "device=cpu dtype=float32")
+    import matplotlib  # noqa: F401  needed at the end: a missing one is known at once
+
     start, tables, curves = time.perf_counter(), {}, {}
     demos = (demo_smoothing, demo_imbalance, demo_embeddings, demo_tasks, demo_optimizers, demo_ordinal)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:

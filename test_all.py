@@ -15,12 +15,14 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import html.parser
 import http.server
 import importlib
 import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import operator
 import os
@@ -236,6 +238,7 @@ def test_attention_masks():
         (torch.tensor([1.5]), None, ("float32",)),
         (torch.tensor([[1]]), None, ("[1, 1]",)),
         (torch.tensor(3), None, ("[] of",)),
+        (torch.tensor([True, False]), None, ("bool",)),  # a mask
     ]:
         with pytest.raises(ValueError, match="lengths") as error:
             attention.padding_mask(lengths, max_len)
@@ -255,6 +258,29 @@ def test_attention_blockwise_gradients_are_summed_in_float32():
     q, k = torch.zeros(1, 1), torch.cat((torch.ones(500, 1), -torch.ones(500, 1)))
     q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, k.clone()))
     assert torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), q)[0].item() == 1.0
+
+
+def test_attention_blockwise_with_very_low_scores():
+    """Scores far below 0: what is kept of the blocks before must start lower still."""
+    q, k, v = torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]])
+    for block_size in (1, 2):
+        assert attention.blockwise_attention(q, k, v, block_size=block_size) == 1
+
+
+def test_attention_fused_takes_the_kernel_s_triangle_where_it_fits(monkeypatch):
+    """It skips the future, which a mask doesn't. Not in a trace: that has to fit other lengths."""
+    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
+    traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
+    for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
+        check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+    asked, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **kw: asked.append(kw["is_causal"]) or kernel(*a, **kw)
+    )
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    for key, given in ((q, None), (q, mask), (k, None)):
+        attention.fused_attention(q, key, key, given, causal=True)
+    assert asked == [True, False, False]
 
 
 def test_attention_cache_refuses_other_shapes():
@@ -672,6 +698,7 @@ def test_attention_errors_name_what_is_wrong():
         ({"d_model": 0, "n_heads": 1}, ("d_model=0",)),
         ({"d_model": 8, "n_heads": 2, "dropout": 1.0}, ("dropout", "1.0")),
         ({"d_model": 8, "n_heads": 2, "dropout": -0.1}, ("dropout", "-0.1")),
+        ({"d_model": 8, "n_heads": 2, "kv_dim": 0}, ("kv_dim", "0")),
     ]:
         with pytest.raises(ValueError) as error:
             attention.MultiHeadAttention(**arguments)
@@ -726,7 +753,16 @@ def test_attention_plot_shows_queries_down_keys_across_and_masked_ones_grey(tmp_
     shown, imshow = [], Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: shown.append((x, kw)) or imshow(self, x, **kw))
     weights = attention_example_weights(1, 2, 4, 6).masked_fill(torch.arange(6) == 5, 0.0)
-    attention.plot_attention(weights, ["q"] * 4, ["k"] * 6, tmp_path / "a.png")
+    figures, save_figure = [], attention.save_figure
+    monkeypatch.setattr(
+        attention, "save_figure", lambda fig, path: figures.append(fig) or save_figure(fig, path)
+    )
+    attention.plot_attention(weights, list("abcd"), list("uvwxyz"), tmp_path / "a.png")
+    (left, right, _) = figures[0].axes
+    assert "".join(x.get_text() for x in left.get_xticklabels()) == "uvwxyz"
+    assert "".join(x.get_text() for x in left.get_yticklabels()) == "abcd"
+    assert [axes.get_title() for axes in (left, right)] == ["layer 1 head 1", "layer 1 head 2"]
+    assert figures[0].get_supxlabel().startswith("key") and figures[0].get_supylabel().startswith("query")
     assert len(shown) == 2
     for head, (cells, how) in enumerate(shown):
         expected = weights[0, head].masked_fill(weights[0, head] == 0, math.nan)
@@ -851,8 +887,9 @@ def test_attention_script_errors(tmp_path, capsys):
     for arguments, words in ((["--max-len", "100"], "max_len.*512.*100"), (["--steps", "0"], "steps.*0")):
         with pytest.raises(ValueError, match=words):
             attention.settings_from_command_line(arguments)
-    with pytest.raises(ValueError, match="device.*abacus"):
-        attention.usable_device("abacus")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device.*{name}"):
+            attention.usable_device(name)
     (tmp_path / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")")
     (tmp_path / "out/attention").mkdir(parents=True)  # of an earlier run: no reason to stop
     result = run_script("attention.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
@@ -1338,6 +1375,17 @@ def test_encoder_training_clips_and_decays(monkeypatch):
     tokens, labels = torch.randint(1, 10, (8, 5)), torch.arange(8) % 2
     encoder.train(model, tokens, labels, encoder.Settings(epochs=2, batch_size=4))
     assert norms == [1.0] * 4 and decays == [0.01]
+
+
+def test_encoder_layer_names_what_is_wrong_with_x():
+    layer = encoder.EncoderLayer(encoder.EncoderConfig(9, d_model=16))
+    for x in (torch.randn(5, 16), torch.randn(2, 5, 12)):
+        with pytest.raises(ValueError, match=re.escape(f"x must be (B, T, C=16), got {list(x.shape)}")):
+            layer(x)
+    theirs = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    theirs.self_attn.add_zero_attn = True
+    with pytest.raises(ValueError, match="add_zero_attn"):
+        encoder.EncoderLayer.from_torch(theirs)
 
 
 def test_encoder_refuses_masks_and_tokens_of_other_types():
@@ -1954,9 +2002,65 @@ def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
     rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
     monkeypatch.setattr(transformer, "translate", lambda *_: rows)
     corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
-    searches = transformer.evaluate(None, None, corpus, transformer.Settings())["searches"]
+    report = transformer.evaluate(None, None, corpus, transformer.Settings())
+    searches = report["searches"]
     assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
     assert all(row["cut_off"] == 1 for row in searches.values())
+    texts = iter("xabb")  # of greedy, and penalties 0, 0.6, 2
+    monkeypatch.setattr(transformer, "translate", lambda *_: [transformer.Translation(next(texts))] * 3)
+    corpus.test = [("x", "a")] * 3
+    report = transformer.evaluate(None, None, corpus, transformer.Settings(length_penalty=0.0))
+    assert report["beam"] == 1 and report["greedy"] == 0
+    texts = iter("xbab")
+    report = transformer.evaluate(None, None, corpus, transformer.Settings())
+    assert report["beam"] == 1 and report["greedy"] == 0
+
+
+def test_transformer_beam_ends_with_the_last_hypothesis(monkeypatch):
+    model, calls = transformer_tiny(), []
+
+    def decode(tgt, memory, memory_mask, cache):
+        calls.append(tgt.shape)
+        cache[0] = {"self": (memory, memory)}
+        logits = torch.zeros(len(tgt), 1, 11)
+        logits[..., 2] = 20.0  # EOS
+        return logits
+
+    monkeypatch.setattr(model, "decode", decode)
+    transformer.beam_search(model, torch.tensor([[3, 4, 2]]), 20, beam_size=2)
+    assert len(calls) == 2  # the second hypothesis needs another token for its EOS
+
+
+def test_transformer_translates_with_the_search_asked_for(tmp_path, monkeypatch, capsys):
+    tokenizer, asked = transformer.Tokenizer.train(["one two"], 259), []
+    model = transformer_tiny(dtype=torch.float32, vocab_size=259)
+    content = {"kind": "model", "config": dataclasses.asdict(model.config), "model": model.state_dict()}
+    transformer.save(tmp_path / "model.pt", content | {"vocabulary": tokenizer.vocabulary})
+    search = transformer.beam_search
+    monkeypatch.setattr(transformer, "beam_search", lambda *a: asked.append(a[2:]) or search(*a))
+    s = transformer.Settings(
+        translate="one", out=str(tmp_path), device="cpu", beam_size=3, length_penalty=0.9
+    )
+    transformer.translate_command(s)
+    assert asked == [(24, 3, 0.9)] and json.loads(capsys.readouterr().out)["source"] == "one"
+
+
+def test_transformer_missing_sacrebleu_is_known_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    monkeypatch.setattr(transformer, "prepare", lambda s: 1 / 0)
+    with pytest.raises(ImportError, match="sacrebleu"):
+        transformer.train_and_evaluate(transformer.Settings(preset="multi30k"))
+    with pytest.raises(ZeroDivisionError):
+        transformer.train_and_evaluate(transformer.Settings())
+
+
+def test_transformer_a_run_goes_on_with_its_own_sentences_alone(tmp_path):
+    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
+    tokenizer, pair, other = transformer.Tokenizer.train(["one"], 259), ([5, 2], [6, 2]), ([7, 2], [6, 2])
+    training = transformer.Training(s, tokenizer, [pair] * 3, [pair])
+    for train, dev in (([pair] * 3, [other]), ([pair, pair, other], [pair])):
+        with pytest.raises(ValueError, match="a run on other sentences"):
+            transformer.Training(s, tokenizer, train, dev).restore({"corpus": training.corpus})
 
 
 def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
@@ -2625,6 +2729,8 @@ def test_transformer_demo(transformer_demo):
     report = last_json(result)
     out = folder / "out" / "transformer"
     assert report == json.loads((out / "report.json").read_text())
+    first = result.stdout.splitlines()[:2]
+    assert "seed=0" in first[0] and "precision=" in first[0] and first[1].startswith("torch=")
     assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
     for key in (
         "seconds",
@@ -3515,6 +3621,10 @@ def losses_bad_calls():
         )
     yield "binary target 2", lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
     yield "binary target 0.5", lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
+    yield "binary integers", lambda: losses.binary_focal_loss(bits, bits), ("logits", "int64")
+    yield "no class", lambda: losses.focal_loss(z[:, :0], y), ("logits", "(6, 0)")
+    yield "complex targets", lambda: losses.focal_loss(z, y + 0j), ("targets", "complex64")
+    yield "dtypes", lambda: losses.triplet_loss(z, z.double(), z), ("positive", "float64")
     yield "binary shapes", lambda: losses.binary_focal_loss(z, bits), ("targets", "(6, 3)", "(6,)")
     yield (
         "binary reduction",
@@ -3686,6 +3796,15 @@ def test_losses_gradnorm_of_losses_that_reached_0_and_of_several_weights():
     check_close(gradients[1], gradients[0], 1e-12)
 
 
+@torch.no_grad()
+def test_losses_gradnorm_without_gradients_is_the_weighted_sum():
+    """Of a validation's losses."""
+    weighting, shared = losses.GradNorm(2), torch.ones(3)
+    weighting.log_weights.copy_(torch.tensor([1.0, 0.0]))
+    values = torch.tensor([2.0, 3.0])
+    check_close(weighting(values, shared), (weighting.weights() * values).sum(), 1e-6)
+
+
 def test_losses_gradnorm_keeps_its_first_losses():
     gradnorm, w = losses.GradNorm(2), torch.ones(2, requires_grad=True)
     gradnorm(2 * w, w)
@@ -3841,6 +3960,50 @@ def test_losses_parameter_groups():
     assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
     assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
     assert sorted(p.shape[0] for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+
+
+def test_losses_make_their_own_tensors_on_their_input_s_device():
+    """Real inputs where new tensors would go elsewhere by default: as on a GPU."""
+    z, y = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
+    calls = [
+        lambda: losses.label_smoothing_cross_entropy(z, y), lambda: losses.focal_loss(z, y),
+        lambda: losses.ordinal_loss(z, y), lambda: losses.contrastive_loss(z, z.flip(0), y == 0),
+        lambda: losses.info_nce_loss(z, z.flip(0)), lambda: losses.nt_xent_loss(z, z.flip(0)),
+        lambda: losses.supervised_contrastive_loss(z, y),
+        lambda: losses.triplet_loss(z, z.flip(0), z.roll(1, 0)),
+        *[lambda m=m: losses.batch_hard_triplet_loss(z, y, mining=m) for m in ("hard", "semihard", "all")],
+    ]  # fmt: skip
+    for call in calls:
+        with torch.device("meta"):
+            loss = call()
+        assert loss.device.type == "cpu" and loss == call()
+    q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
+    for rung in (attention.attention_loop, *attention.RUNGS.values()):
+        with torch.device("meta"):
+            output = rung(q, k, k, None, True)
+        check_close(output, rung(q, k, k, None, True), 1e-6)
+
+
+def test_losses_the_demo_knows_at_once_that_a_library_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(losses, "ProcessPoolExecutor", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["losses.py", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    with pytest.raises(ImportError, match="matplotlib"):
+        losses.main()
+
+
+def test_losses_warmup_cosine_at_its_ends():
+    """LambdaLR asks for the step behind the last one, too."""
+    for warmup, total in ((4, 4), (0, 1), (2, 10)):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        factor = functools.partial(losses.warmup_cosine, warmup=warmup, total=total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        for _ in range(total):
+            optimizer.step()
+            schedule.step()
+        assert losses.warmup_cosine(total + 8, warmup, total) <= (1 if warmup == total else 1e-9)
+    assert losses.warmup_cosine(18, 2, 10) == pytest.approx(0, abs=1e-9)
 
 
 def test_losses_warmup_cosine():
@@ -4626,6 +4789,105 @@ def check_clip_0_is_no_clipping(launcher: Launcher, folder: Path) -> None:
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+def check_finished_means_that_all_is_there(launcher: Launcher, folder: Path) -> None:
+    """What is missing or damaged is made again; what is finished needs no place to write in."""
+    arguments = [*DDP_TINY, "--steps", "4", "--out", str(folder)]
+    (first,) = launcher.run(1, *arguments)
+    report, weights = json_of(folder / "report.json"), final_weights(folder)
+    assert f"step 4/4: loss {report['loss']:.3f}, held out {report['dev_loss']:.3f} nats" in first.stdout
+    assert len(set(report["losses"])) == 4 and report["loss"] == report["losses"][-1]
+    (folder / "final.pt").unlink()
+    launcher.run(1, *arguments)
+    assert torch.equal(final_weights(folder), weights)
+    (folder / "report.json").write_text((folder / "report.json").read_text()[:-9])
+    launcher.run(1, *arguments)
+    assert json_of(folder / "report.json")["losses"] == report["losses"]
+    (again,) = launcher.run(1, *arguments, code="script.check_place = None; script.leave(script.main())")
+    assert "this run is finished" in again.stdout and last_json(again)["loss"] == report["loss"]
+
+
+def check_the_last_step(launcher: Launcher, folder: Path) -> None:
+    """A signal within it ends nothing any more. One that diverges is an error, and leaves no final.pt."""
+    code = """
+import signal
+sent = []
+def learning_rate(step, s, rate=script.learning_rate):
+    if step == s.steps - 1 and not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    return rate(step, s)
+script.learning_rate = learning_rate
+script.leave(script.main())
+"""
+    launcher.run(1, *DDP_TINY, "--steps", "4", "--out", str(folder / "signal"), code=code)
+    assert (folder / "signal/report.json").exists()
+    arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
+    (result,) = launcher.attempt(1, *DDP_TINY, *arguments, "--out", str(folder / "diverged"))
+    check_one_line_error(result, "the loss is", "at step 0: try a smaller --lr")
+    assert not (folder / "diverged/final.pt").exists()
+
+
+def check_an_overflow_is_skipped(launcher: Launcher, folder: Path) -> None:
+    """fp16: a step whose gradients aren't finite changes no weight."""
+    code = """
+scaler = torch.amp.GradScaler
+torch.amp.GradScaler = lambda *args, **kwargs: scaler(*args, init_scale=2.0**40, **kwargs)
+script.main()
+torch.amp.GradScaler = scaler
+"""
+    launcher.run(1, *DDP_TINY, "--amp", "fp16", "--out", str(folder), code=code)
+    assert final_weights(folder).isfinite().all()
+
+
+def check_ranks_that_cannot_agree(launcher: Launcher, folder: Path) -> None:
+    """Other texts (a Python with another manual), and nan, which isn't equal to itself."""
+    code = """
+if os.environ["RANK"] == "1":
+    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
+script.leave(script.main())
+"""
+    results = launcher.attempt(2, *DDP_TINY, "--out", str(folder), code=code)
+    assert [r.returncode for r in results] == [2, 2]
+    assert re.search("rank 1 was started with other settings than rank 0: .*text ", results[0].stderr)
+    results = launcher.attempt(2, *DDP_TINY, "--lr", "nan", "--out", str(folder))
+    assert [r.returncode for r in results] == [2, 2] and "lr must be at least 0, got nan" in results[0].stderr
+
+
+def test_train_ddp_finished_means_that_all_is_there(ddp, tmp_path):
+    check_finished_means_that_all_is_there(ddp, tmp_path)
+
+
+def test_train_ddp_the_last_step(ddp, tmp_path):
+    check_the_last_step(ddp, tmp_path)
+
+
+def test_train_ddp_an_overflow_is_skipped(ddp, tmp_path):
+    check_an_overflow_is_skipped(ddp, tmp_path)
+    assert train_ddp.load_checkpoint(tmp_path)["scaler"]["scale"] < 2**40
+
+
+def test_train_ddp_ranks_that_cannot_agree(ddp, tmp_path):
+    check_ranks_that_cannot_agree(ddp, tmp_path)
+    alone = run_script("train_ddp.py", cwd=tmp_path, WORLD_SIZE="2", RANK="0")
+    check_one_line_error(alone, "WORLD_SIZE is 2, but MASTER_ADDR isn't set: start with torchrun")
+
+
+def test_train_ddp_final_weights_come_before_the_sample_which_ends_in_time(tmp_path, monkeypatch):
+    """The other ranks wait for it, and not for ever."""
+    s = train_ddp.Settings(out=str(tmp_path), timeout=8.0)
+    model, asked = train_ddp.GPT(16, 2, 1, 24), []
+
+    def generate(*_, seconds):
+        asked.append(seconds)
+        raise KeyboardInterrupt
+
+    long = train_ddp.generate(model, "The ", 50, "cpu", seconds=0.0)
+    assert len(long.encode()) <= len("The ") + 3  # one byte more; what is no UTF-8 takes three
+    monkeypatch.setattr(train_ddp, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        train_ddp.finish(model, {}, {}, s)
+    assert asked == [2.0] and len(final_weights(tmp_path)) == sum(p.numel() for p in model.parameters())
+
+
 def test_train_ddp_clip_0_is_no_clipping(ddp, tmp_path):
     check_clip_0_is_no_clipping(ddp, tmp_path)
 
@@ -4753,6 +5015,17 @@ def test_train_ddp_newest_of_two_saves_of_a_step_and_files_of_others(tmp_path):
         train_ddp.save_checkpoint(tmp_path, 7, {"attempt": attempt})
         assert train_ddp.load_checkpoint(tmp_path) == {"attempt": attempt}
     assert len(list(tmp_path.glob("step_*"))) == 1 and (tmp_path / "video.part").exists()
+    others = {
+        tmp_path / name for name in ("step_1.pt", "step_00000009.pt", "step_00000009.ab.pt", "step_best.pt")
+    }
+    for other in others:
+        other.write_text("not ours")
+    path = train_ddp.save_checkpoint(tmp_path, 10, {"attempt": 10}, keep=1)
+    assert set(tmp_path.glob("step_*")) == others | {path}
+    assert train_ddp.load_checkpoint(tmp_path) == {"attempt": 10}
+    train_ddp.save_checkpoint(tmp_path, 10, {"step": 10, "weights": 1})  # another program's state
+    with pytest.raises(ValueError, match="holds a run of other settings"):
+        train_ddp.earlier_run(train_ddp.Settings(out=str(tmp_path)), {"lr": 1.0})
 
 
 def test_train_ddp_unequal_settings_are_found_at_the_start(ddp, tmp_path):
@@ -4990,10 +5263,9 @@ def test_train_ddp_and_train_fsdp_say_that_their_output_was_lost(module, monkeyp
 
 
 def test_train_ddp_and_train_fsdp_know_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path):
-    with pytest.raises(OSError, match="read-only"):
-        train_ddp.earlier_run(train_ddp.Settings(out=str(tmp_path)), {})
-    with pytest.raises(OSError, match="read-only"):
-        train_fsdp.check_place(tmp_path)
+    for module in BOTH:
+        with pytest.raises(OSError, match="read-only"):
+            module.check_place(tmp_path)
 
 
 @pytest.mark.parametrize("module", BOTH)
@@ -5039,7 +5311,7 @@ def test_train_ddp_and_train_fsdp_reports_hold_the_last_figures(tmp_path, monkey
     model = train_ddp.GPT(16, 2, 1, 8)
     machine = {"gemm_gflops": 4 * 3000 * train_ddp.flops_per_token(model) / 1e9}
     for module, name in ((train_ddp, "generate"), (train_ddp, "plot_loss"), (train_fsdp, "show_memory")):
-        monkeypatch.setattr(module, name, lambda *_: "")
+        monkeypatch.setattr(module, name, lambda *_, **__: "")
     s = train_fsdp.Settings(out=str(tmp_path), d_model=16, n_layers=1, max_len=8)
     reports = [train_ddp.finish(model, run, machine, train_ddp.Settings(out=str(tmp_path)))]
     reports.append(train_fsdp.finish(model.state_dict(), run, machine, s))
@@ -5438,6 +5710,36 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
     assert last_json(weights[0]) == json_of(tmp_path / "2" / "report.json")
 
 
+def test_train_fsdp_finished_means_that_all_is_there(fsdp, tmp_path):
+    check_finished_means_that_all_is_there(fsdp, tmp_path)
+
+
+def test_train_fsdp_the_last_step(fsdp, tmp_path):
+    check_the_last_step(fsdp, tmp_path)
+
+
+def test_train_fsdp_an_overflow_is_skipped(fsdp, tmp_path):
+    check_an_overflow_is_skipped(fsdp, tmp_path)
+    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["scaler"]["scale"] < 2**40
+
+
+def test_train_fsdp_ranks_that_cannot_agree(fsdp, tmp_path):
+    check_ranks_that_cannot_agree(fsdp, tmp_path)
+
+
+def test_train_fsdp_out_that_not_all_machines_see_is_an_error(tmp_path):
+    """Each would write its slices on its own disk: no checkpoint could ever be read."""
+    part = tmp_path / "step_00000005.part"
+    part.mkdir()
+    manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
+    for there in ("__0_0.distcp", ".metadata"):
+        (part / there).touch()
+        with pytest.raises(OSError, match="lacks .*__1_0.distcp.*all machines must see the same --out"):
+            train_fsdp.publish(part, manifest, 3)
+    (part / "__1_0.distcp").touch()
+    assert train_fsdp.publish(part, manifest, 3).exists()
+
+
 def test_train_fsdp_clip_0_is_no_clipping(fsdp, tmp_path):
     check_clip_0_is_no_clipping(fsdp, tmp_path)
 
@@ -5788,7 +6090,7 @@ def test_train_fsdp_deletes_no_checkpoint_under_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(train_fsdp.shutil, "rmtree", lambda path: removed.append(path.suffix) or rmtree(path))
     for step in (1, 2, 3):
         (tmp_path / f"step_{step}.part").mkdir()
-        train_fsdp.publish(tmp_path / f"step_{step}.part", b"{%d}" % step, keep=2)
+        train_fsdp.publish(tmp_path / f"step_{step}.part", b'{"files": {}, "step": %d}' % step, keep=2)
     assert removed == [".part"]
     assert [path.stem for path in train_fsdp.finished_checkpoints(tmp_path)] == ["step_2", "step_3"]
 
@@ -6404,6 +6706,67 @@ def test_export_runs_sum_and_norm_by_themselves(export_onnx_file, tmp_path):
         assert ("SkipLayerNormalization" in kinds) == found
 
 
+def test_export_onnx_of_a_translation_model(tmp_path):
+    """Two inputs of tokens, each with a length of its own."""
+    model = transformer_tiny(dtype=torch.float32, n_layers=1)
+    example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
+    run = export.onnx_runner(export.export_onnx(model, example, tmp_path / "m.onnx"))
+    for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
+        src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
+        src[0, source // 2 + 1 :] = 0
+        check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
+
+
+def test_export_names_one_size_alike_alone():
+    """To onnxruntime one name is one size."""
+    tokens, auto = torch.zeros(3, 5, dtype=torch.long), torch.export.Dim.AUTO
+    inputs = tokens, torch.zeros(3, 4, dtype=torch.long), torch.zeros(3), torch.zeros(7), torch.zeros(3, 6)
+    assert export.free_dimensions((*inputs, torch.zeros(3, 2, 2, dtype=torch.long))) == (
+        {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {0: auto},
+        {0: "batch", 1: auto}, {0: "batch", 1: auto, 2: auto},
+    )  # fmt: skip
+
+
+class AddsRows(nn.Module):
+    def forward(self, x: Tensor, row: Tensor) -> Tensor:
+        return x + row
+
+
+class Logs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        logging.getLogger("of_a_model").warning("called")
+        return -x
+
+
+def test_export_takes_what_users_have(tmp_path):
+    """A row beside a batch, outputs of -inf, a list of inputs, inputs with gradients, a model that logs."""
+    x, row = torch.randn(4, 3), torch.randn(1, 3)
+    path = export.export_program(AddsRows(), [x, row], tmp_path / "a.pt2")
+    check_close(export.load_artefact(path)(x, row), x + row, 1e-6)
+    masked = torch.tensor([0.0, -math.inf, 0.0])
+    path = export.export_onnx(AddsRows(), (x.clone().requires_grad_(), masked), tmp_path / "a.onnx")
+    assert torch.equal(export.load_artefact(path)(x, masked), x + masked)
+    export.export_torchscript(Logs(), x, tmp_path / "a.ts")
+    assert logging.getLogger("of_a_model").isEnabledFor(logging.WARNING)
+    with pytest.raises(ValueError, match="must be tensors, got .*'Tensor', 'int'"):
+        export.export_program(AddsRows(), (x, 3), tmp_path / "b.pt2")
+    with pytest.raises(ValueError, match="metadata: labels can't be written as JSON"):
+        export.export_onnx(Logs(), x, tmp_path / "b.onnx", metadata={"labels": {1, 2}})
+    with pytest.raises(ValueError, match="inputs of floats"):
+        export.export_bfloat16(Logs(), x, tmp_path / "b.pt2")
+    assert not list(tmp_path.glob("b.*"))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
+def test_export_damaged_artefacts_are_refused(suffix, tmp_path):
+    for content in (b"", b"no model", b"PK\x03\x04 and no more"):
+        (tmp_path / f"a{suffix}").write_bytes(content)
+        with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
+            export.load_artefact(tmp_path / f"a{suffix}")
+    with pytest.raises(FileNotFoundError):
+        export.load_artefact(tmp_path / f"b{suffix}")
+
+
 def test_export_load_artefact_knows_three_suffixes(tmp_path):
     with pytest.raises(ValueError, match="onnx, .pt2 or .ts, got model.pth"):
         export.load_artefact("model.pth")
@@ -6706,6 +7069,50 @@ class ExportOddAttention(nn.Module):
             mask = None
         y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
         return (y, y) if self.change == "tuple" else y
+
+
+class FeedForward(nn.Sequential):
+    """As in many projects: a subclass that is made of widths."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+
+
+class Repeats(nn.Module):
+    """The same net twice (ALBERT), and one that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.unused, self.head = FeedForward(6, 8), FeedForward(6, 8), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        for _ in range(2):
+            hidden = self.net[1](self.net[0](x))  # (B, 8)
+            x = x + (self.net[2](hidden) if gate is None else self.net[2](hidden * gate))
+        return self.head(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_export_importance_of_a_net_that_is_called_twice(frozen):
+    """Both calls count; frozen weights, and a caller's no_grad, change nothing."""
+    model = Repeats().requires_grad_(not frozen)
+    batches = [(torch.randn(5, 6), torch.randint(2, (5,))) for _ in range(2)]
+    expected = torch.zeros(8)
+    with torch.enable_grad():
+        for (x,), y in (
+            (rows.split(1), t)
+            for inputs, targets in batches
+            for rows, t in zip(inputs.split(1), targets.split(1), strict=True)
+        ):
+            gate = torch.ones(8, requires_grad=True)
+            loss = F.cross_entropy(model(x, gate), y)
+            expected += torch.autograd.grad(loss, gate)[0].abs() / 10
+    found = export.neuron_importance(model, batches)
+    check_close(found["net"], expected, 1e-6)
+    assert not found["unused"].any()
+    pruned = export.prune_neurons(model, found, keep=3)
+    assert pruned.net[0].out_features == 3 and pruned(torch.randn(2, 6)).shape == (2, 2)
 
 
 def test_export_onnx_may_differ_in_proportion_to_the_outputs(tmp_path):
@@ -7071,7 +7478,8 @@ def test_export_all_says_what_a_model_refuses(tmp_path):
     model.train()
     cases = {"small": [(x[:2],)], "large": [(x,)]}
     report = export.export_all({"it": model}, x, [((x,), labels)], cases, [], tmp_path, seconds=0.001)
-    assert set(report["refused"]) == {"torch.export", "ONNX"} and report["headline"] == "large"
+    assert set(report["refused"]) == {"torch.export", "torch.export, bf16", "ONNX"}
+    assert "inputs of floats" in report["refused"]["torch.export, bf16"] and report["headline"] == "large"
     assert [row["name"] for row in report["models"]] == ["eager", "TorchScript, trace", "TorchScript, script"]
     assert all(row["accuracy"] == row["agreement"] == 1 and row["batch"] == 4 for row in report["models"])
     assert all(row["max_abs_diff"] <= 1e-6 for row in report["models"])  # without dropout
@@ -7443,6 +7851,21 @@ def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
     path = imdb.find_imdb("")
     assert path == tmp_path / "imdb/aclImdb_v1.tar.gz" == imdb.find_imdb("") and path.read_bytes() == data
     assert len(server.asked) == 1  # the second time it was there
+    path.unlink()
+    both = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:  # two first runs
+        paths = list(pool.map(lambda _: (both.wait(), imdb.find_imdb(""))[1], range(2)))
+    assert paths == [path, path] and path.read_bytes() == data and len(server.asked) == 2
+
+
+def test_classify_imdb_a_stalled_server_is_given_up(tmp_path, monkeypatch):
+    def urlopen(request, timeout=None):
+        assert timeout and timeout <= 60
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(imdb.urllib.request, "urlopen", urlopen)
+    with pytest.raises(OSError, match="timed out after 0 of 5 bytes"):
+        imdb.download("http://127.0.0.1/a", tmp_path / "a", 5, "")
 
 
 # -----------------------------------------------------------------------------
@@ -7729,13 +8152,13 @@ def test_classify_imdb_pruned_copy_keeps_the_lower_layers(monkeypatch):
         assert layer.attention.n_heads == 2 and (24 // 4, 16) in {p.shape for p in layer.parameters()}
 
 
-def test_classify_imdb_fine_tuning_ends_after_300_steps(tmp_path, monkeypatch):
+def test_classify_imdb_fine_tuning_ends_after_700_steps(tmp_path, monkeypatch):
     model, data, s, _ = imdb_tiny_training(tmp_path)
     calls, share = [], imdb.share_of_batch
-    monkeypatch.setattr(imdb, "batches", lambda *_, **__: [[0, 1]] * 400)
+    monkeypatch.setattr(imdb, "batches", lambda *_, **__: [[0, 1]] * 800)
     monkeypatch.setattr(imdb, "share_of_batch", lambda *a: calls.append(0) or share(*a))
     imdb.fine_tuned(model, copy.deepcopy(model).eval(), data, s)
-    assert len(calls) == 300
+    assert len(calls) == 700
 
 
 @torch.no_grad()
@@ -7894,6 +8317,17 @@ def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
     from_file = predict("texts.txt")
     assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull\x85film"]
     assert from_file[0] == answer and from_file[2]["label"] == "negative"
+    assert from_file[2]["probability"] > 0.5  # the answer's, not P(positive)
+    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfa superb film , the plot was clever\ncaf\xe9\n")
+    assert predict("latin.txt")[0] == answer  # without the mark that some editors put in front
+    assert predict("latin.txt")[1]["text"] == "caf\ufffd"
+    reader, writer = os.pipe()
+    os.write(writer, b"a superb film , the plot was clever\n")
+    os.close(writer)
+    assert predict(f"/dev/fd/{reader}") == [answer]
+    os.close(reader)
+    with pytest.raises(IsADirectoryError):
+        predict(".")
     command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
     piped = subprocess.run(
         command, input=f"a dull\x85film\n{long}", capture_output=True, text=True, timeout=60
@@ -8108,6 +8542,25 @@ def test_classify_imdb_confusion_counts_stand_in_the_row_of_the_actual_label(tmp
     cells = {place: words.split("\n") for place, words in written.items()}
     assert cells[0, 0] == ["1", "25.0%"] and cells[1, 0] == ["3", "75.0%"]  # x: predicted, y: actual
     assert cells[0, 1] == ["1", "50.0%"] and cells[1, 1] == ["1", "50.0%"]
+
+
+def test_classify_imdb_curves_are_named_right_and_time_left_counts_from_a_resume(
+    tmp_path, monkeypatch, capsys
+):
+    from matplotlib.axes import Axes
+
+    drawn, plot = {}, Axes.plot
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda self, x, y, *a, **kw: drawn.update({kw["label"]: y}) or plot(self, x, y, *a, **kw),
+    )
+    imdb.plot_curves([{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}], tmp_path / "a.png")
+    assert drawn == {"training, words hidden": [50.0], "dev, other films": [25.0]}
+    progress = imdb.Progress(50, 100, imdb.ALONE)
+    progress.start = progress.said = time.monotonic() - 20
+    progress.show(60, 0.5)
+    assert "step 60/100, loss 0.500, 80 s left" in capsys.readouterr().err
 
 
 def test_classify_imdb_learns_in_bf16(tmp_path):
@@ -8354,6 +8807,19 @@ def test_classify_imdb_a_lost_process_ends_the_others_and_any_number_goes_on(imd
     assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
 
 
+def test_classify_imdb_an_error_of_one_rank_alone_is_said(imdb_ranks, tmp_path):
+    here = """
+def broken(*_):
+    raise OSError("the disk of rank 1")
+if os.environ["RANK"] == "1":
+    script.learning_rate = broken
+"""
+    arguments = [*IMDB_TINY.split(), "--out", str(tmp_path)]
+    first, second = imdb_ranks.attempt(2, *arguments, code=imdb_code(here))
+    assert second.returncode == 2 and "classify_imdb.py: the disk of rank 1" in second.stderr
+    assert first.returncode == 1 and "rank 0 waited for the gradients of step 0" in first.stderr
+
+
 def test_classify_imdb_signal_stops_all_ranks_at_one_step(imdb_ranks, tmp_path):
     arguments = [*IMDB_TINY.split(), "--epochs", "50", "--out", str(tmp_path / "run")]
     imdb_ranks.start(2, *arguments, code=imdb_code())
@@ -8416,6 +8882,51 @@ def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
     reviews["test"][7] = reviews["test"][7]._replace(text="another text")
     with pytest.raises(ValueError, match="texts"):
         imdb.earlier_run(s, "imdb", reviews)
+    train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
+    with pytest.raises(ValueError, match="another run"):
+        imdb.earlier_run(s, "imdb", reviews)
+
+
+def test_classify_imdb_settings_that_may_change_within_a_run(tmp_path):
+    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
+    s = imdb.Settings(out=str(tmp_path))
+    train_ddp.save_checkpoint(tmp_path, 5, imdb.earlier_run(s, "demo", reviews))
+    changeable = "data predict explain baseline device export save_every".split()
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        other = (
+            not value if f.type is bool else f"{value}x" if isinstance(value, str) or not value else value + 1
+        )
+        changed = dataclasses.replace(s, **{f.name: other})
+        if f.name in changeable:
+            assert imdb.earlier_run(changed, "demo", reviews)["settings"]
+        elif f.name != "out":
+            with pytest.raises(ValueError, match=f.name):
+                imdb.earlier_run(changed, "demo", reviews)
+
+
+def test_classify_imdb_missing_packages_are_known_before_the_work(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
+    for missing, settings in (
+        ("rustbpe", {"export": False}), ("matplotlib", {"export": False}), ("onnxruntime", {}),
+        ("sklearn", {"export": False, "unlabelled": True}),
+    ):  # fmt: skip
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else find(name)
+        )
+        with pytest.raises(ValueError, match={"sklearn": "scikit-learn"}.get(missing, missing)):
+            imdb.begin(imdb.Settings(out=str(tmp_path), **settings))
+
+
+def test_classify_imdb_amp_reaches_the_training(tmp_path, monkeypatch):
+    few = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
+    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
+    monkeypatch.setattr(imdb, "prepared", lambda train_set, reviews, run, s: {}[run["bf16"]])
+    for amp, expected in (("off", False), ("bf16", True)):
+        with pytest.raises(KeyError) as error:
+            imdb.classify(imdb.Settings(out=str(tmp_path), amp=amp, export=False), imdb.ALONE)
+        assert error.value.args == (expected,)
 
 
 def test_classify_imdb_errors_on_the_command_line(tmp_path):
@@ -8443,6 +8954,7 @@ def test_classify_imdb_errors_on_the_command_line(tmp_path):
         ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
         ("--target 1", "target.*1"), ("--explain", "explain.*predict"),
         ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
+        ("--weight-decay -1", "weight_decay.*-1"), ("--save-every nan", "save_every.*nan"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             imdb.settings_from_command_line(arguments.split())
@@ -8530,7 +9042,8 @@ def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats)
     assert rows["eager"]["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)  # all are compared
     for name in ("TorchScript, trace", "torch.export"):  # the counts for training are not in them
         assert rows[name]["size_bytes"] < 1.2 * rows["ONNX"]["size_bytes"]
-    page = (folder / "run/index.html").read_text()
+    page, times = (folder / "run/index.html").read_text(), rows["eager"]["latency"]
+    assert f"<td>{times['1 x 256']['p50_ms']}</td><td>{times['32 x 256']['p50_ms']}</td>" in page
     assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
     assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
     assert f"{report['test_accuracy']}" in page
@@ -8547,9 +9060,61 @@ def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats)
     assert answer["label"] == "positive" and len(answer["explain"]) == 10
     effects = [abs(effect) for _, effect in answer["explain"]]
     assert effects == sorted(effects, reverse=True)
+    shutil.copy(folder / "run/model.onnx.sha256", folder / "elsewhere")
+    imdb.predictor(folder / "elsewhere", imdb.ALONE)
+    data = bytearray((folder / "run/model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1  # in a table of weights: onnxruntime would not notice
+    (folder / "elsewhere/model.onnx").write_bytes(data)
+    with pytest.raises(ValueError, match="model.onnx is damaged"):
+        imdb.predictor(folder / "elsewhere", imdb.ALONE)
     (folder / "elsewhere/model.onnx").write_bytes(b"no model")
     bad = run_script("classify_imdb.py", *arguments, cwd=folder)
     check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
+
+
+def test_classify_imdb_exports_short_texts_and_what_agrees_most(tmp_path, monkeypatch):
+    """Nothing longer than max_len is timed; reviews of both classes judge the heads; where no file agrees on
+    99.5% the one that agrees most is taken."""
+    model, _, s, run = imdb_tiny_training(tmp_path)
+    seen = {}
+
+    def export_all(models, example, evaluation, cases, calibration, out, metadata, seconds):
+        seen["cases"] = cases
+        out.mkdir()
+        rows = [{"name": "eager", "file": "weights.pt", "agreement": 1.0, "size_bytes": 1}]
+        for name, agreement, size in (("a", 0.90, 5), ("b", 0.95, 9), ("c", 0.93, 4)):
+            (out / f"{name}.onnx").write_text(name)
+            rows.append({"name": name, "file": f"{name}.onnx", "agreement": agreement, "size_bytes": size})
+        return {"models": rows, "refused": {}}
+
+    monkeypatch.setattr(imdb, "pruned_copy", lambda model, sample, *_: seen.update(sample=sample) or model)
+    monkeypatch.setattr(imdb, "onnx_probabilities", lambda path, ids: torch.full((len(ids),), 0.9))
+    for name, stub in (("export_all", export_all), ("print_table", print), ("plot_rows", print)):
+        monkeypatch.setattr(export, name, stub)
+    ids = [torch.tensor([5, 6, 7])] * 3000
+    data = {"train": (ids, [0.0] * 1500 + [1.0] * 1500, [0] * 3000)}  # in order, as read_imdb gives them
+    test_set = imdb.demo_reviews(1)["test"][:40]
+    report = imdb.export_models(model, imdb.Tokenizer(run["ranks"]), data, test_set, s, tmp_path)
+    assert report["deployed"]["name"] == (tmp_path / "model.onnx").read_text() == "b"
+    assert len(seen["cases"]) == 4
+    assert all(x.size(1) <= s.max_len == 16 for inputs in seen["cases"].values() for (x,) in inputs)
+    assert torch.cat([labels for _, labels in seen["sample"]]).float().mean() == 0.5
+
+
+def test_classify_imdb_page_shows_any_text_as_text(tmp_path):
+    model, _, _, run = imdb_tiny_training(tmp_path)
+    texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
+    test_set = [imdb.Review(i, i, text) for i, text in enumerate(texts)]
+    mistakes = [{"label": "positive", "probability": 0.1, "text": text} for text in texts]
+    (tmp_path / "mistakes.json").write_text(json.dumps(mistakes))
+    imdb.write_page({"dataset": "demo"}, model, imdb.Tokenizer(run["ranks"]), test_set, tmp_path)
+    tags = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed((tmp_path / "index.html").read_text())
+    frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
+    assert frames == [(tmp_path / f"attention_{name}.html").read_text() for name in imdb.LABELS]
+    assert "script" not in dict(tags) and [a for tag, a in tags if tag == "b"] == [{"class": "positive"}] * 2
 
 
 def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
@@ -8585,6 +9150,9 @@ def test_classify_imdb_explains_by_hiding():
     answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
     words = 'the ( first ) " act " is well - made . but don\'t see 2nd'.split()
     assert {word for word, _ in answer} <= set(words)
+    (ids,) = tokenizer.encode(["a “größer” film—bad…so"], 99)
+    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
+    assert [word for word, _ in answer] == "a “ größer ” film — bad … so".split()
     (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
     assert len(imdb.explained(ids, 0.5, tokenizer, lambda texts: torch.linspace(0, 1, len(texts)))) == 10
 
@@ -8611,6 +9179,14 @@ def test_classify_imdb_baseline_beside_another_run(tmp_path, monkeypatch):
     for _ in range(2):
         report = imdb.baseline(imdb.Settings(out=str(tmp_path / "a/b")))
         assert 0 <= report["train_seconds"] <= report["total_seconds"] < 60
+    turned = [review._replace(label=1 - review.label) for review in few["test"]]
+    monkeypatch.setattr(imdb, "split_dev", lambda reviews: (reviews, turned))
+    report = imdb.baseline(imdb.Settings(out=str(tmp_path)))
+    assert (
+        report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"]) and report["test_accuracy"] > 0.7
+    )
+    report = imdb.baseline(imdb.Settings(out=str(tmp_path), shuffle_labels=True))
+    assert 0.3 < report["test_accuracy"] < 0.7
 
 
 def test_classify_imdb_baseline(tmp_path):
@@ -8642,6 +9218,18 @@ def test_quiz_a_row_without_keys():
     assert (weights == 0).all()
 
 
+def test_quiz_masks_are_the_other_way_round():
+    hidden = torch.rand(5, 5) < 0.5
+    hidden.fill_diagonal_(False)  # no row without a key, either way
+    hidden[torch.arange(5), torch.arange(5).roll(1)] = True
+    x = torch.randn(1, 5, 8)
+    weights = nn.MultiheadAttention(8, 1, batch_first=True)(x, x, x, attn_mask=hidden)[1]
+    assert (weights[0][hidden] == 0).all() and (weights[0][~hidden] > 0).all()
+    output, weights = attention.scaled_dot_product_attention(x, x, x, hidden)
+    assert (weights[0][hidden] > 0).all() and (weights[0][~hidden] == 0).all()
+    check_close(F.scaled_dot_product_attention(x, x, x, hidden), output, 1e-5)
+
+
 def test_quiz_torch_triangle_is_top_left():
     q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
     check_close(F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., 0, :], v[..., 0, :], 1e-6)
@@ -8653,7 +9241,8 @@ def test_quiz_sizes():
     def size(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    assert 8 * 8192**2 * 4 == 2 * 2**30
+    q = torch.empty(8, 8192, 64, device="meta")
+    assert attention.scaled_dot_product_attention(q, q, q)[1].nbytes == 2 * 2**30
     assert (
         size(attention.MultiHeadAttention(512, 8)) == size(attention.MultiHeadAttention(512, 16)) == 1_050_624
     )
@@ -8715,6 +9304,60 @@ def test_quiz_length_penalty():
     assert round(score(-4.0, 5), 2) == -2.94 and round(score(-4.6, 8), 2) == -2.89
 
 
+class DrawnModel(nn.Module):
+    """After each beginning another distribution of the next token, drawn at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.logits = transformer.TransformerConfig(16, max_len=8), torch.randn(9973, 16)
+
+    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
+
+    def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
+        beginning = torch.cat((*cache.get(0, {"self": ()})["self"], tgt), dim=1)  # (B, T)
+        cache[0] = {"self": (beginning,)}
+        numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
+        return self.logits[numbers][:, None]  # (B, 1, V)
+
+
+def test_quiz_a_wider_beam_may_find_less():
+    gains, _ = [], torch.manual_seed(0)
+    for _ in range(150):
+        model = DrawnModel()
+        narrow, wide = (transformer.beam_search(model, torch.ones(1, 1), 6, beam, 0.0)[1] for beam in (2, 3))
+        gains.append((wide - narrow).item())
+    assert min(gains) < -1 and statistics.fmean(gains) > 0.5
+
+
+def test_quiz_decay_within_adam_spares_large_gradients():
+    left = {}
+    for name in ("adam", "adamw"):
+        weights = nn.Parameter(torch.ones(2, 1))
+        (optimizer,) = losses.make_optimizers(name, [weights], [], lr=0.001, weight_decay=0.1)
+        for step in range(400):
+            weights.grad = torch.tensor([[0.01], [10.0]]) * (-1) ** step
+            optimizer.step()
+        left[name] = weights.flatten().tolist()
+    assert left["adam"][0] < 0.9 < 0.99 < left["adam"][1]
+    assert left["adamw"][0] == pytest.approx(left["adamw"][1], abs=1e-3)
+
+
+def test_quiz_zeros_are_multiplied_too():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, x = export.Classifier(30).eval(), torch.randint(1, 30, (2, 16))
+    heads = {name: torch.rand(4) for name in export.attentions(model)}
+    neurons = {name: torch.rand(256) for name in export.feed_forwards(model)}
+    halved = export.prune_neurons(export.prune_heads(model, heads, keep=2), neurons, keep=128)
+    counts = []
+    for candidate in (model, export.prune_unstructured(model, 0.5), halved):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            candidate(x)
+        counts.append(counter.get_total_flops())
+    assert counts[1] == counts[0] and counts[2] == pytest.approx(counts[0] / 2, rel=0.01)
+
+
 def test_quiz_focal_weights():
     for p, weight in ((0.9, 0.01), (0.1, 0.81)):
         logits = torch.tensor([[p, 1 - p]], dtype=torch.float64).log()
@@ -8731,6 +9374,10 @@ def test_quiz_scalar_alpha():
         losses.focal_loss(z, targets, alpha=alpha, reduction="sum").backward()
         gradients.append(z.grad)
     check_close(gradients[1], 0.25 * gradients[0], 1e-12)
+    weights = [nn.Parameter(logits.clone()) for _ in gradients]
+    for weight, weight.grad in zip(weights, gradients, strict=True):
+        torch.optim.Adam([weight], eps=0.0).step()
+    check_close(weights[0].detach(), weights[1].detach(), 1e-12)
 
 
 def test_quiz_collapsed_nt_xent():
@@ -9272,8 +9919,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "four_ways",
         ),
         (
-            "if causal and allowed is None and q.size(-2) == k.size(-2)",
-            "if causal and allowed is None",
+            " and q.shape[-2:-1] == k.shape[-2:-1]",
+            "",
             "four_ways",
         ),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
@@ -9422,13 +10069,13 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "same_weights",
         ),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
-        ('optimizer.load_state_dict(run["optimizer"])', "pass", "damaged_newest or killed"),
+        ('optimizer.load_state_dict(run.pop("optimizer"))', "pass", "damaged_newest or killed"),
         ("os.replace(beside, path)", "path.write_bytes(data)", "write_atomically or no_parts"),
         ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]', "if data", "damaged_checkpoint"),
         (
+            "for old in finished_checkpoints(folder)[:-keep]",
             'for old in sorted(folder.glob("step_*.pt"))[:-keep]',
-            'for old in sorted(folder.glob("step_*.pt"))[keep:]',
-            "keep_the_last",
+            "newest_of_two",
         ),
         (
             "torch.arange(len(text.lengths))[p.rank :: p.world]",
@@ -9456,6 +10103,11 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "classify_imdb.py": [
+        (
+            "avg_pool1d(real[:, None].to(x.dtype), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
+            "avg_pool1d(real[:, None].to(x.dtype), 1, STRIDE)[:, 0] > 0",
+            "every_token_counts",
+        ),
         ("tokens = tokens.long()  # 32", "# 32", "classify_imdb_ngram_ids"),
         ('kept["seconds"]\n', "0\n", "kept_stage_counts"),
         ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
@@ -9534,7 +10186,9 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "export_onnx",
         ),
         ('kwargs["scale"] = q.size(-1) ** -0.5', "pass", "export_onnx"),
-        ('shapes[-1][1] = "length"', "pass", "export_onnx_is_one_file"),
+        ('shapes[-1][1] = f"length_{i}" if i else "length"', "pass", "export_onnx_is_one_file"),
+        ('f"length_{i}" if i else "length"', '"length"', "export_names_one_size"),
+        ("groups = groups + change", "groups = change", "called_twice"),
         ("if not difference <= 1e-3", "if difference > 1e3", "export_refuses"),
         (
             'not (cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',

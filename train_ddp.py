@@ -13,8 +13,8 @@ kill -9 at random moments, and 60 times the final weights are bit for bit those 
 The last one is elastic: nodes may come and go (set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it: without,
 torch 2.13 hangs on scaling up). The same command goes on where it stopped, on any number of processes.
 
-DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019. Copy start_processes, leave, on_rank_0,
-share_of_mean, save_checkpoint, load_checkpoint and the loop in train; they need torch alone.
+DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019. Copy what is above "Training" (processes,
+checkpoints: they need torch alone) and the loop in train.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -219,6 +220,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         device = f"cuda:{local_rank}"
     processes = Processes(rank, world, torch.device(device))
     if world > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"WORLD_SIZE is {world}, but MASTER_ADDR isn't set: start with torchrun")
         backend = "nccl" if processes.device.type == "cuda" else "gloo"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=timeout)
@@ -336,17 +339,26 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path
     for leftover in folder.glob("step_*.part"):  # of a process that was killed while it wrote
         leftover.unlink()
     write_atomically(path, buffer.getvalue())
-    for other in set(folder.glob(f"step_{step:08}.*.pt")) - {path}:  # of the same step: this is the newest
-        other.unlink()
-    for old in sorted(folder.glob("step_*.pt"))[:-keep]:
+    for other in finished_checkpoints(folder):
+        if (
+            other.name.startswith(f"step_{step:08}.") and other != path
+        ):  # of the same step: this is the newest
+            other.unlink()
+    for old in finished_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """Those of save_checkpoint, oldest first; not what other programs have called step_*.pt."""
+    name = re.compile(r"step_\d{8,}\.[0-9a-f]{64}\.pt")
+    return [path for path in sorted(folder.glob("step_*.pt")) if name.fullmatch(path.name)]
 
 
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest undamaged state in folder, None if there is none. Damaged files are reported and renamed to
     .damaged, so that the next newest is taken, now and later. Runs no code from a file."""
-    for path in sorted(folder.glob("step_*.pt"), reverse=True):
+    for path in reversed(finished_checkpoints(folder)):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -407,7 +419,7 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
     autocast = torch.autocast(p.device.type, AMP.get(s.amp), enabled=s.amp != "off")
     if run["step"]:
-        optimizer.load_state_dict(run["optimizer"])
+        optimizer.load_state_dict(run.pop("optimizer"))
         scaler.load_state_dict(run["scaler"])
     bar = tqdm(initial=run["step"], total=s.steps, unit="step", disable=None if p.rank == 0 else True)
     for step in range(run["step"], s.steps):
@@ -436,15 +448,14 @@ def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings,
         optimizer.zero_grad()
         # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
         mean_loss, ints, terms = sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss is {mean_loss} at step {step}: try a smaller --lr, or --clip 1")
+        check_finite(mean_loss, step)
         run["step"], run["tokens"] = step + 1, run["tokens"] + n_tokens
         run["seconds"] += time.perf_counter() - start
         run["loss"].append(mean_loss)
         bar.update()
         last, stopped = run["step"] == s.steps, ints + terms > 0
         if last or run["step"] % s.eval_every == 0:
-            run["dev"].append([run["step"], evaluate(model, dev, p)])
+            run["dev"].append([run["step"], check_finite(evaluate(model, dev, p), step)])
             say_losses(run, s, bar, p)
         if last or stopped or (s.save_every and run["step"] % s.save_every == 0):
             state = run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -460,6 +471,13 @@ def gradients_travel(parallel: nn.Module, now: bool):
     """Around forward AND backward of a micro-batch: the ranks exchange gradients with a step's last one alone
     (DDP decides in forward: no_sync around backward only would change nothing)."""
     return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not now else nullcontext()
+
+
+def check_finite(loss: float, step: int) -> float:
+    """The loss; ValueError where training has diverged."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: try a smaller --lr, or --clip 1")
+    return loss
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
@@ -484,8 +502,10 @@ def evaluate(model: GPT, text: Sequences, p: Processes) -> float:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temperature: float = 0.6) -> str:
-    """The prompt and n_bytes more, drawn from the model; below 1, temperature prefers what is likely."""
+def generate(model: GPT, prompt: str, n_bytes: int, device, temperature=0.6, seconds=math.inf) -> str:
+    """The prompt and n_bytes more, drawn from the model; below 1, temperature prefers what is likely. Fewer
+    where that takes more seconds (the other ranks wait meanwhile)."""
+    until = time.monotonic() + seconds
     model.eval()
     tokens = torch.tensor([list(b"\n" + prompt.encode())], device=device)  # (1, T)
     generator = torch.Generator().manual_seed(0)
@@ -494,6 +514,8 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
         logits = model(tokens[:, 1 - model.max_len :])[0, -1]  # (V,)
         drawn = (logits.cpu().double() / temperature).softmax(-1).multinomial(1, generator=generator)
         tokens = torch.cat((tokens, drawn.to(device)[None]), dim=1)
+        if time.monotonic() > until:
+            break
     text = bytes(tokens[0].tolist()).decode(errors="replace").strip()
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no codes for the terminal
 
@@ -508,7 +530,7 @@ class Interrupted(Exception):
 
 class Signals:
     """Notes Ctrl-C and SIGTERM, so that no step is left half done. A second one ends a lone process at once;
-    under torchrun it doesn't: a terminal's Ctrl-C comes twice there, once more through torchrun."""
+    of several none ends before all have saved: torchrun waits for that, by default 30 s."""
 
     def __init__(self, p: Processes):
         self.noted, self.alone = [], p.world == 1
@@ -549,7 +571,8 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
     if p.world > 1:
         of_ranks = [None] * p.world
         with waiting("the settings of all ranks", p):  # save_every too makes ranks wait for others
-            dist.all_gather_object(of_ranks, asdict(s) | settings)
+            mine = {name: str(value) for name, value in (asdict(s) | settings).items()}  # nan isn't nan
+            dist.all_gather_object(of_ranks, mine)
         for rank, others in enumerate(of_ranks):
             if others != of_ranks[0]:
                 wrong = differences(others, of_ranks[0])
@@ -583,15 +606,27 @@ def check_settings(s: Settings, p: Processes, settings: dict) -> None:
 def earlier_run(s: Settings, settings: dict) -> dict:
     """The state of the run in OUT, or a new one; for rank 0. ValueError if it isn't the run asked for."""
     out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
     run = load_checkpoint(out)
     if run is None:
         return {"settings": settings, "step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
-    if run["settings"] != settings:
-        wrong = differences(run["settings"], settings)
+    if (there := run.get("settings", {})) != settings:  # another program's state may have none
+        wrong = differences(there, settings)
         raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
     return run
+
+
+def finished_report(out: Path) -> dict | None:
+    """What finish wrote; None where some of it is missing or damaged."""
+    try:
+        return json.loads((out / "report.json").read_text()) if (out / "final.pt").exists() else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def check_place(out: Path) -> None:
+    """OSError if nothing can be written in out: known before the work."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
 
 
 def flops_per_token(model: GPT) -> float:
@@ -602,11 +637,11 @@ def flops_per_token(model: GPT) -> float:
 
 def finish(model: GPT, run: dict, machine: dict, s: Settings) -> dict:
     """Rank 0, after the last step: final.pt, picture, report (last: with it the run is finished)."""
-    sample = generate(model, "The ", 400, next(model.parameters()).device)
-    print(f"--- a sample, temperature 0.6:\n{sample}\n---")
     weights, buffer = {name: value.cpu() for name, value in model.state_dict().items()}, io.BytesIO()
     torch.save(weights, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
+    sample = generate(model, "The ", 400, next(model.parameters()).device, seconds=s.timeout / 4)
+    print(f"--- a sample, temperature 0.6:\n{sample}\n---")
     rate = run["tokens"] / run["seconds"]
     report = {"loss": run["loss"][-1], "dev_loss": run["dev"][-1][1], "sample": sample} | machine
     report |= {"train_seconds": round(run["seconds"], 1), "tokens_per_second": round(rate)}
@@ -619,19 +654,17 @@ def finish(model: GPT, run: dict, machine: dict, s: Settings) -> dict:
 
 def plot_loss(run: dict, path: Path) -> str:
     """Loss of every step's batch and of the held-out topics, as a PNG; returns its path."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    fig, png = Figure(figsize=(6, 3.6), layout="constrained"), io.BytesIO()
+    axes = fig.subplots()
     axes.plot(range(1, len(run["loss"]) + 1), run["loss"], linewidth=0.8, label="training, each step's batch")
     axes.plot(*zip(*run["dev"], strict=True), "o-", label="held-out topics")
     axes.set(xlabel="step", ylabel="loss (nats per byte)", title="A byte-level GPT on Python's manual")
     axes.grid(alpha=0.3)
     axes.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    fig.savefig(png, format="png", dpi=110)
+    write_atomically(path, png.getvalue())
     return str(path)
 
 
@@ -658,18 +691,18 @@ def run_job(s: Settings, p: Processes) -> None:
     settings = bound(s, text)
     check_settings(s, p, settings)
     run = on_rank_0(lambda: earlier_run(s, settings), p)
-    report = Path(s.out, "report.json")
-    finished = on_rank_0(lambda: report.read_text() if run["step"] == s.steps and report.exists() else "", p)
+    finished = on_rank_0(lambda: run["step"] == s.steps and finished_report(Path(s.out)), p)
     if finished:
         if p.rank == 0:
             print(f"this run is finished; another one needs another --out than {s.out}")
-            print(json.dumps(json.loads(finished)))
+            print(json.dumps(finished))
         return
+    on_rank_0(partial(check_place, Path(s.out)), p)
     machine = hardware(p)
     torch.manual_seed(s.seed)
     model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
     if run["step"]:
-        model.load_state_dict(run["model"])
+        model.load_state_dict(run.pop("model"))  # pop: no second copy all run long
     model.to(p.device)
     if p.rank == 0:
         print(" ".join(f"{name}={value}" for name, value in (asdict(s) | machine).items()))
@@ -713,7 +746,7 @@ def main() -> int:
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted before there was anything to save"
+        code, message = 130, "interrupted; the same command goes on from what is saved so far"
     except Lost as error:
         code, message = 1, str(error)
     # What is wrong on all that have met, rank 0 says.

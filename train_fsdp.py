@@ -11,7 +11,7 @@ The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if i
 The same command goes on where it stopped, on any number of processes. Several machines need an --out that
 all of them see, and with --max-restarts TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (see start_processes).
 
-Copy initialise, shard, clip_gradients, save_checkpoint, newest_checkpoint and load_tensors.
+Copy what is above "The data" (shards, processes, checkpoints: they need torch alone) and the loop in train.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step), least to know.
@@ -285,6 +285,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         store = dist.HashStore()  # needs no port
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=limit)
         return processes
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {world}, but MASTER_ADDR isn't set: start with torchrun")
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with waiting(f"{world} processes to meet at {host}:{port}", processes, timeout):
         # torchrun keeps the store while it restarts workers, with the addresses of those that died in it
@@ -412,7 +414,11 @@ def clear_parts(folder: Path) -> None:
 
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
-    """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep."""
+    """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep.
+    OSError where a rank's files aren't here: another machine's disk isn't this one."""
+    missing = [name for name in json.loads(manifest)["files"] if not (part / name).is_file()]
+    if missing:
+        raise OSError(f"{part} lacks {missing}: all machines must see the same --out")
     write_atomically(part / "manifest.json", manifest)
     path = part.with_suffix("." + hashlib.sha256(manifest).hexdigest())
     part.rename(path)
@@ -631,8 +637,7 @@ def train(model: GPT, optimizer, data: tuple, run: dict, s: Settings, p: Process
             scaler.update()
         # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
         mean_loss, ints, terms = sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)
-        if not math.isfinite(mean_loss):
-            raise ValueError(f"the loss is {mean_loss} at step {step}: try a smaller --lr, or --clip 1")
+        check_finite(mean_loss, step)
         run["step"], run["tokens"] = step + 1, run["tokens"] + n_tokens
         run["seconds"] += time.perf_counter() - start
         run["loss"].append(mean_loss)
@@ -641,7 +646,7 @@ def train(model: GPT, optimizer, data: tuple, run: dict, s: Settings, p: Process
         if last:
             run["held"] = from_all(bytes_held(model, optimizer) | {"peak_rss": peak_rss()}, p)
         if last or run["step"] % s.eval_every == 0:
-            run["dev"].append([run["step"], evaluate(model, dev, p)])
+            run["dev"].append([run["step"], check_finite(evaluate(model, dev, p), step)])
             say_losses(run, s, bar, p)
         if last or stopped or (s.save_every and run["step"] % s.save_every == 0):
             state = run | {"scaler": scaler.state_dict(), "torch": torch.__version__}
@@ -659,6 +664,13 @@ def peak_rss() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def check_finite(loss: float, step: int) -> float:
+    """The loss; ValueError where training has diverged."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} at step {step}: try a smaller --lr, or --clip 1")
+    return loss
 
 
 def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
@@ -697,7 +709,7 @@ class Interrupted(Exception):
 
 class Signals:
     """Notes Ctrl-C and SIGTERM, so that no step is left half done. A second one ends a lone process at once;
-    under torchrun it doesn't: a terminal's Ctrl-C comes twice there, once more through torchrun."""
+    of several none ends before all have saved: torchrun waits for that, by default 30 s."""
 
     def __init__(self, p: Processes):
         self.noted, self.alone = [], p.world == 1
@@ -735,7 +747,8 @@ def differences(there: dict, here: dict) -> str:
 
 def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
     """Raises ValueError, on every rank, for settings that can't be, or that the ranks don't share."""
-    of_ranks = from_all(asdict(s) | {"text": text_digest}, p)
+    mine = {name: str(value) for name, value in asdict(s).items()}  # nan isn't nan
+    of_ranks = from_all(mine | {"text": text_digest}, p)
     for rank, others in enumerate(of_ranks):
         if others != of_ranks[0]:
             wrong = differences(others, of_ranks[0])
@@ -762,10 +775,18 @@ def check_settings(s: Settings, p: Processes, text_digest: str = "") -> None:
         raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
 
 
+def finished_report(out: Path) -> dict | None:
+    """What finish wrote; None where some of it is missing or damaged."""
+    try:
+        return json.loads((out / "report.json").read_text()) if (out / "final.pt").exists() else None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def check_place(out: Path) -> None:
-    """OSError if nothing can be written in out."""
+    """OSError if nothing can be written in out: known before the work."""
     out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # a place that can't be written is known before the work
+    tempfile.TemporaryFile(dir=out).close()
 
 
 def flops_per_token(s: Settings, n_parameters: int) -> float:
@@ -807,12 +828,10 @@ def finish(weights: dict[str, Tensor], run: dict, machine: dict, s: Settings) ->
 
 def show_memory(held: dict[str, dict[str, int]], path: Path) -> str:
     """A table and a picture of what the whole takes, and what each rank held of it."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    fig, png = Figure(figsize=(6, 3.6), layout="constrained"), io.BytesIO()
+    axes = fig.subplots()
     print(f"{'held, MiB':9}{'weights':>12}{'gradients':>12}{'moments':>12}{'sum':>12}{'peak RSS':>12}")
     for who, row in held.items():
         mib = [row[kind] / 2**20 for kind in ("weights", "gradients", "moments")]
@@ -823,8 +842,8 @@ def show_memory(held: dict[str, dict[str, int]], path: Path) -> str:
             axes.bar(who, mib[i], 0.6, sum(mib[:i]), color=f"C{i}", label=label)
     axes.set(ylabel="held between steps (MiB)", title="Slices of weights, gradients and moments")
     axes.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    fig.savefig(png, format="png", dpi=110)
+    write_atomically(path, png.getvalue())
     return str(path)
 
 
@@ -862,19 +881,18 @@ def run_job(s: Settings, p: Processes) -> None:
     text, dev = load_manual(max(1, s.max_len))
     settings = bound(s, text)
     check_settings(s, p, settings["text"])
-    on_rank_0(partial(check_place, Path(s.out)), p)
     path, run = newest_checkpoint(Path(s.out), p)
     run = run or {"settings": settings, "step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
-    if run["settings"] != settings:
-        wrong = differences(run["settings"], settings)
+    if (there := run.get("settings", {})) != settings:  # another program's checkpoint may have none
+        wrong = differences(there, settings)
         raise ValueError(f"{s.out} holds a run of other settings ({wrong}); give another --out, or delete it")
-    report = Path(s.out, "report.json")
-    finished = on_rank_0(lambda: report.read_text() if run["step"] == s.steps and report.exists() else "", p)
+    finished = on_rank_0(lambda: run["step"] == s.steps and finished_report(Path(s.out)), p)
     if finished:
         if p.rank == 0:
             print(f"this run is finished; another one needs another --out than {s.out}")
-            print(json.dumps(json.loads(finished)))
+            print(json.dumps(finished))
         return
+    on_rank_0(partial(check_place, Path(s.out)), p)
     machine = hardware(p)
     model = sharded_model(s, p)
     optimizer = make_optimizer(model, s)
@@ -923,7 +941,7 @@ def main() -> int:
     except Interrupted as error:
         code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
     except KeyboardInterrupt:
-        code, message = 130, "interrupted before there was anything to save"
+        code, message = 130, "interrupted; the same command goes on from what is saved so far"
     except Lost as error:
         code, message = 1, str(error)
     # What is wrong on all that have met, rank 0 says.
