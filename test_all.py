@@ -5662,8 +5662,40 @@ def fsdp_torchrun_begun(request, tmp_path_factory):
         yield folder, run
 
 
+def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> None:
+    """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
+    arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
+    arguments += ["--out", str(folder), "--eval-every", "3", "--timeout"]
+    for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "6")):
+        fsdp.start(4, *arguments, timeout)
+        fsdp.wait_for("step 3/")
+        os.kill(fsdp.pids[1], number)
+        check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
+    code = """
+import signal
+if os.environ["RANK"] == "1":
+    train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+script.leave(script.main())
+"""
+    fsdp.start(4, *arguments, "5", code=code)
+    check_fsdp_lost(fsdp, "the groups of the mesh")
+    fsdp.start(2, *FSDP_TINY, "--timeout", "4", of_rank={1: None})
+    (result,) = fsdp.wait()
+    assert result.returncode == 1
+    assert "rank 0 waited for up to 4 s for 2 processes to meet at 127.0.0.1" in result.stderr
+
+
 @pytest.fixture(scope="module")
-def fsdp(tmp_path_factory, fsdp_torchrun_begun):
+def fsdp_lost_begun(request, tmp_path_factory):
+    launcher, folder = Launcher(tmp_path_factory.mktemp("lost"), "train_fsdp"), tmp_path_factory.mktemp("l")
+    name = "test_train_fsdp_lost_and_late_processes"
+    with beside_other_tests(request, name, functools.partial(fsdp_lost_and_late, launcher, folder)) as run:
+        yield run
+    launcher.end()
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory, fsdp_torchrun_begun, fsdp_lost_begun):
     launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
     yield launcher
     launcher.end()
@@ -6197,27 +6229,8 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
     assert ends[0]["scaler"] == ends[1]["scaler"] and ends[0]["scaler"]["_growth_tracker"] > manifest["step"]
 
 
-def test_train_fsdp_lost_and_late_processes(fsdp, tmp_path):
-    """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
-    arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
-    arguments += ["--out", str(tmp_path / "a"), "--eval-every", "3", "--timeout"]
-    for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "3")):
-        fsdp.start(4, *arguments, timeout)
-        fsdp.wait_for("step 3/")
-        os.kill(fsdp.pids[1], number)
-        check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
-    code = """
-import signal
-if os.environ["RANK"] == "1":
-    train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
-script.leave(script.main())
-"""
-    fsdp.start(4, *arguments, "2", code=code)
-    check_fsdp_lost(fsdp, "the groups of the mesh")
-    fsdp.start(2, *FSDP_TINY, "--timeout", "2", of_rank={1: None})
-    (result,) = fsdp.wait()
-    assert result.returncode == 1
-    assert "rank 0 waited for up to 2 s for 2 processes to meet at 127.0.0.1" in result.stderr
+def test_train_fsdp_lost_and_late_processes(fsdp_lost_begun):
+    fsdp_lost_begun.result()
 
 
 def check_fsdp_lost(fsdp: Launcher, words: str) -> None:
@@ -7736,19 +7749,6 @@ IMDB_GIVEN = pytest.mark.skipif(
 )
 
 
-@IMDB_GIVEN
-def test_classify_imdb_real_data():
-    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
-    reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-    assert imdb.fingerprint(reviews) == imdb.IMDB_FINGERPRINT
-    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
-        assert len(reviews[split]) == 25_000 and sum(r.label for r in reviews[split]) == 12_500
-        assert sum(len(r.text.encode()) for r in reviews[split]) == size
-    assert imdb.shared_texts(reviews["train"], reviews["test"]) == 123
-    train, dev = imdb.split_dev(reviews["train"])
-    assert (len(train), len(dev)) == (22_500, 2_500) and imdb.shared_texts(train, dev) == 3
-
-
 class BreakingServer(http.server.BaseHTTPRequestHandler):
     """Serves self.data; the class attributes say how it fails."""
 
@@ -8239,8 +8239,34 @@ IMDB_SMALL = (
 )
 
 
+IMDB_REAL_DATA = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import classify_imdb as imdb
+reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
+found = {"fingerprint": imdb.fingerprint(reviews)}
+for split, rows in reviews.items():
+    found[split] = [len(rows), sum(r.label for r in rows), sum(len(r.text.encode()) for r in rows)]
+train, dev = imdb.split_dev(reviews["train"])
+found["parts"] = [len(train), len(dev)]
+found["shared"] = [imdb.shared_texts(reviews["train"], reviews["test"]), imdb.shared_texts(train, dev)]
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
-def imdb_run(imdb_formats_begun, tmp_path_factory):
+def imdb_real_data_begun(request):
+    """Ten seconds, beside other tests of classify_imdb.py."""
+    command = [sys.executable, "-c", IMDB_REAL_DATA, str(ROOT)]
+    run = functools.partial(subprocess.run, command, capture_output=True, text=True, timeout=300)
+    given = "test_classify_imdb_real_data" if os.environ.get("IMDB_DATA") else ""
+    with beside_other_tests(request, given, run) as begun:
+        yield begun
+
+
+@pytest.fixture(scope="module")
+def imdb_run(imdb_formats_begun, imdb_real_data_begun, tmp_path_factory):
     """A finished run on demo data: (the folder that holds it, what it printed)."""
     folder = tmp_path_factory.mktemp("imdb")
     return folder, imdb_demo_run(folder)
@@ -9194,6 +9220,16 @@ def test_classify_imdb_baseline(tmp_path):
     assert report == json.loads((tmp_path / "b/baseline.json").read_text())
     assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
     assert 0 < report["train_seconds"] <= report["total_seconds"] < 240
+
+
+@IMDB_GIVEN
+def test_classify_imdb_real_data(imdb_real_data_begun):
+    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
+    found = last_json(imdb_real_data_begun.result())
+    assert found["fingerprint"] == imdb.IMDB_FINGERPRINT
+    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
+        assert found[split] == [25_000, 12_500, size]  # reviews, positive ones, bytes
+    assert found["parts"] == [22_500, 2_500] and found["shared"] == [123, 3]
 
 
 # -----------------------------------------------------------------------------
