@@ -1,7 +1,7 @@
 """Sentiment of movie reviews: encoder.py's Transformer trained from scratch on IMDB, and used.
 
-On 2 cores of a Xeon (torch 2.13.0): 91.20 ± 0.04% of IMDB's test reviews right after 132 s (3 seeds);
-with the unlabelled reviews 92.25 ± 0.19% after 943 s on one core. A linear model: 91.87%.
+On 2 cores of a Xeon (torch 2.13.0): 91.17 ± 0.18% of IMDB's test reviews right after 124 s (3 seeds);
+with the unlabelled reviews 92.21 ± 0.14% after 13 to 21 minutes on one core. A linear model: 91.87%.
 
     python classify_imdb.py                                  # finds or downloads IMDB, trains, tests, reports
     python classify_imdb.py --data aclImdb_v1.tar.gz         # or the unpacked folder
