@@ -151,10 +151,11 @@ def find_imdb(data: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "imdb" / "aclImdb_v1.tar.gz"
     if not cache.exists():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{cache}.lock", "w") as lock, contextlib.suppress(ImportError):
-            import fcntl  # not on Windows
+        with open(f"{cache}.lock", "w") as lock:
+            with contextlib.suppress(ImportError):
+                import fcntl  # not on Windows
 
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first runs one waits, and finds the file
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of two first runs one waits, and finds the file
             if not cache.exists():
                 download(IMDB_URL, cache, IMDB_SIZE, IMDB_MD5)
     return cache

@@ -7855,6 +7855,9 @@ def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
     with ThreadPoolExecutor(2) as pool:  # two first runs
         paths = list(pool.map(lambda _: (both.wait(), imdb.find_imdb(""))[1], range(2)))
     assert paths == [path, path] and path.read_bytes() == data and len(server.asked) == 2
+    path.unlink()
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert imdb.find_imdb("").read_bytes() == data
 
 
 def test_classify_imdb_a_stalled_server_is_given_up(tmp_path, monkeypatch):
