@@ -146,10 +146,10 @@ def export_torchscript(model: nn.Module, example_inputs, path, method: str = "tr
 def free_dimensions(inputs: tuple) -> tuple:
     """What stays free by default: the batch, the length of (B, T) integers, the rest if possible. A name is
     one size (to onnxruntime too), so each input has a length of its own: "length", "length_1", ..."""
-    shapes = []
+    shapes, batch = [], next((len(x) for x in inputs if x.dim()), 0)
     for i, x in enumerate(inputs):
         shapes.append(dict.fromkeys(range(x.dim()), torch.export.Dim.AUTO))
-        if x.dim() and len(x) == len(inputs[0]):
+        if x.dim() and len(x) == batch:
             shapes[-1][0] = "batch"
         if x.dim() == 2 and not x.is_floating_point():
             shapes[-1][1] = f"length_{i}" if i else "length"
@@ -938,7 +938,7 @@ def print_table(report: dict) -> None:
     print(f"  {size:.2f} of its size, accuracy {points:+.2f} points (may lose {100 * report['max_loss']:g})")
 
 
-def plot_rows(report: dict, path: Path) -> Path:
+def plot_rows(report: dict, path: str | Path) -> Path:
     """Accuracy against latency, a point a model, its area the size of the file."""
     from matplotlib import colormaps  # only the picture needs it
     from matplotlib.figure import Figure
@@ -961,8 +961,8 @@ def plot_rows(report: dict, path: Path) -> Path:
     axes.grid(alpha=0.3)
     fig.legend(loc="outside right upper", fontsize=8, markerscale=0.5)
     fig.savefig(png, format="png", dpi=110)
-    write_atomically(path, png.getvalue())
-    return path
+    write_atomically(Path(path), png.getvalue())
+    return Path(path)
 
 
 # -----------------------------------------------------------------------------

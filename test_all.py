@@ -6732,6 +6732,7 @@ def test_export_onnx_of_a_translation_model(tmp_path):
 def test_export_names_one_size_alike_alone():
     """To onnxruntime one name is one size."""
     tokens, auto = torch.zeros(3, 5, dtype=torch.long), torch.export.Dim.AUTO
+    assert export.free_dimensions((torch.tensor(1.0), tokens)) == ({}, {0: "batch", 1: "length_1"})
     inputs = tokens, torch.zeros(3, 4, dtype=torch.long), torch.zeros(3), torch.zeros(7), torch.zeros(3, 6)
     assert export.free_dimensions((*inputs, torch.zeros(3, 2, 2, dtype=torch.long))) == (
         {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {0: auto},
@@ -7346,7 +7347,7 @@ def test_export_recommends_the_fastest_within_the_loss():
     assert export.recommended(rows, 1.0)["name"] == "wrong"
 
 
-def test_export_table_says_how_much_faster_the_recommended_is(capsys):
+def test_export_table_says_how_much_faster_the_recommended_is(tmp_path, capsys):
     def row(name: str, p50: float, size: int, accuracy: float) -> dict:
         latency = {"32 x 256": {"p50_ms": p50}}
         return {
@@ -7360,6 +7361,8 @@ def test_export_table_says_how_much_faster_the_recommended_is(capsys):
     out = capsys.readouterr().out
     assert "ONNX: 4.0 times as fast" in out and "0.25 of its size, accuracy -1.00 points (may lose 2)" in out
     assert "not possible: script: why" in out
+    picture = export.plot_rows(report | {"threads": 1}, str(tmp_path / "a.png"))
+    assert picture.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_export_demo_reports_all_formats(export_demo):
