@@ -242,9 +242,11 @@ def fused_attention(
     """
     # The kernel's own triangle skips the future (a mask doesn't) but is aligned top-left: ours where Tq = Tk,
     # which a trace would fix for all later sizes.
-    own = causal and mask is None and not torch.jit.is_tracing() and q.shape[-2:-1] == k.shape[-2:-1]
-    allowed = allowed_pairs(q, k, v, mask, causal and not own)
-    return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, is_causal=own)  # (..., Tq, Dv)
+    if causal and mask is None and not torch.jit.is_tracing() and q.shape[-2:-1] == k.shape[-2:-1]:
+        allowed_pairs(q, k, v, mask, causal=False)  # the checks
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+    allowed = allowed_pairs(q, k, v, mask, causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout_p)  # (..., Tq, Dv)
 
 
 # -----------------------------------------------------------------------------

@@ -269,12 +269,15 @@ def test_attention_blockwise_with_very_low_scores():
 def test_attention_fused_takes_the_kernel_s_triangle_where_it_fits(monkeypatch):
     """It skips the future, which a mask doesn't. Not in a trace: that has to fit other lengths."""
     q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-    traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
+    with warnings.catch_warnings(action="ignore"):  # deprecated
+        traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
     for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
         check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
     asked, kernel = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **kw: asked.append(kw["is_causal"]) or kernel(*a, **kw)
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, **kw: asked.append(kw.get("is_causal", False)) or kernel(*a, **kw),
     )
     mask = torch.ones(4, 4, dtype=torch.bool)
     for key, given in ((q, None), (q, mask), (k, None)):
