@@ -4869,8 +4869,16 @@ def test_train_ddp_an_overflow_is_skipped(ddp, tmp_path):
 
 def test_train_ddp_ranks_that_cannot_agree(ddp, tmp_path):
     check_ranks_that_cannot_agree(ddp, tmp_path)
-    alone = run_script("train_ddp.py", cwd=tmp_path, WORLD_SIZE="2", RANK="0")
-    check_one_line_error(alone, "WORLD_SIZE is 2, but MASTER_ADDR isn't set: start with torchrun")
+
+
+def test_train_ddp_and_train_fsdp_say_what_torchrun_would_have_set(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for module in BOTH:
+        with pytest.raises(
+            ValueError, match="WORLD_SIZE is 2, but MASTER_ADDR isn't set: start with torchrun"
+        ):
+            module.start_processes("cpu", 5.0)
 
 
 def test_train_ddp_final_weights_come_before_the_sample_which_ends_in_time(tmp_path, monkeypatch):
