@@ -576,8 +576,7 @@ def importance(model: nn.Module, readers: dict[str, nn.Linear], widths: dict, ba
     n_examples, totals = 0, {name: torch.zeros(m.in_features // widths[name]) for name, m in readers.items()}
 
     def keep_input(name: str, _module, inputs: tuple) -> None:  # a module may be called several times
-        x = inputs[0]
-        seen[name].append(x if x.requires_grad else x.requires_grad_())  # where all weights are frozen
+        seen[name].append(inputs[0].requires_grad_())  # which it has, unless all weights are frozen
 
     hooks = [m.register_forward_pre_hook(partial(keep_input, name)) for name, m in readers.items()]
     try:

@@ -4854,21 +4854,17 @@ script.leave(script.main())
     assert [r.returncode for r in results] == [2, 2] and "lr must be at least 0, got nan" in results[0].stderr
 
 
-def test_train_ddp_finished_means_that_all_is_there(ddp, tmp_path):
-    check_finished_means_that_all_is_there(ddp, tmp_path)
+CHECKS_OF_BOTH = (check_finished_means_that_all_is_there, check_the_last_step, check_ranks_that_cannot_agree)
 
 
-def test_train_ddp_the_last_step(ddp, tmp_path):
-    check_the_last_step(ddp, tmp_path)
+@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
+def test_train_ddp_passes_what_both_must(ddp, check, tmp_path):
+    check(ddp, tmp_path)
 
 
 def test_train_ddp_an_overflow_is_skipped(ddp, tmp_path):
     check_an_overflow_is_skipped(ddp, tmp_path)
     assert train_ddp.load_checkpoint(tmp_path)["scaler"]["scale"] < 2**40
-
-
-def test_train_ddp_ranks_that_cannot_agree(ddp, tmp_path):
-    check_ranks_that_cannot_agree(ddp, tmp_path)
 
 
 def test_train_ddp_and_train_fsdp_say_what_torchrun_would_have_set(monkeypatch):
@@ -5592,6 +5588,17 @@ def test_train_fsdp_copies_of_train_ddp():
     s = train_fsdp.Settings(steps=30, warmup=10, lr=0.5)
     for step in range(30):
         assert train_fsdp.learning_rate(step, s) == train_ddp.learning_rate(step, s)
+    for name in (
+        "finished_report",
+        "check_place",
+        "check_finite",
+        "write_atomically",
+        "differences",
+        "Signals",
+    ):
+        assert inspect.getsource(getattr(train_fsdp, name)) == inspect.getsource(getattr(train_ddp, name)), (
+            name
+        )
     ours, theirs = vars(train_fsdp.Settings()), vars(train_ddp.Settings())
     assert set(ours) ^ set(theirs) == {"exact", "replicate", "recompute", "data_parallel"}
     assert {k for k in theirs if k in ours and ours[k] != theirs[k]} == {"out"}
@@ -5672,8 +5679,9 @@ def fsdp_torchrun_begun(request, tmp_path_factory):
         yield folder, run
 
 
-def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> None:
-    """Killed, halted, never started, halted while the mesh forms: the others say what they wait for."""
+def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> list[subprocess.CompletedProcess]:
+    """Killed, halted, halted while the mesh forms: the others say what they wait for. Then one whose other
+    rank never starts: what became of it."""
     arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
     arguments += ["--out", str(folder), "--eval-every", "3", "--timeout"]
     for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "6")):
@@ -5690,9 +5698,7 @@ script.leave(script.main())
     fsdp.start(4, *arguments, "5", code=code)
     check_fsdp_lost(fsdp, "the groups of the mesh")
     fsdp.start(2, *FSDP_TINY, "--timeout", "4", of_rank={1: None})
-    (result,) = fsdp.wait()
-    assert result.returncode == 1
-    assert "rank 0 waited for up to 4 s for 2 processes to meet at 127.0.0.1" in result.stderr
+    return fsdp.wait()
 
 
 @pytest.fixture(scope="module")
@@ -5752,21 +5758,14 @@ def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_p
     assert last_json(weights[0]) == json_of(tmp_path / "2" / "report.json")
 
 
-def test_train_fsdp_finished_means_that_all_is_there(fsdp, tmp_path):
-    check_finished_means_that_all_is_there(fsdp, tmp_path)
-
-
-def test_train_fsdp_the_last_step(fsdp, tmp_path):
-    check_the_last_step(fsdp, tmp_path)
+@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
+def test_train_fsdp_passes_what_both_must(fsdp, check, tmp_path):
+    check(fsdp, tmp_path)
 
 
 def test_train_fsdp_an_overflow_is_skipped(fsdp, tmp_path):
     check_an_overflow_is_skipped(fsdp, tmp_path)
     assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["scaler"]["scale"] < 2**40
-
-
-def test_train_fsdp_ranks_that_cannot_agree(fsdp, tmp_path):
-    check_ranks_that_cannot_agree(fsdp, tmp_path)
 
 
 def test_train_fsdp_out_that_not_all_machines_see_is_an_error(tmp_path):
@@ -6240,7 +6239,9 @@ def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp,
 
 
 def test_train_fsdp_lost_and_late_processes(fsdp_lost_begun):
-    fsdp_lost_begun.result()
+    (result,) = fsdp_lost_begun.result()
+    assert result.returncode == 1
+    assert "rank 0 waited for up to 4 s for 2 processes to meet at 127.0.0.1" in result.stderr
 
 
 def check_fsdp_lost(fsdp: Launcher, words: str) -> None:
