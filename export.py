@@ -53,10 +53,9 @@ class Gate(nn.Module):
 def export_torchscript(model: nn.Module, example_inputs, path, method="trace") -> Path:
     """TorchScript (.ts), by method "trace" (records one run) or "script" (compiles the source).
 
-    Deprecated in torch. example_inputs: a tensor or a tuple of them. In a trace sizes stay free, but an
-    `if` is frozen as the example took it; a script keeps it, and refuses what its subset of Python
-    lacks. Like all exporters here it leaves the model alone, writes a file once that equals the model,
-    and raises ValueError for one that torch refuses or gets wrong.
+    Deprecated in torch. example_inputs: a tensor or a tuple of them. A trace freezes an `if` as the
+    example took it; a script keeps it, and refuses what its subset of Python lacks. Like all exporters
+    here it leaves the model alone, and raises ValueError for one that torch refuses or gets wrong.
     """
     if method not in ("trace", "script"):
         raise ValueError(f'method must be "trace" or "script", got "{method}"')
@@ -163,10 +162,9 @@ def tensors_in(output) -> list[Tensor]:
 
 
 def load_artefact(path) -> Callable[..., Tensor]:
-    """A file that the functions here wrote, as a function of tensors; .onnx, .pt2 or .ts tells what it is.
+    """A file written here as a function of tensors; .onnx, .pt2 or .ts tells what it is.
 
-    An ONNX file keeps the number of threads that torch has now. Raises ValueError for another or a
-    damaged file, OSError where there is none.
+    An ONNX file keeps the number of threads that torch has now. ValueError: another or a damaged file.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2", ".ts"):
@@ -363,8 +361,8 @@ def quantize_static(onnx_path, path, calibration: Iterable[dict], reduce_range=T
 def prune_unstructured(model: nn.Module, amount: float) -> nn.Module:
     """A copy in which the smallest `amount` (0 .. 1) of the weights of Linear and Conv layers are 0.
 
-    Magnitudes are ranked over all layers together. Zeros alone bring no speed: a dense product
-    multiplies by them too, and torch's sparse product is slower still at 90% zeros.
+    Magnitudes are ranked over all layers together. A dense product multiplies by zeros too, and torch's
+    sparse one is slower still at 90% zeros: they bring no speed.
     """
     if not 0 <= amount <= 1:
         raise ValueError(f"amount must be in 0 .. 1, got {amount}")
@@ -428,10 +426,10 @@ def feed_forwards(model: nn.Module) -> dict[str, nn.Sequential]:
 
 
 def head_importance(model: nn.Module, batches: Iterable, loss=None) -> dict[str, Tensor]:
-    """Importance of each head (Michel): |sum of x * dloss/dx| over its output x, mean over examples.
+    """What each head does to the loss (Michel): attention's name -> (H,).
 
     batches: an iterable of (inputs, targets). loss(outputs, targets): a sum over examples; None: the
-    summed cross-entropy. Returns attention's name -> (H,). ValueError for no batch, no attention.
+    summed cross-entropy. ValueError for no batch or no attention.
     """
     model = copy.deepcopy(model).eval()
     readers = {name: (m.out_proj, m.n_heads) for name, m in attentions(model).items()}
@@ -439,42 +437,39 @@ def head_importance(model: nn.Module, batches: Iterable, loss=None) -> dict[str,
 
 
 def neuron_importance(model: nn.Module, batches: Iterable, loss=None) -> dict[str, Tensor]:
-    """The same for the neurons of feed-forward nets (Molchanov). Returns net's name -> (d_ff,)."""
+    """The same for the neurons of feed-forward nets (Molchanov): net's name -> (d_ff,)."""
     model = copy.deepcopy(model).eval()
     readers = {name: (net[-1], net[-1].in_features) for name, net in feed_forwards(model).items()}
     return importance(model, readers, batches, loss)
 
 
 def importance(model: nn.Module, readers: dict, batches: Iterable, loss) -> dict[str, Tensor]:
-    """First-order change of the loss if a group of inputs of a Linear were 0: name -> (n,).
+    """|dloss/dgate| for a gate of 1 on each head or neuron and example; mean over examples.
 
-    readers: name -> (the Linear that reads the heads or neurons, n of them).
+    readers: name -> (the Linear that reads them, n of them). Returns name -> (n,).
     """
     if not readers:
         raise ValueError(f"{type(model).__name__} has no module as the convention describes it")
     loss = loss or partial(F.cross_entropy, reduction="sum")
-    seen = []  # (name, input of that Linear), which may be called several times
+    gates = {}
 
-    def keep_input(name: str, _module, inputs: tuple) -> None:
-        seen.append((name, inputs[0].requires_grad_()))  # it does already, unless all is frozen
+    def gated(name: str, n: int, _module, inputs: tuple) -> Tensor:
+        (x,) = inputs  # (B, n * width) or (B, ..., n * width)
+        if name not in gates:  # a Linear may be called several times
+            gates[name] = x.new_ones(len(x), n, requires_grad=True)
+        gate = gates[name].repeat_interleave(x.size(-1) // n, 1)
+        return x * gate.view(len(x), *[1] * (x.dim() - 2), -1)
 
-    totals = {}
     for name, (linear, n) in readers.items():
-        linear.register_forward_pre_hook(partial(keep_input, name))
-        totals[name] = torch.zeros(n)
+        linear.register_forward_pre_hook(partial(gated, name, n))
+    totals = {name: torch.zeros(n) for name, (_, n) in readers.items()}
     n_examples = 0
     for inputs, targets in batches:
-        seen.clear()
+        gates.clear()
         with torch.enable_grad():
             value = loss(model(*as_tuple(inputs)), targets)
-        gradients = torch.autograd.grad(value, [x for _, x in seen], materialize_grads=True)
-        changes = {name: torch.zeros(len(targets), len(total)) for name, total in totals.items()}
-        for (name, x), gradient in zip(seen, gradients, strict=True):
-            n = len(totals[name])
-            products = (x.detach() * gradient).cpu().reshape(len(x), -1, n, x.size(-1) // n)
-            changes[name] += products.sum((1, 3))  # (B, n)
-        for name, change in changes.items():
-            totals[name] += change.abs().sum(0)
+        for name, gradient in zip(gates, torch.autograd.grad(value, gates.values()), strict=True):
+            totals[name] += gradient.abs().sum(0).cpu()
         n_examples += len(targets)
     if not n_examples:
         raise ValueError("batches must hold at least one (inputs, targets), got none")
@@ -484,9 +479,9 @@ def importance(model: nn.Module, readers: dict, batches: Iterable, loss) -> dict
 def prune_heads(model: nn.Module, importance: dict[str, Tensor], keep: int) -> nn.Module:
     """A copy whose attentions keep only their `keep` most important heads, in smaller matrices.
 
-    importance: attention's name -> (H,), from head_importance or any other. The copy equals the model
-    with the other heads' outputs set to 0. Fine-tune it, save its state dict, read that back with
-    load_pruned. ValueError for a keep not in 1 .. H and for other attentions than plain ones.
+    importance: attention's name -> (H,). The copy equals the model with the other heads' outputs set to
+    0. Fine-tune it, save its state dict, read that back with load_pruned. ValueError: another keep than
+    1 .. H, another attention than a plain one.
     """
     model = copy.deepcopy(model)
     for name, attention in attentions(model).items():
@@ -793,13 +788,14 @@ def accuracy(run: Callable, examples: list) -> float:
 def show_control_flow(out: Path) -> dict[str, str]:
     """Captured with a positive example, asked about a negative one: who is right?"""
     x = torch.ones(2, 3)
+    writers = {
+        "TorchScript, trace": lambda: export_torchscript(Gate(), x, out / "gate.ts"),
+        "TorchScript, script": lambda: export_torchscript(Gate(), x, out / "gate.ts", "script"),
+        "torch.export": lambda: export_program(Gate(), x, out / "gate.pt2"),
+    }
     found = {}
     print("\nan `if` on a tensor's value, captured while it is true, asked while it is false:")
-    for name, write in (
-        ("TorchScript, trace", partial(export_torchscript, Gate(), x, out / "gate.ts", "trace")),
-        ("TorchScript, script", partial(export_torchscript, Gate(), x, out / "gate.ts", "script")),
-        ("torch.export", partial(export_program, Gate(), x, out / "gate.pt2")),
-    ):
+    for name, write in writers.items():
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints what it refuses
                 run = load_artefact(write())
