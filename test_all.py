@@ -6595,8 +6595,8 @@ class TestExport:
 
     RIGHT = {  # what each format makes of torch's own modules; the others refuse it by name
         "attention": "trace program onnx", "attention with weights": "trace program onnx",
-        "encoder nested": "program onnx trace", "encoder pre": "trace program onnx", "encoder": "trace program onnx",
-        "encoder nested, all places": "", "lstm": "trace", "gru": "trace", "bag": "trace onnx",
+        "encoder nested": "program onnx", "encoder pre": "trace program onnx",
+        "encoder": "trace program onnx", "encoder nested, all places": "", "lstm": "trace", "gru": "trace", "bag": "trace onnx",
     }  # fmt: skip
 
     @pytest.mark.parametrize("module", RIGHT)
@@ -6739,8 +6739,11 @@ class TestExport:
         for write, words in (
             (lambda p: export.export_torchscript(linear, x, p, "compile"), "method.*trace.*script.*compile"),
             (lambda p: export.export_program(linear, (x, 3), p), "must be tensors.*'Tensor', 'int'"),
-            (lambda p: export.export_program(linear, x[:, :2], p), "mat1 and mat2|shapes"),
-            (lambda p: export.export_onnx(linear, x[:1], p), "can't capture Linear.*constant"),
+            (
+                lambda p: export.export_program(linear, x[:, :2], p),
+                "Linear refuses its example_inputs.*shapes",
+            ),
+            (lambda p: export.export_onnx(linear, x[:1], p), "can't capture Linear.*specialized"),
         ):
             with pytest.raises(ValueError, match=words):
                 write(tmp_path / "m")
@@ -6754,7 +6757,7 @@ class TestExport:
         for write in (export.export_torchscript, export.export_program, export.export_onnx):
             with pytest.raises(OSError, match="file"):
                 write(model, x, tmp_path / "file/m")
-        with pytest.raises(OSError, match="nowhere"):
+        with pytest.raises(ValueError, match="nowhere"):
             export.quantize_dynamic(tmp_path / "nowhere.onnx", tmp_path / "m")
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -6770,7 +6773,7 @@ class TestExport:
             export.load_artefact("model.pth")
 
     def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, while a model trains in a fifth: its mode stays, and so do stderr, logging."""
+        """From four threads at once, and an export in a fifth: modes stay, and so do stderr and logging."""
         model, example = models["encoder"], torch.randint(0, 50, (3, 20))
         paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
         root = logging.getLogger()
@@ -6885,9 +6888,9 @@ class TestExport:
         )
 
     def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
-        feeds = [{"tokens": export_tokens(4, 30)}]
+        feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
         path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.1)
+        check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
         linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
         kinds, weights = export_graph(path)
         assert sum(w.dtype == np.int8 and w.ndim == 2 for w in weights.values()) == linears
@@ -6905,7 +6908,8 @@ class TestExport:
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
         for cpu, has in (
             ({"avx2": True}, False), ({"avx2": True, "avx512_bf16": True}, True),
-            ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True), ({"bf16": True}, True), ({"bf16": False}, False),
+            ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
+            ({"bf16": True}, True), ({"bf16": False}, False),
         ):  # fmt: skip
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
             model = nn.Linear(2, 2)
@@ -6976,7 +6980,7 @@ class TestExport:
 
     @pytest.mark.parametrize("which", ["encoder", "own"])
     def test_importance_is_the_derivative_by_a_gate(self, models, which):
-        """Michel's definition: a gate of 1 on each head of each example; |dloss/dgate|, mean over examples."""
+        """Michel's definition: a gate of 1 on each head and example; |dloss/dgate|, mean over examples."""
         model, place = models[which].train(), self.PLACES[which]
         batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
         heads = export.head_importance(model, iter(batches))
@@ -7044,7 +7048,7 @@ class TestExport:
                 with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
                     prune(model, scores, keep)
             for wrong in ({}, {name: torch.ones(5) for name in scores}):
-                with pytest.raises(ValueError, match="[05] scores"):
+                with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
                     prune(model, wrong, 2)
         state = model.state_dict()
         wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
@@ -7203,7 +7207,8 @@ class TestExport:
         for key in ("cpu", "threads", "torch", "seconds", "settings"):
             assert report[key], key
         assert report["control_flow"] == {
-            "TorchScript, trace": "wrong, silently", "TorchScript, script": "right", "torch.export": "refused",
+            "TorchScript, trace": "wrong, silently", "TorchScript, script": "right",
+            "torch.export": "refused",
         }  # fmt: skip
         whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
         assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
