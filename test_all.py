@@ -4,9 +4,11 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
     python test_all.py                    # everything; prints the slowest ten
     python test_all.py -x -q -k encoder   # any pytest option works
     python test_all.py --mutants          # plants bugs and sees them caught; --mutants losses.py: in one file
+    python test_all.py --mutants losses.py --random 40 --seed 1   # bugs drawn at random; lists survivors
 """
 
 import argparse
+import ast
 import base64
 import collections
 import contextlib
@@ -42,6 +44,8 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in the machine changes nothing: hidden before torch looks
 
 import numpy as np
 import pytest
@@ -10302,43 +10306,159 @@ def test_readme_planted_bugs_have_their_place():
             assert source.count(old) == 1 and new != old, (file, old)
 
 
-def plant(file: str, old: str, new: str, selection: str) -> bool:
-    """True if the tests fail (or pytest dies) with new in the place of old, in a copy of the project."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{file}: {old!r} stands there {source.count(old)} times"
+SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
+    "attention.py": "attention", "encoder.py": "encoder", "transformer.py": "transformer",
+    "losses.py": "losses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
+    "export.py": "export", "classify_imdb.py": "imdb",
+}  # fmt: skip
+
+
+def plant(file: str, source: str, selection: str, limit: float = 600) -> str:
+    """Run the tests selected on a copy of the project in which file holds source.
+
+    Returns "caught" where tests fail (pytest's exit code 1), "SURVIVED" where all pass, else why there is no
+    verdict: an error while the tests are collected isn't a caught bug, nor is a run that never ends.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"):
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "assets", Path(folder, "assets"))
-        Path(folder, file).write_text(source.replace(old, new), encoding="utf-8")
+        Path(folder, file).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "test_all.py", "-x", "-q", "-p", "no:cacheprovider"]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a bug that never ends is caught too
-            command += ["-k", f"({selection}) and {file.removesuffix('.py').split('_')[-1]}"]
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
-            assert result.returncode != 5, f"no test is named so: {command}"
-            return result.returncode != 0
-    return True
+        process = subprocess.Popen(
+            [*command, "-k", selection],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = f"no end within {limit:g} s"
+        with contextlib.suppress(ProcessLookupError):  # what the tests had started goes with them
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return {0: "SURVIVED", 1: "caught"}.get(code, f"no verdict: {code}")
 
 
-def plant_all(files: list[str]) -> int:
-    """Every bug, or those of files; control: without any, all the tests named pass."""
-    bugs = [(file, *bug) for file in files or MUTANTS for bug in MUTANTS[file]]
-    for file in files or MUTANTS:
-        old = MUTANTS[file][0][0]
-        if plant(file, old, old, " or ".join(f"({selection})" for *_, selection in MUTANTS[file])):
-            print(f"{file}: its tests fail without a bug")
+def plant_all(bugs: list[tuple[str, str, str, str]], must_be_caught: bool) -> int:
+    """bugs: (file, description, source with the bug, tests). Control: without a bug, all these tests pass."""
+    for file in sorted({bug[0] for bug in bugs}):
+        selection = " or ".join(f"({tests})" for tests in sorted({bug[3] for bug in bugs if bug[0] == file}))
+        if (verdict := plant(file, (ROOT / file).read_text(encoding="utf-8"), selection, 1800)) != "SURVIVED":
+            print(f"{file}: its tests don't pass without a bug ({verdict}): {selection}")
             return 1
-    survivors = []
-    with ThreadPoolExecutor(2) as pool:
-        for (file, old, new, selection), caught in zip(
-            bugs, pool.map(lambda b: plant(*b), bugs), strict=True
+    with ThreadPoolExecutor(int(os.environ.get("MUTANT_PROCESSES", 2))) as pool:
+        verdicts = []
+        for bug, verdict in zip(bugs, pool.map(lambda bug: plant(bug[0], *bug[2:]), bugs), strict=True):
+            print(f"{verdict}  {bug[0]}: {bug[1]} ({bug[3]})", flush=True)
+            verdicts.append(verdict)
+    print(f"{verdicts.count('caught')} caught of {len(verdicts)}")
+    return int(must_be_caught and set(verdicts) != {"caught"})
+
+
+def named_bugs(files: list[str]) -> list[tuple[str, str, str, str]]:
+    bugs = []
+    for file in files:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for old, new, selection in MUTANTS[file]:
+            assert source.count(old) == 1, f"{file}: {old!r} stands there {source.count(old)} times"
+            tests = f"({selection}) and ({SECTIONS[file]})"
+            bugs.append((file, f"{old!r} -> {new!r}", source.replace(old, new), tests))
+    return bugs
+
+
+SWAPS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or,
+    ast.Or: ast.And, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.Mod: ast.Add, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+NOT_DRAWN = re.compile(r"main|demo|plot|print|show|say|compare|Settings")  # functions and classes of the demo
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """A copy of node with one operator or constant swapped, or without its not; None where there is none."""
+    node = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in SWAPS:
+        node.op = SWAPS[type(node.op)]()
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        node.value = not node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        node.value = node.value + 1 if isinstance(node.value, int) else 2 * node.value + (node.value == 0)
+    elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return ast.Pass()
+    else:
+        return None
+    return node
+
+
+def random_bugs(file: str, n: int, seed: int) -> list[tuple[str, str, str, str]]:
+    """n bugs drawn from the part of file above its demo.
+
+    A comparison, operator, constant or bool is changed; a not, a raise or a call whose result isn't used goes.
+    Messages, annotations and plots stay as they are.
+    """
+    source = (ROOT / file).read_text(encoding="utf-8")
+    rule = re.search(r"^# -{70,}\n# (?:The )?(?:[Dd]emo|Extras)", source, re.M)
+    end = source.count("\n", 0, rule.start()) if rule else math.inf
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        name = getattr(node, "name", "") or ""
+        if getattr(node, "lineno", 0) > end or (isinstance(name, str) and NOT_DRAWN.match(name)):
+            return
+        if isinstance(node, ast.JoinedStr | ast.arguments) or ast.unparse(node).startswith(
+            ("print(", "if __")
         ):
-            print(
-                f"{'caught' if caught else 'SURVIVED'}  {file}: {old!r} -> {new!r} ({selection})", flush=True
-            )
-            survivors += [] if caught else [old]
-    print(f"{len(bugs) - len(survivors)}/{len(bugs)} caught")
-    return int(bool(survivors))
+            return
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            return
+        if hasattr(node, "lineno") and changed(node) is not None:
+            found.append(node)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "exc"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child)
+
+    visit(ast.parse(source))
+    lines = source.encode().splitlines(keepends=True)  # columns are counted in bytes
+    bugs = []
+    for node in random.Random(seed).sample(found, min(n, len(found))):
+        start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+        stop = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+        new = ast.unparse(changed(node))
+        if isinstance(node, ast.expr):
+            new = f"({new})"  # whatever stands around it
+        text = source.encode()
+        old = " ".join(text[start:stop].decode().split())
+        source_with_bug = (text[:start] + new.encode() + text[stop:]).decode()
+        bugs.append((file, f"line {node.lineno}: {old} -> {new}", source_with_bug, SECTIONS[file]))
+    return bugs
+
+
+def plant_from_command_line(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Plant bugs; see that the tests notice.")
+    parser.add_argument("--mutants", nargs="*", metavar="FILE", help="in these files; without: in all")
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="N bugs a file drawn at random; else the named ones"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    options = parser.parse_args(arguments)
+    files = options.mutants or list(MUTANTS)
+    if options.random is None:
+        return plant_all(named_bugs(files), must_be_caught=True)
+    print(f"seed {options.seed}")
+    bugs = [bug for file in files for bug in random_bugs(file, options.random, options.seed)]
+    return plant_all(bugs, must_be_caught=False)
 
 
 def run_everything() -> int:
@@ -10357,5 +10477,5 @@ def run_everything() -> int:
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     if "--mutants" in arguments:
-        sys.exit(plant_all([name for name in arguments if name != "--mutants"]))
+        sys.exit(plant_from_command_line(arguments))
     sys.exit(pytest.main([__file__, "-rs", "--durations=10", *arguments]) if arguments else run_everything())
