@@ -10402,8 +10402,8 @@ def changed(node: ast.AST) -> ast.AST | None:
 def random_bugs(file: str, n: int, seed: int) -> list[tuple[str, str, str, str]]:
     """n bugs drawn from the part of file above its demo.
 
-    A comparison, operator, constant or bool is changed; a not, a raise or a call whose result isn't used goes.
-    Messages, annotations and plots stay as they are.
+    A comparison, operator, constant or bool is changed; a not, a raise or a call whose result isn't used is
+    dropped. Messages, annotations and plots stay as they are.
     """
     source = (ROOT / file).read_text(encoding="utf-8")
     rule = re.search(r"^# -{70,}\n# (?:The )?(?:[Dd]emo|Extras)", source, re.M)
