@@ -79,6 +79,22 @@ def read_only(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
 
+DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test, with what is prepared for it, that takes longer than DEADLINE fails; its traceback says where it
+    waited. The alarm isn't cleared afterwards, so that it also ends a shared preparation of the next test."""
+
+    def end(*_):
+        raise TimeoutError(f"no end after {DEADLINE} s (TEST_SECONDS sets this limit)")
+
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(DEADLINE)
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
     """Every test starts from the same random state; one thread, since two crawl where a core is busy."""
@@ -9514,134 +9530,165 @@ os._exit(0)
 
 
 # -----------------------------------------------------------------------------
-# All files: pieces that stand in two of them are the same, importing does nothing, README tells the truth
-
-
-def test_copies_positions_and_masks_are_the_same():
-    for length, width in ((1, 1), (7, 5), (33, 16)):
-        ours, theirs = (
-            f(length, width)
-            for f in (encoder.sinusoidal_positional_encoding, transformer.sinusoidal_positions)
-        )
-        check_close(ours, theirs, 1e-7)
-    for q, k in ((1, 1), (3, 3), (2, 5), (5, 2)):
-        assert torch.equal(attention.causal_mask(q, k), transformer.causal_mask(q, k))
-
-
-def test_copies_attention_is_the_same():
-    """transformer.py's and attention.py's, without a key to see, too: values, weights, gradients."""
-    long = attention.MultiHeadAttention(12, 3).double()
-    short = transformer.MultiHeadAttention(12, 3).double()
-    short.load_state_dict(long.state_dict())
-    x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
-    for mask in (
-        torch.rand(2, 1, 4, 6) < 0.6,
-        attention.padding_mask(torch.tensor([6, 0])),
-        torch.tensor(True),
-    ):
-        expected, weights = long.forward_with_weights(x, context, mask)
-        output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
-        check_close(output, expected, 1e-12)
-        check_close(short_weights, weights, 1e-12)
-        for one, other in zip(
-            *(torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)), strict=True
-        ):
-            check_close(one, other, 1e-12)
-
-
-def test_copies_smoothed_loss_is_the_same():
-    logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
-    targets[1, 2:] = 0  # padding
-    for smoothing in (0.0, 0.1, 0.4):
-        long = losses.label_smoothing_cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), smoothing, ignore_index=0
-        )
-        check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
-
+# All files: pieces that stand in two of them are the same, importing does nothing
 
 ALL_FILES = [attention, encoder, transformer, losses, train_ddp, train_fsdp, export, imdb]
 
 
-@pytest.mark.parametrize("module", ALL_FILES)
-def test_all_files_write_atomically(module, tmp_path, monkeypatch):
-    """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
-    if not hasattr(module, "write_atomically"):
-        pytest.fail(f"{module.__name__} has no write_atomically")
-    path, done = tmp_path / "file", []
-    path.write_bytes(b"old")
-    fsync, move = module.os.fsync, module.os.replace
-
-    def note_fsync(descriptor):
-        done.append(("fsync", path.read_bytes(), os.fstat(descriptor).st_size))
-        fsync(descriptor)
-
-    def note_move(beside, target):
-        done.append(("replace", beside.read_bytes(), beside.parent == target.parent))
-        move(beside, target)
-
-    monkeypatch.setattr(module.os, "fsync", note_fsync)
-    monkeypatch.setattr(module.os, "replace", note_move)
-    module.write_atomically(path, b"new")
-    assert done == [("fsync", b"old", 3), ("replace", b"new", True)] and path.read_bytes() == b"new"
-
-    def full(_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        module.write_atomically(path, b"newer")
-    assert path.read_bytes() == b"new"
+def having(name: str) -> list:
+    """The files that define this name themselves."""
+    return [m for m in ALL_FILES if getattr(getattr(m, name, None), "__module__", "") == m.__name__]
 
 
-@pytest.mark.parametrize("module", [attention, encoder, losses, transformer])
-def test_all_files_know_a_place_that_cannot_be_written_before_the_work(
-    module, read_only, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
-    with pytest.raises(OSError, match="read-only"):
-        module.main()
+def name_of(module) -> str:
+    return module.__name__
 
 
-def test_all_files_do_nothing_when_imported(tmp_path):
-    """No output, no file, no thread or seed set."""
-    names = [module.__name__ for module in ALL_FILES]
-    code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
-    code += f"import {', '.join(names)}\n"
-    code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
-    code += "assert os.listdir() == []"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+LOCK_HOLDER = """
+import importlib, sys, pathlib, time
+sys.path.insert(0, sys.argv[1])
+lock = importlib.import_module(sys.argv[2]).lock_out(pathlib.Path(sys.argv[3]))
+print("held", flush=True)
+time.sleep(100)
+"""
 
 
-def test_all_models_make_their_tensors_where_their_input_is():
-    """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
-    meta = torch.device("meta")
-    q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
-    ids, fold = torch.ones(2, 5, dtype=torch.long, device=meta), torch.zeros(2, dtype=torch.long, device=meta)
-    mask = attention.causal_mask(5, device=meta)
-    many = attention.MultiHeadAttention(16, 2).to(meta)
-    outputs = [
-        attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
-        attention.fused_attention(q, q, q, mask, causal=True),
-        many(x, context, causal=True),
-        many.forward_with_weights(x, causal=True)[1],
-    ]
-    small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
-    for pool in ("mean", "max", "mean+max", "first"):
-        outputs.append(encoder.EncoderClassifier(encoder.EncoderConfig(30, pool=pool, **small)).to(meta)(ids))
-    outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
-    outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
-    outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
-    assert all(output.device == meta for output in outputs) and len(outputs) == 12
+class TestAllFiles:
+    def test_positions_and_masks_are_the_same_in_all_files(self):
+        for length, width in ((1, 1), (7, 5), (33, 16)):
+            first, *others = having("sinusoidal_positional_encoding")
+            expected = first.sinusoidal_positional_encoding(length, width)
+            for other in others:
+                check_close(other.sinusoidal_positional_encoding(length, width), expected, 1e-7)
+        for q, k in ((1, 1), (3, 3), (2, 5), (5, 2)):
+            for module in having("causal_mask"):
+                assert torch.equal(module.causal_mask(q, k), torch.ones(q, k).tril(k - q).bool())
+
+    def test_attention_is_the_same_in_transformer(self):
+        """Without a key to see, too: values, weights, gradients."""
+        long = attention.MultiHeadAttention(12, 3).double()
+        short = transformer.MultiHeadAttention(12, 3).double()
+        short.load_state_dict(long.state_dict())
+        x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
+        lengths = attention.padding_mask(torch.tensor([6, 0]))
+        for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
+            expected, weights = long.forward_with_weights(x, context, mask)
+            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            check_close(output, expected, 1e-12)
+            check_close(short_weights, weights, 1e-12)
+            gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
+            for one, other in zip(*gradients, strict=True):
+                check_close(one, other, 1e-12)
+
+    def test_smoothed_loss_is_the_same_in_transformer(self):
+        logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
+        targets[1, 2:] = 0  # padding
+        for smoothing in (0.0, 0.1, 0.4):
+            flat = logits.flatten(0, 1), targets.flatten()
+            long = losses.label_smoothing_cross_entropy(*flat, smoothing, ignore_index=0)
+            check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
+
+    @pytest.mark.parametrize("module", having("warmup_cosine"), ids=name_of)
+    def test_warmup_cosine(self, module):
+        factors = [module.warmup_cosine(step, 3, 7) for step in range(9)]
+        falling = [0.5 + 0.5 * math.cos(math.pi * part / 4) for part in range(4)]
+        assert factors == pytest.approx([1 / 3, 2 / 3, 1, *falling, 0, 0][:9], abs=1e-12)
+        assert [module.warmup_cosine(step, 10, 2) for step in range(4)] == [0.5, 1, 0, 0]  # cut to the run
+        assert module.warmup_cosine(0, 0, 1) == 1 and module.warmup_cosine(10, 10, 10) == 0
+
+    @pytest.mark.parametrize("module", having("write_atomically"), ids=name_of)
+    def test_write_atomically(self, module, tmp_path, monkeypatch):
+        """Flushed to the disk before it is moved over the old file; a full disk leaves the old one alone."""
+        path, done = tmp_path / "file", []
+        fsync, move = os.fsync, os.replace
+        path.write_bytes(b"old")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: done.append(path.read_bytes()) or fsync(fd))
+            patch.setattr(os, "replace", lambda a, b: done.append(Path(a).read_bytes()) or move(a, b))
+            module.write_atomically(path, b"new")
+        assert done == [b"old", b"new"] and path.read_bytes() == b"new"
+        umask = os.umask(0o022)
+        os.umask(umask)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # others may read it, as any file
+
+        def full(_):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            module.write_atomically(path, b"newer")
+        assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl, so no lock")
+    @pytest.mark.parametrize("module", having("lock_out"), ids=name_of)
+    def test_lock_out(self, module, tmp_path):
+        """Held by another process, it is refused; it dies with that process."""
+        command = [sys.executable, "-c", LOCK_HOLDER, str(ROOT), module.__name__, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match="in use"):
+                module.lock_out(tmp_path, patience=0.2)
+            holder.kill()
+        assert module.lock_out(tmp_path, patience=5)
+
+    def test_importing_does_nothing(self, tmp_path):
+        """No output, no file, no thread or seed set."""
+        names = [module.__name__ for module in ALL_FILES]
+        code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
+        code += f"import {', '.join(names)}\n"
+        code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
+        code += "assert os.listdir() == []"
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+    def test_models_make_their_tensors_where_their_input_is(self):
+        """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
+        meta = torch.device("meta")
+        q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
+        ids = torch.ones(2, 5, dtype=torch.long, device=meta)
+        fold = torch.zeros(2, dtype=torch.long, device=meta)
+        mask = attention.causal_mask(5, device=meta)
+        many = attention.MultiHeadAttention(16, 2).to(meta)
+        outputs = [
+            attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
+            attention.fused_attention(q, q, q, mask, causal=True),
+            many(x, context, causal=True),
+            many.forward_with_weights(x, causal=True)[1],
+        ]
+        small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
+        for pool in ("mean", "max", "mean+max", "first"):
+            config = encoder.EncoderConfig(30, pool=pool, **small)
+            outputs.append(encoder.EncoderClassifier(config).to(meta)(ids))
+        outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
+        outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
+        outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
+        assert all(output.device == meta for output in outputs) and len(outputs) == 12
+
+    @pytest.mark.parametrize("module", ALL_FILES, ids=name_of)
+    def test_help_lists_every_setting(self, module, tmp_path):
+        """With the reason beside it; on a terminal that knows ASCII alone, too."""
+        result = run_script(
+            f"{module.__name__}.py", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="100"
+        )
+        assert result.returncode == 0, result.stderr
+        for field in dataclasses.fields(module.Settings):
+            assert f"--{field.name.replace('_', '-')}" in result.stdout, field.name
+        comments = re.findall(r"^    \w+: .*  # (\w+)", inspect.getsource(module.Settings), re.M)
+        assert len(comments) == len(dataclasses.fields(module.Settings)), "a setting without its reason"
+        assert all(comment in result.stdout for comment in comments)
+        assert f"python {module.__name__}.py" in result.stdout and not list(tmp_path.iterdir())
+
+    def test_requirements_are_pinned(self):
+        lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        lines = [line.split("#")[0].strip() for line in lines]
+        lines = [line for line in lines if line]
+        assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and "torch==2.13.0" in lines
 
 
-def test_all_requirements_are_pinned():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    lines = [line for line in lines if line]
-    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and "torch==2.13.0" in lines
+# -----------------------------------------------------------------------------
+# README.md
 
 
 def test_readme_figures_are_the_logged_ones():
