@@ -29,6 +29,7 @@ import http.client
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -40,6 +41,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -1012,9 +1014,15 @@ def export_models(model: ReviewClassifier, tokenizer, data: dict, test_set: list
     calibration = [{"tokens": tokens} for (tokens,), _ in sample[::4]]
     metadata = {"labels": LABELS, "max_len": s.max_len, "ranks": packed(tokenizer.ranks)}
     models, example = {"original": model, "pruned": pruned}, cases[f"8 x {T}"][0]
+    warnings.simplefilter("ignore")  # the exporters' warnings and log lines
+    logging.disable(logging.WARNING)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the table's
+    choice = {"case": f"32 x {T}", "seconds": 0.3}
     report = export.export_all(
-        models, example, evaluation, cases, calibration, out / "export", metadata, seconds=0.3
+        models, example, evaluation, cases, calibration, out / "export", metadata, **choice
     )
+    torch.set_num_threads(threads)
     export.print_table(report)
     export.plot_rows(report, out / "export.png")
     onnx = [row for row in report["models"] if row["file"].endswith(".onnx")]
@@ -1069,7 +1077,7 @@ def fine_tuned(pruned: nn.Module, model: ReviewClassifier, data: dict, s: Settin
 
 def onnx_probabilities(path: Path, ids: list[Tensor]) -> Tensor:
     """probabilities() by onnxruntime."""
-    run, out = export.onnx_runner(path, threads=torch.get_num_threads()), torch.empty(len(ids))
+    run, out = export.load_artefact(path), torch.empty(len(ids))
     for rows in torch.tensor([len(x) for x in ids]).argsort().split(64):
         out[rows] = run(pad([ids[i] for i in rows])).softmax(-1)[:, 1]
     return out

@@ -8734,9 +8734,8 @@ def test_classify_imdb_presets_give_way_to_flags():
 IMDB_FORMATS = """
 script.find_imdb = no_network
 matplotlib.pyplot.Figure.savefig = savefig
-script.export.in_a_fresh_process = lambda *_: ({}, None)  # half of the time; export.py's own tests have it
 measure = script.export.benchmark
-script.export.benchmark = lambda runners, cases, seconds, threads: measure(runners, cases, 0.01, threads)
+script.export.benchmark = lambda runners, cases, seconds: measure(runners, cases, 0.01)
 script.leave(script.main())
 """
 
@@ -8752,7 +8751,7 @@ def imdb_formats_begun(request, tmp_path_factory):
         """(when the test was done before the kill, the report)"""
         arguments = [*IMDB_SMALL, "--preset", "best", "--out", str(folder / "run")]
         launcher.start(1, *arguments, code=IMDB_FORMATS)
-        launcher.wait_until((folder / "run/export/trace.ts").exists)
+        launcher.wait_until((folder / "run/export/model.trace.ts").exists)
         launcher.kill([0])
         launcher.wait()
         tested = (folder / "run/test.json").stat().st_mtime_ns
@@ -8837,7 +8836,7 @@ def test_classify_imdb_exports_short_texts_and_what_agrees_most(tmp_path, monkey
     model, _, s, run = imdb_tiny_training(tmp_path)
     seen = {}
 
-    def export_all(models, example, evaluation, cases, calibration, out, metadata, seconds):
+    def export_all(models, example, evaluation, cases, calibration, out, metadata, **choice):
         seen["cases"] = cases
         out.mkdir()
         rows = [{"name": "eager", "file": "weights.pt", "agreement": 1.0, "size_bytes": 1}]
@@ -8881,7 +8880,7 @@ def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
     state = imdb.load(out / "model.pt")
     model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
     model.load_state_dict(state["model"])
-    run = export.onnx_runner(out / "export/model.onnx")
+    run = export.load_artefact(out / "export/model.onnx")
     for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
         tokens = torch.randint(0, model.config.vocab_size, (B, T))
         tokens[0, T // 2 :] = imdb.PAD
