@@ -8751,7 +8751,7 @@ def imdb_formats_begun(request, tmp_path_factory):
         """(when the test was done before the kill, the report)"""
         arguments = [*IMDB_SMALL, "--preset", "best", "--out", str(folder / "run")]
         launcher.start(1, *arguments, code=IMDB_FORMATS)
-        launcher.wait_until((folder / "run/export/model.trace.ts").exists)
+        launcher.wait_until((folder / "run/export/original.trace.ts").exists)
         launcher.kill([0])
         launcher.wait()
         tested = (folder / "run/test.json").stat().st_mtime_ns
@@ -8880,7 +8880,7 @@ def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
     state = imdb.load(out / "model.pt")
     model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
     model.load_state_dict(state["model"])
-    run = export.load_artefact(out / "export/model.onnx")
+    run = export.load_artefact(out / "export/original.onnx")
     for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
         tokens = torch.randint(0, model.config.vocab_size, (B, T))
         tokens[0, T // 2 :] = imdb.PAD
