@@ -1,6 +1,6 @@
 """From a trained module to the fastest correct model: formats, int8, pruning, and the evidence.
 
-FIGURES
+Demo, one thread, pruned int8: 4.0 times eager PyTorch's speed with VNNI, 3.1 without, 0.27 of its size.
 
     python export.py                # demo: trains a small classifier, exports it every way, compares
     python export.py --threads 2    # every setting is a flag; --help lists them
@@ -44,7 +44,7 @@ LOADING = threading.Lock()  # torch.export.load takes one thread at a time, and 
 
 
 class Gate(nn.Module):
-    """Control flow that depends on a value: doubles x where its sum is positive, else negates it."""
+    """Control flow that depends on a value: doubles x if its sum is positive, else negates it."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 0:  # a trace with a positive example keeps this side for all inputs, silently
@@ -91,10 +91,7 @@ def refusing(what: str):
 
 
 def free_sizes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, str], ...]:
-    """For each input what stays free by default, {dimension: name}: the batch and the length.
-
-    A length is the second size of (B, T) integers or booleans, and of floats that are as long.
-    """
+    """For each input what stays free by default, {dimension: name}: the batch, and the length T."""
     batch = next((len(x) for x in inputs if x.dim()), 0)
     lengths = {x.size(1) for x in inputs if x.dim() == 2 and not x.is_floating_point()}
     sizes = []
@@ -102,7 +99,7 @@ def free_sizes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, str], ...]:
         free = {}
         if x.dim() and len(x) == batch:
             free[0] = "batch"
-            if x.dim() in (2, 3) and x.size(1) in lengths:
+            if x.dim() in (2, 3) and x.size(1) in lengths:  # (B, T) integers, floats as long
                 free[1] = f"length_{i}" if i else "length"  # to onnxruntime a name is one size
         sizes.append(free)
     return tuple(sizes)
@@ -255,7 +252,7 @@ def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, met
         made = torch.onnx.export(program, input_names=names, dynamic_shapes=shapes, **options)
     graph = made.model_proto
     for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.value_info):
-        part.ClearField("metadata_props")  # stack traces: half of a small file, this machine's paths
+        part.ClearField("metadata_props")  # stack traces, with this machine's paths
     for key, value in (metadata or {}).items():
         graph.metadata_props.add(key=key, value=json.dumps(value))
     data = graph.SerializeToString()
@@ -639,9 +636,8 @@ def export_all(
 def print_table(report: dict) -> None:
     """The rows of export_all's report, and the recommendation in words."""
     rows = report["models"]
-    cases = list(rows[0]["latency"])
-    print(f"\np50 in ms by batch x tokens, {report['threads']} thread(s); accuracy and agreement on dev:")
-    print(f"{'':40s}  size kB  accuracy  agreement  max |d|", *(f"{case:>9s}" for case in cases))
+    print(f"\np50 in ms by batch x tokens, {report['threads']} thread(s); accuracy on dev:")
+    print(f"{'':40s}  size kB  accuracy  agreement  max |d|", *(f"{case:>9s}" for case in rows[0]["latency"]))
     for row in rows:
         times = [f"{timing['p50_ms']:9.2f}" for timing in row["latency"].values()]
         facts = f"{row['accuracy']:10.2%}{row['agreement']:11.2%}{row['max_abs_diff']:9.0e}"
@@ -657,8 +653,10 @@ def plot_rows(report: dict, path: str | Path) -> Path:
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
+    accuracies = [100 * row["accuracy"] for row in report["models"]]
+    axes.set_ylim(min(accuracies) - 0.5, max(accuracies) + 0.5)
     for i, row in enumerate(report["models"]):
-        point = (row["p50_ms"], 100 * row["accuracy"])
+        point = (row["p50_ms"], accuracies[i])
         area = 400 * row["size_bytes"] / report["models"][0]["size_bytes"]
         label = f"{i + 1}  {row['name']}, {row['size_bytes'] / 1000:,.0f} kB"
         axes.scatter(*point, s=area, alpha=0.6, label=label)
@@ -670,14 +668,14 @@ def plot_rows(report: dict, path: str | Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# Demo: a classifier of generated sentences, in which what comes after "but" counts, and "not" turns it
+# Demo: a classifier of generated sentences: what comes after "but" counts, and "not" turns it
 
 
 @dataclass
 class Settings:
     threads: int = 1  # threads of every model compared
     seconds: float = 0.08  # benchmark time a model and size
-    min_agreement: float = 0.98  # fraction of dev on which the recommended model answers as the original
+    min_agreement: float = 0.98  # fraction of dev on which a recommended model must agree
     out: str = "out/export"  # artefacts, picture and report.json go here
     seed: int = 0  # same seed, same sentences and weights
 
@@ -725,8 +723,9 @@ def generate_sentences(n: int, seed: int) -> list[tuple[str, int]]:
         for _ in range(rng.choice((1, 2, 3))):
             good = rng.randrange(2)
             negated = rng.randrange(2)
-            opinion = ["not"] * negated + [rng.choice(GOOD if good else BAD)]
-            clauses.append(f"the {rng.choice(NOUNS)} was {' '.join(opinion)}")
+            clauses.append(
+                f"the {rng.choice(NOUNS)} was {'not ' * negated}{rng.choice(GOOD if good else BAD)}"
+            )
         sentences[" but ".join(clauses)] = good ^ negated  # what comes after "but" is what is meant
     return list(sentences.items())
 
@@ -767,7 +766,7 @@ def show_control_flow(out: Path) -> dict[str, str]:
         "torch.export": lambda: export_program(Gate(), x, out / "gate.pt2"),
     }
     found = {}
-    print("\nan `if` on a tensor's value, captured while it is true, asked while it is false:")
+    print("\nan `if` on a value, captured while it is true, asked while it is false:")
     for name, write in writers.items():
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints what it refuses
@@ -807,7 +806,7 @@ def show_zeros(model: nn.Module, dev: list, inputs: list[tuple], seconds: float)
 
 
 def main(s: Settings) -> None:
-    warnings.simplefilter("ignore")  # the exporters' warnings and log lines: this process is ours
+    warnings.simplefilter("ignore")  # the exporters' warnings and log lines
     logging.disable(logging.WARNING)
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
