@@ -25,8 +25,8 @@ import copy
 import gzip
 import hashlib
 import html
-import importlib.util
 import http.client
+import importlib.util
 import io
 import itertools
 import json

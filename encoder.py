@@ -180,7 +180,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Token ids to one vector a token: embedding + positions, layers, and a final LayerNorm if norm_first.
 
-    Pre-norm leaves the residual stream unnormalised, so normalise it once at the end; post-norm doesn't.
+    Pre-norm leaves the residual stream unnormalised, so it is normalised once at the end.
     """
 
     def __init__(self, config: EncoderConfig):
