@@ -358,13 +358,13 @@ def plot_twins(model: EncoderClassifier, twins: list[str], tokens: Tensor, path:
     from matplotlib.figure import Figure
 
     positive = model(tokens).softmax(-1)[:, 1]
-    weights = model.encoder.forward_with_weights(tokens)[1].cpu()  # (L, 2, H, T, T)
+    weights = model.encoder.forward_with_weights(tokens)[1].cpu().numpy()  # (L, 2, H, T, T)
     words = [text.split() for text in twins]
     on_not = 0.0  # (L, H)
     for i in (0, 1):
         adjective = next(t for t, word in enumerate(words[i]) if word in GOOD)
         on_not += weights[:, i, :, adjective, words[i].index("not")]
-    layer, head = divmod(on_not.argmax().item(), on_not.size(1))
+    layer, head = divmod(on_not.argmax(), on_not.shape[1])
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)

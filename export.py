@@ -989,13 +989,13 @@ class Layer(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int):
         super().__init__()
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.self_attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         projections = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.attention = SelfAttention(*projections, n_heads)
+        self.self_attention = SelfAttention(*projections, n_heads)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
+        x = x + self.self_attention(self.self_attention_norm(x), mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
