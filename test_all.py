@@ -950,8 +950,16 @@ def test_attention_logged_benchmark():
 # -----------------------------------------------------------------------------
 # encoder.py
 
-ENCODER_SMALL = encoder.EncoderConfig(30, max_len=12, d_model=16, n_heads=2, n_layers=1, d_ff=16)
 ENCODER_POOLS = ["mean", "max", "mean+max", "first"]
+
+
+def encoder_small(**given) -> encoder.EncoderConfig:
+    sizes = {"max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
+    return encoder.EncoderConfig(30, **(sizes | given))
+
+
+def encoder_classifier(**given) -> encoder.EncoderClassifier:
+    return encoder.EncoderClassifier(encoder_small(**given)).eval()
 
 
 def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
@@ -960,7 +968,7 @@ def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
     sizes = {
         "vocab_size": rng.randint(5, 50), "max_len": rng.randint(12, 40), "n_layers": rng.randint(1, 3),
         "n_heads": n_heads, "d_model": n_heads * rng.randint(1, 6), "d_ff": rng.randint(1, 40),
-        "dropout": 0.0, "n_classes": rng.randint(1, 5), "norm_first": rng.random() < 0.5,
+        "n_classes": rng.randint(1, 5), "dropout": 0.0, "norm_first": rng.random() < 0.5,
         "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(ENCODER_POOLS),
     }  # fmt: skip
     return encoder.EncoderConfig(**(sizes | given))
@@ -978,39 +986,31 @@ def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
 
 def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
     """torch's layer; its parameters are random: zero biases and unit norms would hide a forgotten one."""
-    choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first} | given
+    choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
     sizes = config.d_model, config.n_heads, config.d_ff
-    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **choices)
+    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     return layer
 
 
 class TestEncoder:
-    # ---- oracles
+    # Oracles
 
     @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("activation", ["relu", "gelu"])
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
     def test_encoder_layer_equals_torch(self, norm_first, activation, dtype, tolerance):
-        """Values and gradients of the input and of every parameter, with padding; eps is taken over too."""
-        names = {
-            "self_attention.qkv_proj.weight": "self_attn.in_proj_weight",
-            "self_attention.qkv_proj.bias": "self_attn.in_proj_bias",
-        }
-        parts = {"self_attention.out_proj": "self_attn.out_proj", "ffn.0": "linear1", "ffn.2": "linear2"}
-        parts |= {"self_attention_norm": "norm1", "ffn_norm": "norm2"}
-        for mine, yours in parts.items():
-            names |= {f"{mine}.weight": f"{yours}.weight", f"{mine}.bias": f"{yours}.bias"}
+        """Values, gradients of the input and of every parameter, with padding; eps is taken over too."""
         for seed in range(10):
             rng = random.Random(seed)
             config = encoder_config(rng, norm_first=norm_first, activation=activation)
-            theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=rng.choice([1e-5, 1e-2]))
+            eps = rng.choice([1e-5, 1e-2])
+            theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=eps)
             ours = encoder.EncoderLayer.from_torch(theirs)
-            B, T = rng.randint(1, 4), rng.randint(1, 9)
-            mask = torch.rand(B, T) < 0.7
+            x = torch.randn(rng.randint(1, 4), rng.randint(1, 9), config.d_model, dtype=dtype)
+            mask = torch.rand(x.shape[:2]) < 0.7
             mask[:, 0] = True
-            x = torch.randn(B, T, config.d_model, dtype=dtype)
             inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
             output = ours(inputs[0], mask[:, None, None, :])
             expected = theirs(inputs[1], src_key_padding_mask=~mask)
@@ -1019,42 +1019,42 @@ class TestEncoder:
             (output * upstream).sum().backward()
             (expected * upstream).sum().backward()
             check_close(inputs[0].grad, inputs[1].grad, tolerance, "gradient of x")
-            assert {name for name, _ in ours.named_parameters()} == set(names)
-            for mine, yours in names.items():
-                wanted = theirs.get_parameter(yours).grad
-                check_close(ours.get_parameter(mine).grad, wanted, tolerance, f"gradient of {mine}")
+            for parameter in theirs.parameters():
+                parameter.data = parameter.grad
+            wanted = encoder.EncoderLayer.from_torch(theirs)  # so that each gradient has our name
+            for name, parameter in ours.named_parameters():
+                check_close(parameter.grad, wanted.get_parameter(name), tolerance, f"gradient of {name}")
 
     @pytest.mark.parametrize("norm_first", [True, False])
     def test_encoder_stack_equals_torch(self, norm_first):
-        """embedding * sqrt(C) + positions, then the layers; a final norm in pre-norm, none in post-norm."""
+        """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm, none in post-norm."""
         for seed in range(10):
             rng = random.Random(seed)
             config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
             ours = encoder.Encoder(config).double()
-            norm = nn.LayerNorm(config.d_model) if norm_first else None
-            theirs = nn.TransformerEncoder(
-                encoder_torch_layer(config), config.n_layers, norm, enable_nested_tensor=False
-            ).double()
-            for parameter in theirs.parameters():
-                nn.init.normal_(parameter)
-            ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs.layers))
-            if norm_first:
-                ours.final_norm.load_state_dict(norm.state_dict())
+            theirs = [encoder_torch_layer(config).double() for _ in range(config.n_layers)]
+            ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs))
             tokens = encoder_tokens(rng, config)
             mask = tokens != config.pad_id
             positions = encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
             x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
-            expected = theirs(x, src_key_padding_mask=~mask)
-            check_close(ours(tokens)[mask], expected[mask], 1e-10)
+            for layer in theirs:
+                x = layer(x, src_key_padding_mask=~mask)
+            if norm_first:
+                nn.init.normal_(ours.final_norm.weight)
+                nn.init.normal_(ours.final_norm.bias)
+                x = F.layer_norm(x, x.shape[-1:], ours.final_norm.weight, ours.final_norm.bias)
+            check_close(ours(tokens)[mask], x[mask], 1e-10)
 
     def test_self_attention_equals_attention_py(self):
-        """Values, weights and gradients of both files' attention, weights copied; a row without keys, too."""
+        """Values, weights and gradients of both files' attention; a row without keys, too."""
         short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
-        with torch.no_grad():
-            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                getattr(long, name).weight.copy_(short.qkv_proj.weight[12 * i : 12 * i + 12])
-                getattr(long, name).bias.copy_(short.qkv_proj.bias[12 * i : 12 * i + 12])
-            long.out_proj.load_state_dict(short.out_proj.state_dict())
+        projections = long.q_proj, long.k_proj, long.v_proj
+        for module, weight, bias in zip(
+            projections, short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True
+        ):
+            module.load_state_dict({"weight": weight, "bias": bias})
+        long.out_proj.load_state_dict(short.out_proj.state_dict())
         x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
         padding = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
         for mask in (None, padding, torch.rand(7, 7) < 0.5, torch.rand(5, 3, 7, 7) < 0.5):
@@ -1072,66 +1072,53 @@ class TestEncoder:
             for t, i in itertools.product(range(30), range(d_model)):
                 angle = t / 10000 ** (2 * (i // 2) / d_model)
                 assert abs(table[t, i].item() - (math.cos if i % 2 else math.sin)(angle)) < 1e-7
-        far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]  # float32 angles: 4e-3 off here
-        assert abs(far[0].item() - math.sin(100_000)) < 1e-7
+        far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]
+        assert abs(far[0].item() - math.sin(100_000)) < 1e-7  # float32 angles are 4e-3 off here
 
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
     def test_pool_tokens_equals_its_loops(self, pool):
         x = torch.randn(5, 7, 4, dtype=torch.float64) - 3  # below 0: padding's 0 would show in a max
         mask = torch.rand(5, 7) < 0.6
         mask[0], mask[1], mask[2] = False, True, torch.arange(7) == 3
-        for row, result in enumerate(encoder.pool_tokens(x, mask, pool)):
-            real = [x[row, t] for t in range(7) if mask[row, t]] or [torch.zeros(4, dtype=x.dtype)]
+        seen = x.masked_fill(~mask[:, :, None], math.nan)  # what stands at padding counts for nothing
+        for row, result in enumerate(encoder.pool_tokens(seen, mask, pool)):
+            real = [x[row, t] for t in range(7) if mask[row, t]] or [torch.zeros(4).double()]
             mean, largest = torch.stack(real).mean(0), torch.stack(real).max(0).values
-            first = x[row, 0] * mask[row, 0]
-            expected = {"mean": mean, "max": largest, "mean+max": torch.cat((mean, largest)), "first": first}
+            both, first = torch.cat((mean, largest)), x[row, 0] * mask[row, 0]
+            expected = {"mean": mean, "max": largest, "mean+max": both, "first": first}
             check_close(result, expected[pool], 1e-12, pool)
-        assert torch.autograd.gradcheck(encoder.pool_tokens, (x.clone().requires_grad_(), mask, pool))
-        pooled = encoder.pool_tokens(x.masked_fill(~mask[:, :, None], math.nan), mask, pool)
-        assert pooled.isfinite().all(), "what stands at padding counts for nothing"
+        assert torch.autograd.gradcheck(encoder.pool_tokens, (x.requires_grad_(), mask, pool))
 
-    def test_forward_with_weights_equals_torch(self):
-        """The output stays what it is; the first layer's weights are nn.MultiheadAttention's."""
+    # Properties
+
+    def test_forward_with_weights_gives_the_weights_that_forward_used(self):
         for seed in range(6):
             rng = random.Random(seed)
             config = encoder_config(rng)
-            model = encoder.Encoder(config).double()
+            model, used = encoder.Encoder(config), []
             tokens = encoder_tokens(rng, config)
+            for layer in model.layers:
+                layer.self_attention.register_forward_hook(lambda m, xs, _, w=used: w.append(m.weights(*xs)))
+            expected = model(tokens)
             output, weights = model.forward_with_weights(tokens)
-            assert torch.equal(output, model(tokens))
-            T = tokens.size(1)
-            assert weights.shape == (config.n_layers, 4, config.n_heads, T, T)
-            check_close(weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64), 1e-12)
-            layer = model.layers[0]
-            x, mask = model.embed(tokens)
-            if config.norm_first:
-                x = layer.self_attention_norm(x)
-            theirs = nn.MultiheadAttention(config.d_model, config.n_heads, batch_first=True).double()
-            ours = layer.self_attention.state_dict()
-            names = {"in_proj_weight": "qkv_proj.weight", "in_proj_bias": "qkv_proj.bias"}
-            theirs.load_state_dict({name: ours[names.get(name, name)] for name in theirs.state_dict()})
-            expected = theirs(x, x, x, key_padding_mask=~mask[:, 0, 0], average_attn_weights=False)[1]
-            check_close(weights[0], expected, 1e-12, "weights of the first layer")
-
-    # ---- properties
+            assert torch.equal(output, expected)
+            assert torch.equal(weights, torch.stack(used[: config.n_layers]))  # (L, B, H, T, T)
 
     def test_from_torch_keeps_activation_dropout_mode_dtypes_and_what_is_frozen(self):
+        x = torch.randn(2, 3, 16)
         for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
-            layer = encoder_torch_layer(ENCODER_SMALL, activation=activation, dropout=0.25).eval()
+            layer = encoder_torch_layer(encoder_small(), activation=activation, dropout=0.25).eval()
             layer.linear1.requires_grad_(False)
             ours = encoder.EncoderLayer.from_torch(layer)
-            assert ours.dropout.p == 0.25 and not ours.training
-            x = torch.randn(2, 3, 16)
             check_close(ours(x), layer(x), 1e-5)
             frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
             assert frozen == {"ffn.0.weight", "ffn.0.bias"}
-        layer = layer.bfloat16().train()
-        layer.norm1.float()
+            assert ours.dropout.p == 0.25 and not ours.training
+        layer.bfloat16().train().norm1.float()
         ours = encoder.EncoderLayer.from_torch(layer)
         assert ours.training and ours.self_attention_norm.weight.dtype == torch.float32
         assert ours.ffn_norm.weight.dtype == ours.self_attention.qkv_proj.bias.dtype == torch.bfloat16
-        with torch.no_grad():
-            ours.ffn[0].weight.zero_()
+        ours.ffn[0].weight.data.zero_()
         assert layer.linear1.weight.any(), "copies: the original stays as it is"
 
     def test_encoder_padding_and_batch_invariance(self):
@@ -1149,55 +1136,39 @@ class TestEncoder:
                 check_close(alone, logits[row : row + 1], 1e-12, "alone, unpadded")
             longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
             check_close(model(longer), logits, 1e-12, "more padding")
+            mask = torch.rand(tokens.shape) < 0.7  # holes in the middle, too
             noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
-            check_close(model(noise, mask), logits, 1e-12, "whatever stands under the mask")
-
-    def test_encoder_masked_tokens_in_the_middle_get_no_weight_and_no_gradient(self):
-        model = encoder.EncoderClassifier(dataclasses.replace(ENCODER_SMALL, dropout=0.0, pool="mean+max"))
-        tokens = torch.arange(1, 9).repeat(2, 1)  # (2, 8), each id once a row
-        mask = tokens != 4
-        model(tokens, mask).square().sum().backward()
-        gradient = model.encoder.embedding.weight.grad[:9].abs().sum(1)
-        assert gradient[4] == 0 and (gradient[[1, 2, 3, 5, 6, 7, 8]] > 0).all()
-        assert (model.encoder.forward_with_weights(tokens, mask)[1][..., 3] == 0).all()
+            check_close(model(noise, mask), model(tokens, mask), 1e-12, "whatever stands under the mask")
 
     @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
     def test_encoder_row_of_padding_alone_pools_to_0_with_finite_gradients(self, pool, norm_first):
-        model = encoder.EncoderClassifier(
-            dataclasses.replace(ENCODER_SMALL, norm_first=norm_first, pool=pool)
-        )
-        tokens = torch.tensor([[0, 0, 0], [5, 6, 0]])
-        logits = model.eval()(tokens)
-        assert torch.equal(logits[0], model.head.bias) and not torch.equal(logits[1], model.head.bias)
-        model(tokens).square().sum().backward()
+        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
+        assert torch.equal(logits[0], model.head.bias)
+        assert not torch.equal(logits[1], model.head.bias)
+        logits.square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
-        vectors, weights = model.encoder.forward_with_weights(tokens)
-        assert (weights[:, 0] == 0).all() and vectors.isfinite().all()
 
     @pytest.mark.parametrize("norm_first", [True, False])
     def test_encoder_dropout_acts_in_its_places_while_training_alone(self, norm_first):
         """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
-        config = dataclasses.replace(ENCODER_SMALL, dropout=1 - 1e-9, norm_first=norm_first)
-        model, tokens = encoder.EncoderClassifier(config), torch.randint(1, 20, (3, 6))
-        assert model.encoder.embed(tokens)[0].abs().max() == 0
-        check_close(model(tokens).detach(), model.head.bias.detach().expand(3, -1), 1e-6)
-        model.encoder.eval()
-        check_close(model(tokens).detach(), model.head.bias.detach().expand(3, -1), 1e-6)
-        layer, x = encoder.EncoderLayer(config), torch.randn(2, 5, 16)
+        model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
+        tokens, nothing = torch.randint(1, 20, (3, 6)), model.head.bias.expand(3, -1)
+        assert torch.equal(model(tokens), model(tokens))
+        assert (model(tokens) - nothing).abs().max() > 0.01
+        model.dropout.train()
+        check_close(model(tokens), nothing, 1e-6)
+        model.train()
+        assert not model.encoder.embed(tokens)[0].any()
+        layer, x = model.encoder.layers[0], torch.randn(2, 5, 16)
         expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
-        check_close(layer(x).detach(), expected.detach(), 1e-6)
-        model.eval()
-        assert torch.equal(model(tokens), model(tokens)) and not torch.equal(
-            model(tokens)[0], model.head.bias
-        )
-        places = [
-            m.p for m in encoder.EncoderClassifier(ENCODER_SMALL).modules() if isinstance(m, nn.Dropout)
-        ]
-        assert places == [0.1] * 3
+        check_close(layer(x), expected, 1e-6)
+        dropouts = [m.p for m in encoder_classifier(dropout=0.3).modules() if isinstance(m, nn.Dropout)]
+        assert dropouts == [0.3] * 3
 
     def test_encoder_sees_order_by_its_positions_alone(self):
-        model = encoder.EncoderClassifier(ENCODER_SMALL).eval()
+        model = encoder_classifier()
         tokens = torch.randperm(29)[None, :10] + 1
         shuffled = tokens[:, torch.randperm(10)]
         assert (model(tokens) - model(shuffled)).abs().max() > 1e-3
@@ -1205,28 +1176,27 @@ class TestEncoder:
         check_close(model(tokens), model(shuffled), 1e-5)
 
     def test_encoder_has_the_paper_s_parameters(self):
-        config = encoder.EncoderConfig(
-            11, max_len=7, d_model=8, n_heads=2, n_layers=3, d_ff=20, n_classes=4, pool="mean+max"
-        )
+        sizes = {"d_model": 8, "n_heads": 2, "n_layers": 3, "d_ff": 20, "n_classes": 4, "pool": "mean+max"}
+        model = encoder.EncoderClassifier(encoder.EncoderConfig(11, **sizes))
         layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
-        n_parameters = sum(p.numel() for p in encoder.EncoderClassifier(config).parameters())
+        n_parameters = sum(p.numel() for p in model.parameters())
         assert n_parameters == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
-        assert isinstance(
-            encoder.Encoder(encoder.EncoderConfig(11, norm_first=False)).final_norm, nn.Identity
-        )
-        big = encoder.Encoder(encoder.EncoderConfig(500, d_model=64))
-        assert 0.9 < (big.embedding.weight * big.scale).std() < 1.1
-        assert repr(encoder.EncoderConfig(9)) == (  # README's signature; another default is another model
-            "EncoderConfig(vocab_size=9, max_len=512, d_model=128, n_heads=4, n_layers=2, d_ff=512, "
-            "dropout=0.1, norm_first=True, activation='gelu', n_classes=2, pad_id=0, pool='mean')"
-        )
+        embedded = encoder.Encoder(encoder.EncoderConfig(500)).embed(torch.arange(500)[:, None])[0]
+        positions = encoder.sinusoidal_positional_encoding(1, 128)
+        assert 0.9 < (embedded - positions).std() < 1.1, "words weigh as much as positions"
+
+    def test_encoder_config_defaults_are_the_documented_ones(self):
+        """Weights without their config are another model's once a default changes."""
+        assert dataclasses.astuple(encoder.EncoderConfig(9)) == (
+            9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean",
+        )  # fmt: skip
 
     @pytest.mark.parametrize("assign", [False, True])
     def test_encoder_made_on_the_meta_device_is_right_once_its_weights_are_loaded(self, assign):
         """Positions, too: memory that to_empty left as it was would be read in silence."""
-        source, tokens = encoder.EncoderClassifier(ENCODER_SMALL).eval(), torch.randint(1, 20, (3, 6))
+        source, tokens = encoder_classifier(), torch.randint(1, 20, (3, 6))
         with torch.device("meta"):
-            model = encoder.EncoderClassifier(ENCODER_SMALL).eval()
+            model = encoder_classifier()
         if not assign:
             model.to_empty(device="cpu")
             for tensor in (*model.parameters(), *model.buffers()):
@@ -1235,30 +1205,28 @@ class TestEncoder:
         assert torch.equal(model(tokens), source(tokens))
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_encoder_works_under_another_default_dtype(self, dtype):
+    def test_encoder_follows_the_default_dtype(self, dtype):
         torch.set_default_dtype(dtype)
         try:
-            logits = encoder.EncoderClassifier(ENCODER_SMALL)(torch.randint(1, 20, (3, 6)))
-            assert logits.dtype == dtype and logits.isfinite().all()
+            logits = encoder_classifier()(torch.randint(1, 20, (3, 6)))
         finally:
             torch.set_default_dtype(torch.float32)
+        assert logits.dtype == dtype and logits.isfinite().all()
 
     def test_self_attention_weights_stay_finite_in_float16(self):
         model = encoder.SelfAttention(64, 1).half()
-        with torch.no_grad():
-            model.qkv_proj.weight.copy_(torch.eye(64).repeat(3, 1) * 8)
-            model.qkv_proj.bias.zero_()  # q = k = 64: q k' = 262,144 overflows, scaled it is 32,768
-            weights = model.weights(torch.full((1, 3, 64), 8.0).half())
-        assert (weights - 1 / 3).abs().max() < 1e-3
+        nn.init.zeros_(model.qkv_proj.bias)
+        model.qkv_proj.weight.data = torch.eye(64).repeat(3, 1).half() * 8
+        weights = model.weights(torch.full((1, 3, 64), 8.0).half())
+        check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
 
     @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
     @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
     def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
-        config = dataclasses.replace(ENCODER_SMALL, max_len=20, norm_first=norm_first, pool=pool)
-        model = encoder.EncoderClassifier(config).eval()
-        example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 20))
+        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 12))
         other[1, 4:], other[2] = 0, 0
-        dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=20)}}
+        dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
         made = {
             "script": torch.jit.script(model),
             "trace": torch.jit.trace(model, (example,)),
@@ -1268,51 +1236,52 @@ class TestEncoder:
         for name, module in made.items():
             check_close(module(other), model(other), 1e-6, name)
 
-    # ---- refusals
+    # Refusals
 
     @pytest.mark.parametrize(
-        "change, named",
+        "named, given",
         [
-            ({"d_model": 9}, "n_heads.*d_model=9.*2"), ({"n_heads": 0}, "n_heads.*0"),
-            ({"activation": "tanh"}, "activation.*tanh"), ({"pool": "cls"}, "pool.*cls"),
+            ("n_heads.*d_model=9.*2", {"d_model": 9}), ("n_heads.*0", {"n_heads": 0}),
+            ("activation.*tanh", {"activation": "tanh"}), ("pool.*cls", {"pool": "cls"}),
         ],
     )  # fmt: skip
-    def test_encoder_config_refuses(self, change, named):
+    def test_encoder_config_refuses_what_would_be_silently_wrong(self, named, given):
         with pytest.raises(ValueError, match=named):
-            dataclasses.replace(ENCODER_SMALL, **change)
+            encoder_small(**given)
 
-    def test_from_torch_refuses_what_a_layer_does_not_have(self):
-        for given in (
-            {"batch_first": False}, {"bias": False}, {"activation": F.silu},
-            {"activation": nn.GELU(approximate="tanh")},
-        ):  # fmt: skip
-            theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
-            with pytest.raises(ValueError, match="from_torch|activation"):
-                encoder.EncoderLayer.from_torch(theirs)
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"batch_first": False}, {"bias": False},
+            {"activation": F.silu}, {"activation": nn.GELU(approximate="tanh")},
+        ],
+    )  # fmt: skip
+    def test_from_torch_refuses_what_a_layer_does_not_have(self, given):
+        theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
+        with pytest.raises(ValueError, match="from_torch|activation"):
+            encoder.EncoderLayer.from_torch(theirs)
 
     def test_encoder_refuses_masks_and_lengths_that_would_be_silently_wrong(self):
-        model = encoder.EncoderClassifier(ENCODER_SMALL).eval()
-        tokens = torch.ones(2, 12, dtype=torch.long)  # max_len itself fits
-        check_close(model(tokens.int()), model(tokens), 0)
+        model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
         with pytest.raises(ValueError, match="max_len=12.*13"):
-            model(torch.ones(2, 13, dtype=torch.long))
+            model(tokens)
+        tokens = tokens[:, :12]  # max_len itself fits
+        check_close(model(tokens.int()), model(tokens), 0)
         for shape in ((2, 1), (1, 12), (2, 12, 12)):  # would broadcast
             with pytest.raises(ValueError, match="mask must be"):
                 model(tokens, torch.ones(shape, dtype=torch.bool))
-        layer = model.encoder.layers[0]
-        for dtype in (torch.float32, torch.long, torch.uint8):  # numbers would be added to the scores
-            for run in (layer, layer.forward_with_weights):
-                with pytest.raises(ValueError, match="mask must be boolean"):
-                    run(torch.randn(2, 5, 16), torch.ones(2, 1, 1, 5, dtype=dtype))
+        for dtype in (torch.float32, torch.long, torch.uint8):  # would be added to the scores
+            with pytest.raises(ValueError, match="mask must be boolean"):
+                model.encoder.forward_with_weights(tokens, torch.ones(2, 12, dtype=dtype))
 
-    # ---- runs and demo
+    # Runs and demo
 
     def test_train_is_a_function_of_its_seed(self):
         """Twice the same; another seed of the training alone gives other batches, hence other weights."""
         tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
         for seed in (3, 3, 4):
             torch.manual_seed(0)
-            model = encoder.EncoderClassifier(ENCODER_SMALL)
+            model = encoder_classifier(dropout=0.1)
             encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -1320,11 +1289,10 @@ class TestEncoder:
     def test_generate_reviews_are_twins_that_a_bag_of_words_cannot_tell_apart(self):
         reviews = encoder.generate_reviews(4000, seed=5)
         assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
-        texts = [text for text, _ in reviews]
-        assert len(set(texts)) == 4000, "so no sentence is in two splits"
-        assert not any("{" in text or "  " in text for text in texts)
+        assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
         for (positive, one), (negative, zero) in zip(reviews[::2], reviews[1::2], strict=True):
             assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
+            assert "{" not in positive and "  " not in positive + negative
 
     def test_main_of_an_encoder_that_has_not_learnt_concludes_nothing(self, tmp_path, capsys):
         encoder.main(encoder.Settings(epochs=0, out=str(tmp_path)))
