@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 @dataclass
 class EncoderConfig:
-    """Sizes and choices of an encoder. Raises ValueError for choices that would be silently wrong."""
+    """Sizes and choices of an encoder. Raises ValueError for what would be silently wrong."""
 
     vocab_size: int
     max_len: int = 512  # longest sequence, in tokens
@@ -70,10 +70,7 @@ def sinusoidal_positional_encoding(max_len: int, d_model: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (section 3.2): each head computes softmax(q k' / sqrt(D)) v (eq. 1).
-
-    This is attention.py in short; a test compares the two.
-    """
+    """Multi-head self-attention (section 3.2), softmax(q k' / sqrt(D)) v (eq. 1): attention.py in short."""
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
@@ -191,7 +188,7 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=1 / self.scale)  # scaled, as large as the positions
         positions = sinusoidal_positional_encoding(config.max_len, config.d_model)  # (max_len, C)
-        # The state dict holds the positions, too: a model made on the meta device gets them by loading it.
+        # The state dict holds them, too: a model made on the meta device gets them by loading it.
         self.register_buffer("positions", positions.to(self.embedding.weight.dtype))
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
@@ -314,7 +311,7 @@ def generate_reviews(n: int, seed: int) -> list[tuple[str, int]]:
 @dataclass
 class Settings:
     epochs: int = 3  # passes over the 6,000 training reviews
-    lr: float = 2e-3  # AdamW's learning rate, constant: pre-norm needs no warm-up
+    lr: float = 2e-3  # AdamW's learning rate, constant: two layers need no warm-up
     norm_first: bool = True  # pre-norm; --no-norm-first is the paper's post-norm
     device: str = "auto"  # auto (cuda where there is one, else cpu), cpu, cuda or mps
     out: str = "out/encoder"  # head.png and report.json go here

@@ -1091,7 +1091,7 @@ class TestEncoder:
 
     # Properties
 
-    def test_forward_with_weights_gives_the_weights_that_forward_used(self):
+    def test_forward_with_weights_are_those_of_forward(self):
         for seed in range(6):
             rng = random.Random(seed)
             config = encoder_config(rng)
@@ -1104,7 +1104,8 @@ class TestEncoder:
             assert torch.equal(output, expected)
             assert torch.equal(weights, torch.stack(used[: config.n_layers]))  # (L, B, H, T, T)
 
-    def test_from_torch_keeps_activation_dropout_mode_dtypes_and_what_is_frozen(self):
+    def test_from_torch_keeps_what_the_layer_has(self):
+        """Activation, dropout, mode, dtypes, and what is frozen."""
         x = torch.randn(2, 3, 16)
         for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
             layer = encoder_torch_layer(encoder_small(), activation=activation, dropout=0.25).eval()
@@ -1142,7 +1143,8 @@ class TestEncoder:
 
     @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
-    def test_encoder_row_of_padding_alone_pools_to_0_with_finite_gradients(self, pool, norm_first):
+    def test_pool_tokens_of_padding_alone_is_0(self, pool, norm_first):
+        """So the logits are the head's bias; and gradients are finite."""
         model = encoder_classifier(norm_first=norm_first, pool=pool)
         logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
         assert torch.equal(logits[0], model.head.bias)
@@ -1151,7 +1153,7 @@ class TestEncoder:
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
     @pytest.mark.parametrize("norm_first", [True, False])
-    def test_encoder_dropout_acts_in_its_places_while_training_alone(self, norm_first):
+    def test_encoder_dropout_in_training_alone(self, norm_first):
         """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
         model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
         tokens, nothing = torch.randint(1, 20, (3, 6)), model.head.bias.expand(3, -1)
@@ -1185,15 +1187,15 @@ class TestEncoder:
         positions = encoder.sinusoidal_positional_encoding(1, 128)
         assert 0.9 < (embedded - positions).std() < 1.1, "words weigh as much as positions"
 
-    def test_encoder_config_defaults_are_the_documented_ones(self):
+    def test_encoder_config_defaults(self):
         """Weights without their config are another model's once a default changes."""
         assert dataclasses.astuple(encoder.EncoderConfig(9)) == (
             9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean",
         )  # fmt: skip
 
     @pytest.mark.parametrize("assign", [False, True])
-    def test_encoder_made_on_the_meta_device_is_right_once_its_weights_are_loaded(self, assign):
-        """Positions, too: memory that to_empty left as it was would be read in silence."""
+    def test_encoder_from_the_meta_device(self, assign):
+        """All is right once weights are loaded, positions too: to_empty leaves old memory there."""
         source, tokens = encoder_classifier(), torch.randint(1, 20, (3, 6))
         with torch.device("meta"):
             model = encoder_classifier()
@@ -1213,7 +1215,7 @@ class TestEncoder:
             torch.set_default_dtype(torch.float32)
         assert logits.dtype == dtype and logits.isfinite().all()
 
-    def test_self_attention_weights_stay_finite_in_float16(self):
+    def test_self_attention_weights_in_float16(self):
         model = encoder.SelfAttention(64, 1).half()
         nn.init.zeros_(model.qkv_proj.bias)
         model.qkv_proj.weight.data = torch.eye(64).repeat(3, 1).half() * 8
@@ -1245,7 +1247,7 @@ class TestEncoder:
             ("activation.*tanh", {"activation": "tanh"}), ("pool.*cls", {"pool": "cls"}),
         ],
     )  # fmt: skip
-    def test_encoder_config_refuses_what_would_be_silently_wrong(self, named, given):
+    def test_encoder_config_refuses(self, named, given):
         with pytest.raises(ValueError, match=named):
             encoder_small(**given)
 
@@ -1256,12 +1258,12 @@ class TestEncoder:
             {"activation": F.silu}, {"activation": nn.GELU(approximate="tanh")},
         ],
     )  # fmt: skip
-    def test_from_torch_refuses_what_a_layer_does_not_have(self, given):
+    def test_from_torch_refuses(self, given):
         theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
         with pytest.raises(ValueError, match="from_torch|activation"):
             encoder.EncoderLayer.from_torch(theirs)
 
-    def test_encoder_refuses_masks_and_lengths_that_would_be_silently_wrong(self):
+    def test_encoder_refuses_masks_and_lengths(self):
         model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
         with pytest.raises(ValueError, match="max_len=12.*13"):
             model(tokens)
@@ -1286,7 +1288,7 @@ class TestEncoder:
             weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
-    def test_generate_reviews_are_twins_that_a_bag_of_words_cannot_tell_apart(self):
+    def test_generate_reviews_are_twins(self):
         reviews = encoder.generate_reviews(4000, seed=5)
         assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
         assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
@@ -1294,7 +1296,7 @@ class TestEncoder:
             assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
             assert "{" not in positive and "  " not in positive + negative
 
-    def test_main_of_an_encoder_that_has_not_learnt_concludes_nothing(self, tmp_path, capsys):
+    def test_main_of_an_untrained_encoder_concludes_nothing(self, tmp_path, capsys):
         encoder.main(encoder.Settings(epochs=0, out=str(tmp_path)))
         assert "conclusion: none" in capsys.readouterr().out
 
