@@ -32,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -44,7 +45,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,12 +65,10 @@ from train_ddp import (
     Processes,
     Signals,
     differences,
-    hardware,
-    leave,
+    exit_now,
     load_checkpoint,
     on_rank_0,
     save_checkpoint,
-    setting,
     share_of_mean,
     start_processes,
     sum_over_ranks,
@@ -85,6 +84,10 @@ PRESETS = {  # what differs from the defaults below; flags go before both
     "fast": {},
     "best": {"unlabelled": True, "max_len": 1024},
 }
+
+
+def setting(default, reason: str):
+    return field(default=default, metadata={"help": reason})
 
 
 @dataclass
@@ -473,6 +476,8 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
     evaluations = 16 * s.epochs if s.target else EVALUATIONS
     evaluate_at = {round(steps * part / evaluations) for part in range(1, evaluations + 1)}
     parallel, optimizer, signals = wrap(model, p), make_optimizer(model, s), Signals(p)
+    if p.world > 1:
+        parallel.forward_sync_buffers = False  # the odds are constants
     if run["step"]:
         optimizer.load_state_dict(run["optimizer"])
     progress, saved = Progress(run["step"], steps, p), time.monotonic()
@@ -492,7 +497,7 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
         optimizer.step()
         # Also what all ranks must do at the same step goes into this sum: save (rank 0's clock says), stop.
         due = float(p.rank == 0 and time.monotonic() - saved > s.save_every)
-        loss, right, due, ints, terms = sum_over_ranks([loss.item(), right, due, *signals.received()], p)
+        loss, right, due, came = sum_over_ranks([loss.item(), right, due, signals.received()], p)
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {run['step']}: try a smaller --lr")
         run["step"] += 1
@@ -503,7 +508,7 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
         if run["step"] in evaluate_at:
             progress.say(record_dev(model, data["dev"], run, p))
             run["reached"] = bool(s.target) and safely_past(s.target, run["history"][-1], data["dev"])
-        stopped = ints + terms > 0
+        stopped = came > 0
         if run["step"] == steps or run["reached"] or stopped or due:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             path = on_rank_0(partial(save_run, run, state, s), p)
@@ -511,7 +516,7 @@ def train(model: nn.Module, data: dict, s: Settings, run: dict, p: Processes) ->
         if stopped:
             progress.bar.close()
             message = f"step {run['step']} of {steps} is saved in {path}"
-            raise Interrupted(signal.SIGTERM if terms else signal.SIGINT, message)
+            raise Interrupted(signals.noted[0] if signals.noted else signal.SIGTERM, message)
     progress.bar.close()
     signals.restore()
     for number in signals.noted[:1]:  # it came after the last step's sum
@@ -753,6 +758,23 @@ def stage(path: Path, run: dict, make: Callable[[], dict]) -> dict:
     kept = {"of": of, "seconds": time.perf_counter() - start, "result": result}
     write_atomically(path, json.dumps(kept).encode())
     return result
+
+
+def hardware(p: Processes) -> dict:
+    """gemm_gflops: of all processes' devices together, measured by all at once (fp32 1024^3, median of 7)."""
+    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(p.device), []
+    for _ in range(7):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():  # Linux, where platform knows the architecture alone
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    machine = {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return machine | {"gemm_gflops": round(gflops, 1)} | versions
 
 
 def shuffled_labels(reviews: list[Review], s: Settings) -> list[int]:
@@ -1376,9 +1398,10 @@ def main() -> int:
         code, message = 2, str(error)
         if isinstance(error, ImportError):
             message = f"the package {error.name} is missing: pip install {error.name}"
-        alone = not isinstance(error, ValueError) and not hasattr(error, "of_all")
+        alone = not isinstance(error, ValueError) and not hasattr(error, "shared")
     except Interrupted as error:
-        code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
+        number, saved = error.args
+        code, message = 128 + number, f"interrupted: {saved}; the same command goes on from there"
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on from what is saved so far"
     except Lost as error:
@@ -1390,4 +1413,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_now(main())

@@ -4451,11 +4451,11 @@ for line in sys.stdin:
             try:
                 exec(job["code"])
             except SystemExit as error:
-                script.leave(error.code)
+                script.exit_now(error.code)
             except BaseException:
                 traceback.print_exc()
-                script.leave(77)
-            script.leave(0)
+                script.exit_now(77)
+            script.exit_now(0)
         pids.append(pid)
     print(json.dumps(pids), flush=True)
     if sys.stdin.readline():
@@ -4479,9 +4479,10 @@ class Launcher:
             stdout=subprocess.PIPE,
         )
 
-    def start(self, world: int, *arguments: str, of_rank=None, code="script.leave(script.main())") -> None:
+    def start(self, world: int, *arguments: str, of_rank=None, code=None) -> None:
         """of_rank: more arguments for a rank; None: this rank never starts."""
         of_rank = of_rank or {}
+        code = code or "import tyro; script.exit_now(script.main(tyro.cli(script.Settings)))"
         self.ranks = [rank for rank in range(world) if of_rank.get(rank, []) is not None]
         for log in self.folder.glob("log.*"):
             log.unlink()
@@ -4679,7 +4680,7 @@ def check_finished_means_that_all_is_there(launcher: Launcher, folder: Path) -> 
     (folder / "report.json").write_text((folder / "report.json").read_text()[:-9])
     launcher.run(1, *arguments)
     assert json_of(folder / "report.json")["losses"] == report["losses"]
-    (again,) = launcher.run(1, *arguments, code="script.check_place = None; script.leave(script.main())")
+    (again,) = launcher.run(1, *arguments, code="script.check_place = None; script.exit_now(script.main())")
     assert "this run is finished" in again.stdout and last_json(again)["loss"] == report["loss"]
 
 
@@ -4693,7 +4694,7 @@ def learning_rate(step, s, rate=script.learning_rate):
         sent.append(os.kill(os.getpid(), signal.SIGTERM))
     return rate(step, s)
 script.learning_rate = learning_rate
-script.leave(script.main())
+script.exit_now(script.main())
 """
     launcher.run(1, *DDP_TINY, "--steps", "4", "--out", str(folder / "signal"), code=code)
     assert (folder / "signal/report.json").exists()
@@ -4720,7 +4721,7 @@ def check_ranks_that_cannot_agree(launcher: Launcher, folder: Path) -> None:
     code = """
 if os.environ["RANK"] == "1":
     pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
-script.leave(script.main())
+script.exit_now(script.main())
 """
     results = launcher.attempt(2, *DDP_TINY, "--out", str(folder), code=code)
     assert [r.returncode for r in results] == [2, 2]
@@ -4874,7 +4875,7 @@ def die(step, *rest):
         os.kill(os.getpid(), 9)
     return rows(step, *rest)
 train_ddp.rows_of_step = die
-script.leave(script.main())
+script.exit_now(script.main())
 """
     results = ddp.attempt(2, *arguments, code=code)  # DDP's second forward exchanges something, too
     assert [r.returncode for r in results] == [1, -signal.SIGKILL]
@@ -5568,7 +5569,7 @@ def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> list[subprocess.Complete
 import signal
 if os.environ["RANK"] == "1":
     train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
-script.leave(script.main())
+script.exit_now(script.main())
 """
     fsdp.start(4, *arguments, "5", code=code)
     check_fsdp_lost(fsdp, "the groups of the mesh")
@@ -6042,7 +6043,7 @@ if os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         return save(folder, step, *rest)
     train_fsdp.save_checkpoint = limited
-script.leave(script.main())
+script.exit_now(script.main())
 """
     fsdp.start(2, *arguments, code=code)
     results = fsdp.wait()
@@ -6181,7 +6182,7 @@ def test_train_fsdp_bad_input(fsdp, tmp_path):
     (result,) = fsdp.wait()
     assert result.returncode == 2 and "unrecognized arguments" in result.stderr
     code = "sys.modules['safetensors.torch'] = sys.modules['safetensors'] = None\n"
-    code += "script.leave(script.main())"
+    code += "script.exit_now(script.main())"
     fsdp.start(1, *FSDP_TINY, "--out", str(tmp_path / "b"), code=code)
     check_one_line_error(fsdp.wait()[0], "the package safetensors")
     assert "going on at step 20" in fsdp.run(1, *FSDP_TINY, "--out", str(tmp_path / "b"))[0].stdout
@@ -8314,7 +8315,7 @@ def imdb_ranks(tmp_path_factory):
     launcher.end()
 
 
-IMDB_OFFLINE = "script.find_imdb = no_network; script.leave(script.main())"
+IMDB_OFFLINE = "script.find_imdb = no_network; script.exit_now(script.main())"
 
 
 def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run, imdb_ranks, tmp_path):
@@ -8360,7 +8361,7 @@ def late(step, steps, s, rate=script.learning_rate):
     return die() if step == 12 else rate(step, steps, s)
 
 {here}
-script.leave(script.main())
+script.exit_now(script.main())
 """
 IMDB_TINY = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --unlabelled"
 IMDB_TINY += " --epochs 1 --no-export --save-every 0"
@@ -8898,7 +8899,7 @@ matplotlib.pyplot.Figure.savefig = savefig
 script.export.in_a_fresh_process = lambda *_: ({}, None)  # half of the time; export.py's own tests have it
 measure = script.export.benchmark
 script.export.benchmark = lambda runners, cases, seconds, threads: measure(runners, cases, 0.01, threads)
-script.leave(script.main())
+script.exit_now(script.main())
 """
 
 
