@@ -334,6 +334,7 @@ def onnx_runner(model: bytes | str | Path, threads: int | None = None) -> Callab
         feed = {name: x.detach().numpy() for name, x in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, feed)[0])
 
+    run.metadata = session.get_modelmeta().custom_metadata_map  # what export_onnx was given, as JSON
     return run
 
 
