@@ -13,6 +13,7 @@ import base64
 import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
@@ -7451,194 +7452,53 @@ def test_export_errors_on_the_command_line(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# classify_imdb.py: data
+# classify_imdb.py
 
-NO_NETWORK = {
-    "https_proxy": "http://127.0.0.1:9",
-    "HTTPS_PROXY": "http://127.0.0.1:9",
-}  # nothing listens there
+NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}  # nothing listens
+IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
+IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
 
+# For the launcher: a run on few demo reviews without export and page. {here} makes something different.
+IMDB_FEW = """
+script.exit_now = script.ddp.exit_now
+whole = script.load_corpus(script.Settings(data=""))
+few = script.Corpus("demo", whole.labels, whole.train[:300], whole.test[:300], whole.unlabelled[:300])
+script.load_corpus = lambda s: few
+script.BUCKETS = 10_007  # a small table of odds: every step is saved
+script.export_models = lambda *_: {"exported": True}
+script.write_page = lambda *_: None
 
-def imdb_files(per_folder: int) -> dict[str, str]:
-    """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
-    return {
-        f"{folder}/{number}_{7 if 'pos' in folder else 2}.txt": f"{folder} {number}, a film<br />Über alles."
-        for folder in imdb.PER_FOLDER
-        for number in range(per_folder)
-    }
+def die(*_, **__):
+    os.kill(os.getpid(), 9)
 
+def again(*_, **__):
+    raise AssertionError("done again")
 
-def imdb_tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        folder = tarfile.TarInfo(prefix + "train/pos")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name, text in files.items():
-            member = tarfile.TarInfo(prefix + name)
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    return path
+def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
+    return die() if step == 12 else rate(step, warmup, steps)
 
+{here}
+script.exit_now(script.main(sys.argv[1:]))
+"""
 
-def imdb_folder(path: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text, encoding="utf-8")
-    return path
+IMDB_SNIPPET = """
+import json
 
+import numpy as np
+import onnxruntime
+import tiktoken
 
-def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    unasked = {"train/unsup/0_0.txt": "no label", "README": "read me", "train/pos/._0_7.txt": "no review"}
-    from_tar = imdb.read_imdb(imdb_tarball(tmp_path / "aclImdb_v1.tar.gz", files | unasked))
-    outer = imdb_folder(tmp_path / "there" / "aclImdb", files | unasked).parent
-    assert from_tar == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
-    assert imdb.read_imdb(imdb_tarball(tmp_path / "again.tar.gz", files, prefix="./aclImdb/")) == from_tar
-    for split in ("train", "test"):
-        assert [(r.number, r.label) for r in from_tar[split]] == [(i, 1) for i in range(30)] + [
-            (i, 0) for i in range(30)
-        ]
-        for review in from_tar[split]:
-            assert review.text.startswith(f"{split}/{'pos' if review.label else 'neg'} {review.number},")
-    other = imdb.read_imdb(imdb_folder(tmp_path / "other", files | {"test/neg/3_2.txt": "a word changed"}))
-    assert imdb.fingerprint(other) != imdb.fingerprint(from_tar)
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
-    more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
-    for path in (
-        imdb_tarball(tmp_path / "all.tar.gz", files | more),
-        imdb_folder(tmp_path / "all", files | more),
-    ):
-        with_unlabelled = imdb.read_imdb(path, unlabelled=True)
-        unlabelled = with_unlabelled.pop("unlabelled")
-        assert with_unlabelled == from_tar == imdb.read_imdb(path)
-        assert unlabelled == [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-    with pytest.raises(ValueError, match="1 reviews in train/unsup, not 12"):
-        imdb.read_imdb(tmp_path / "aclImdb_v1.tar.gz", unlabelled=True)
-
-
-def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    long = " ".join(
-        f"{random.Random(i).random()}" for i in range(5000)
-    )  # most of the bytes lie inside a text
-    whole = imdb_tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-
-    def refused(path: Path, *words: str):
-        with pytest.raises(ValueError) as error:
-            imdb.read_imdb(path)
-        assert all(word in str(error.value) for word in ("data:", str(path), *words)), error.value
-
-    refused(tmp_path / "nowhere", "does not exist")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no folder train/pos")
-    no_test_neg = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-    refused(imdb_folder(tmp_path / "part", no_test_neg), "no folder test/neg")
-    refused(imdb_tarball(tmp_path / "part.tar.gz", no_test_neg), "0 reviews in test/neg")
-    one_less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-    refused(imdb_folder(tmp_path / "less", one_less), "29 reviews in train/neg", "30")
-    refused(
-        imdb_tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"}),
-        "31 reviews in test/pos",
-    )
-    (tmp_path / "text").write_text("no tarball")
-    refused(tmp_path / "text", "no .tar.gz")
-    plain = tmp_path / "plain.gz"
-    plain.write_bytes(gzip.compress(b"no tar in it" * 100))
-    refused(plain, "truncated, altered")
-    data = whole.read_bytes()
-    for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1):
-        whole.write_bytes(data[:cut])
-        refused(whole, "truncated, altered")
-    header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
-    for place in random.Random(0).sample(range(header, len(data)), 60):
-        altered = bytearray(data)
-        altered[place] ^= 1 << place % 8
-        whole.write_bytes(altered)
-        refused(whole, "truncated, altered")
-    whole.write_bytes(data)
-    assert len(imdb.read_imdb(whole)["test"]) == 60
-
-
-def test_classify_imdb_loads_what_is_given(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 3})
-    files = imdb_files(5) | {f"train/unsup/{i}_0.txt": "?" for i in range(3)}
-    path = imdb_tarball(tmp_path / "all.tar.gz", files)
-    for unlabelled in (False, True):
-        s = imdb.Settings(data=str(path), unlabelled=unlabelled)
-        assert imdb.load_reviews(s) == ("imdb", imdb.read_imdb(path, unlabelled))
-        assert "not exactly the published" in capsys.readouterr().out
-    monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(imdb.read_imdb(path)))
-    imdb.load_reviews(s)
-    assert not capsys.readouterr().out
-
-
-def test_classify_imdb_constants_are_the_published_ones():
-    assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
-    assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
-    log = json_of(ROOT / "assets/imdb.json")
-    assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
-
-
-def test_classify_imdb_fingerprint_sees_each_label_and_text():
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    seen = {imdb.fingerprint(reviews)}
-    for split in ("train", "test", "unlabelled"):
-        for change in ({"text": "x"}, {"label": 7}):
-            rows = list(reviews[split])
-            rows[3] = rows[3]._replace(**change)
-            seen.add(imdb.fingerprint(reviews | {split: rows}))
-    assert len(seen) == 7
-
-
-def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
-    """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    evil = {"../evil.txt": "out", f"{tmp_path}/absolute.txt": "out", "train/pos/../../../evil.txt": "out"}
-    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5) | evil, prefix="")
-    assert len(imdb.read_imdb(path)["train"]) == 10
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.tar.gz", "here"]
-
-
-def test_classify_imdb_dev_split_is_blocks_of_neighbours():
-    """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
-    for per_class in (12_500, 4000, 50):
-        reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
-        train, dev = imdb.split_dev(reviews)
-        assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
-        for label in (0, 1):
-            numbers = {r.number for r in dev if r.label == label}
-            assert len(numbers) == per_class // 10
-            edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
-            assert len(edges) == 10 and max(edges) - min(edges) > per_class // 2  # drawn from several places
-    assert sorted(imdb.dev_numbers(50)) == [4, 14, 24, 34, 44]
-
-
-def test_classify_imdb_cleans_and_finds_shared_texts():
-    assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-    texts = ["Good film!", "good   FILM", "A bad one.<br />Really"]
-    one = [imdb.Review(i, 1, text) for i, text in enumerate(texts)]
-    other = [
-        imdb.Review(i, 0, text) for i, text in enumerate(["good film", "a bad one, really!", "goodfilm", ""])
-    ]
-    assert imdb.shared_texts(one, other) == 2 and imdb.shared_texts(other, one) == 3
-
-
-def test_classify_imdb_demo_reviews_share_no_text():
-    reviews = imdb.demo_reviews(0)
-    train, dev = imdb.split_dev(reviews["train"])
-    assert (len(train), len(dev), len(reviews["test"])) == (7200, 800, 2000)
-    assert imdb.shared_texts(train, dev) == imdb.shared_texts(train + dev, reviews["test"]) == 0
-    assert all(2 * sum(r.label for r in part) == len(part) for part in (train, dev, reviews["test"]))
-
-
-IMDB_GIVEN = pytest.mark.skipif(
-    not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
-)
+session = onnxruntime.InferenceSession("out/classify_imdb/model.onnx")
+about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+ranks = {token.encode("latin-1"): i for i, token in enumerate(about["tokens"])}
+bpe = tiktoken.Encoding("reviews", pat_str=about["pattern"], mergeable_ranks=ranks, special_tokens={})
+text = " ".join("A film to remember.<br />".replace("<br />", " ").lower().split())
+ids = 2 + np.array(bpe.encode_ordinary(text))  # 0 and 1 are padding and hidden words
+half = about["max_len"] // 2
+ids = ids if len(ids) <= 2 * half else np.concatenate((ids[:half], ids[-half:]))
+logits = session.run(None, {"tokens": ids[None]})[0][0]
+print(dict(zip(about["labels"], np.exp(logits) / np.exp(logits).sum())))
+"""
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
@@ -7662,1469 +7522,1046 @@ class BreakingServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def serve():
-    """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
-    servers = []
+class TestClassifyImdb:
+    @pytest.fixture(autouse=True)
+    def small_table(self, monkeypatch):
+        """A table of odds of two million rows takes a tenth of a second each time."""
+        monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
-    def start(data: bytes, **given):
-        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
+    @staticmethod
+    def corpus(n: int = 200, seed: int = 5) -> imdb.Corpus:
+        pairs = enumerate(encoder.generate_reviews(3 * n, seed))
+        reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
+        unlabelled = [imdb.Review(i, -1, review.text) for i, review in enumerate(reviews[2 * n :])]
+        return imdb.Corpus("demo", ["negative", "positive"], reviews[:n], reviews[n : 2 * n], unlabelled)
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    @staticmethod
+    def model(**settings) -> imdb.ReviewClassifier:
+        sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "max_len": 64, **settings}
+        model = imdb.make_model(imdb.Settings(**sizes), 300).eval()
+        if model.odds is not None:
+            model.odds.table[1:] = torch.randn(imdb.BUCKETS, 1)
+            model.odds.without_fold.copy_(torch.randn_like(model.odds.without_fold))
+            model.odds.without_fold[:: imdb.BUCKETS + 1] = 0.0
+        return model
 
+    def training(self, out: Path, **settings):
+        """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
+        sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1, "n_layers": 1, "max_len": 16, "vocab_size": 300}
+        rest = {"batch_size": 10, "epochs": 1, "min_steps": 0, "out": str(out)}
+        s = imdb.Settings(**{**sizes, **rest, **settings})
+        corpus = self.corpus()
+        tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
+        parts = []
+        for reviews in (corpus.train, corpus.test[:50]):
+            parts.append(imdb.encode(tokenizer, reviews, [r.label for r in reviews], s.max_len))
+        model = imdb.make_model(s, tokenizer.vocab_size)
+        model.odds.fit(parts[0])
+        return model, *parts, imdb.Run({}, tokenizer.ranks), s
 
-def test_classify_imdb_download(tmp_path, serve):
-    data = random.Random(0).randbytes(1_000_000)
-    md5 = hashlib.md5(data).hexdigest()
-    fetch = functools.partial(imdb.download, size=len(data), md5=md5)
-    part = tmp_path / "got.part"
+    @staticmethod
+    def imdb_files(per_folder: int) -> dict[str, str]:
+        """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
+        names = [f"{f}/{i}_{7 if 'pos' in f else 2}.txt" for f in imdb.PER_FOLDER for i in range(per_folder)]
+        return {name: f"{name}, a film<br />Über alles." for name in names}
 
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == [None] and not part.exists()
+    @staticmethod
+    def tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
+        with tarfile.open(path, "w:gz") as tar:
+            folder = tarfile.TarInfo(prefix + "train/pos")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name, text in files.items():
+                member = tarfile.TarInfo(prefix + name)
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+        return path
 
-    url, breaking = serve(data, sent_at_most=300_000)  # breaks off, and goes on where it was asked to
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
-    assert breaking.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+    @staticmethod
+    def folder(path: Path, files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text, encoding="utf-8")
+        return path
 
-    part.write_bytes(data[:400_000])  # left by a run that was killed
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == ["bytes=400000-"]
+    @staticmethod
+    def table(path: Path, rows: list[tuple], columns=("text", "label")) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+        return path
 
-    part.write_bytes(data[:400_000])  # a server that knows no ranges sends all from the start
-    url, _ = serve(data, ranges=False)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
+    @staticmethod
+    def own_rows(n: int) -> list[tuple[str, str]]:
+        """Reviews as people store them: quotes, commas, line breaks, emoji, nothing at all."""
+        odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<script>{}</script> $x_1$"]
+        reviews = encoder.generate_reviews(n, 7)
+        return [(odd[i % len(odd)].format(t), ("bad", "good & fine")[y]) for i, (t, y) in enumerate(reviews)]
 
+    # ---- oracles
 
-def test_classify_imdb_download_that_fails_leaves_what_was_there(tmp_path, serve):
-    data = random.Random(1).randbytes(500_000)
-    md5 = hashlib.md5(data).hexdigest()
-    got, part = tmp_path / "got", tmp_path / "got.part"
-    altered = bytearray(data)
-    altered[123_456] ^= 1
+    def test_ngram_ids_equal_a_loop(self):
+        """By place: the bucket of the single, pair, triple that end there; 0 where one isn't a word."""
+        for T in (1, 2, 3, 40):
+            tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
+            buckets = imdb.ngram_ids(tokens)
+            assert buckets.shape == (4, T, 3)
+            for b, t, n in itertools.product(range(4), range(T), (1, 2, 3)):
+                gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else []
+                hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
+                assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= 2 else 0)
+        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
+        assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
+        largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
+        assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
+        assert (imdb.PAD, imdb.MASK, imdb.SPECIAL) == (0, 1, 2)
+        for prime in (2_097_143, *imdb.FACTORS):
+            assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
 
-    def fails(url: str, *words: str):
-        with pytest.raises(OSError) as error:
-            imdb.download(url, got, len(data), md5)
-        assert all(word in str(error.value) for word in (url, *words)), error.value
-        assert not got.exists()
-
-    fails(serve(bytes(altered))[0], "md5")
-    assert not part.exists()  # wrong bytes are no start for the next attempt
-    fails(serve(data + b"more")[0], "md5")
-    fails(serve(data, status=404)[0], "404")
-    fails(serve(data, status=503)[0], "503")
-    fails("http://127.0.0.1:9/file", "refused")
-    assert not part.exists()
-    fails(serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 500,000")  # never gets further
-    assert part.read_bytes() == data[:100_000]
-    imdb.download(serve(data)[0], got, len(data), md5)
-    assert got.read_bytes() == data
-
-
-def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
-    data = b"tarball"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
-    monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
-    url, server = serve(data)
-    monkeypatch.setattr(imdb, "IMDB_URL", url)
-    assert imdb.find_imdb("given") == Path("given") and not server.asked
-    (tmp_path / "imdb").mkdir()  # left by a download that broke off
-    path = imdb.find_imdb("")
-    assert path == tmp_path / "imdb/aclImdb_v1.tar.gz" == imdb.find_imdb("") and path.read_bytes() == data
-    assert len(server.asked) == 1  # the second time it was there
-    path.unlink()
-    both = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:  # two first runs
-        paths = list(pool.map(lambda _: (both.wait(), imdb.find_imdb(""))[1], range(2)))
-    assert paths == [path, path] and path.read_bytes() == data and len(server.asked) == 2
-    path.unlink()
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    assert imdb.find_imdb("").read_bytes() == data
-
-
-def test_classify_imdb_a_stalled_server_is_given_up(tmp_path, monkeypatch):
-    def urlopen(request, timeout=None):
-        assert timeout and timeout <= 60
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(imdb.urllib.request, "urlopen", urlopen)
-    with pytest.raises(OSError, match="timed out after 0 of 5 bytes"):
-        imdb.download("http://127.0.0.1/a", tmp_path / "a", 5, "")
-
-
-# -----------------------------------------------------------------------------
-# classify_imdb.py: tokenizer, batches, training
-
-
-def test_classify_imdb_tokenizer():
-    texts = [review.text for review in imdb.demo_reviews(0)["train"][:500]]
-    tokenizer = imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400)
-    assert tokenizer.ranks == imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400).ranks
-    assert 300 < tokenizer.vocab_size <= 400
-    odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0], "don't it's"]
-    again = imdb.Tokenizer(list(tokenizer.ranks))  # what a checkpoint holds is enough
-    every_byte = [bytes([i, j]) for i in range(256) for j in (0, 34, 92, 255)]
-    assert imdb.unpacked(imdb.packed(every_byte)) == every_byte
-    assert imdb.unpacked(imdb.packed(tokenizer.ranks)) == tokenizer.ranks
-    for text, ids, same in zip(odd, tokenizer.encode(odd, 1000), again.encode(odd, 1000), strict=True):
-        assert ids.dtype == torch.long and torch.equal(ids, same)
-        assert ids.numel() == 0 or imdb.SPECIAL <= ids.min() <= ids.max() < tokenizer.vocab_size
-        assert tokenizer.bpe.decode([i - imdb.SPECIAL for i in ids.tolist()]) == imdb.clean(text)
-    assert (
-        len(tokenizer.encode([texts[0]], 1000)[0]) < len(texts[0].split()) * 2
-    )  # merged: no letter-by-letter
-    (whole,) = tokenizer.encode([" ".join(texts[:20])], 10_000)
-    for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
-        (short,) = tokenizer.encode([" ".join(texts[:20])], max_len)
-        head = min(max_len, len(whole)) // 2 if max_len < len(whole) else len(whole)
-        tail = min(max_len, len(whole)) - head
-        assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
-    assert imdb.pad([whole[:3], whole[:0], whole[:1]]).tolist() == [
-        whole[:3].tolist(),
-        [0, 0, 0],
-        [whole[0], 0, 0],
-    ]
-    assert imdb.pad([whole[:0]]).tolist() == [[imdb.PAD]]
-
-
-def test_classify_imdb_batches_hold_each_review_once_and_little_padding():
-    rng = random.Random(0)
-    for n in (1, 31, 32, 33, 5000):
-        lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-        batches = imdb.batches(lengths, 32, seed=1)
-        assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
-        assert batches == imdb.batches(lengths, 32, seed=1)
-    assert batches != imdb.batches(lengths, 32, seed=2)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert padded < 1.1 * sum(lengths)
-    longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
-    assert longest != sorted(longest)  # batches come in random order, not the short ones first
-    other = {tuple(sorted(batch)) for batch in imdb.batches(lengths, 32, seed=2)}
-    assert len({tuple(sorted(batch)) for batch in batches} & other) < 3
-
-
-def test_classify_imdb_upcoming_goes_on_in_any_epoch():
-    s, lengths = imdb.Settings(epochs=3, batch_size=4), [7] * 10  # 3 steps an epoch
-    whole = list(imdb.upcoming(lengths, s, 0))
-    assert len(whole) == 9 and whole[:3] != whole[3:6] != whole[6:]
-    assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3, 6))
-    assert all(list(imdb.upcoming(lengths, s, step)) == whole[step:] for step in range(10))
-    other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0))
-    assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3, 6) for f in (0, 3, 6))
-
-
-def test_classify_imdb_hides_a_share_of_the_words_and_counts():
-    seen, ids = [], [torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)]
-
-    def model(tokens, fold):
-        seen.append((tokens, fold))
-        return torch.zeros(len(tokens), 2)
-
-    data, s = (ids, [0.2, 0.3, 0.9], [0, 1, 2]), imdb.Settings(mask_words=0.3)
-    loss, right = imdb.share_of_batch(model, [0, 1, 2], data, False, s, imdb.ALONE)
-    assert right == 2 and loss.item() == pytest.approx(3 * math.log(2))
-    ((tokens, fold),) = seen
-    assert (tokens[0, 400:] == imdb.PAD).all() and fold.tolist() == [0, 1, 2]
-    assert abs((tokens == imdb.MASK).sum().item() / 2400 - 0.3) < 0.05
-
-
-def test_classify_imdb_weights_follow_the_seed():
-    a, b, c = (imdb.make_model(imdb.Settings(seed=n), 300).head.weight for n in (0, 1, 0))
-    assert torch.equal(a, c) and not torch.equal(a, b)
-
-
-def test_classify_imdb_optimizer_and_schedule():
-    s = imdb.Settings(lr=2.0, warmup=10, weight_decay=0.5)
-    model = imdb.make_model(s, 300)
-    optimizer = imdb.make_optimizer(model, s)
-    decayed, spared = optimizer.param_groups
-    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2, 3} and {p.dim() for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
-    assert rates[:10] == pytest.approx(
-        [0.2 * i for i in range(1, 11)], rel=1e-3
-    )  # 1 / warmup first, then the peak
-    assert (
-        rates[500] == pytest.approx(1.0) and rates[250] == pytest.approx(1 + 2**-0.5) and 0 < rates[-1] < 1e-4
-    )
-
-
-def test_classify_imdb_bf16_only_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert imdb.choose_bf16("auto", cpu) is has
-        assert imdb.choose_bf16("bf16", cpu) is True and imdb.choose_bf16("off", cpu) is False
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert imdb.choose_bf16("auto", cpu) is False
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert imdb.choose_bf16("auto", torch.device("cuda")) is False
-
-
-def test_classify_imdb_probabilities_are_each_text_s_own():
-    """In the order given, whatever stands beside a text in its batch; P(positive) is class 1's."""
-    model = imdb.make_model(imdb.Settings(d_model=16, d_ff=16, max_len=50), 300)
-    ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    for i in (0, 1, 70, 149):
-        check_close(p[i : i + 1], model(imdb.pad([ids[i]])).softmax(-1)[:, 1].detach(), 1e-5)
-    labels = torch.tensor([1, 0, 1, 0])
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.2, 0.6]), labels) == 0.5
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.8, 0.4]), labels) == 1.0
-
-
-def test_classify_imdb_training_flops_count_the_matrix_products():
-    """2 operations for each weight and place, 4 * C for each pair of places; twice that backward."""
-    s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
-    model = imdb.make_model(s, 300)
-    weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
-    weights += model.shorten.weight.numel()
-    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (5, 2))
-    assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
-
-
-def test_classify_imdb_ngram_ids_equal_a_loop():
-    """By place: the bucket of the single, the pair, the triple that end there; 0 where one isn't a word."""
-    for T in (1, 2, 3, 40):
-        tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
-        buckets = imdb.ngram_ids(tokens)
-        assert buckets.shape == (4, T, 3) and torch.equal(imdb.ngram_ids(tokens.int()), buckets)
-        for b, row in enumerate(tokens.tolist()):
-            for t in range(T):
-                for n in (1, 2, 3):
-                    gram = row[t - n + 1 : t + 1] if t >= n - 1 else []
-                    hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
-                    assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= imdb.SPECIAL else 0)
-    short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
-    assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
-    largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
-    assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
-    words = torch.randint(2, 16_000, (1, 3000))
-    assert len(imdb.ngram_ids(words).unique()) > 0.99 * (len(words.unique()) + 2 * 3000 - 3)  # few collide
-
-
-def test_classify_imdb_hidden_words_and_padding_have_no_odds():
-    assert not imdb.ngram_ids(torch.tensor([[imdb.MASK, imdb.PAD]])).any()
-    assert 0.8 < imdb.make_model(imdb.Settings(), 300).from_odds.weight.std() < 1.2  # see there
-    assert len({imdb.PAD, imdb.MASK, imdb.SPECIAL}) == 3 and imdb.SPECIAL > max(imdb.PAD, imdb.MASK)
-    for prime in (imdb.BUCKETS, *imdb.FACTORS):
-        assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
-
-
-def test_classify_imdb_odds_equal_counting_and_never_see_a_review_s_own_label():
-    rng = random.Random(0)
-    ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
-    labels, folds = [rng.randrange(2) for _ in ids], [rng.randrange(imdb.FOLDS) for _ in ids]
-    odds = imdb.ngram_odds(ids, labels, folds)
-    assert odds.shape == (imdb.FOLDS + 1, imdb.BUCKETS + 1) and (odds[:, 0] == 0).all()
-    seen = set()
-    for left_out in range(imdb.FOLDS + 1):
-        counts = collections.defaultdict(lambda: [1, 1])
-        for x, label, fold in zip(ids, labels, folds, strict=True):
-            if fold != left_out:
+    def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
+        rng = random.Random(0)
+        ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's opinion counts on its side
+        folds = [rng.randrange(imdb.FOLDS) for _ in ids]
+        odds = imdb.NgramOdds()
+        odds.fit(imdb.Examples(ids, targets, folds))
+        tables = [*odds.without_fold.view(imdb.FOLDS, -1), odds.table[:, 0]]
+        for left_out, table in enumerate(tables):
+            counts = collections.defaultdict(lambda: [1, 1])
+            for x, target, fold in zip(ids, targets, folds, strict=True):
                 for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
-                    counts[bucket][label] += 1
-        seen |= set(counts)
-        for bucket in seen:
-            negative, positive = counts[bucket]
-            assert odds[left_out, bucket].item() == pytest.approx(math.log(positive / negative), abs=1e-6)
-    assert (odds != 0).any(0).sum() <= len(seen)
-    turned = [1 - label if fold == 2 else label for label, fold in zip(labels, folds, strict=True)]
-    others = imdb.ngram_odds(ids, turned, folds)
-    assert torch.equal(others[2], odds[2]) and not torch.equal(others[1], odds[1])
+                    counts[bucket][target > 0.5] += fold != left_out
+            expected = torch.zeros(imdb.BUCKETS + 1)
+            for bucket, (negative, positive) in counts.items():
+                expected[bucket] = math.log(positive / negative)
+            check_close(table, expected, 1e-6)
+        turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
+        others = imdb.NgramOdds()
+        others.fit(imdb.Examples(ids, turned, folds))
+        x = ids[folds.index(2)][None]
+        assert torch.equal(others(x, torch.tensor([2])), odds(x, torch.tensor([2])))
+        assert not torch.equal(others(x), odds(x)) and not torch.equal(odds(x), odds(x, torch.tensor([2])))
+        assert list(odds.state_dict()) == ["table"]
 
+    @pytest.mark.parametrize("n", [21, 22, 23, 24])
+    def test_model_is_its_parts_written_out(self, n):
+        """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place."""
+        model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
+        fold = torch.tensor([1, 3])
+        rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
+        for given, table in ((None, model.odds.table[imdb.ngram_ids(tokens), 0]),
+                             (fold, model.odds.without_fold[rows, 0])):  # fmt: skip
+            x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
+            x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
+            places = []
+            for start in range(0, n + 2, 4):  # while one of five tokens is there
+                window = x[:, start : start + 5]  # (B, 5, C)
+                conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
+                places.append(conv + window.mean(1))
+            y = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
+            for layer in model.encoder.layers:
+                y = layer(y, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
+            y = model.encoder.final_norm(y)
+            check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
 
-def imdb_random_model(**settings) -> imdb.ReviewClassifier:
-    model = imdb.make_model(imdb.Settings(d_model=16, n_heads=2, d_ff=24, max_len=64, **settings), 300).eval()
-    model.set_odds(torch.randn(imdb.FOLDS + 1, imdb.BUCKETS + 1).index_fill(1, torch.tensor(0), 0.0))
-    return model
-
-
-def test_classify_imdb_model_padding_and_batch_invariance():
-    model = imdb_random_model()
-    for n in (1, 2, 3, 4, 5, 17, 62):
-        tokens = torch.randint(2, 300, (3, n))
-        alone = model(tokens)
-        for T in (n, n + 1, n + 2, 64):
-            padded = torch.zeros(4, T, dtype=torch.long)
-            padded[:3, :n] = tokens
-            check_close(model(padded)[:3], alone, 1e-5)
-            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        model(torch.ones(1, 65, dtype=torch.long))
-    with pytest.raises(ValueError, match="integers.*float"):
-        model(torch.ones(1, 5))
-
-
-@pytest.mark.parametrize("n", [21, 22, 23, 24])
-def test_classify_imdb_model_is_its_parts_written_out(n):
-    """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place; then
-    encoder.py's parts."""
-    model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, n))
-    x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
-    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-    places = []
-    for start in range(0, n + 2, 4):  # while one of five tokens is there
-        window = x[:, start : start + 5]  # (B, 5, C)
-        conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
-        places.append(conv + window.mean(1))
-    x = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
-    for layer in model.encoder.layers:
-        x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
-    check_close(model(tokens), model.head(model.encoder.final_norm(x).mean(1)), 1e-5)
-
-
-@torch.no_grad()
-def test_classify_imdb_every_token_counts():
-    """Wherever it stands: also the last one of a text whose length the stride divides."""
-    model = imdb_random_model()
-    for run in (model, imdb.FusedClassifier(model)):
-        for T in range(1, 14):
+    @torch.no_grad()
+    @pytest.mark.parametrize("odds", [True, False])
+    def test_fused_is_the_same_function(self, odds):
+        """On every length; the model itself stays as it is. Every token counts, wherever it stands."""
+        model = self.model(odds=odds)
+        before = copy.deepcopy(model.state_dict())
+        fused = imdb.FusedClassifier(model)
+        for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
+            tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
+            (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
+            check_close(y[mask], x[mask], 1e-5)
+            assert torch.equal(mask, fused_mask) and not fused.training
+            check_close(fused(tokens), model(tokens), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        for run, T in itertools.product((model, fused), range(1, 14)):
             tokens = torch.full((1, T), 7)
-            for i in range(T):
-                other = tokens.clone()
-                other[0, i] = 8
-                assert not torch.equal(run(other), run(tokens)), (T, i)
-
-
-def test_classify_imdb_refuses_the_weights_of_another_model():
-    model, other = imdb_random_model(), imdb.make_model(imdb.Settings(d_model=8, n_heads=2), 300)
-    with pytest.raises(ValueError, match="out holds another model's weights .*delete it"):
-        imdb.load_weights(model, other.state_dict(), "out")
-    other = imdb_random_model()
-    imdb.load_weights(model, other.state_dict(), "out")
-    assert torch.equal(model.shorten.weight, other.shorten.weight)
-
-
-@torch.no_grad()
-def test_classify_imdb_dropout_is_of_words_and_odds():
-    """And of the pooled vector."""
-    model, tokens = imdb_random_model().train(), torch.randint(2, 300, (2, 10))
-    model.dropout.forward = torch.zeros_like
-    check_close(model(tokens).detach(), model.head.bias.detach().expand(2, -1), 1e-6)
-    model.encoder.dropout.forward = torch.zeros_like
-    places, _ = model.embed(tokens)
-    check_close(places, (model.shorten.bias + model.encoder.positions[:4]).expand(2, 4, 16), 1e-6)
-    for max_len in (1, 2, 3, 4, 5, 63, 64, 65):
-        model = imdb.make_model(imdb.Settings(max_len=max_len, d_model=16, n_heads=2), 300)
-        assert model.encoder.positions.shape == (max_len // 4 + 2, 16)
-        assert model(torch.full((1, max_len), 7)).shape == (1, 2)
-
-
-def test_classify_imdb_pruned_copy_keeps_the_lower_layers(monkeypatch):
-    """And is trained by the whole model, which stays as it is."""
-    seen = []
-    s = imdb.Settings(d_model=16, n_heads=8, n_layers=5, d_ff=24, max_len=64)
-    model = imdb.make_model(s, 300).eval()
-    for i, layer in enumerate(model.encoder.layers):
-        nn.init.constant_(layer.self_attention_norm.bias, float(i))
-    before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(imdb, "fine_tuned", lambda *a: seen.append(a) or a[0])
-    sample = [((torch.randint(2, 300, (4, 9)),), torch.tensor([0, 1, 1, 0]))]
-    pruned = imdb.pruned_copy(model, sample, {"train": ()}, s)
-    ((tuned, *rest),) = seen
-    assert rest == [model, {"train": ()}, s] and tuned is not model
-    assert isinstance(pruned, imdb.FusedClassifier) and len(model.encoder.layers) == 5
-    assert not isinstance(tuned, imdb.FusedClassifier) and model.fold_odds.numel() > 0
-    tokens = torch.randint(2, 300, (3, 20))
-    check_close(pruned(tokens).detach(), tuned.eval()(tokens).detach(), 1e-5)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert [layer.self_attention_norm.bias[0].item() for layer in pruned.encoder.layers] == [0.0, 1.0]
-    for layer in pruned.encoder.layers:
-        assert layer.self_attention.n_heads == 2 and (24 // 4, 16) in {p.shape for p in layer.parameters()}
-
-
-def test_classify_imdb_fine_tuning_ends_after_700_steps(tmp_path, monkeypatch):
-    model, data, s, _ = imdb_tiny_training(tmp_path)
-    calls, parameter = [], next(model.parameters())
-    monkeypatch.setattr(imdb, "batches", lambda *_, **__: [[0, 1]] * 800)
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *_: calls.append(0) or (parameter.sum(), 0))
-    imdb.fine_tuned(model, copy.deepcopy(model).eval(), data, s)
-    assert len(calls) == 700
-
-
-@torch.no_grad()
-def test_classify_imdb_fused_model_is_the_same_function():
-    """On every length; the model itself stays as it is."""
-    model = imdb_random_model()
-    before = copy.deepcopy(model.state_dict())
-    fused = imdb.FusedClassifier(model.train())
-    assert not fused.training
-    model.eval()
-    for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
-        tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
-        (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
-        check_close(y[mask], x[mask], 1e-5)
-        assert torch.equal(mask, fused_mask)
-        check_close(fused(tokens), model(tokens), 1e-5)
-    assert "shorten.weight" not in fused.state_dict() and not hasattr(fused, "fold_odds")
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        fused(torch.ones(1, 65, dtype=torch.long))
-
-
-def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
-    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS, 30))
-    answers, odds = model(tokens, torch.arange(imdb.FOLDS)), model.fold_odds.view(imdb.FOLDS, -1)
-    for fold in range(imdb.FOLDS):
-        model.odds.copy_(odds[fold][:, None])
-        check_close(answers[fold], model(tokens)[fold], 1e-5)
-    assert "fold_odds" not in model.state_dict() and "odds" in model.state_dict()
-
-
-def test_classify_imdb_linear_model_weighs_by_naive_bayes():
-    reviews = [r._replace(text=f"The<br />{r.text}") for r in imdb.demo_reviews(1)["train"][:400]]
-    labels = [r.label for r in reviews]
-    model = imdb.LinearModel(reviews, labels)
-    names = model.counts.get_feature_names_out()
-    holders = {0: collections.Counter(), 1: collections.Counter()}
-    all_grams = collections.Counter()
-    for review in reviews:
-        words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
-        holders[review.label].update(grams & set(names))
-        all_grams.update(grams)
-    assert set(names) == {gram for gram, n in all_grams.items() if n >= 2}
-    total = [sum(holders[label][name] + 1 for name in names) for label in (0, 1)]
-    for i in range(0, len(names), 50):
-        n0, n1 = (holders[label][names[i]] + 1 for label in (0, 1))
-        assert model.weights[i] == pytest.approx(math.log(n1 / total[1]) - math.log(n0 / total[0]))
-    p = torch.tensor(model([r.text for r in reviews]))
-    assert imdb.accuracy(p, torch.tensor(labels)) > 0.8
-    # Where the penalised loss is least, the weights are C times what the errors pull at.
-    x = model.counts.transform([imdb.clean(r.text) for r in reviews]).toarray() * model.weights
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    pull, weights = 30 * x.T @ (np.array(labels) - p.numpy()), model.model.coef_[0]
-    assert np.abs(pull - weights).max() < 0.2 * np.abs(weights).max()  # it stops a little before that
-
-
-@functools.cache
-def imdb_demo_run(folder: Path) -> subprocess.CompletedProcess:
-    return run_script(
-        "classify_imdb.py", *IMDB_SMALL, "--no-export", "--out", "run", cwd=folder, **NO_NETWORK
-    )
-
-
-IMDB_SMALL = (
-    "--d-model",
-    "32",
-    "--d-ff",
-    "32",
-    "--epochs",
-    "1",
-    "--n-heads",
-    "1",
-    "--vocab-size",
-    "500",
-    "--lr",
-    "5e-3",
-)
-
-
-IMDB_REAL_DATA = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import classify_imdb as imdb
-reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-found = {"fingerprint": imdb.fingerprint(reviews)}
-for split, rows in reviews.items():
-    found[split] = [len(rows), sum(r.label for r in rows), sum(len(r.text.encode()) for r in rows)]
-train, dev = imdb.split_dev(reviews["train"])
-found["parts"] = [len(train), len(dev)]
-found["shared"] = [imdb.shared_texts(reviews["train"], reviews["test"]), imdb.shared_texts(train, dev)]
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def imdb_real_data_begun(request):
-    """Ten seconds, beside other tests of classify_imdb.py."""
-    command = [sys.executable, "-c", IMDB_REAL_DATA, str(ROOT)]
-    run = functools.partial(subprocess.run, command, capture_output=True, text=True, timeout=300)
-    given = "test_classify_imdb_real_data" if os.environ.get("IMDB_DATA") else ""
-    with beside_other_tests(request, given, run) as begun:
-        yield begun
-
-
-@pytest.fixture(scope="module")
-def imdb_run(imdb_formats_begun, imdb_real_data_begun, tmp_path_factory):
-    """A finished run on demo data: (the folder that holds it, what it printed)."""
-    folder = tmp_path_factory.mktemp("imdb")
-    return folder, imdb_demo_run(folder)
-
-
-def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
-    folder, result = imdb_run
-    report = last_json(result)
-    banner = result.stdout.split("preset=")[0]
-    assert banner.count("!" * 100) == 2 and "NOT FOUND" in banner and "127.0.0.1" not in result.stderr
-    assert "refused" in banner and "--data aclImdb_v1.tar.gz" in banner and imdb.IMDB_URL in banner
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.7
-    names = "test_accuracy dev_accuracy train_seconds total_seconds n_parameters preset seed"
-    names += " cpu threads gemm_gflops torch"
-    assert all(report[name] is not None for name in names.split())
-    assert report == json.loads((folder / "run/report.json").read_text())
-    assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
-    assert 0 < report["prepare_seconds"] < report["total_seconds"] < 240
-    assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
-    assert 0.4 < report["history"][0]["train_accuracy"] < report["history"][-1]["train_accuracy"] <= 1
-    made = {"confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
-    made |= {"calibration.png", "test.json", "index.html"}
-    made |= {f"attention_{label}.{kind}" for label in imdb.LABELS for kind in ("png", "html")}
-    checkpoints = {path.name for path in (folder / "run").glob("step_*.pt")}
-    assert {path.name for path in (folder / "run").iterdir()} == made | checkpoints
-    assert ddp_newest(folder / "run").startswith("step_00000225.") and len(checkpoints) == 2
-    mistakes = json.loads((folder / "run/mistakes.json").read_text())
-    surenesses = [m["probability"] for m in mistakes]
-    assert len(mistakes) == min(20, round(2000 * (1 - report["test_accuracy"])))
-    assert surenesses == sorted(surenesses) and all(sureness <= 0.5 for sureness in surenesses)
-    lines = [
-        line for line in result.stdout.splitlines() if "train accuracy" in line and "dev accuracy" in line
-    ]
-    assert len(lines) == 4
-
-
-def test_classify_imdb_finished_run_says_so(imdb_run):
-    folder, result = imdb_run
-    before = (folder / "run/model.pt").stat().st_mtime_ns
-    again = imdb_demo_run.__wrapped__(folder)
-    assert last_json(again) == last_json(result) and "finished" in again.stdout
-    assert (folder / "run/model.pt").stat().st_mtime_ns == before
-
-
-def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
-    """weights_only=True reads it; with the tokenizer in it, it gives the report's accuracy again."""
-    folder, result = imdb_run
-    state = torch.load(folder / "run/model.pt", weights_only=True)
-    assert set(state) == {"settings", "config", "ranks", "model"}
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    test_set = imdb.demo_reviews(0)["test"]
-    ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    assert imdb.accuracy(p, torch.tensor([r.label for r in test_set])) == last_json(result)["test_accuracy"]
-
-
-def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
-    folder, _ = imdb_run
-    monkeypatch.chdir(tmp_path)
-    long = "the plot was clever , " * 2000  # far over the length that a file name may have
-    (tmp_path / "texts.txt").write_text(
-        "a superb film , the plot was clever\n\na dull\x85film\n", encoding="utf-8"
-    )
-
-    def predict(what: str) -> list[dict]:
-        imdb.run_job(["--out", str(folder / "run"), "--predict", what])
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    (answer,) = predict("a superb film , the plot was clever")
-    assert list(answer) == ["label", "probability", "text"]
-    assert answer["label"] == "positive" and answer["text"] == "a superb film , the plot was clever"
-    assert 0.5 < answer["probability"] <= 1
-    from_file = predict("texts.txt")
-    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull\x85film"]
-    assert from_file[0] == answer and from_file[2]["label"] == "negative"
-    assert from_file[2]["probability"] > 0.5  # the answer's, not P(positive)
-    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfa superb film , the plot was clever\ncaf\xe9\n")
-    assert predict("latin.txt")[0] == answer  # without the mark that some editors put in front
-    assert predict("latin.txt")[1]["text"] == "caf\ufffd"
-    reader, writer = os.pipe()
-    os.write(writer, b"a superb film , the plot was clever\n")
-    os.close(writer)
-    assert predict(f"/dev/fd/{reader}") == [answer]
-    os.close(reader)
-    with pytest.raises(IsADirectoryError):
-        predict(".")
-    command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
-    piped = subprocess.run(
-        command, input=f"a dull\x85film\n{long}", capture_output=True, text=True, timeout=60
-    )
-    assert [json.loads(line) for line in piped.stdout.splitlines()] == [from_file[2], predict(long)[0]], (
-        piped.stderr
-    )
-
-
-def test_classify_imdb_predict_errors(imdb_run, tmp_path):
-    folder, _ = imdb_run
-    with pytest.raises(ValueError, match="nowhere/model.pt.*train a model first"):
-        imdb.run_job(["--predict", "a text", "--out", "nowhere"])
-    for nothing in ("", "  "):
-        with pytest.raises(ValueError, match="no text"):
-            imdb.run_job(["--predict", nothing, "--out", str(folder / "run")])
-    data = bytearray((folder / "run/model.pt").read_bytes())
-    (tmp_path / "bad").mkdir()
-    for place in (len(data) // 2, len(data) // 3):
-        data[place] ^= 1  # inside a tensor: torch.load would not notice
-        (tmp_path / "bad/model.pt").write_bytes(data)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    bad = run_script("classify_imdb.py", "--predict", "a text", "--out", "bad", cwd=tmp_path)
-    check_one_line_error(bad, "bad/model.pt", "damaged")
-    for content in (b"", b"no checkpoint", bytes(data[:1000])):
-        (tmp_path / "bad/model.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "bad/model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "bad/model.pt")
-    (checkpoint, *_) = (folder / "run").glob("step_*.pt")  # has settings and a model, but no config
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(checkpoint)
-
-
-class Evil:
-    """Unpickled, it makes a file: what any code in a checkpoint could do."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_classify_imdb_loading_runs_no_code_from_the_file(tmp_path):
-    torch.save({"settings": {}, "model": Evil(tmp_path / "evil")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "model.pt")
-    assert not (tmp_path / "evil").exists()
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    one, other = (torch.load(path, weights_only=True)["model"] for path in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def imdb_ranks(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
-    yield launcher
-    launcher.end()
-
-
-IMDB_OFFLINE = "script.find_imdb = no_network; script.exit_now(script.main())"
-
-
-def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run, imdb_ranks, tmp_path):
-    """kill -9 twice, once during a save, then the same command: the undisturbed run's weights."""
-    folder, result = imdb_run
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--no-export", "--out", str(out)]
-    for kill in range(2):
-        before = max(ddp_newest(out), "step_00000001")
-        imdb_ranks.start(1, *arguments, "--save-every", "0", code=code)  # after each step
-        imdb_ranks.wait_until(lambda before=before: ddp_newest(out) > before)
-        if kill == 1:
-            imdb_ranks.wait_until(lambda: list(out.glob("*.part")))
-        else:
-            time.sleep(0.2)
-        imdb_ranks.kill([0])
-        imdb_ranks.wait()
-        assert not (out / "model.pt").exists()
-    left = train_ddp.load_checkpoint(out)
-    assert 2 < left["step"] < 225
-    (last,) = imdb_ranks.run(1, *arguments, code=code)
-    assert f"going on at step {left['step']}" in last.stdout
-    assert same_weights(out / "model.pt", folder / "run/model.pt")
-    mine, other = last_json(last), last_json(result)
-    assert mine["test_accuracy"] == other["test_accuracy"]
-    drop = [{k: v for k, v in row.items() if k != "seconds"} for row in mine["history"]]
-    assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
-
-
-IMDB_FEW = """
-import signal
-rows = {split: rows[:300] for split, rows in script.demo_reviews(0).items()}
-script.demo_reviews, script.find_imdb = lambda seed: rows, no_network
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def again(*_, **__):
-    raise AssertionError("done again")
-
-def late(step, steps, s, rate=script.learning_rate):
-    return die() if step == 12 else rate(step, steps, s)
-
-{here}
-script.exit_now(script.main())
-"""
-IMDB_TINY = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --unlabelled"
-IMDB_TINY += " --epochs 1 --no-export --save-every 0"
-
-
-def imdb_code(here: str = "") -> str:
-    """For the launcher: a run on 270 + 300 reviews, in which something is different."""
-    return IMDB_FEW.replace("{here}", here)
-
-
-def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
-    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
-    (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    stages = [  # where it is killed; the step of what is left
-        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", 0), ("learning_rate", 12),
-        ("record_dev", 13), ("plot_confusion", 18), ("write_page", 18),
-    ]  # fmt: skip
-    for place, wanted in stages:
-        here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
-        (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
-        assert killed.returncode == -signal.SIGKILL, (place, killed)
-        left = train_ddp.load_checkpoint(out)
-        assert (left and left["step"]) == wanted, place
-    assert left["total_seconds"] > 0 and left["prepare"] > 0
-    for old in out.glob("step_*.pt"):
-        old.unlink()
-    train_ddp.save_checkpoint(out, 18, left | {"total_seconds": 1000.0, "prepare": 500.0})
-    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "test")
-    nothing = "".join(f"script.{name} = " for name in done_once) + "again"
-    (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
-    assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
-    assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
-    assert last_json(done)["total_seconds"] > 1000 and last_json(done)["prepare_seconds"] >= 500
-
-
-def imdb_tiny_training(tmp_path: Path, **settings):
-    """(model, data, settings, run) of a training on 200 demo reviews."""
-    s = imdb.Settings(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, batch_size=10, vocab_size=300)
-    s = dataclasses.replace(s, **{"out": str(tmp_path), "epochs": 1} | settings)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(5).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False}
-    run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
-    data = imdb.encoded(imdb.Tokenizer(run["ranks"]), reviews["train"], reviews["test"][:50], reviews, run, s)
-    return imdb.model_of(run, data, s), data, s, run
-
-
-def test_classify_imdb_every_step_and_rank_has_its_own_randomness(tmp_path, monkeypatch):
-    """And gradients are clipped to the norm asked for."""
-    seeds, norms, share, clip = [], [], imdb.share_of_batch, nn.utils.clip_grad_norm_
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *a: seeds.append(torch.initial_seed()) or share(*a))
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
-    for rank, seed in ((1, 0), (1, 1), (0, 0)):  # rank 1 saves nothing
-        model, data, s, run = imdb_tiny_training(tmp_path, clip=0.125, seed=seed)
-        imdb.train(model, data, s, run, imdb.Processes(rank, 1, torch.device("cpu")))
-    assert len(set(seeds)) == 60 and norms == [0.125] * 60
-
-
-def test_classify_imdb_a_stage_of_another_run_is_done_again(tmp_path):
-    run, path = {"settings": {"seed": 0}, "history": [1], "start": 0.0}, tmp_path / "stage.json"
-    for now, made, result in (
-        (run, 1, 1),
-        (run, 2, 1),
-        (run | {"history": [2]}, 3, 3),
-        (run | {"settings": 0}, 4, 4),
-    ):
-        assert imdb.stage(path, now, lambda made=made: {"a": made}) == {"a": result}
-    for damaged in ("", "{}", "[]", "5", path.read_text()[:-9]):
-        path.write_text(damaged)
-        assert imdb.stage(path, run, lambda: {"a": 5}) == {"a": 5} == json_of(path)["result"], damaged
-
-
-def test_classify_imdb_a_kept_stage_counts_its_seconds(tmp_path):
-    run = {"settings": {}, "history": [], "start": 100.0}
-    imdb.stage(tmp_path / "a.json", run, lambda: time.sleep(0.2) or {})
-    assert run["start"] == 100.0
-    imdb.stage(tmp_path / "a.json", run, lambda: {})
-    assert 99 < run["start"] <= 99.8
-
-
-def test_classify_imdb_dev_loss_and_accuracy_by_hand(monkeypatch):
-    p, labels = torch.tensor([0.9, 0.2, 0.6, 0.4]), [1, 0, 0, 1]
-    monkeypatch.setattr(imdb, "probabilities", lambda *_: p)
-    run = {"step": 3, "seconds": 1.26, "right": 3, "seen": 4, "history": [], "bf16": False}
-    line = imdb.record_dev(None, ([], labels), run, imdb.ALONE)
-    loss = -sum(math.log(x) for x in (0.9, 0.8, 0.4, 0.4)) / 4
-    row = {"step": 3, "seconds": 1.3, "train_accuracy": 0.75, "dev_accuracy": 0.5, "dev_loss": round(loss, 4)}
-    assert run["history"] == [row] and run["right"] == run["seen"] == 0 and "dev loss" in line
-
-
-def test_classify_imdb_confusion_counts_stand_in_the_row_of_the_actual_label(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    written, text = {}, Axes.text
-    monkeypatch.setattr(
-        Axes, "text", lambda self, x, y, t, **kw: written.update({(x, y): t}) or text(self, x, y, t, **kw)
-    )
-    predicted, actual = torch.tensor([1, 1, 1, 0, 0, 1]) == 1, torch.tensor([0, 0, 1, 1, 0, 0]) == 1
-    imdb.plot_confusion(predicted, actual, tmp_path / "a.png")
-    cells = {place: words.split("\n") for place, words in written.items()}
-    assert cells[0, 0] == ["1", "25.0%"] and cells[1, 0] == ["3", "75.0%"]  # x: predicted, y: actual
-    assert cells[0, 1] == ["1", "50.0%"] and cells[1, 1] == ["1", "50.0%"]
-
-
-def test_classify_imdb_curves_are_named_right_and_time_left_counts_from_a_resume(
-    tmp_path, monkeypatch, capsys
-):
-    from matplotlib.axes import Axes
-
-    drawn, plot = {}, Axes.plot
-    monkeypatch.setattr(
-        Axes,
-        "plot",
-        lambda self, x, y, *a, **kw: drawn.update({kw["label"]: y}) or plot(self, x, y, *a, **kw),
-    )
-    imdb.plot_curves([{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}], tmp_path / "a.png")
-    assert drawn == {"training, words hidden": [50.0], "dev, other films": [25.0]}
-    progress = imdb.Progress(50, 100, imdb.ALONE)
-    progress.start = progress.said = time.monotonic() - 20
-    progress.show(60, 0.5)
-    assert "step 60/100, loss 0.500, 80 s left" in capsys.readouterr().err
-
-
-def test_classify_imdb_learns_in_bf16(tmp_path):
-    """Autocast for real: the loss in float32, the weights near those of float32 and not the same."""
-    ends = []
-    for bf16 in (False, True):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(bf16))
-        run["bf16"] = bf16
-        share = imdb.share_of_batch(model, [0, 1, 2], data["train"], bf16, s, imdb.ALONE)
-        assert share[0].dtype == torch.float32
-        imdb.train(model, data, s, run, imdb.ALONE)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        p = imdb.probabilities(model, data["dev"][0], imdb.ALONE, bf16)
-        assert (torch.equal(p, imdb.probabilities(model, data["dev"][0], imdb.ALONE))) != bf16
-    assert 1e-5 < ((ends[0] - ends[1]).norm() / ends[0].norm()).item() < 0.05
-
-
-def test_classify_imdb_keeps_two_checkpoints_and_the_time(tmp_path):
-    for step in range(4):
-        run = {"step": step, "start": time.perf_counter() - 5}
-        imdb.save_run(run, {}, imdb.Settings(out=str(tmp_path)))
-    assert len(list(tmp_path.glob("step_*.pt"))) == 2
-    assert 5 <= train_ddp.load_checkpoint(tmp_path)["total_seconds"] < 60
-
-
-def test_classify_imdb_looks_sixteen_times_an_epoch_for_its_target(tmp_path):
-    for epochs in (1, 2):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(epochs), target=0.99, epochs=epochs)
-        imdb.train(model, data, s, run, imdb.ALONE)
-        assert len(run["history"]) == 16 * epochs
-
-
-def test_classify_imdb_knows_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    with pytest.raises(OSError, match="read-only"):
-        imdb.begin(imdb.Settings(out=str(tmp_path), export=False))
-
-
-def test_classify_imdb_tokenizer_learns_clean_texts(tmp_path):
-    s = imdb.Settings(out=str(tmp_path), vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    raw = {
-        split: [r._replace(text=r.text.upper() + "<br />") for r in rows] for split, rows in reviews.items()
-    }
-    run = imdb.earlier_run(s, "demo", raw) | {"start": 0.0}
-    merged = b"".join(token for token in imdb.prepared(raw["train"], raw, run, s)["ranks"] if len(token) > 1)
-    assert merged and merged == merged.lower() and b"<" not in merged
-
-
-def test_classify_imdb_fine_tuning_is_its_loop(tmp_path):
-    (model, data, s, _), (other, *_) = (imdb_tiny_training(tmp_path, clip=0.05) for _ in range(2))
-    teacher = copy.deepcopy(model).eval()
-    teacher.head.bias.data += torch.tensor([0.0, 2.0])
-    ids, targets, folds = data["train"]
-    torch.manual_seed(1)  # must not matter
-    tuned = imdb.fine_tuned(model.eval(), teacher, data, s)
-    optimizer = torch.optim.AdamW(other.train().parameters(), lr=1.0)
-    torch.manual_seed(s.seed)
-    for step, rows in enumerate(imdb.batches([len(x) for x in ids], 10, seed=s.seed)):
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 - step / 20)
-        halfway = list(targets)
-        for i in rows:
-            said = teacher(ids[i][None], torch.tensor([folds[i]])).softmax(-1)[0, 1].item()
-            halfway[i] = 0.5 * targets[i] + 0.5 * said
-        (imdb.share_of_batch(other, rows, (ids, halfway, folds), False, s, imdb.ALONE)[0] / 10).backward()
-        nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        optimizer.step()
-    assert not tuned.training
-    for one, two in zip(tuned.parameters(), other.parameters(), strict=True):
-        check_close(one.detach(), two.detach(), 1e-5)
-
-
-def test_classify_imdb_batches_for_the_formats_are_padded_and_of_classes():
-    (((tokens,), labels),) = imdb.in_batches([torch.full((2,), 5), torch.full((1,), 5)], [0.9, 0.2])
-    assert labels.tolist() == [0, 1] and tokens.tolist() == [[5, imdb.PAD], [5, 5]]  # the shorter first
-
-
-def test_classify_imdb_mfu_and_calibration_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    run |= {"step": 10, "steps": 20, "seconds": 2.0, "history": [{"dev_accuracy": 0.5}]}
-    flops = imdb.training_flops(model.config, [len(x) for x in data["train"][0]])
-    assert imdb.results(model, data, run, s, flops / 8 / 1e9)["mfu"] == pytest.approx(2.0)
-    p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
-    # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
-    expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
-    assert imdb.plot_calibration(p, y, tmp_path / "c.png") == pytest.approx(expected, abs=1e-5)
-
-
-def test_classify_imdb_saves_every_so_often_and_after_the_last_step(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path, save_every=10.0)
-    saved, seconds = [], itertools.count()
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: saved.append(run["step"]))
-    monkeypatch.setattr(imdb.time, "monotonic", lambda: float(next(seconds)))  # each look at the clock: 1 s
-    imdb.train(model, data, s, run, imdb.ALONE)
-    assert saved[-1] == 20 and 3 <= len(saved) <= 6
-    gaps = [b - a for a, b in itertools.pairwise(saved[:-1])]
-    assert max(gaps) - min(gaps) <= 1
-
-
-def test_classify_imdb_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: signal.raise_signal(signal.SIGINT))  # the last save
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            imdb.train(model, data, s, run, imdb.ALONE)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_classify_imdb_diverging_is_an_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    with torch.no_grad():
-        model.head.weight.fill_(math.nan)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(ValueError, match="loss is nan at step 0.*--lr"):
-        imdb.train(model, data, s, run, imdb.ALONE)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def test_classify_imdb_training_accuracy_is_of_the_steps_since_the_last_time(tmp_path):
-    model, data, _, run = imdb_tiny_training(tmp_path)
-    for right, seen in ((3, 4), (1, 2)):
-        run |= {"right": run["right"] + right, "seen": run["seen"] + seen, "step": run["step"] + 1}
-        imdb.record_dev(model, data["dev"], run, imdb.ALONE)
-    assert [row["train_accuracy"] for row in run["history"]] == [0.75, 0.5]
-
-
-def test_classify_imdb_finished_means_all_that_was_asked_for(tmp_path, monkeypatch):
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", reviews))
-    s, without = (imdb.Settings(out=str(tmp_path), export=export_) for export_ in (True, False))
-    report = {"settings": imdb.begin(s)[-1]["settings"]}
-    for content, finished in (
-        (json.dumps(report), (False, True)),  # a run without the export isn't all of one with it
-        (json.dumps(report | {"models": []}), (True, True)),
-        (json.dumps(report | {"settings": {}}), (False, False)),
-        ("no json", (False, False)),
-        ("[]", (False, False)),
-        ("5", (False, False)),
-    ):
-        (tmp_path / "report.json").write_text(content)
-        assert tuple(bool(imdb.begin(each)[0]) for each in (s, without)) == finished, content
-
-
-def test_classify_imdb_shuffled_labels_teach_the_teacher_too(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(imdb, "LinearModel", lambda _, labels: given.append(labels) or (lambda texts: [0.5]))
-    s = imdb.Settings(out=str(tmp_path), shuffle_labels=True, unlabelled=True, vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0}
-    made = imdb.prepared(reviews["train"], reviews, run, s)
-    assert given == [imdb.shuffled_labels(reviews["train"], s)] != [[r.label for r in reviews["train"]]]
-    assert made["prepare"] > 0 and made["linear"] == {"unlabelled": [0.5], "test": [0.5]}
-
-
-def test_classify_imdb_a_new_model_ends_what_predict_used_before(tmp_path):
-    """A demo's model.onnx must not answer for a model of IMDB that wasn't exported."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    (tmp_path / "model.onnx").write_bytes(b"of another run")
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:30]
-    imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    assert not (tmp_path / "model.onnx").exists() and (tmp_path / "model.pt").exists()
-
-
-def test_classify_imdb_unlabelled_reviews_carry_the_linear_model_s_opinion():
-    """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
-    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(3).items()}
-    ranks = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
-    opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
-    run = {"step": 0, "ranks": ranks, "linear": {"unlabelled": opinions}}
-    data = imdb.encoded(imdb.Tokenizer(ranks), reviews["train"], reviews["test"], reviews, run, s)
-    ids, targets, folds = data["train"]
-    assert len(ids) == len(folds) == 400 and targets == [r.label for r in reviews["train"]] + opinions
-    assert set(folds[:200]) == set(folds[200:]) == set(range(imdb.FOLDS))
-    for part, of in ((reviews["train"], folds[:200]), (reviews["unlabelled"], folds[200:])):
-        by_number = sorted(zip([r.number for r in part], of, strict=True))
-        assert sorted(of) == [fold for _, fold in by_number]
-    model = imdb.model_of(run, data, s)
-    odds = imdb.ngram_odds(ids, [round(t) for t in targets], folds)
-    check_close(model.odds[:, 0], odds[-1], 1e-6)
-    check_close(model.fold_odds.view(imdb.FOLDS, -1), odds[:-1], 1e-6)
-
-
-def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:300]
-    linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
-    run["linear"] = {"test": linear.tolist()}
-    with torch.no_grad():
-        model.head.weight.mul_(5)  # an untrained model is never sure
-    result = imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    own = imdb.probabilities(model, tokenizer.encode([r.text for r in test_set], 16), imdb.ALONE)
-    labels = torch.tensor([r.label for r in test_set])
-    both, alone = (own.logit() + linear.logit() > 0) == labels.bool(), (linear > 0.5) == labels.bool()
-    assert result["with_linear_test_accuracy"] == pytest.approx(both.double().mean().item(), abs=1e-5)
-    assert result["linear_test_accuracy"] == pytest.approx(alone.double().mean().item(), abs=1e-5)
-    assert len({*result.values()}) == 4
-    worst = torch.where(labels == 1, own, 1 - own).sort().values[:20].tolist()
-    given = [mistake["probability"] for mistake in json_of(tmp_path / "mistakes.json")]
-    assert given == pytest.approx(worst, abs=1e-4)
-    right = [r for r, p in zip(test_set, own.tolist(), strict=True) if (p > 0.5) == r.label]
-    for few in (right[:9], right[:9] + [r for r in test_set if r not in right][:2]):  # fewer than 20 mistakes
-        imdb.test(model, tokenizer, few, run | {"linear": {}}, tmp_path, imdb.ALONE)
-        assert len(json_of(tmp_path / "mistakes.json")) == len(few) - 9
-
-
-def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
-    """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4".split()]
-    arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
-    reports = {}
-    for world in (1, 2, 3):
-        results = imdb_ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=imdb_code())
-        reports[world] = last_json(results[0])
-        assert all(not result.stdout for result in results[1:])  # rank 0 alone speaks
-    states = {world: train_ddp.load_checkpoint(tmp_path / str(world)) for world in reports}
-    for world in (2, 3):
-        for name, value in states[1]["model"].items():
-            check_close(states[world]["model"][name], value, 2e-5)
-        for i, moments in states[1]["optimizer"]["state"].items():  # an average of the last gradients
-            check_close(states[world]["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
-        for mine, other in zip(reports[world]["history"], reports[1]["history"], strict=True):
-            assert mine["dev_loss"] == pytest.approx(other["dev_loss"], abs=2e-4)
-            assert mine["train_accuracy"] == other["train_accuracy"]
-        assert reports[world]["processes"] == world
-
-
-def test_classify_imdb_a_lost_process_ends_the_others_and_any_number_goes_on(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --lr 1e-4".split()]
-    imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    out = tmp_path / "lost"
-    here = "script.learning_rate = late if os.environ['RANK'] == '1' else script.learning_rate"
-    first, second = imdb_ranks.attempt(2, *arguments, "--out", str(out), code=imdb_code(here))
-    assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
-    assert "rank 0 waited for the gradients of step 12" in first.stderr and "Traceback" not in first.stderr
-    assert train_ddp.load_checkpoint(out)["step"] == 12
-    last = imdb_ranks.run(3, *arguments, "--out", str(out), code=imdb_code())[0]
-    assert "going on at step 12" in last.stdout
-    one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
-    assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
-
-
-def test_classify_imdb_an_error_of_one_rank_alone_is_said(imdb_ranks, tmp_path):
-    here = """
-def broken(*_):
-    raise OSError("the disk of rank 1")
-if os.environ["RANK"] == "1":
-    script.learning_rate = broken
-"""
-    arguments = [*IMDB_TINY.split(), "--out", str(tmp_path)]
-    first, second = imdb_ranks.attempt(2, *arguments, code=imdb_code(here))
-    assert second.returncode == 2 and "classify_imdb.py: the disk of rank 1" in second.stderr
-    assert first.returncode == 1 and "rank 0 waited for the gradients of step 0" in first.stderr
-
-
-def test_classify_imdb_signal_stops_all_ranks_at_one_step(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), "--epochs", "50", "--out", str(tmp_path / "run")]
-    imdb_ranks.start(2, *arguments, code=imdb_code())
-    imdb_ranks.wait_until(lambda: ddp_newest(tmp_path / "run") >= "step_00000005")
-    imdb_ranks.kill([1], signal.SIGTERM)
-    results = imdb_ranks.wait()
-    assert [result.returncode for result in results] == [143, 143], results
-    step = train_ddp.load_checkpoint(tmp_path / "run")["step"]
-    assert f"step {step} of 900 is saved" in results[0].stderr and not results[1].stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(imdb_ranks, tmp_path, number):
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--out", str(out), "--epochs", "50", "--save-every", "0.1"]
-    imdb_ranks.start(1, *arguments, code=code)
-    imdb_ranks.wait_until(lambda: ddp_newest(out) > "step_00000001")
-    imdb_ranks.kill([0], number)
-    (stopped,) = imdb_ranks.wait()
-    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr
-    assert "the same command goes on" in stopped.stderr and f"run/{ddp_newest(out)}" in stopped.stderr
-    state = train_ddp.load_checkpoint(out)
-    assert state["step"] > 0 and f"step {state['step']} of" in stopped.stderr
-    (other,) = imdb_ranks.attempt(1, *arguments, "--seed", "7", "--dropout", "0.5", code=code)
-    check_one_line_error(other, "seed 0 there, 7 here", "dropout 0.1 there, 0.5 here", "--out")
-
-
-def test_classify_imdb_ctrl_c_before_training(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(imdb, "run_job", interrupted)
-    assert imdb.main() == 130 and "same command goes on" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(imdb, "run_job", lambda: imdb.baseline(imdb.Settings()))
-    assert imdb.main() == 2 and "scikit-learn" in capsys.readouterr().err
-    monkeypatch.setattr(imdb, "run_job", lambda: importlib.import_module("no_such_package"))
-    assert imdb.main() == 2 and "package no_such_package is missing" in capsys.readouterr().err
-
-
-def test_classify_imdb_shuffled_labels_teach_nothing(imdb_ranks, tmp_path):
-    """The honesty check; the test set has 2,000 demo reviews, so 50 +- 4% is 3.6 standard deviations."""
-    arguments = [*IMDB_SMALL, "--no-export", "--shuffle-labels", "--out", str(tmp_path)]
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    assert abs(report["test_accuracy"] - 0.5) <= 0.04
-
-
-def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
-    """A demo run in OUT gives way to IMDB; a run on IMDB is never overwritten by a demo."""
-    reviews = imdb.demo_reviews(0)
-    s = imdb.Settings(out=str(tmp_path))
-    new = imdb.earlier_run(s, "demo", reviews)
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    assert imdb.earlier_run(s, "demo", reviews)["step"] == 5
-    new = imdb.earlier_run(s, "imdb", reviews)
-    assert new["step"] == 0 and not ddp_newest(tmp_path)  # or the demo's would still be the newest
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    with pytest.raises(ValueError, match="dataset imdb there, demo here"):
-        imdb.earlier_run(s, "demo", reviews)
-    reviews["test"][7] = reviews["test"][7]._replace(text="another text")
-    with pytest.raises(ValueError, match="texts"):
-        imdb.earlier_run(s, "imdb", reviews)
-    train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-    with pytest.raises(ValueError, match="another run"):
-        imdb.earlier_run(s, "imdb", reviews)
-
-
-def test_classify_imdb_settings_that_may_change_within_a_run(tmp_path):
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    s = imdb.Settings(out=str(tmp_path))
-    train_ddp.save_checkpoint(tmp_path, 5, imdb.earlier_run(s, "demo", reviews))
-    changeable = "data predict explain baseline device export save_every".split()
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        other = (
-            not value if f.type is bool else f"{value}x" if isinstance(value, str) or not value else value + 1
+            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            assert (run(others) != run(tokens)).any(1).all(), T
+
+    def test_linear_model_weighs_by_naive_bayes(self):
+        """Where the penalised loss is least, the weights are C times what the errors pull at."""
+        reviews = [r._replace(text=f"The<br />{r.text}") for r in self.corpus(200, 1).train]
+        labels = [r.label for r in reviews]
+        linear, n_parameters = imdb.linear_model(reviews, labels)
+        grams = []
+        for review in reviews:
+            words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
+            spans = [(i, n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+            grams.append({" ".join(words[i : i + n]) for i, n in spans})
+        counts = collections.Counter(gram for held in grams for gram in held)
+        names = sorted(gram for gram, n in counts.items() if n >= 2)
+        x = np.array([[name in held for name in names] for held in grams]) * 1.0
+        y = np.array(labels)
+        assert n_parameters == len(names) + 1
+        n0, n1 = (1 + x[y == label].sum(0) for label in (0, 1))
+        x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        p = np.array(linear(reviews))
+        pull = 30 * x.T @ (y - p)
+        logits = x @ pull  # with weights = pull, up to the intercept
+        assert np.abs(logits - logits.mean() - (np.log(p / (1 - p)) - np.log(p / (1 - p)).mean())).max() < 1
+        assert ((p > 0.5) == y).mean() > 0.8
+
+    def test_train_is_its_loop(self, tmp_path):
+        """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
+        sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
+        model, examples, dev, run, s = self.training(tmp_path, **sizes)
+        other = copy.deepcopy(model)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        groups = [{"params": [p for p in other.parameters() if p.ndim > 1], "weight_decay": 0.3},
+                  {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        step, right = 0, []
+        for epoch in range(2):
+            for rows in imdb.batches([len(x) for x in examples.ids], 10, seed=3 * 1_000_003 + epoch):
+                torch.manual_seed(3 * 1_000_003 + step)
+                tokens = imdb.pad([examples.ids[i] for i in rows])
+                hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+                logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
+                labels = torch.tensor(examples.targets)[rows]
+                right += (logits.argmax(1) == labels).tolist()
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels).backward()
+                nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+                for group in optimizer.param_groups:
+                    cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
+                    group["lr"] = 1e-3 * min((step + 1) / 7, cosine)
+                optimizer.step()
+                step += 1
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            check_close(one.detach(), two.detach(), 1e-6)
+        assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
+        shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
+        assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
+        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
+        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
+        assert run.history[-1]["dev_loss"] == round(loss.item(), 4)
+        assert run.seconds > 0 and [p.name for p in tmp_path.glob("step_*")][0].startswith("step_00000040")
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert torch.equal(saved["model"]["head.weight"], model.head.weight)
+
+    def test_pruned_copy_is_its_loop(self, tmp_path):
+        """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
+        sizes = {"d_model": 16, "n_heads": 8, "n_layers": 5, "d_ff": 24, "clip": 0.05, "lr": 3e-3}
+        model, examples, *_, s = self.training(tmp_path, **sizes)
+        model.eval()
+        model.head.bias.data += torch.tensor([0.0, 2.0])
+        before = copy.deepcopy(model.state_dict())
+        sample = imdb.in_batches(examples, every=2)
+        assert sum(len(labels) for _, labels in sample) == 100
+        other = copy.deepcopy(model)
+        other.encoder.layers = other.encoder.layers[:2]
+        other = export.prune_heads(other, export.head_importance(other, sample), keep=2)
+        other = export.prune_neurons(other, export.neuron_importance(other, sample), keep=6).train()
+        pruned = imdb.pruned_copy(model, sample, examples, s)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+        torch.manual_seed(s.seed)
+        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], 10, seed=s.seed)):
+            tokens, targets, folds = examples.batch(rows, torch.device("cpu"))
+            halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
+            (imdb.hidden_loss(other, tokens, halfway, folds, s)[0] / 10).backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+            optimizer.step()
+        tokens = torch.randint(2, 300, (3, 16))
+        check_close(pruned(tokens).detach(), other.eval()(tokens).detach(), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_plot_results_calibration_error_by_hand(self, tmp_path):
+        p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
+        # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
+        expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
+        history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        error = imdb.plot_results(history, p.logit(), y, tmp_path / "c.png")
+        assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
+
+    # ---- properties
+
+    def test_tokenizer_encodes_any_text(self):
+        reviews = [r._replace(text=r.text.upper() + "<br />") for r in self.corpus().train]
+        tokenizer = imdb.Tokenizer.train(reviews, 400)
+        assert tokenizer.ranks == imdb.Tokenizer.train(reviews, 400).ranks
+        assert 300 < tokenizer.vocab_size <= 400
+        merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
+        assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
+        text = reviews[0].text
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", text, "don't it's"]
+        for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
+            assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
+            assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
+        assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
+        assert len(tokenizer.encode([text], 1000)[0]) < len(text.split()) * 3  # merged: no letter by letter
+        long = " ".join(r.text for r in reviews[:20])
+        (whole,) = tokenizer.encode([long], 10_000)
+        for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+            (short,) = tokenizer.encode([long], max_len)
+            head = max_len // 2 if max_len < len(whole) else len(whole)
+            tail = min(max_len, len(whole)) - head
+            assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
+        one, two = whole[0].item(), whole[1].item()
+        assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
+        assert imdb.pad([whole[:0]]).tolist() == [[0]]
+
+    def test_batches_hold_each_text_once_and_little_padding(self):
+        rng = random.Random(0)
+        for n in (1, 31, 32, 33, 5000):
+            lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
+            batches = imdb.batches(lengths, 32, seed=1)
+            assert sorted(i for batch in batches for i in batch) == list(range(n))
+            assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
+        other = imdb.batches(lengths, 32, seed=2)
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert padded < 1.1 * sum(lengths)
+        longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
+        assert longest != sorted(longest)  # batches come in random order, not the short ones first
+        same = {tuple(sorted(batch)) for batch in batches} & {tuple(sorted(batch)) for batch in other}
+        assert batches == imdb.batches(lengths, 32, seed=1) and len(same) < 3
+
+    def test_upcoming_goes_on_in_any_epoch(self):
+        s, lengths = imdb.Settings(batch_size=4), [7] * 10  # 3 steps an epoch
+        whole = list(imdb.upcoming(lengths, s, 0, 8))
+        assert len(whole) == 8 and whole[:3] != whole[3:6]
+        assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3))
+        assert all(list(imdb.upcoming(lengths, s, step, 8)) == whole[step:] for step in range(9))
+        other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0, 8))
+        assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3) for f in (0, 3))
+
+    def test_dev_split_is_blocks_of_neighbours(self):
+        """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
+        for per_class in (12_500, 4000, 50):
+            reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
+            train, dev = imdb.split_dev(imdb.Corpus("imdb", ["a", "b"], reviews, []))
+            assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+            for label in (0, 1):
+                numbers = {r.number for r in dev if r.label == label}
+                edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
+                assert len(numbers) == per_class // 10 and len(edges) == 10
+                assert max(edges) - min(edges) > per_class // 2  # drawn from several places
+        assert sorted({r.number for r in dev}) == [4, 14, 24, 34, 44]
+        own = imdb.Corpus("own", ["a", "b"], [imdb.Review(i, i % 3 == 0, "") for i in range(60)], [])
+        train, dev = imdb.split_dev(own)
+        assert sorted(train + dev) == sorted(own.train) and sum(r.label for r in dev) == 2 and len(dev) == 6
+
+    @torch.no_grad()
+    def test_model_padding_and_batch_invariance(self):
+        model = self.model()
+        for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
+            tokens = torch.randint(2, 300, (3, n))
+            padded = torch.zeros(4, max(n + T if T < 64 else 64, n), dtype=torch.long)[:, :64]
+            padded[:3, :n] = tokens
+            check_close(model(padded)[:3], model(tokens), 1e-5)
+            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+        for max_len in (4, 5, 63, 64, 65):
+            assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
+
+    def test_hidden_loss_hides_a_share_of_the_words(self):
+        seen, tokens = [], imdb.pad([torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)])
+
+        def model(tokens, folds):
+            seen.append((tokens, folds))
+            return torch.tensor([[0.0, 1.0]] * 3)
+
+        s, targets = imdb.Settings(mask_words=0.3), torch.tensor([0.2, 0.6, 0.9])
+        loss, right = imdb.hidden_loss(model, tokens, targets, torch.arange(3), s)
+        log_p = torch.tensor([0.0, 1.0]).log_softmax(0)
+        assert right == 2 and loss.item() == pytest.approx(-(log_p[1] * 1.7 + log_p[0] * 1.3).item())
+        assert (seen[0][0][0, 400:] == 0).all() and seen[0][1].tolist() == [0, 1, 2]
+        assert abs((seen[0][0] == 1).sum().item() / 2400 - 0.3) < 0.05
+
+    def test_weights_follow_the_seed(self):
+        a, b, c = (self.model(seed=n).head.weight for n in (0, 1, 0))
+        assert torch.equal(a, c) and not torch.equal(a, b)
+        assert 0.8 < self.model(d_model=128).from_odds.weight.std() < 1.2  # odds count from the start
+        assert not hasattr(self.model(odds=False), "from_odds")
+
+    def test_log_odds_are_each_text_s_own(self):
+        """In the order given, whatever stands beside a text in its batch."""
+        model = self.model()
+        ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+        scores = imdb.log_odds(model, ids, imdb.ALONE)
+        for i in (0, 1, 70, 149):
+            logits = model(imdb.pad([ids[i]])).detach().double()[0]
+            check_close(scores[i], logits[1] - logits[0], 1e-5)
+        labels = torch.tensor([1, 0, 1, 0])
+        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), labels) == 0.5
+
+    def test_fingerprint_sees_each_label_and_text(self):
+        corpus = self.corpus(20)
+        seen = {imdb.fingerprint(corpus)}
+        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
+            rows = list(getattr(corpus, part))
+            rows[3] = rows[3]._replace(**change)
+            seen.add(imdb.fingerprint(dataclasses.replace(corpus, **{part: rows})))
+        assert len(seen) == 7
+
+    def test_explain_speaks_in_log_odds(self):
+        """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
+        tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
+        (ids,) = tokenizer.encode(["a superb film, naïve хорошо don't and superb"], 99)
+        film = tokenizer.encode(["a film"], 99)[0][-1]
+
+        def run(tokens: torch.Tensor) -> torch.Tensor:
+            there = (tokens == film).any(1).float()
+            return torch.stack((torch.zeros(len(tokens)), 9 + 5 * there), 1)
+
+        answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
+        assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
+        assert sorted(word for word, _ in answer) == sorted(
+            "a superb film, naïve хорошо don't and superb".split()
         )
-        changed = dataclasses.replace(s, **{f.name: other})
-        if f.name in changeable:
-            assert imdb.earlier_run(changed, "demo", reviews)["settings"]
-        elif f.name != "out":
-            with pytest.raises(ValueError, match=f.name):
-                imdb.earlier_run(changed, "demo", reviews)
+        assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
+        (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
+        assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
 
-
-def test_classify_imdb_missing_packages_are_known_before_the_work(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    for missing, settings in (
-        ("rustbpe", {"export": False}), ("matplotlib", {"export": False}), ("onnxruntime", {}),
-        ("sklearn", {"export": False, "unlabelled": True}),
-    ):  # fmt: skip
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else find(name)
+    def test_worst_mistakes_come_first(self):
+        corpus = self.corpus(40)
+        labels = torch.tensor([r.label for r in corpus.test])
+        scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
+        found = imdb.worst_mistakes(scores, corpus)
+        right = torch.where(labels == 1, scores, -scores).sigmoid()
+        n_wrong = min(20, ((scores > 0) != (labels == 1)).sum().item())
+        assert [m["probability"] for m in found] == pytest.approx(
+            right.sort().values[:n_wrong].tolist(), abs=1e-4
         )
-        with pytest.raises(ValueError, match={"sklearn": "scikit-learn"}.get(missing, missing)):
-            imdb.begin(imdb.Settings(out=str(tmp_path), **settings))
+        by_text = {r.text: r.label for r in corpus.test}
+        assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
 
+    # ---- data
 
-def test_classify_imdb_amp_reaches_the_training(tmp_path, monkeypatch):
-    few = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    monkeypatch.setattr(imdb, "prepared", lambda train_set, reviews, run, s: {}[run["bf16"]])
-    for amp, expected in (("off", False), ("bf16", True)):
-        with pytest.raises(KeyError) as error:
-            imdb.classify(imdb.Settings(out=str(tmp_path), amp=amp, export=False), imdb.ALONE)
-        assert error.value.args == (expected,)
+    def test_read_imdb_takes_tarball_and_folder_alike(self, tmp_path, monkeypatch):
+        """Nothing is unpacked: members whose paths lead elsewhere are no reviews."""
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        files = self.imdb_files(12)
+        odd = {"README": "", "train/pos/._0_7.txt": "", "train/pos/../../../evil.txt": "out"}
+        more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
+        tarball = self.tarball(tmp_path / "a.tar.gz", files | odd | more)
+        found = imdb.read_imdb(tarball)
+        outer = self.folder(tmp_path / "there" / "aclImdb", files | more).parent
+        assert found == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
+        assert found == imdb.read_imdb(self.tarball(tmp_path / "b.tar.gz", files, prefix="./aclImdb/"))
+        assert (found.name, found.labels, found.unlabelled) == ("imdb", ["negative", "positive"], [])
+        for split in ("train", "test"):
+            reviews = getattr(found, split)
+            assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
+            for r in reviews:
+                assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
+        expected = dataclasses.replace(
+            found, unlabelled=[imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
+        )
+        assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
+        with pytest.raises(ValueError, match="0 reviews in train/unsup, not 12"):
+            imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
+        assert not list(tmp_path.rglob("evil*"))
+        gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
+        assert [r.number for r in imdb.read_imdb(self.folder(tmp_path / "gaps", gaps)).test[:12]] == [
+            *range(12)
+        ]
 
+    def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        files = self.imdb_files(12)
+        long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
+        whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
 
-def test_classify_imdb_errors_on_the_command_line(tmp_path):
-    run = functools.partial(run_script, "classify_imdb.py", cwd=tmp_path, **NO_NETWORK)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    check_one_line_error(run(IMDB_DATA="nowhere"), "data: nowhere does not exist")
-    with pytest.raises(OSError, match="file/below"):
-        imdb.run_job(["--out", str(tmp_path / "file/below")])
-    for argument in ("folder", "file"):
-        with pytest.raises(ValueError, match=f"data: {tmp_path}/{argument}"):
-            imdb.run_job(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "cache").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "file",
-        "folder",
-        "out",
+        def refused(path: Path, *words: str):
+            with pytest.raises(ValueError) as error:
+                imdb.load_corpus(imdb.Settings(data=str(path)))
+            assert all(word in str(error.value) for word in ("--data", *words)), error.value
+
+        refused(tmp_path / "nowhere", "does not exist")
+        fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
+        refused(self.folder(tmp_path / "part/aclImdb", fewer), "no folder test/neg")
+        refused(tmp_path / "part", "no folder test/neg")
+        refused(tmp_path / "part/aclImdb/train", "no folder train/pos")
+        refused(self.tarball(tmp_path / "part.tar.gz", fewer), "0 reviews in test/neg")
+        less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
+        refused(self.folder(tmp_path / "less/aclImdb", less), "11 reviews in train/neg", "12")
+        more = self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
+        refused(more, "13 reviews in test/pos")
+        (tmp_path / "text").write_text("no tarball")
+        (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
+        for path in (tmp_path / "text", tmp_path / "plain.gz"):
+            refused(path, "truncated, altered", str(path))
+        data = whole.read_bytes()
+        header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
+        broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
+        for place in random.Random(0).sample(range(header, len(data)), 20):
+            altered = bytearray(data)
+            altered[place] ^= 1 << place % 8
+            broken.append(altered)
+        for content in broken:
+            whole.write_bytes(content)
+            refused(whole, "truncated, altered")
+        whole.write_bytes(data)
+        folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
+        for path in (whole, folder):
+            assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
+            assert "not exactly the published" in capsys.readouterr().out
+        corpus = imdb.read_imdb(whole)
+        monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(corpus))
+        assert imdb.load_corpus(imdb.Settings(data=str(whole))) == corpus and not capsys.readouterr().out
+
+    def test_read_own_takes_tables_and_folders(self, tmp_path):
+        rows = self.own_rows(100)
+        corpus = imdb.load_corpus(imdb.Settings(data=str(self.table(tmp_path / "my.csv", rows))))
+        assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
+        assert len(corpus.train) == 90 and len(corpus.test) == 10 and sum(r.label for r in corpus.test) == 5
+        found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
+        assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
+        for part in ("train", "test"):
+            self.table(
+                tmp_path / f"two/{part}.csv", [(r[1], part, r[0]) for r in rows], ("label", "x", "text")
+            )
+        two = imdb.read_own(tmp_path / "two")
+        assert (
+            [(r.text, two.labels[r.label]) for r in two.train]
+            == rows
+            == [(r.text, two.labels[r.label]) for r in two.test]
+        )
+        numbers = [r.number for r in two.train if r.label == 1]
+        assert numbers == list(range(50))  # of its label: a table may be sorted by label
+        texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
+                 for label in ("no", "yes") for i in range(n)}  # fmt: skip
+        folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
+        (folder / "train/yes/0.txt").write_bytes(b"\xef\xbb\xbfmark")
+        own = imdb.read_own(folder)
+        assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
+        assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
+
+    OWN_REFUSED = [  # files, words
+        (
+            {"train.csv": "text,label\na,x\nb,y\nc,z\n", "test.csv": "text,label\na,x\n"},
+            "x, y, z.*exactly two",
+        ),
+        ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, "the labels x;"),
+        (
+            {"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": "text,label\na,x\n"},
+            "9 texts x",
+        ),
+        ({"train.csv": "review,label\na,x\n", "test.csv": ""}, "train.csv has no column 'text', but review"),
+        ({"train.csv": "text,label\na,x\nb\n", "test.csv": ""}, "line 3 lacks a text or a label"),
+        ({"train.csv": "text,label\na,x\nb,\n", "test.csv": ""}, "line 3 lacks"),
+        ({"train.csv": 'text,label\n"a,x\n', "test.csv": ""}, "train.csv: line"),
+        ({"train.csv": "text,label\na,x\nb,y\n"}, "no texts in test.csv"),
+        ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "no texts in test.csv or test/LABEL"),
+        ({"a.txt": "a"}, "no texts in train.csv or train/LABEL"),
     ]
-    with pytest.raises(SystemExit, match="2"):
-        imdb.settings_from_command_line(["--widht", "3"])
-    for arguments, words in [
-        ("--lr nan", "lr.*nan"), ("--seed 4294967296", "seed.*4294967296"),
-        ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
-        ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
-        ("--vocab-size 100", "vocab_size.*258.*100"),
-        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
-        ("--target 1", "target.*1"), ("--explain", "explain.*predict"),
-        ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
-        ("--weight-decay -1", "weight_decay.*-1"), ("--save-every nan", "save_every.*nan"),
-    ]:  # fmt: skip
+
+    @pytest.mark.parametrize("files, words", OWN_REFUSED)
+    def test_read_own_refuses(self, tmp_path, files, words):
         with pytest.raises(ValueError, match=words):
-            imdb.settings_from_command_line(arguments.split())
+            imdb.read_own(self.folder(tmp_path / "own", files))
 
+    def test_read_own_refuses_other_encodings_and_unlabelled_texts(self, tmp_path):
+        for data in ("naïve".encode("latin-1"), "naïve".encode("utf-16")):
+            (tmp_path / "a.csv").write_bytes(data)
+            with pytest.raises(ValueError, match="a.csv is not UTF-8"):
+                imdb.read_own(tmp_path / "a.csv")
+        self.table(tmp_path / "a.csv", self.own_rows(60))
+        with pytest.raises(ValueError, match="no unlabelled"):
+            imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
 
-def test_classify_imdb_presets_give_way_to_flags():
-    assert imdb.settings_from_command_line(["--vocab-size", "258"]).vocab_size == 258  # the least
-    assert imdb.settings_from_command_line([]).preset == "fast"
-    best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
-    assert best.epochs == 1 and best.unlabelled and not imdb.Settings().unlabelled
-    assert (best.max_len, imdb.Settings().max_len) == (1024, 512)
-    with pytest.raises(ValueError, match="max_len must be at least 4, got 3"):
-        imdb.settings_from_command_line(["--max-len", "3"])
-    fewer = imdb.settings_from_command_line("--preset best --no-unlabelled".split())
-    assert fewer.preset == "best" and not fewer.unlabelled
+    @pytest.fixture
+    def serve(self):
+        """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
+        servers = []
 
+        def start(data: bytes, **given):
+            handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
+            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
 
-IMDB_FORMATS = """
-script.find_imdb = no_network
-matplotlib.pyplot.Figure.savefig = savefig
-script.export.in_a_fresh_process = lambda *_: ({}, None)  # half of the time; export.py's own tests have it
-measure = script.export.benchmark
-script.export.benchmark = lambda runners, cases, seconds, threads: measure(runners, cases, 0.01, threads)
-script.exit_now(script.main())
-"""
+        yield start
+        for server in servers:
+            server.shutdown()
+            server.server_close()
 
+    def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch, serve):
+        data = random.Random(0).randbytes(1_000_000)
+        md5 = hashlib.md5(data).hexdigest()
+        got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
+        got.parent.mkdir()
+        for before, given, asked in [
+            (b"", {}, [None]),
+            (b"", {"sent_at_most": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),  # breaks off
+            (data[:400_000], {}, ["bytes=400000-"]),  # left by a run that was killed
+            (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
+        ]:
+            part.write_bytes(before)
+            url, server = serve(data, **given)
+            imdb.download(url, got, len(data), md5)
+            assert got.read_bytes() == data and server.asked == asked and not part.exists()
+            got.unlink()
 
-@pytest.fixture(scope="module")
-def imdb_formats_begun(request, tmp_path_factory):
-    """A run with the unlabelled reviews and all formats, killed among the formats and started again. Where it
-    is needed it goes on beside the other tests of classify_imdb.py, as it takes as long as half of them."""
-    folder = tmp_path_factory.mktemp("formats")
-    launcher = Launcher(folder, "classify_imdb")
+        def fails(url: str, *words: str):
+            with pytest.raises(OSError) as error:
+                imdb.download(url, got, len(data), md5)
+            assert all(word in str(error.value) for word in (url, *words)) and not got.exists(), error.value
 
-    def run() -> tuple[int, dict]:
-        """(when the test was done before the kill, the report)"""
-        arguments = [*IMDB_SMALL, "--preset", "best", "--out", str(folder / "run")]
-        launcher.start(1, *arguments, code=IMDB_FORMATS)
-        launcher.wait_until((folder / "run/export/trace.ts").exists)
-        launcher.kill([0])
-        launcher.wait()
-        tested = (folder / "run/test.json").stat().st_mtime_ns
-        return tested, last_json(launcher.run(1, *arguments, code=IMDB_FORMATS)[0])
+        altered = bytearray(data)
+        altered[123_456] ^= 1
+        fails(serve(bytes(altered))[0], "md5")
+        assert not part.exists()  # wrong bytes are no start for the next attempt
+        fails(serve(data + b"more")[0], "md5")
+        fails(serve(data, status=404)[0], "404")
+        fails("http://127.0.0.1:9/file", "refused")
+        fails(
+            serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 1,000,000"
+        )  # never gets further
+        assert part.read_bytes() == data[:100_000]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        for name, value in (("URL", serve(data)[0]), ("SIZE", len(data)), ("MD5", md5)):
+            monkeypatch.setattr(imdb, f"IMDB_{name}", value)
+        assert imdb.find_imdb() == got and got.read_bytes() == data
+        monkeypatch.setattr(imdb, "download", None)
+        assert imdb.find_imdb() == got  # the second time it is there
 
-    with beside_other_tests(request, "imdb_formats", run) as begun:
-        yield folder, begun
-    launcher.end()
+    # ---- command line and the run in OUT
 
+    def test_parse_flags_override_their_preset(self):
+        assert imdb.parse([]) == imdb.Settings() and imdb.Settings().preset == "fast"
+        best = imdb.parse("--preset best --epochs 1 --no-export".split())
+        assert (best.epochs, best.unlabelled, best.max_len, best.export) == (1, True, 1024, False)
+        assert not imdb.parse(["--preset=plain"]).odds and imdb.parse(["--preset=plain"]).max_len == 512
+        assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
+        assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
 
-@pytest.fixture(scope="module")
-def imdb_formats(imdb_formats_begun):
-    folder, run = imdb_formats_begun
-    return folder, *run.result()
+    REFUSED = ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1", "--mask-words 1",
+               "--vocab-size 257", "--n-heads 3", "--target 1", "--explain", "--warmup 0", "--clip 0",
+               "--max-len 3", "--weight-decay -1", "--save-every nan", "--dropout 1")  # fmt: skip
 
+    @pytest.mark.parametrize("arguments", REFUSED)
+    def test_parse_refuses(self, arguments, capsys, monkeypatch):
+        monkeypatch.setattr(imdb, "classify", None)
+        name = arguments.split()[0].lstrip("-").replace("-", "_")
+        assert imdb.main(arguments.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert name in line
 
-def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats):
-    """With the unlabelled reviews; killed among the formats: what was finished then isn't done again."""
-    import onnx
+    @pytest.mark.parametrize("arguments", ["--widht 3", "--preset slow", "--device tpu", "--epochs x"])
+    def test_parse_leaves_other_words_to_tyro(self, arguments):
+        with pytest.raises(SystemExit, match="2"):
+            imdb.parse(arguments.split())
+        with pytest.raises(ValueError, match="--predict needs a text"):
+            imdb.parse(["--predict", ""])
 
-    folder, tested, report = imdb_formats
-    assert (folder / "run/test.json").stat().st_mtime_ns == tested
-    assert report["with_linear_test_accuracy"] > 0.9 and report["linear_test_accuracy"] > 0.9
-    rows = {row["name"]: row for row in report["models"]}
-    assert {
-        "eager",
-        "TorchScript, trace",
-        "torch.export",
-        "ONNX",
-        "ONNX int8, static",
-        "pruned, ONNX",
-    } <= set(rows)
-    for name in ("TorchScript, trace", "torch.export", "ONNX"):
-        assert rows[name]["max_abs_diff"] <= 1e-5 and rows[name]["agreement"] == 1
-    assert all(row["agreement"] >= 0.99 for name, row in rows.items() if not name.startswith("pruned"))
-    assert report["deployed"]["size_bytes"] <= 0.3 * rows["ONNX"]["size_bytes"]
-    assert rows[report["deployed"]["name"]]["agreement"] >= 0.995
-    smaller = [r for r in rows.values() if r["size_bytes"] < report["deployed"]["size_bytes"]]
-    assert all(row["agreement"] < 0.995 for row in smaller if row["file"].endswith(".onnx"))
-    assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
-    found = onnx.load(folder / "run/model.onnx").metadata_props
-    assert json.loads({x.key: x.value for x in found}["max_len"]) == report["settings"]["max_len"]
-    shapes = [weight.shape for weight in export_weights(folder / "run/export/pruned.onnx").values()]
-    assert shapes.count((32, 8)) == 1  # of two layers one, of 32 neurons 8
-    assert (15, 32) in shapes or (32, 15) in shapes  # fused
-    assert rows["eager"]["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)  # all are compared
-    for name in ("TorchScript, trace", "torch.export"):  # the counts for training are not in them
-        assert rows[name]["size_bytes"] < 1.2 * rows["ONNX"]["size_bytes"]
-    page, times = (folder / "run/index.html").read_text(), rows["eager"]["latency"]
-    assert f"<td>{times['1 x 256']['p50_ms']}</td><td>{times['32 x 256']['p50_ms']}</td>" in page
-    assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
-    assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
-    assert f"{report['test_accuracy']}" in page
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere/model.onnx").write_bytes((folder / "run/model.onnx").read_bytes())
-    arguments = (
-        "--predict",
-        "the plot was superb , and not only for fans",
-        "--explain",
-        "--out",
-        "elsewhere",
-    )
-    answer = last_json(run_script("classify_imdb.py", *arguments, cwd=folder))  # the file alone is enough
-    assert answer["label"] == "positive" and len(answer["explain"]) == 10
-    effects = [abs(effect) for _, effect in answer["explain"]]
-    assert effects == sorted(effects, reverse=True)
-    shutil.copy(folder / "run/model.onnx.sha256", folder / "elsewhere")
-    imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    data = bytearray((folder / "run/model.onnx").read_bytes())
-    data[len(data) // 2] ^= 1  # in a table of weights: onnxruntime would not notice
-    (folder / "elsewhere/model.onnx").write_bytes(data)
-    with pytest.raises(ValueError, match="model.onnx is damaged"):
-        imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    (folder / "elsewhere/model.onnx").write_bytes(b"no model")
-    bad = run_script("classify_imdb.py", *arguments, cwd=folder)
-    check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
+    def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
+        """Settings that are bound to a run, its texts, other programs' files, finished runs."""
+        corpus = self.corpus(20)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
+        s = imdb.Settings(out=str(tmp_path))
+        _, run = imdb.open_run(s, {})
+        imdb.save(dataclasses.replace(run, step=5), s, {"model": {}})
+        (tmp_path / "tmp1.part").mkdir()
+        may_change = {
+            "data",
+            "predict",
+            "explain",
+            "baseline",
+            "device",
+            "export",
+            "keep_exports",
+            "save_every",
+        }
+        for name, value in dataclasses.asdict(s).items():
+            other = f"{value}x" if isinstance(value, str) else 1 - value
+            changed = dataclasses.replace(s, **{name: other})
+            if name in may_change:
+                assert imdb.open_run(changed, {})[1].step == 5
+            elif name != "out":
+                with pytest.raises(ValueError, match=f"another run.*{name}"):
+                    imdb.open_run(changed, {})
+        assert not (tmp_path / "tmp1.part").exists()
+        monkeypatch.setattr(imdb, "print_end", print)
+        for content, finished in [
+            ({"settings": run.settings, "exported": False}, (False, True)),  # not all of a run with exports
+            ({"settings": run.settings, "exported": True}, (True, True)),
+            ({"settings": {}, "exported": True}, (False, False)),
+            ([], (False, False)),
+        ]:
+            (tmp_path / "report.json").write_text(json.dumps(content))
+            runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
+            assert tuple(run is None for run in runs) == finished, content
+        (tmp_path / "report.json").write_text("no json")
+        kept = {}
+        assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
+        corpus.test[7] = corpus.test[7]._replace(text="another text")
+        with pytest.raises(ValueError, match="texts"):
+            imdb.open_run(s, {})
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
+        with pytest.raises(ValueError, match="another run"):
+            imdb.open_run(s, {})
 
+    def test_open_run_refuses_a_place_in_use(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: self.corpus(20))
+        monkeypatch.setattr(train_ddp, "lock_out", functools.partial(train_ddp.lock_out, patience=0.1))
+        s, kept = imdb.Settings(out=str(tmp_path)), {}
+        imdb.open_run(s, kept)
+        with pytest.raises(ValueError, match="in use"):
+            imdb.open_run(s, {})
+        kept["lock"].close()
 
-def test_classify_imdb_exports_short_texts_and_what_agrees_most(tmp_path, monkeypatch):
-    """Nothing longer than max_len is timed; reviews of both classes judge the heads; where no file agrees on
-    99.5% the one that agrees most is taken."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    seen = {}
+    def test_train_stops_at_its_target(self, tmp_path):
+        """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
+        model, examples, dev, run, s = self.training(tmp_path, target=0.55, epochs=8, lr=1e-2, warmup=1)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        limit = 0.55 + (0.55 * 0.45 / 50) ** 0.5
+        accuracies = [row["dev_accuracy"] for row in run.history]
+        assert run.reached and run.step < 160 and accuracies[-1] > limit >= max(accuracies[:-1])
+        assert run.history[0]["step"] == round(160 / (16 * 8))
+        saved = train_ddp.load_checkpoint(tmp_path)
+        again = imdb.Run(**saved["run"])
+        imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
+        assert again.step == run.step == saved["run"]["step"]
 
-    def export_all(models, example, evaluation, cases, calibration, out, metadata, seconds):
-        seen["cases"] = cases
-        out.mkdir()
-        rows = [{"name": "eager", "file": "weights.pt", "agreement": 1.0, "size_bytes": 1}]
-        for name, agreement, size in (("a", 0.90, 5), ("b", 0.95, 9), ("c", 0.93, 4)):
-            (out / f"{name}.onnx").write_text(name)
-            rows.append({"name": name, "file": f"{name}.onnx", "agreement": agreement, "size_bytes": size})
-        return {"models": rows, "refused": {}}
-
-    monkeypatch.setattr(imdb, "pruned_copy", lambda model, sample, *_: seen.update(sample=sample) or model)
-    monkeypatch.setattr(imdb, "onnx_probabilities", lambda path, ids: torch.full((len(ids),), 0.9))
-    for name, stub in (("export_all", export_all), ("print_table", print), ("plot_rows", print)):
-        monkeypatch.setattr(export, name, stub)
-    ids = [torch.tensor([5, 6, 7])] * 3000
-    data = {"train": (ids, [0.0] * 1500 + [1.0] * 1500, [0] * 3000)}  # in order, as read_imdb gives them
-    test_set = imdb.demo_reviews(1)["test"][:40]
-    report = imdb.export_models(model, imdb.Tokenizer(run["ranks"]), data, test_set, s, tmp_path)
-    assert report["deployed"]["name"] == (tmp_path / "model.onnx").read_text() == "b"
-    assert len(seen["cases"]) == 4
-    assert all(x.size(1) <= s.max_len == 16 for inputs in seen["cases"].values() for (x,) in inputs)
-    assert torch.cat([labels for _, labels in seen["sample"]]).float().mean() == 0.5
-
-
-def test_classify_imdb_page_shows_any_text_as_text(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-    test_set = [imdb.Review(i, i, text) for i, text in enumerate(texts)]
-    mistakes = [{"label": "positive", "probability": 0.1, "text": text} for text in texts]
-    (tmp_path / "mistakes.json").write_text(json.dumps(mistakes))
-    imdb.write_page({"dataset": "demo"}, model, imdb.Tokenizer(run["ranks"]), test_set, tmp_path)
-    tags = []
-    parser = html.parser.HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-    parser.feed((tmp_path / "index.html").read_text())
-    frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
-    assert frames == [(tmp_path / f"attention_{name}.html").read_text() for name in imdb.LABELS]
-    assert "script" not in dict(tags) and [a for tag, a in tags if tag == "b"] == [{"class": "positive"}] * 2
-
-
-def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
-    out = imdb_formats[0] / "run"
-    state = imdb.load(out / "model.pt")
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
-    model.load_state_dict(state["model"])
-    run = export.onnx_runner(out / "export/model.onnx")
-    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
-        tokens = torch.randint(0, model.config.vocab_size, (B, T))
-        tokens[0, T // 2 :] = imdb.PAD
-        tokens[-1] = imdb.PAD  # a row of padding alone
-        check_close(run(tokens), model(tokens).detach(), 1e-5)
-
-
-def test_classify_imdb_explains_by_hiding():
-    """A model that counts one word: hiding it moves the probability, hiding others doesn't."""
-    tokenizer = imdb.Tokenizer.train([imdb.clean(r.text) for r in imdb.demo_reviews(0)["train"][:500]], 400)
-    (ids,) = tokenizer.encode(["a superb film , naïve хорошо and superb"], 99)
-
-    def positive(texts: list[torch.Tensor]) -> torch.Tensor:
-        assert all(x.shape == ids.shape and ((x == ids) | (x == imdb.MASK)).all() for x in texts)
-        words = (
-            tokenizer.bpe.decode([i - imdb.SPECIAL for i in x.tolist() if i >= imdb.SPECIAL]) for x in texts
+    def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
+        """One infinite gradient, as of a bad batch: the last checkpoint stays finite, and is said how to go on."""
+        model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
+        before = (
+            dict(signal.__dict__),
+            [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
         )
-        return torch.tensor([0.9 if "film" in text else 0.3 for text in words])
+        calls = itertools.count()
+        model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
+        with pytest.raises(FloatingPointError, match="gradient.*step 5.*--lr"):
+            imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before[1], strict=True):
+            signal.signal(number, handler)
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert saved["run"]["step"] == 5
+        assert all(x.isfinite().all() for x in saved["model"].values())
 
-    answer = imdb.explained(ids, 0.9, tokenizer, positive)
-    assert answer[0] == ["film", 0.6] and all(effect == 0 for _, effect in answer[1:])
-    assert sorted(word for word, _ in answer) == sorted("a superb film , naïve хорошо and superb".split())
-    assert imdb.explained(ids[:0], 0.5, tokenizer, positive) == []
-    (ids,) = tokenizer.encode(['the (first) "act" is well-made.but don\'t see 2nd'], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    words = 'the ( first ) " act " is well - made . but don\'t see 2nd'.split()
-    assert {word for word, _ in answer} <= set(words)
-    (ids,) = tokenizer.encode(["a “größer” film—bad…so"], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    assert [word for word, _ in answer] == "a “ größer ” film — bad … so".split()
-    (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
-    assert len(imdb.explained(ids, 0.5, tokenizer, lambda texts: torch.linspace(0, 1, len(texts)))) == 10
+    def test_page_shows_any_text_as_text(self, tmp_path):
+        model, *_, run, _ = self.training(tmp_path)
+        texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
+        corpus = imdb.Corpus(
+            "own", ["<i>", "&"], [], [imdb.Review(0, i, text) for i, text in enumerate(texts)]
+        )
+        mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
+        report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
+        imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
+        tags = []
+        parser = html.parser.HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+        parser.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
+        frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
+        assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
+        assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
 
+    # ---- runs
 
-def test_classify_imdb_stops_at_its_target(imdb_ranks, tmp_path):
-    arguments = (*IMDB_SMALL, "--no-export", "--target", "0.7", "--out", str(tmp_path))
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    last = report["history"][-1]
-    assert (
-        report["target"]["reached"]
-        and last["step"] < 225
-        and last["dev_accuracy"] > 0.7 + (0.21 / 800) ** 0.5
+    @pytest.fixture(scope="class")
+    def own_run(self, tmp_path_factory):
+        """A run on 200 rows of one's own, as a user starts it, with all that it does by default."""
+        folder = tmp_path_factory.mktemp("own")
+        self.table(folder / "my.csv", self.own_rows(200))
+        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
+        arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
+        return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
+
+    def test_own_texts_work_whole(self, own_run):
+        folder, result = own_run
+        out = folder / "out/classify_imdb"
+        summary, report = last_json(result), json_of(out / "report.json")
+        assert len(result.stdout.splitlines()[-1]) < 300 and "random" in result.stdout
+        assert summary["report"] == "out/classify_imdb/report.json" and "index.html" in result.stdout
+        assert all(summary[name] == report[name] for name in summary if name != "report")
+        names = "train_seconds total_seconds n_parameters n_counted preset seed cpu threads gemm_gflops torch"
+        assert all(report[name] is not None for name in names.split())
+        assert report["dataset"] == "own" and report["settings"]["labels"] == ["bad", "good & fine"]
+        assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
+        assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
+        rows = {row["name"]: row for row in report["models"]}
+        assert {"eager", "ONNX", "pruned, ONNX"} <= set(rows) and any("dynamic" in name for name in rows)
+        best = rows[report["recommended"]]
+        near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
+        assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
+        assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
+        assert (
+            rows["ONNX"]["max_abs_diff"] <= 1e-5 and best["size_bytes"] == (out / "model.onnx").stat().st_size
+        )
+        assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
+        assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
+        page = (out / "index.html").read_text(encoding="utf-8")
+        assert page.index("<h1>") < page.index("<table>") and page.count("data:image/png;base64") == 2
+        assert not re.search(r"(src|href)=.?(http|//|/)", page) and "good &amp; fine" in page
+
+    def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
+        out = own_run[0] / "out/classify_imdb"
+        monkeypatch.chdir(tmp_path)
+        long = "the plot was clever , " * 2000  # far over the length that a file name may have
+        (tmp_path / "texts.txt").write_text(
+            "they call it dull\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig"
+        )
+
+        def predict(*what: str) -> list[dict]:
+            assert imdb.main(["--out", str(out), "--predict", *what]) == 0
+            return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+        (answer,) = predict("they call it dull")
+        assert set(answer) == {"label", "probability", "text", "probabilities"}
+        p = answer["probabilities"]
+        assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
+        assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
+        assert [a["text"] for a in predict("texts.txt")] == ["they call it dull", "a dull\x85film\u2028x"]
+        assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
+        (explained,) = predict("they call it dull", "--explain")
+        effects = [abs(effect) for _, effect in explained["explain"]]
+        assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        imdb.main(["--out", str(out), "--predict", "they call it dull", "--explain"])
+        first, *words = capsys.readouterr().out.splitlines()
+        assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
+
+    def test_predict_streams(self, own_run):
+        """A line is answered before the next one comes."""
+        command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=own_run[0], **pipes) as process:
+            clock = threading.Timer(60, process.kill)
+            clock.start()
+            for text in ("one", "two"):
+                process.stdin.write(text + "\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline())["text"] == text
+            process.stdin.close()
+            assert process.wait(60) == 0
+            clock.cancel()
+
+    def test_predict_refuses(self, own_run, tmp_path, capsys):
+        out = own_run[0] / "out/classify_imdb"
+        (tmp_path / "blank.txt").write_text("\n  \n")
+        (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
+        (tmp_path / "bad").mkdir()
+        for content, what, words in [
+            (None, "a text", "no .*model.onnx yet.*train"),
+            (b"no model", "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes()[:5000], "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "blank.txt"), "no text"),
+            ((out / "model.onnx").read_bytes(), "  ", "no text"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "utf16.txt"), "utf-8"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path), "directory"),
+        ]:
+            if content:
+                (tmp_path / "bad/model.onnx").write_bytes(content)
+            assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.search(words, line), line
+
+    def test_readme_snippet_predicts_without_the_project(self, own_run):
+        """onnxruntime and tiktoken alone, in a folder without the project's files."""
+        folder, _ = own_run
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", IMDB_SNIPPET], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
+        answer = last_json(run_script("classify_imdb.py", "--predict", "A film to remember.", cwd=folder))
+        assert numbers == pytest.approx(list(answer["probabilities"].values()), abs=1e-3)
+
+    @pytest.fixture(scope="class")
+    def ranks(self, tmp_path_factory):
+        launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
+        yield launcher
+        launcher.end()
+
+    @staticmethod
+    def code(here: str = "") -> str:
+        return IMDB_FEW.replace("{here}", here)
+
+    def test_demo_runs_without_network(self, tmp_path):
+        """It says so, and learns; twins can't be told by single words."""
+        sizes = (
+            "--d-model 32 --n-heads 2 --d-ff 32 --max-len 64 --vocab-size 500 --lr 5e-3 --epochs 1".split()
+        )
+        result = run_script(
+            "classify_imdb.py", *sizes, "--no-export", "--out", "o", cwd=tmp_path, **NO_NETWORK
+        )
+        report = last_json(result)
+        assert "IMDB WAS NOT FOUND" in result.stdout and imdb.IMDB_URL in result.stdout
+        assert report["dataset"] == "demo" and report["test_accuracy"] > 0.8
+        assert [row["name"] for row in json_of(tmp_path / "o/report.json")["models"]] == ["eager", "ONNX"]
+
+    def test_killed_anywhere_ends_in_the_same_weights(self, ranks, tmp_path):
+        """kill -9 in each stage, then the same command; what was finished isn't done again."""
+        arguments = [*IMDB_SMALL, "--unlabelled", "--save-every", "0"]
+        (whole,) = ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        out = tmp_path / "killed"
+        stages = [  # where it is killed; the step of what is left
+            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0), ("ddp.warmup_cosine", 12),
+            ("look_at_dev", 13), ("ddp.write_atomically", 13), ("plot_results", 18), ("print_end", 18),
+        ]  # fmt: skip
+        for place, wanted in stages:
+            here = f"script.{place} = {'late' if 'cosine' in place else 'die'}"
+            (killed,) = ranks.attempt(1, *arguments, "--out", str(out), code=self.code(here))
+            assert killed.returncode == -signal.SIGKILL, (place, killed)
+            left = train_ddp.load_checkpoint(out)
+            assert (left and left["run"]["step"]) == wanted, place
+        one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
+        assert one["model"].keys() == other["model"].keys()
+        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+        drop = [{k: v for k, v in row.items() if k != "seconds"} for row in one["run"]["history"]]
+        assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["run"]["history"]]
+        nothing = (
+            "".join(f"script.{name} = " for name in ("linear_model", "Tokenizer.train", "train")) + "again"
+        )
+        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(nothing))
+        first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
+        for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
+            assert first[name] == second[name]
+        assert (
+            "finished" in done.stdout
+            and last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        )
+        assert second["total_seconds"] > other["run"]["total_seconds"] > 0 < other["run"]["prepare_seconds"]
+
+    def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
+        """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
+        arguments = [
+            *IMDB_SMALL,
+            *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled".split(),
+        ]
+        arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
+        for world in (1, 2, 3):
+            results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
+            assert all(not result.stdout for result in results[1:])  # rank 0 alone speaks
+        one, *others = (train_ddp.load_checkpoint(tmp_path / str(world)) for world in (1, 2, 3))
+        for other in others:
+            for name, value in one["model"].items():
+                check_close(other["model"][name], value, 2e-5)
+            for i, moments in one["optimizer"]["state"].items():  # an average of the last gradients
+                check_close(other["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
+            for mine, row in zip(other["run"]["history"], one["run"]["history"], strict=True):
+                assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
+                assert mine["train_accuracy"] == row["train_accuracy"]
+        assert json_of(tmp_path / "3/report.json")["processes"] == 3
+
+    def test_a_lost_process_ends_the_others_and_any_number_goes_on(self, ranks, tmp_path):
+        arguments = [*IMDB_SMALL, *"--dropout 0 --mask-words 0 --lr 1e-4 --save-every 0".split()]
+        ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        arguments += ["--out", str(tmp_path / "lost")]
+        here = "if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late"
+        here = here.replace("12", "5")
+        first, second = ranks.attempt(2, *arguments, code=self.code(here).replace("step == 12", "step == 5"))
+        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+        assert "step 5" in first.stderr and "Traceback" not in first.stderr
+        last = ranks.run(3, *arguments, code=self.code())[0]
+        assert "going on at step 5" in last.stdout
+        one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
+        assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
+
+    @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+    def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
+        arguments = [*IMDB_SMALL, "--epochs", "500", "--save-every", "0", "--out", str(tmp_path)]
+        ranks.start(world, *arguments, code=self.code())
+        ranks.wait_until(lambda: len(list(tmp_path.glob("step_0000000[5-9]*"))) > 0)
+        ranks.kill([world - 1], number)
+        results = ranks.wait()
+        assert [result.returncode for result in results] == [128 + number] * world, results
+        step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
+        assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
+        (other,) = ranks.attempt(1, *arguments, "--seed", "7", code=self.code())
+        check_one_line_error(other, "seed 0 there, 7 here", "--out")
+
+    def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
+        """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
+        here = "few = script.Corpus('demo', whole.labels, whole.train[:1000], whole.test[:1000], whole.unlabelled)"
+        arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
+        ranks.run(1, *arguments, code=self.code(here))
+        report = json_of(tmp_path / "report.json")
+        assert (
+            abs(report["test_accuracy"] - 0.5) <= 0.065 and abs(report["linear_test_accuracy"] - 0.5) <= 0.065
+        )
+
+    def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
+        """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
+        corpus, given = self.corpus(), []
+        opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
+        monkeypatch.setattr(imdb, "finish", lambda *_: None)
+        teacher = lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews)  # noqa: E731
+        labels = []
+        monkeypatch.setattr(imdb, "linear_model", lambda _, y: (labels.append(y), (teacher, 0))[1])
+        arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
+        assert imdb.main(arguments) == 0
+        ((model, examples, dev, run, *_),) = given
+        train_set, dev_set = imdb.split_dev(corpus)
+        shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
+        assert labels == [shuffled] and shuffled != [r.label for r in train_set]
+        assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
+        assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
+        for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
+            by_number = [fold for _, fold in sorted(zip([r.number for r in part], folds, strict=True))]
+            assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
+        odds = imdb.NgramOdds()
+        odds.fit(examples)
+        assert torch.equal(model.odds.table, odds.table) and run.prepare_seconds > 0
+
+    def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = self.training(tmp_path)
+        corpus = self.corpus(300)
+        linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
+        run.teacher = {"test": linear.tolist()}
+        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        with torch.no_grad():
+            model.head.weight.mul_(5)  # an untrained model is never sure
+        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
+        (tmp_path / "model.onnx").write_text("of another run")
+        imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
+        report = json_of(tmp_path / "report.json")
+        ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
+        own, labels = (
+            imdb.log_odds(model, ids, imdb.ALONE),
+            torch.tensor([r.label for r in corpus.test]).bool(),
+        )
+        expected = [x.double().mean().item() for x in
+                    ((own > 0) == labels, (linear > 0.5) == labels, (own + linear.logit() > 0) == labels)]  # fmt: skip
+        names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
+        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5) and len(
+            set(expected)
+        ) == 3
+        assert report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
+
+    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
+        corpus = self.corpus(300)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
+        report = json_of(tmp_path / "a/b/baseline.json")
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
+        turned = [review._replace(label=1 - review.label) for review in corpus.test]
+        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
+        imdb.baseline(imdb.Settings(out=str(tmp_path)))
+        report = json_of(tmp_path / "baseline.json")
+        assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
+
+    @pytest.mark.skipif(
+        not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
     )
-    assert all(row["dev_accuracy"] <= 0.7 + (0.21 / 800) ** 0.5 for row in report["history"][:-1])
-    assert report["train_seconds"] < report["target"]["seconds"]
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == last["step"], "saved before the test begins"
-    row, dev = {"dev_accuracy": 0.86}, ([None] * 2500, None)  # sqrt(0.85 * 0.15 / 2500) = 0.00714
-    assert imdb.safely_past(0.85, row, dev) and not imdb.safely_past(0.853, row, dev)
-
-
-def test_classify_imdb_baseline_beside_another_run(tmp_path, monkeypatch):
-    few = {split: rows[:300] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    for _ in range(2):
-        report = imdb.baseline(imdb.Settings(out=str(tmp_path / "a/b")))
-        assert 0 <= report["train_seconds"] <= report["total_seconds"] < 60
-    turned = [review._replace(label=1 - review.label) for review in few["test"]]
-    monkeypatch.setattr(imdb, "split_dev", lambda reviews: (reviews, turned))
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path)))
-    assert (
-        report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"]) and report["test_accuracy"] > 0.7
-    )
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path), shuffle_labels=True))
-    assert 0.3 < report["test_accuracy"] < 0.7
-
-
-def test_classify_imdb_baseline(tmp_path):
-    report = last_json(run_script("classify_imdb.py", "--baseline", "--out", "b", cwd=tmp_path, **NO_NETWORK))
-    assert report == json.loads((tmp_path / "b/baseline.json").read_text())
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
-    assert 0 < report["train_seconds"] <= report["total_seconds"] < 240
-
-
-@IMDB_GIVEN
-def test_classify_imdb_real_data(imdb_real_data_begun):
-    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
-    found = last_json(imdb_real_data_begun.result())
-    assert found["fingerprint"] == imdb.IMDB_FINGERPRINT
-    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
-        assert found[split] == [25_000, 12_500, size]  # reviews, positive ones, bytes
-    assert found["parts"] == [22_500, 2_500] and found["shared"] == [123, 3]
+    def test_real_data_are_the_published_texts(self):
+        assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
+        assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+        corpus = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
+        assert imdb.fingerprint(corpus) == imdb.IMDB_FINGERPRINT
+        for reviews, size in ((corpus.train, 33_132_823), (corpus.test, 32_350_685)):
+            assert len(reviews) == 25_000 and sum(r.label for r in reviews) == 12_500
+            assert sum(len(r.text.encode()) for r in reviews) == size
+        train, dev = imdb.split_dev(corpus)
+        assert (len(train), len(dev)) == (22_500, 2_500)
+        log = json_of(ROOT / "assets/imdb.json")
+        assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
 
 
 # -----------------------------------------------------------------------------
@@ -9877,49 +9314,39 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     ],
     "classify_imdb.py": [
         (
-            "avg_pool1d(real[:, None].to(x.dtype), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
-            "avg_pool1d(real[:, None].to(x.dtype), 1, STRIDE)[:, 0] > 0",
-            "every_token_counts",
+            "avg_pool1d(real[:, None].float(), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
+            "avg_pool1d(real[:, None].float(), 1, STRIDE)[:, 0] > 0",
+            "written_out",
         ),
-        ("tokens = tokens.long()  # 32", "# 32", "classify_imdb_ngram_ids"),
-        ('kept["seconds"]\n', "0\n", "kept_stage_counts"),
-        ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
-        ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
-        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
-        ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
-        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
-        ("    model.eval()\n    out = torch.zeros", "    out = torch.zeros", "probabilities_are"),
-        ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
-        (
-            'torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)',
-            "pass",
-            "killed_and_started",
-        ),
-        ("share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
-        ("return counts * loss, counts", "return loss, counts", "any_number_of"),
+        ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
+        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
+        ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
+        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
+        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
+        ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
+        ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
+        ("torch.manual_seed(s.seed * 1_000_003 + run.step + 2**40 * p.rank)", "pass", "killed_anywhere"),
+        ("ddp.share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
+        ("loss, right = 0 * loss, 0", "pass", "any_number_of"),
         ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
         (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
-        ("    save_run(run, made, s)\n", "", "in_any_stage"),
-        ("            old.unlink()\n", "            pass\n", "goes_from_demo"),
-        ("damaged = file.testzip()", "damaged = None", "predict_errors"),
-        (
-            "order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)",
-            "order = batches(lengths, s.batch_size, seed=epoch + int(time.time()))",
-            "killed_and_started",
-        ),
-        ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
+        ("    save(run, s, {})\n", "", "killed_anywhere"),
+        ("+ step // per_epoch)", "+ step // per_epoch + int(time.time()))", "killed_anywhere"),
+        ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "written_out"),
-        ("flatten(1) * self.encoder.scale", "flatten(1)", "fused_model"),
-        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused_model"),
-        ("(halfway[rows] + said.softmax(-1)[:, 1]) / 2", "said.softmax(-1)[:, 1]", "fine_tuning_is"),
-        ("copied.encoder.layers[: max(1, s.n_layers // 2)]", "copied.encoder.layers[1:]", "pruned_copy"),
-        ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
-        ("(p.logit(1e-6) + linear.logit(1e-6))", "(p + linear)", "linear_model_s_logit"),
-        ('run["linear"].get("unlabelled", [])', 'run["linear"].get("test", [])', "linear_model_s_opinion"),
-        ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
-        ("round(p - without, 4)", "round(p, 4)", "explains_by"),
-        ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
+        ("W.flatten(1) * self.encoder.scale", "W.flatten(1)", "fused"),
+        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused"),
+        ("(targets + said) / 2", "said", "pruned_copy"),
+        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
+        ("> s.target + error", "> s.target - error", "stops_at"),
+        ("(score - log_odds(", "(score + log_odds(", "explain"),
+        ("positive / positive.sum()", "negative / negative.sum()", "weighs_by"),
+        ('ddp.check_finite("gradient\'s norm", norm.item(), run.step)', "pass", "not_finite"),
     ],
     "train_fsdp.py": [
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "train_fsdp_gradients_travel"),
