@@ -7713,8 +7713,8 @@ class TestClassifyImdb:
         model, examples, dev, run, s = self.training(tmp_path, **sizes)
         other = copy.deepcopy(model)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        groups = [{"params": [p for p in other.parameters() if p.ndim > 1], "weight_decay": 0.3},
-                  {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0}]  # fmt: skip
+        matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
         step, right = 0, []
         for epoch in range(2):
@@ -8226,17 +8226,14 @@ class TestClassifyImdb:
         assert again.step == run.step == saved["run"]["step"]
 
     def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
-        """One infinite gradient, as of a bad batch: the last checkpoint stays finite, and is said how to go on."""
+        """One infinite gradient, as of a bad batch: the last checkpoint stays finite."""
         model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
-        before = (
-            dict(signal.__dict__),
-            [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
-        )
+        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
         calls = itertools.count()
         model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
         with pytest.raises(FloatingPointError, match="gradient.*step 5.*--lr"):
             imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), before[1], strict=True):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         saved = train_ddp.load_checkpoint(tmp_path)
         assert saved["run"]["step"] == 5
@@ -8476,7 +8473,8 @@ class TestClassifyImdb:
 
     def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
         """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
-        here = "few = script.Corpus('demo', whole.labels, whole.train[:1000], whole.test[:1000], whole.unlabelled)"
+        parts = "whole.train[:1000], whole.test[:1000], whole.unlabelled"
+        here = f"few = script.Corpus('demo', whole.labels, {parts})"
         arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
         ranks.run(1, *arguments, code=self.code(here))
         report = json_of(tmp_path / "report.json")
@@ -8485,7 +8483,7 @@ class TestClassifyImdb:
         )
 
     def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
-        """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
+        """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
         corpus, given = self.corpus(), []
         opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
@@ -8526,8 +8524,8 @@ class TestClassifyImdb:
             imdb.log_odds(model, ids, imdb.ALONE),
             torch.tensor([r.label for r in corpus.test]).bool(),
         )
-        expected = [x.double().mean().item() for x in
-                    ((own > 0) == labels, (linear > 0.5) == labels, (own + linear.logit() > 0) == labels)]  # fmt: skip
+        answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
+        expected = [(answer == labels).double().mean().item() for answer in answers]
         names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
         assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5) and len(
             set(expected)
