@@ -266,7 +266,8 @@ def waiting(what: str, processes: Processes, timeout: float | None = None):
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)  # gloo has no class of its own
+        gloos = any(part in str(error) for part in ("/gloo/", "pair closure"))  # it has no class of its own
+        lost = isinstance(error, dist.DistError) or gloos
         if processes.world == 1 or not lost:
             raise
         limit = f" for up to {timeout:g} s" if timeout else ""
@@ -547,15 +548,15 @@ def dcp_errors(path: Path, p: Processes | None):
 
 @dataclass
 class Settings:
-    steps: int = 500  # optimizer steps in all; the learning rate falls to nearly 0 by the last
+    steps: int = 700  # optimizer steps in all; the learning rate falls to nearly 0 by the last
     batch_size: int = 16  # sequences a step, over all processes and micro-batches; any number
     accumulate: int = 1  # micro-batches a process takes for a step: the same step in less memory
     max_len: int = 128  # tokens (here bytes) the model looks back
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
-    n_layers: int = 3  # blocks; each is a unit that is gathered and dropped as one
+    n_layers: int = 2  # blocks; each is a unit that is gathered and dropped as one
     dropout: float = 0.0  # fraction of features dropped; 0: the data is seen a few times only
-    lr: float = 4e-3  # peak learning rate of AdamW
+    lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak, then a cosine down to 0
     weight_decay: float = 0.1  # on matrices; norms and biases have no reason to be small
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
@@ -829,8 +830,8 @@ def check_settings(s: Settings, p: Processes) -> None:
     if s.batch_size < p.world * s.accumulate:
         parts = f"{p.world} process(es) x accumulate {s.accumulate}"
         raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
-    if s.exact and s.amp != "off":
-        raise ValueError(f"exact needs amp off, got {s.amp}")
+    if s.amp != "off" and (s.dtype != "float32" or s.exact):
+        raise ValueError(f"amp {s.amp} needs dtype float32 and no exact, got {s.dtype}")
     if p.world % s.replicate:
         raise ValueError(f"replicate {s.replicate} doesn't divide the {p.world} process(es): no mesh fits")
 
