@@ -53,6 +53,7 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 import attention
@@ -4178,264 +4179,24 @@ def test_losses_ordinal_is_its_loop_gradients_included():
 
 
 # -----------------------------------------------------------------------------
-# train_ddp.py: the model and the data
-
-
-def test_train_ddp_gpt_equals_torch_layers():
-    """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
-    model = train_ddp.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
-    oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
-    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
-        pairs = [
-            (theirs.self_attn.in_proj_weight, ours.qkv.weight),
-            (theirs.self_attn.in_proj_bias, ours.qkv.bias),
-        ]
-        for name, other in (("self_attn.out_proj", ours.out), ("norm1", ours.norm1), ("norm2", ours.norm2)):
-            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
-        for name, other in (("linear1", ours.mlp[0]), ("linear2", ours.mlp[2])):
-            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
-        for target, source in pairs:
-            target.data = source.detach().clone()
-    oracle.norm.load_state_dict(model.norm.state_dict())
-    tokens = torch.randint(256, (4, 17))
-    x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
-    table = model.embedding.weight.detach().clone().requires_grad_()
-    hidden = oracle(
-        x, mask=nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64), is_causal=True
-    )
-    expected, logits = hidden @ table.T, model(tokens)
-    check_close(logits, expected, 1e-10, "logits")
-    logits.square().sum().backward()
-    expected.square().sum().backward()
-    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
-        check_close(ours.qkv.weight.grad, theirs.self_attn.in_proj_weight.grad, 1e-10, "qkv")
-        check_close(ours.mlp[0].weight.grad, theirs.linear1.weight.grad, 1e-10, "mlp")
-    check_close(model.norm.weight.grad, oracle.norm.weight.grad, 1e-10, "norm")
-
-
-def test_train_ddp_gpt_is_causal_and_checks_its_input():
-    model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
-    tokens = torch.randint(256, (2, 12))
-    before = model(tokens)
-    for place in range(12):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 1) % 256
-        difference = (model(changed) - before).abs().amax(-1)  # (B, T)
-        assert (difference[:, :place] == 0).all()
-        assert (difference[:, place] > 0).all()
-    with pytest.raises(ValueError, match="T <= 12"):
-        model(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
-        train_ddp.GPT(16, 3, 1, 8)
-    model.train()
-    torch.manual_seed(1)
-    first = model(tokens)
-    assert not torch.equal(first, model(tokens)), "dropout while training"
-
-
-def test_train_ddp_start_weights():
-    torch.manual_seed(0)
-    model = train_ddp.GPT(64, 4, 8, 128)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert p.abs().max() == 0, name
-        elif p.ndim == 2:
-            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
-            assert abs(p.std().item() / std - 1) < 0.1, name
-        else:
-            assert (p == 1).all(), name
-
-
-@pytest.mark.parametrize("max_len", [7, 32, 128])
-def test_train_ddp_every_byte_of_the_manual_is_a_target_once(max_len):
-    from pydoc_data.topics import topics
-
-    texts = sorted(set(topics.values()))
-    assert len(texts) > 50
-    train, dev = train_ddp.load_manual(max_len)
-    for sequences, expected in (
-        (dev, texts[9::10]),
-        (train, [t for i, t in enumerate(texts) if i % 10 != 9]),
-    ):
-        inputs, targets = sequences.batch(torch.arange(len(sequences.lengths)), torch.device("cpu"))
-        assert inputs.shape == targets.shape == (len(sequences.lengths), max_len)
-        real = targets != -100
-        assert torch.equal(real.sum(1), sequences.lengths) and (sequences.lengths > 0).all()
-        assert bytes(targets[real].tolist()) == "".join(expected).encode()
-        assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
-        newline = [len(text.encode()) for text in expected]
-        starts = torch.tensor([0, *newline[:-1]]).cumsum(0)
-        flat_inputs = inputs[real]
-        assert (flat_inputs[starts] == 10).all(), "a text starts from a line's end"
-    assert (train.lengths < max_len).sum() > 20, "rows of unequal length"
-
-
-def test_train_ddp_rows_of_step_are_an_endless_row_of_shuffles():
-    for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
-        steps = 3 * n
-        rows = torch.cat([train_ddp.rows_of_step(step, n, batch_size, seed=4) for step in range(steps)])
-        epochs = rows[: len(rows) // n * n].view(-1, n)
-        assert len(rows) == steps * batch_size
-        assert (epochs.sort(dim=1).values == torch.arange(n)).all()
-        assert len(epochs[:4].unique(dim=0)) == min(4, len(epochs)) if n > 5 else True
-        assert torch.equal(train_ddp.rows_of_step(2, n, batch_size, 4), rows[2 * batch_size : 3 * batch_size])
-    other = train_ddp.rows_of_step(0, 100, 32, seed=5)
-    assert not torch.equal(other, train_ddp.rows_of_step(0, 100, 32, seed=4))
-
-
-def test_train_ddp_learning_rate_and_decay():
-    s = train_ddp.Settings(steps=30, warmup=10, lr=0.5, weight_decay=0.3)
-    rates = [train_ddp.learning_rate(step, s) for step in range(30)]
-    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
-    assert rates[10] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[29] < 0.01
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert train_ddp.learning_rate(0, train_ddp.Settings(steps=5, warmup=0, lr=0.1)) == 0.1
-    model = train_ddp.GPT(16, 2, 1, 8)
-    optimizer = train_ddp.make_optimizer(model, s, torch.device("cpu"))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert isinstance(optimizer, torch.optim.AdamW) and len(decay) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
-
-
-def test_train_ddp_evaluation_and_flops_and_sample():
-    model = train_ddp.GPT(16, 2, 1, 32)
-    _, dev = train_ddp.load_manual(32)
-    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
-    x, y = dev.batch(torch.arange(len(dev.lengths)), alone.device)
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()  # the mean over real tokens
-    assert train_ddp.evaluate(model, dev, alone) == pytest.approx(expected, rel=1e-6)
-    assert model.training
-    noisy, plain = train_ddp.GPT(16, 2, 1, 32, dropout=0.5), train_ddp.GPT(16, 2, 1, 32)
-    for weight in noisy.parameters():
-        nn.init.normal_(weight, std=0.3)
-    plain.load_state_dict(noisy.state_dict())
-    few = train_ddp.Sequences(dev.tokens[:99], dev.lengths[:99])
-    losses = [train_ddp.evaluate(m, few, alone) for m in (noisy, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "no dropout in evaluation"
-    weights = sum(p.numel() for p in model.parameters()) - 32 * 16
-    assert train_ddp.flops_per_token(model) == 6 * weights + 6 * 1 * 32 * 16
-    text = train_ddp.generate(model, "The ", 50, alone.device)
-    assert text.startswith("The ") and text == train_ddp.generate(model, "The ", 50, alone.device)
-    with torch.no_grad():  # a model that is sure of "ab" again and again, past its max_len
-        model.embedding.weight.zero_()
-        model.embedding.weight[ord("a"), 0] = model.embedding.weight[ord("b"), 1] = 1.0
-
-    class Alternates(nn.Module):
-        max_len, widest = 8, 0
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            Alternates.widest = max(Alternates.widest, tokens.shape[1])
-            following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
-            return 50.0 * F.one_hot(following, 256)
-
-    assert train_ddp.generate(Alternates(), "xa", 12, alone.device, temperature=0.02) == "xa" + "ba" * 6
-    assert Alternates.widest == 7  # one less than max_len, see there
-    assert train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, alone.device) == "\ufffd[2J\nxaba"
-    texts = [train_ddp.generate(m, "The ", 60, alone.device) for m in (noisy.train(), plain)]
-    assert texts[0] == texts[1], "no dropout"
-
-
-# -----------------------------------------------------------------------------
-# train_ddp.py: checkpoints
-
-
-def ddp_state(step: int) -> dict:
-    return {"step": step, "weights": torch.arange(1000.0) + step}
-
-
-def test_train_ddp_checkpoints_keep_the_last_and_leave_no_parts(tmp_path):
-    folder = tmp_path / "new/folder"
-    train_ddp.save_checkpoint(folder, 1, ddp_state(1))
-    (folder / "step_00000001.abc.pt.part").write_bytes(b"of a killed process")
-    (folder / "mine.txt").write_text("not a checkpoint")
-    for step in (5, 50, 500, 5000):
-        path = train_ddp.save_checkpoint(folder, step, ddp_state(step), keep=2)
-        assert path.exists()
-    names = sorted(p.name.split(".")[0] for p in folder.iterdir())
-    assert names == ["mine", "step_00000500", "step_00005000"]
-    loaded = train_ddp.load_checkpoint(folder)
-    assert loaded["step"] == 5000 and torch.equal(loaded["weights"], ddp_state(5000)["weights"])
-    assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_train_ddp_damaged_checkpoint_is_reported_and_the_one_before_taken(damage, tmp_path, capsys):
-    train_ddp.save_checkpoint(tmp_path, 1, ddp_state(1))
-    path = train_ddp.save_checkpoint(tmp_path, 2, ddp_state(2))
-    data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    path.write_bytes(data if damage == "flip" else data[: len(data) // 2 * (damage == "truncate")])
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
-    assert f"{path} is damaged" in capsys.readouterr().err
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
-    assert capsys.readouterr().err == "" and len(list(tmp_path.glob("*.damaged"))) == 1
-
-
-def test_train_ddp_checkpoint_runs_no_code(tmp_path):
-
-    class Evil:
-        def __reduce__(self):
-            return (Path(tmp_path / "ran").touch, ())
-
-    data = pickle.dumps({"step": Evil()}, protocol=2)
-    (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
-    with contextlib.suppress(Exception):
-        train_ddp.load_checkpoint(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_train_ddp_checkpoint_on_a_full_disk(tmp_path):
-    """A process that may write no file above 100 kB: OSError, and what was there stays."""
-    code = f"""
-import resource, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import train_ddp
-from pathlib import Path
-folder = Path({str(tmp_path)!r})
-train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
-except OSError as error:
-    print("OSError", train_ddp.load_checkpoint(folder)["step"])
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout == "OSError 1\n", result
-
-
-# -----------------------------------------------------------------------------
-# train_ddp.py: runs of one and of several processes
-
-DDP_TINY = "--steps 20 --batch-size 13 --max-len 24 --d-model 16 --n-heads 2 --n-layers 1 --warmup 3".split()
-DDP_TINY += "--eval-every 10 --timeout 40".split()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
+# train_ddp.py and train_fsdp.py
 
 # A process that has imported torch once; each rank is a fork of it: a start costs 0.1 s, not 3. Ranks are
-# processes of their own, with the variables that torchrun sets, and end as a script does. They measure no
-# matmul and draw no picture: half a second each.
+# processes of their own, with the variables that torchrun sets, and end as a script does.
 LAUNCHER = """
-import gc, importlib, json, os, sys, traceback
+import gc, importlib, json, os, signal, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
-import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm
+import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm, tyro
 import torch, torch._dynamo, torch.distributed.checkpoint._fsspec_filesystem, torch.utils.serialization
 import pydoc_data.topics
+from pathlib import Path
 script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
 script.hardware = lambda p: {"processes": p.world, "gemm_gflops": 1.0}
-savefig = matplotlib.pyplot.Figure.savefig
 def no_network(*_):
     raise OSError("no network")
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
+def run():
+    script.exit_now(script.main(tyro.cli(script.Settings)))
 gc.collect()
 gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
@@ -4464,12 +4225,26 @@ for line in sys.stdin:
 """
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_until(condition, seconds: float, what) -> None:
+    """what: said if the condition isn't met in time; a function is called for it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what() if callable(what) else what}"
+        time.sleep(0.005)
+
+
 class Launcher:
-    """Runs train_ddp.py or train_fsdp.py on any number of ranks, one run at a time."""
+    """Runs a script on any number of ranks, one run at a time."""
 
     def __init__(self, folder: Path, module: str):
         (folder / "launcher.py").write_text(LAUNCHER)
-        self.folder, self.pids, self.ranks = folder, [], []
+        self.folder, self.module, self.pids, self.ranks = folder, module, [], []
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.process = subprocess.Popen(
             [sys.executable, str(folder / "launcher.py"), str(ROOT), module],
@@ -4480,33 +4255,35 @@ class Launcher:
             stdout=subprocess.PIPE,
         )
 
-    def start(self, world: int, *arguments: str, of_rank=None, code=None) -> None:
-        """of_rank: more arguments for a rank; None: this rank never starts."""
+    def start(self, world: int, *arguments: str, of_rank=None, code="run()", **environment) -> None:
+        """of_rank: more arguments for a rank; None: this rank never starts. code: what each rank runs."""
         of_rank = of_rank or {}
-        code = code or "import tyro; script.exit_now(script.main(tyro.cli(script.Settings)))"
         self.ranks = [rank for rank in range(world) if of_rank.get(rank, []) is not None]
         for log in self.folder.glob("log.*"):
             log.unlink()
         job = {"world": world, "ranks": self.ranks, "code": code, "log": str(self.folder / "log")}
         job["arguments"] = [[*arguments, *(of_rank.get(rank) or [])] for rank in range(world)]
-        job["env"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        job["env"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         self.pids = json.loads(self.process.stdout.readline())
 
     def out(self, rank: int, name: str = "out") -> str:
         log = Path(f"{self.folder}/log.{rank}.{name}")
-        return log.read_text() if log.exists() else ""
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def kill(self, ranks, number: int = signal.SIGKILL) -> None:
         for rank in ranks:
             os.kill(self.pids[rank], number)
 
-    def wait(self) -> list[subprocess.CompletedProcess]:
-        """What each rank printed; none is left behind, as no rank waits longer than --timeout."""
+    def wait(self, seconds: float = 120) -> list[subprocess.CompletedProcess]:
+        """What each rank printed; ranks that don't end within seconds are killed."""
+        late = threading.Timer(seconds, self.kill, [range(len(self.pids))])
+        late.start()
         self.process.stdin.write("wait\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
+        late.cancel()
         outputs = [(self.out(rank), self.out(rank, "err")) for rank in self.ranks]
         return [subprocess.CompletedProcess([], c, *o) for c, o in zip(codes, outputs, strict=True)]
 
@@ -4519,14 +4296,8 @@ class Launcher:
         assert all(r.returncode == 0 for r in results), results
         return results
 
-    def wait_for(self, text: str) -> None:
-        self.wait_until(lambda: text in self.out(0))
-
     def wait_until(self, condition) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < deadline, (self.out(0), self.out(0, "err"))
-            time.sleep(0.005)
+        wait_until(condition, 120, lambda: (self.out(0), self.out(0, "err")))
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -4542,20 +4313,29 @@ def beside_other_tests(request, name: str, run):
         yield pool.submit(run) if asked_for else None
 
 
-@pytest.fixture(scope="module")
-def ddp_elastic_begun(request, tmp_path_factory):
-    launcher, folder = Launcher(tmp_path_factory.mktemp("elastic"), "train_ddp"), tmp_path_factory.mktemp("e")
-    name = "test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again"
-    with beside_other_tests(request, name, functools.partial(ddp_elastic, launcher, folder)) as curves:
-        yield curves
-    launcher.end()
+# Rows of the parameters divide neither by 4 nor all by 2, batches neither: every slice and part is uneven.
+TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
+TINY += "--lr 3e-3 --eval-every 10 --save-every 0 --timeout 40".split()
+KILLS = int(os.environ.get("KILLS", 3))  # KILLS=20 KILL_SEED=7: a longer search, and which
+KILL_SEED = int(os.environ.get("KILL_SEED", time.time()))
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory, ddp_elastic_begun):
-    launcher = Launcher(tmp_path_factory.mktemp("ddp"), "train_ddp")
-    yield launcher
-    launcher.end()
+def saved(out: Path) -> list[Path]:
+    """Checkpoints of either script, oldest first."""
+    return sorted(p for p in out.glob("step_*") if not p.name.endswith((".part", ".damaged")))
+
+
+def ddp_newest(out: Path) -> str:
+    return max((path.name for path in saved(out)), default="")
+
+
+def saved_state(out: Path) -> dict:
+    """The numbers of the newest checkpoint, whichever script's."""
+    newest = saved(out)[-1]
+    if newest.is_dir():
+        return json_of(newest / "manifest.json")
+    return torch.load(newest, weights_only=True)
 
 
 def final_weights(out: Path) -> Tensor:
@@ -4563,736 +4343,64 @@ def final_weights(out: Path) -> Tensor:
     return torch.cat([value.flatten() for value in state.values()])
 
 
-def distance_of_weights(a: Path, b: Path) -> float:
+def distance_of_weights(a: Path, b: Path | Tensor) -> float:
     """Norm of the difference of all weights, relative to the norm."""
-    a, b = final_weights(a), final_weights(b)
+    a, b = final_weights(a), b if isinstance(b, Tensor) else final_weights(b)
+    assert a.dtype == b.dtype
     return ((a - b).norm() / b.norm()).item()
 
 
-def by_hand(s, initialise=None) -> tuple[Tensor, Tensor]:
+def by_hand(module, s) -> tuple[Tensor, Tensor]:
     """The same training as a plain loop over whole batches: the weights and the losses of the steps, which
-    all ways of splitting the batches must give.
-
-    initialise(model, seed): train_fsdp.py's start weights; None: train_ddp.py's."""
-    text, _ = train_ddp.load_manual(s.max_len)
+    all ways of splitting the batches must give."""
+    (inputs, targets), _ = train_ddp.load_manual(s.max_len)
     torch.manual_seed(s.seed)
-    model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
-    if initialise:
-        initialise(model, s.seed)
+    model = module.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    if module is train_fsdp:
+        module.initialise(model, s.seed)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
     losses = []
     for step in range(s.steps):
-        rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
-        x, y = text.batch(rows, torch.device("cpu"))
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # the mean over real tokens
+        warm = (step + 1) / s.warmup if step < s.warmup else 1.0
+        half = math.pi * max(0, step - s.warmup) / (s.steps - s.warmup)
+        rows = train_ddp.rows_of_step(step, len(inputs), s.batch_size, s.seed)
+        loss = F.cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())  # of real tokens
         loss.backward()
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * warm * (1 + math.cos(half)) / 2
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
     weights = torch.cat([value.detach().flatten() for value in model.state_dict().values()])
     return weights, torch.tensor(losses, dtype=torch.float64)
 
 
-def test_train_ddp_same_weights_however_the_batch_is_split(ddp, tmp_path):
-    """13 sequences of unequal length on 1 to 4 processes, with and without accumulation, in float64."""
-    arguments = [*DDP_TINY, "--dtype", "float64", "--seed", "3"]
-    s = train_ddp.settings_from_command_line(arguments)
-    (expected, by_step), losses = by_hand(s), {}
-    for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
-        out = tmp_path / f"{world}x{accumulate}"
-        ddp.run(world, *arguments, "--accumulate", str(accumulate), "--out", str(out))
-        weights = final_weights(out)
-        distance = ((weights - expected).norm() / expected.norm()).item()
-        assert weights.dtype == torch.float64 and distance <= 1e-12, (world, accumulate, distance)
-        report = json_of(out / "report.json")
-        losses[world, accumulate] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == world and len(report["losses"]) == 20
-        check_close(losses[world, accumulate], losses[1, 1], 1e-12, "losses")
-    check_close(losses[1, 1][:-1], by_step, 1e-12, "losses")
-
-
-def test_train_ddp_two_processes_are_bitwise_one_with_two_micro_batches(ddp, tmp_path):
-    """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
-    arguments = [*DDP_TINY, "--dropout", "0.2", "--clip", "0.5"]
-    first = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
-    ddp.run(2, *arguments, "--out", str(tmp_path / "b"))
-    ddp.run(1, *arguments, "--out", str(tmp_path / "c"))
-    assert torch.equal(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
-    assert 1e-3 < distance_of_weights(tmp_path / "c", tmp_path / "a"), "other micro-batches, other dropout"
-    ddp.run(1, *DDP_TINY, "--out", str(tmp_path / "d"))
-    ddp.run(3, *DDP_TINY, "--out", str(tmp_path / "e"))
-    assert distance_of_weights(tmp_path / "d", tmp_path / "e") <= 1e-5
-    assert last_json(first[0])["dev_loss"] < 5.6
-    again = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
-    assert "this run is finished" in again[0].stdout and last_json(again[0]) == json_of(
-        tmp_path / "a" / "report.json"
-    )
-
-
-def test_train_ddp_gradients_travel_with_the_last_micro_batch_alone(ddp, tmp_path):
-    """Each rank's own gradient until then; in training the last of three micro-batches sends."""
-    code = """
-p = train_ddp.start_processes("cpu", 30)
-model = train_ddp.wrap(torch.nn.Linear(3, 1), p)
-for now in (False, True):
-    with train_ddp.gradients_travel(model, now):
-        model(torch.full((2, 3), 1.0 + p.rank)).sum().backward()
-    print(model.module.weight.grad.flatten().tolist())
-"""
-    alone, both = zip(*(r.stdout.splitlines() for r in ddp.run(2, code="import torch\n" + code)), strict=True)
-    assert list(alone) == ["[2.0, 2.0, 2.0]", "[4.0, 4.0, 4.0]"] and set(both) == {"[6.0, 6.0, 6.0]"}
-    code = """
-travel, said, ticks = train_ddp.gradients_travel, [], iter(range(10**6))
-train_ddp.gradients_travel = lambda parallel, now: said.append(now) or travel(parallel, now)
-train_ddp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
-train_ddp.main()
-print(said)
-"""
-    arguments = [*DDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
-    for result in ddp.run(2, *arguments, code=code):
-        assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
-    assert train_ddp.load_checkpoint(tmp_path)["seconds"] == 4
-
-
-def check_clip_0_is_no_clipping(launcher: Launcher, folder: Path) -> None:
-    weights = []
-    for clip in ("0", "1e9", "0.01"):
-        launcher.run(1, *DDP_TINY, "--steps", "4", "--clip", clip, "--out", str(folder / clip))
-        weights.append(final_weights(folder / clip))
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def check_finished_means_that_all_is_there(launcher: Launcher, folder: Path) -> None:
-    """What is missing or damaged is made again; what is finished needs no place to write in."""
-    arguments = [*DDP_TINY, "--steps", "4", "--out", str(folder)]
-    (first,) = launcher.run(1, *arguments)
-    report, weights = json_of(folder / "report.json"), final_weights(folder)
-    assert f"step 4/4: loss {report['loss']:.3f}, held out {report['dev_loss']:.3f} nats" in first.stdout
-    assert len(set(report["losses"])) == 4 and report["loss"] == report["losses"][-1]
-    (folder / "final.pt").unlink()
-    launcher.run(1, *arguments)
-    assert torch.equal(final_weights(folder), weights)
-    (folder / "report.json").write_text((folder / "report.json").read_text()[:-9])
-    launcher.run(1, *arguments)
-    assert json_of(folder / "report.json")["losses"] == report["losses"]
-    (again,) = launcher.run(1, *arguments, code="script.check_place = None; script.exit_now(script.main())")
-    assert "this run is finished" in again.stdout and last_json(again)["loss"] == report["loss"]
-
-
-def check_the_last_step(launcher: Launcher, folder: Path) -> None:
-    """A signal within it ends nothing any more. One that diverges is an error, and leaves no final.pt."""
-    code = """
-import signal
-sent = []
-def learning_rate(step, s, rate=script.learning_rate):
-    if step == s.steps - 1 and not sent:
-        sent.append(os.kill(os.getpid(), signal.SIGTERM))
-    return rate(step, s)
-script.learning_rate = learning_rate
-script.exit_now(script.main())
-"""
-    launcher.run(1, *DDP_TINY, "--steps", "4", "--out", str(folder / "signal"), code=code)
-    assert (folder / "signal/report.json").exists()
-    arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
-    (result,) = launcher.attempt(1, *DDP_TINY, *arguments, "--out", str(folder / "diverged"))
-    check_one_line_error(result, "the loss is", "at step 0: try a smaller --lr")
-    assert not (folder / "diverged/final.pt").exists()
-
-
-def check_an_overflow_is_skipped(launcher: Launcher, folder: Path) -> None:
-    """fp16: a step whose gradients aren't finite changes no weight."""
-    code = """
-scaler = torch.amp.GradScaler
-torch.amp.GradScaler = lambda *args, **kwargs: scaler(*args, init_scale=2.0**40, **kwargs)
-script.main()
-torch.amp.GradScaler = scaler
-"""
-    launcher.run(1, *DDP_TINY, "--amp", "fp16", "--out", str(folder), code=code)
-    assert final_weights(folder).isfinite().all()
-
-
-def check_ranks_that_cannot_agree(launcher: Launcher, folder: Path) -> None:
-    """Other texts (a Python with another manual), and nan, which isn't equal to itself."""
-    code = """
-if os.environ["RANK"] == "1":
-    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
-script.exit_now(script.main())
-"""
-    results = launcher.attempt(2, *DDP_TINY, "--out", str(folder), code=code)
-    assert [r.returncode for r in results] == [2, 2]
-    assert re.search("rank 1 was started with other settings than rank 0: .*text ", results[0].stderr)
-    results = launcher.attempt(2, *DDP_TINY, "--lr", "nan", "--out", str(folder))
-    assert [r.returncode for r in results] == [2, 2] and "lr must be at least 0, got nan" in results[0].stderr
-
-
-CHECKS_OF_BOTH = (check_finished_means_that_all_is_there, check_the_last_step, check_ranks_that_cannot_agree)
-
-
-@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
-def test_train_ddp_passes_what_both_must(ddp, check, tmp_path):
-    check(ddp, tmp_path)
-
-
-def test_train_ddp_an_overflow_is_skipped(ddp, tmp_path):
-    check_an_overflow_is_skipped(ddp, tmp_path)
-    assert train_ddp.load_checkpoint(tmp_path)["scaler"]["scale"] < 2**40
-
-
-def test_train_ddp_and_train_fsdp_say_what_torchrun_would_have_set(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for module in BOTH:
-        with pytest.raises(
-            ValueError, match="WORLD_SIZE is 2, but MASTER_ADDR isn't set: start with torchrun"
-        ):
-            module.start_processes("cpu", 5.0)
-
-
-def test_train_ddp_final_weights_come_before_the_sample_which_ends_in_time(tmp_path, monkeypatch):
-    """The other ranks wait for it, and not for ever."""
-    s = train_ddp.Settings(out=str(tmp_path), timeout=8.0)
-    model, asked = train_ddp.GPT(16, 2, 1, 24), []
-
-    def generate(*_, seconds):
-        asked.append(seconds)
-        raise KeyboardInterrupt
-
-    long = train_ddp.generate(model, "The ", 50, "cpu", seconds=0.0)
-    assert len(long.encode()) <= len("The ") + 3  # one byte more; what is no UTF-8 takes three
-    monkeypatch.setattr(train_ddp, "generate", generate)
-    with pytest.raises(KeyboardInterrupt):
-        train_ddp.finish(model, {}, {}, s)
-    assert asked == [2.0] and len(final_weights(tmp_path)) == sum(p.numel() for p in model.parameters())
-
-
-def test_train_ddp_clip_0_is_no_clipping(ddp, tmp_path):
-    check_clip_0_is_no_clipping(ddp, tmp_path)
-
-
-def test_train_ddp_mixed_precision_and_data_parallel(ddp, tmp_path):
-    """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the
-    same way); DataParallel is the plain model on CPU."""
-    arguments = [*DDP_TINY, "--clip", "0.3"]
-    ddp.run(1, *arguments, "--out", str(tmp_path / "fp32"))
-    ddp.run(1, *arguments, "--data-parallel", "--out", str(tmp_path / "dp"))
-    assert torch.equal(final_weights(tmp_path / "fp32"), final_weights(tmp_path / "dp"))
-    for amp in ("bf16", "fp16"):
-        ddp.run(2, *arguments, "--amp", amp, "--out", str(tmp_path / amp))
-        assert 0 < distance_of_weights(tmp_path / amp, tmp_path / "fp32") < 0.02, amp
-        assert final_weights(tmp_path / amp).dtype == torch.float32
-
-
-KILLS = int(os.environ.get("KILLS", 3))  # KILLS=20 for a longer search
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_train_ddp_killed_at_random_moments(ddp, world, tmp_path):
-    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-    arguments = [*DDP_TINY, "--steps", "60", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
-    ddp.run(world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
-    out, rng, kills = tmp_path / "killed", random.Random(int(time.time())), 0
-    while kills < KILLS:
-        ddp.start(world, *arguments, "--out", str(out))
-        before, deadline = ddp_newest(out), time.monotonic() + 60
-        while ddp_newest(out) == before and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.05)
-        ddp.kill(range(world) if kills % 2 else [world - 1])
-        results = ddp.wait()
-        kills += any(r.returncode == -signal.SIGKILL for r in results)
-        if (out / "report.json").exists():
-            shutil.rmtree(out)
-    results = ddp.run(world, *arguments, "--out", str(out))
-    assert "going on at step" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert not list(out.glob("*.part")) and len(list(out.glob("step_*.pt"))) == 2
-
-
-def ddp_newest(out: Path) -> str:
-    return max((p.name for p in out.glob("step_*.pt")), default="")
-
-
-@pytest.mark.parametrize(
-    "world, who, number", [(1, "all", "SIGTERM"), (2, "last", "SIGTERM"), (2, "all", "SIGINT")]
-)
-def test_train_ddp_signal_stops_all_ranks_at_one_step(ddp, world, who, number, tmp_path):
-    arguments = [*DDP_TINY, "--steps", "200", "--save-every", "0", "--amp", "fp16", "--dropout", "0.1"]
-    arguments += ["--eval-every", "50"]
-    ddp.run(world, *arguments, "--save-every", "20", "--out", str(tmp_path / "whole"))
-    out = tmp_path / "stopped"
-    ddp.start(world, *arguments, "--out", str(out))
-    ddp.wait_for("step 50/")
-    ddp.kill(range(world) if who == "all" else [world - 1], getattr(signal, number))
-    results = ddp.wait()
-    code = 128 + getattr(signal, number)
-    assert [r.returncode for r in results] == [code] * world, results
-    assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "final.pt").exists()
-    assert "the same command goes on from there" in results[0].stderr
-    assert all(r.stderr == "" for r in results[1:]), "one line an event"
-    state = train_ddp.load_checkpoint(out)
-    assert 50 <= state["step"] < 200 and state["scaler"]["_growth_tracker"] == state["step"]
-    results = ddp.run(world, *arguments, "--out", str(out))
-    assert f"going on at step {state['step']}" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 200
-
-
-def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(ddp, tmp_path):
-    """On other numbers of processes before and after, too: world size, save_every, threads may change."""
-    arguments = [*DDP_TINY, "--dtype", "float64", "--save-every", "5", "--out", str(tmp_path / "a")]
-    ddp.run(2, *arguments)
-    expected = final_weights(tmp_path / "a")
-    (tmp_path / "a" / "final.pt").unlink()
-    (tmp_path / "a" / "report.json").unlink()
-    newest = sorted((tmp_path / "a").glob("step_*.pt"))[-1]
-    data = bytearray(newest.read_bytes())
-    data[-2000] ^= 16
-    newest.write_bytes(data)
-    result = ddp.run(1, *arguments, "--save-every", "3")[0]
-    assert f"{newest} is damaged" in result.stderr and "going on at step 15" in result.stdout
-    assert ((final_weights(tmp_path / "a") - expected).norm() / expected.norm()).item() <= 1e-12
-
-
-def test_train_ddp_lost_and_late_processes(ddp, tmp_path):
-    """One that dies and one that never comes: the others say what they waited for, and end."""
-    arguments = [*DDP_TINY, "--steps", "5000", "--save-every", "0", "--out", str(tmp_path / "a")]
-    ddp.start(3, *arguments)
-    ddp.wait_for("step 10/")
-    ddp.kill([1])
-    results = ddp.wait()
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
-    for rank in (0, 2):
-        assert f"rank {rank} waited for" in results[rank].stderr and "Traceback" not in results[rank].stderr
-    code = """
-rows = train_ddp.rows_of_step
-def die(step, *rest):
-    if step == 1 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    return rows(step, *rest)
-train_ddp.rows_of_step = die
-script.exit_now(script.main())
-"""
-    results = ddp.attempt(2, *arguments, code=code)  # DDP's second forward exchanges something, too
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL]
-    assert results[0].stderr.startswith("train_ddp.py: rank 0 waited for the gradients of step 1; in vain")
-    start = time.monotonic()
-    ddp.start(2, *DDP_TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
-    result = ddp.wait()[0]
-    assert (
-        result.returncode == 1
-        and "waited for up to 3 s for 2 processes to meet at 127.0.0.1" in result.stderr
-    )
-    assert time.monotonic() - start < 40
-
-
-def test_train_ddp_newest_of_two_saves_of_a_step_and_files_of_others(tmp_path):
-    (tmp_path / "video.part").write_text("not ours")
-    (tmp_path / "step_00000003.abc.pt.part").write_text("of a killed save")
-    for attempt in range(8):  # the names' order is that of their sha256
-        train_ddp.save_checkpoint(tmp_path, 7, {"attempt": attempt})
-        assert train_ddp.load_checkpoint(tmp_path) == {"attempt": attempt}
-    assert len(list(tmp_path.glob("step_*"))) == 1 and (tmp_path / "video.part").exists()
-    others = {
-        tmp_path / name for name in ("step_1.pt", "step_00000009.pt", "step_00000009.ab.pt", "step_best.pt")
-    }
-    for other in others:
-        other.write_text("not ours")
-    path = train_ddp.save_checkpoint(tmp_path, 10, {"attempt": 10}, keep=1)
-    assert set(tmp_path.glob("step_*")) == others | {path}
-    assert train_ddp.load_checkpoint(tmp_path) == {"attempt": 10}
-    train_ddp.save_checkpoint(tmp_path, 10, {"step": 10, "weights": 1})  # another program's state
-    with pytest.raises(ValueError, match="holds a run of other settings"):
-        train_ddp.earlier_run(train_ddp.Settings(out=str(tmp_path)), {"lr": 1.0})
-
-
-def test_train_ddp_unequal_settings_are_found_at_the_start(ddp, tmp_path):
-    results = ddp.attempt(2, *DDP_TINY, "--out", str(tmp_path / "out"), of_rank={1: ["--lr", "0.5"]})
-    assert [r.returncode for r in results] == [2, 2]
-    check_one_line_error(
-        results[0], "rank 1 was started with other settings than rank 0", "lr 0.5 there, 0.004 here"
-    )
-    assert results[1].stderr == "" and not (tmp_path / "out").exists()
-
-
-def test_train_ddp_bad_input(ddp, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    wrong = {
-        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
-        "file": ["--out", str(tmp_path / "file")],
-        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
-    }
-    for message, arguments in wrong.items():
-        results = ddp.attempt(2, *DDP_TINY, "--out", str(tmp_path / "out"), *arguments)
-        check_one_line_error(results[0], message)
-        assert results[1].returncode == 2 and results[1].stderr == ""
-    wrong = [
-        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
-        (["--device", "tpu"], "device must be auto, cuda, cpu or mps, got tpu"),
-        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
-        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32, got float64"),
-    ]
-    for arguments, message in wrong:
-        check_one_line_error(ddp.attempt(1, *DDP_TINY, *arguments)[0], message)
-    assert not (tmp_path / "out").exists() and not (ddp.folder / "out").exists()
-
-
-BOTH = (train_ddp, train_fsdp)
-
-
-def as_ranks(monkeypatch, change: dict | None = None) -> None:
-    """Without a group: what all ranks say is what this one says, but that the last one's has a change."""
-
-    def gather(out, mine):
-        out[:] = [mine] * (len(out) - 1) + [mine | (change or {})]
-
-    def from_all(thing, p):
-        out = [None] * p.world
-        gather(out, thing)
-        return out
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(train_fsdp, "from_all", from_all)
-
-
-def check_train_settings(module, world: int = 1, **more) -> None:
-    p = module.Processes(0, world, torch.device("cpu"))
-    module.check_settings(
-        module.Settings(**({"steps": 20, "warmup": 0} | more)), p, *[{}] * (module is train_ddp)
-    )
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_settings_are_checked(module, monkeypatch):
-    """The least value of each is taken, one below it is not; and what doesn't go together."""
-    as_ranks(monkeypatch)
-    ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
-    zeros = "lr warmup weight_decay clip seed save_every".split()
-    for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | {"max_len": 2}).items():
-        check_train_settings(module, **{name: least})
-        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got"):
-            check_train_settings(module, **{name: least - 1})
-    wrong = {
-        "dropout": (-0.1, 1.0),
-        "dtype": ("float16",),
-        "amp": ("fp8",),
-        "warmup": (20,),
-        "seed": (2**32,),
-    }
-    for name, values in wrong.items():
-        for value in values:
-            with pytest.raises(ValueError, match=name):
-                check_train_settings(module, **{name: value})
-    check_train_settings(module, warmup=19, seed=2**32 - 1, dropout=0.99)
-    with pytest.raises(ValueError, match="lr must be at least 0, got nan"):
-        check_train_settings(module, lr=float("nan"))
-    with pytest.raises(ValueError, match="amp bf16 needs dtype float32"):
-        check_train_settings(module, amp="bf16", dtype="float64")
-    check_train_settings(module, 2, batch_size=6, accumulate=3)
-    with pytest.raises(ValueError, match="accumulate 3"):
-        check_train_settings(module, 2, batch_size=5, accumulate=3)
-
-
-def test_train_ddp_and_train_fsdp_ranks_must_agree_on_every_setting(monkeypatch):
-    as_ranks(monkeypatch, {"save_every": 7})
-    for module in BOTH:  # save_every may change between runs, but not between ranks
-        with pytest.raises(ValueError, match="rank 1 .*save_every 7 there, 50 here"):
-            check_train_settings(module, 2, save_every=50)
-
-
-def test_train_ddp_data_parallel_is_one_process(monkeypatch):
-    as_ranks(monkeypatch)
-    with pytest.raises(ValueError, match="data_parallel"):
-        check_train_settings(train_ddp, 2, data_parallel=True)
-    with pytest.raises(ValueError, match="data_parallel has no amp.*bf16"):
-        check_train_settings(train_ddp, 1, data_parallel=True, amp="bf16")
-    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
-    wrapped = train_ddp.wrap(nn.Linear(2, 2), alone, data_parallel=True)
-    assert isinstance(wrapped, nn.Linear)  # on a CPU, also of a machine with GPUs
-    monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")
-    gpu, model = train_ddp.Processes(0, 1, torch.device("cuda:0")), nn.Linear(2, 2)
-    assert train_ddp.wrap(model, gpu) is model and train_ddp.wrap(model, gpu, True) == "copies"
-
-
-def test_train_ddp_float64_and_processes_on_mps(monkeypatch):
-    mps = train_ddp.Processes(0, 1, torch.device("mps"))
-    with pytest.raises(ValueError, match="float64.*mps"):
-        train_ddp.check_settings(train_ddp.Settings(dtype="float64"), mps, {})
-    for world, have in (("1", False), ("2", True)):
-        monkeypatch.setenv("WORLD_SIZE", world)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda have=have: have)
-        with pytest.raises(ValueError, match="needs a Mac's GPU and one process"):
-            train_ddp.start_processes("mps")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train_ddp.start_processes("mps") == mps
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_what_binds_a_run(module):
-    """The text and every setting that changes the weights; the others may change when it goes on."""
-    text = module.Sequences(torch.zeros(1, 3, dtype=torch.uint8), torch.tensor([2]))
-    other = module.Sequences(text.tokens + 1, text.lengths)
-    may = {"eval_every", "save_every", "keep", "timeout", "device", "out"}
-    may |= {"data_parallel"} if module is train_ddp else {"replicate", "recompute"}
-    s = module.Settings()
-    assert set(module.bound(s, text)) == (set(vars(s)) - may) | {"text"}
-    assert module.bound(s, text)["text"] != module.bound(s, other)["text"]
-
-
-@pytest.mark.parametrize(
-    "rank, agent, nodes, prefix",
-    [(0, "", "1", "2"), (0, "True", "1", "2"), (1, "", "1", "2"), (0, "", "2", "several nodes")],
-)
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_processes_meet_within_the_timeout(
-    module, rank, agent, nodes, prefix, monkeypatch
-):
-    """Rank 0 hosts the store unless torchrun does; each attempt has a part of it; one limit for all."""
-    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 5}
-    environment |= {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 2}
-    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": agent}).items():
-        monkeypatch.setenv(name, str(value))
-    made, limit = [], module.timedelta(seconds=7)
-    monkeypatch.setattr(module.dist, "TCPStore", lambda *a: made.append(a))
-    monkeypatch.setattr(module.dist, "PrefixStore", lambda name, _: made.append(name))
-    monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **k: made.append(k.get("timeout")))
-    module.start_processes("cpu", 7)
-    assert made == [("host", 5, 2, rank == 0 and not agent, limit), prefix, limit]
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_signals_are_noted_and_given_back(module):
-    before = signal.getsignal(signal.SIGTERM)
-    for world in (1, 2):
-        signals = module.Signals(module.Processes(0, world, torch.device("cpu")))
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.received() == (0, 1)
-        alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
-        assert alone == (world == 1)
-        signals.restore()
-        assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_errors_on_rank_0_reach_all_ranks(module, monkeypatch):
-    sent, two = [], module.Processes(0, 2, torch.device("cpu"))
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
-    for kind in (ValueError, OSError, ImportError):
-
-        def fail(kind=kind):
-            raise kind("why")
-
-        with pytest.raises(kind, match="why"):
-            module.on_rank_0(fail, two)
-    assert len(sent) == 3
-    cases = ((1, RuntimeError, RuntimeError), (2, RuntimeError, module.Lost))
-    for world, kind, seen in (*cases, (2, torch.OutOfMemoryError, torch.OutOfMemoryError)):
-        p = module.Processes(0, world, torch.device("cpu"))
-        with pytest.raises(seen), module.waiting("it", p):
-            raise kind("why")
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_exit_codes(module, monkeypatch, capsys):
-    codes = {ValueError("x"): 2, OSError("x"): 2, ImportError("x", name="y"): 2, KeyboardInterrupt(): 130}
-    codes |= {module.Interrupted(15, "x"): 143, module.Lost("x"): 1}
-    for error, code in codes.items():
-
-        def fail(error=error):
-            raise error
-
-        monkeypatch.setattr(module, "settings_from_command_line", fail)
-        assert module.main() == code
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    # Rank 1 says what is wrong with it alone, and that rank 0 is gone.
-    two = module.Processes(1, 2, torch.device("cpu"))
-    monkeypatch.setattr(module, "settings_from_command_line", lambda: module.Settings())
-    monkeypatch.setattr(module, "start_processes", lambda *_: two)
-    for error, of_all, lines in (
-        *((error, False, 1) for error in (OSError("x"), ImportError("x", name="y"), module.Lost("x"))),
-        *((error, True, 0) for error in (OSError("x"), ImportError("x", name="y"), ValueError("x"))),
-    ):
-        answer = [(None, error)]
-        monkeypatch.setattr(module.dist, "broadcast_object_list", lambda x, a=answer: x.__setitem__(0, a[0]))
-
-        def job(*_, error=error, of_all=of_all):
-            if of_all:
-                module.on_rank_0(None, two)
-            raise error
-
-        monkeypatch.setattr(module, "run_job", job)
-        assert module.main() in (1, 2) and len(capsys.readouterr().err.splitlines()) == lines, (error, of_all)
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_say_that_their_output_was_lost(module, monkeypatch, capsys):
-    class Gone(io.StringIO):  # `| head` has ended
-        def flush(self):
-            raise BrokenPipeError(32, "Broken pipe")
-
-    codes = []
-    monkeypatch.setattr(module.os, "_exit", codes.append)
-    monkeypatch.setattr(module.sys, "stdout", Gone())
-    module.leave(0)
-    module.leave(143)
-    assert codes == [2, 143]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"{module.__name__}.py: stdout: [Errno 32] Broken pipe"] * 2
-
-
-def test_train_ddp_and_train_fsdp_know_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path):
-    for module in BOTH:
-        with pytest.raises(OSError, match="read-only"):
-            module.check_place(tmp_path)
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_begin_with_nothing(module, tmp_path, monkeypatch):
-    as_ranks(monkeypatch)
-    begun, alone = [], module.Processes(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(train_fsdp, "on_rank_0", lambda action, p: action())
-    monkeypatch.setattr(train_fsdp, "sharded_model", lambda s, p: train_fsdp.GPT(4, 1, 1, 8))
-    monkeypatch.setattr(train_fsdp, "whole_weights", lambda *_: {})
-    monkeypatch.setattr(module, "train", lambda *a: begun.extend(x for x in a if isinstance(x, dict)))
-    for name in ("hardware", "finish"):
-        monkeypatch.setattr(module, name, lambda *_: {})
-    module.run_job(module.Settings(out=str(tmp_path / "new")), alone)
-    (run,) = begun
-    assert run["step"] == run["tokens"] == run["seconds"] == 0 and run["loss"] == run["dev"] == []
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_timeouts(module):
-    assert module.settings_from_command_line(["--timeout", "0.5"]).timeout == 0.5
-    for wrong in ("0", "-1", "nan", "inf", "1e30"):
-        with pytest.raises(ValueError, match="timeout must be above 0"):
-            module.settings_from_command_line(["--timeout", wrong])
-    with pytest.raises(module.Lost, match="NotImplementedError"):  # an error without a message
-        with module.waiting("it", module.Processes(0, 2, torch.device("cpu"))):
-            raise NotImplementedError
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_end_the_group_after_success_alone(module, monkeypatch):
-    done = []
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: done.append("group"))
-    monkeypatch.setattr(module.os, "_exit", done.append)
-    module.leave(0)
-    module.leave(1)
-    assert done == ["group", 0, 1]
-
-
-def test_train_ddp_and_train_fsdp_reports_hold_the_last_figures(tmp_path, monkeypatch):
-    run = {"tokens": 6000, "seconds": 2.0, "loss": [5.0, 4.0, 3.0], "dev": [[2, 4.5], [3, 3.5]]}
-    run |= {"settings": {}, "held": []}
-    model = train_ddp.GPT(16, 2, 1, 8)
-    machine = {"gemm_gflops": 4 * 3000 * train_ddp.flops_per_token(model) / 1e9}
-    for module, name in ((train_ddp, "generate"), (train_ddp, "plot_loss"), (train_fsdp, "show_memory")):
-        monkeypatch.setattr(module, name, lambda *_, **__: "")
-    s = train_fsdp.Settings(out=str(tmp_path), d_model=16, n_layers=1, max_len=8)
-    reports = [train_ddp.finish(model, run, machine, train_ddp.Settings(out=str(tmp_path)))]
-    reports.append(train_fsdp.finish(model.state_dict(), run, machine, s))
-    for report in reports:
-        figures = [report[name] for name in ("loss", "dev_loss", "tokens_per_second", "mfu")]
-        assert figures == [3.0, 3.5, 3000, 0.25]
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_gflops_are_the_median_s(module, monkeypatch):
-    alone = module.Processes(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(module, "sum_over_ranks", lambda values, p: values)
-    ticks = itertools.accumulate(t for ms in (7, 1, 3, 2, 6, 5, 4) for t in (0, ms / 1000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
-    assert module.hardware(alone)["gemm_gflops"] == 536.9  # 2 * 1024^3 in 4 ms
-
-
-def test_train_fsdp_peak_rss_is_the_kernel_s():
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    assert 0.9 * peak <= train_fsdp.peak_rss() < 1.5 * peak
-
-
-def test_train_ddp_dropout_is_new_in_each_part_of_each_step(tmp_path, monkeypatch):
-    """For the largest seed too; and tokens are counted, and the signals' handlers are put back."""
-    seeds, seed, before = [], torch.manual_seed, signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
-    _, dev = train_ddp.load_manual(8)
-    few = train_ddp.Sequences(dev.tokens[:50], dev.lengths[:50])
-    s = train_ddp.Settings(steps=4, warmup=0, batch_size=6, accumulate=3, max_len=8, save_every=0)
-    s = dataclasses.replace(s, out=str(tmp_path), seed=2**32 - 1)
-    run = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
-    train_ddp.train(
-        train_ddp.GPT(4, 1, 1, 8), (few, few), run, s, train_ddp.Processes(0, 1, torch.device("cpu"))
-    )
-    assert len(seeds) == len(set(seeds)) == 4 * 3
-    assert {n // 4_096 // 1_000_003 for n in seeds} == {s.seed}, "no other seed's"
-    rows = torch.cat([train_ddp.rows_of_step(step, 50, 6, s.seed) for step in range(4)])
-    assert run["tokens"] == few.lengths[rows].sum()
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_train_ddp_other_settings_do_not_mix(ddp, tmp_path):
-    run = [*DDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
-    ddp.run(1, *run)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    for extra, difference in (
-        (["--lr", "0.01"], "lr 0.004 there, 0.01 here"),
-        (["--steps", "5"], "steps 4 there, 5 here"),
-        (["--max-len", "20"], "max_len 24 there, 20 here"),
-    ):
-        (result,) = ddp.attempt(1, *run, *extra)
-        check_one_line_error(result, "holds a run of other settings", difference, "another --out")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    (tmp_path / "a/report.json").unlink()  # killed between the last step and the report
-    assert "going on at step 4" in ddp.run(1, *run)[0].stdout and (tmp_path / "a/report.json").exists()
-
-
-def test_train_ddp_diverging_run_ends_with_advice(ddp, tmp_path):
-    result = run_script("train_ddp.py", *DDP_TINY, "--lr", "1e30", "--clip", "0", cwd=tmp_path)
-    check_one_line_error(result, "the loss is", "try a smaller --lr, or --clip 1")
-
-
-def test_train_ddp_under_torchrun_survives_a_killed_worker(ddp, tmp_path):
-    """And, copied alone into an empty folder, needs nothing of the others."""
-    script = shutil.copy(ROOT / "train_ddp.py", tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    command += [
-        f"--master_port={free_port()}",
-        script,
-        *DDP_TINY,
-        "--steps",
-        "150",
-        "--save-every",
-        "5",
-        "--eval-every",
-        "75",
-    ]
-    with subprocess.Popen(
-        [*command, "--out", "out"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as torchrun:
-        while not ddp_newest(tmp_path / "out"):
-            assert torchrun.poll() is None
-            time.sleep(0.01)
-        os.kill(children(torchrun)[1], signal.SIGKILL)
-        out, err = torchrun.communicate(timeout=120)
-    assert torchrun.returncode == 0, err
-    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
-    assert "to meet at" not in err, "the second attempt met at once"
-    ddp.run(2, *DDP_TINY, "--steps", "150", "--out", str(tmp_path / "whole"))
-    assert torch.equal(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
-    assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    report = json_of(tmp_path / "out" / "report.json")
-    assert report["gemm_gflops"] > 1 and 0 < report["mfu"] < 1 and report["torch"] == torch.__version__
+def settings_of(module, *arguments: str):
+    return tyro.cli(module.Settings, args=[*arguments])
+
+
+def torchrun(script, *arguments: str, node=(), prefix=(), cwd: Path, **environment) -> subprocess.Popen:
+    """As a user starts it, with two processes; what it prints goes to cwd/agentN.log."""
+    node = node or ["--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *node, str(script), *arguments]
+    log = open(cwd / f"agent{len(list(cwd.glob('agent*')))}.log", "w")  # closed with the process
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log)
 
 
 def children(process: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent's look doesn't."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def kill_with_children(agent: subprocess.Popen) -> None:
@@ -5303,696 +4411,10 @@ def kill_with_children(agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-def ddp_agent(folder: Path, node: list[str], *arguments: str, prefix=(), **environment) -> subprocess.Popen:
-    """A torchrun, as on a machine of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | environment
-    command = [
-        *prefix,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *node,
-        str(ROOT / "train_ddp.py"),
-        *arguments,
-    ]
-    log = open(folder / f"agent{len(list(folder.glob('agent*')))}.log", "w")  # closed with the process
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers below /proc")
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again(ddp_elastic_begun):
-    """The node that doesn't host the rendezvous is killed and comes back; the loss curve stays."""
-    curves = ddp_elastic_begun.result()
-    check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-5, "loss curve")
-
-
-def ddp_elastic(ddp: Launcher, tmp_path: Path) -> list[list[float]]:
-    """The losses of a run on 1, 2, 1 and 2 nodes, and those of an undisturbed one."""
-    arguments = [
-        *DDP_TINY,
-        "--dtype",
-        "float64",
-        "--steps",
-        "100000",
-        "--save-every",
-        "20",
-        "--eval-every",
-        "9999",
-    ]
-    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
-    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
-    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
-    out, agents = tmp_path / "elastic", []
-
-    def step(folder: Path = out) -> int:
-        return int(ddp_newest(folder)[5:13] or 0)
-
-    def starts(processes: int) -> int:
-        return sum(log.read_text().count(f"processes={processes} ") for log in tmp_path.glob("agent*.log"))
-
-    def steps_with(processes: int, n_starts: int) -> None:
-        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
-        reached = step()
-        wait_until(lambda: step() > reached + 20, 60, f"steps with {processes} node(s)")
-
-    try:
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(1, 1)
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(2, 1)
-        kill_with_children(agents[1])
-        steps_with(1, 2)
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(2, 2)
-    finally:
-        for agent in agents:
-            kill_with_children(agent)
-    elastic = train_ddp.load_checkpoint(out)["loss"]
-    ddp.start(1, *arguments, "--out", str(tmp_path / "whole"))
-    wait_until(lambda: step(tmp_path / "whole") >= len(elastic), 120, "the undisturbed run")
-    ddp.kill([0])
-    ddp.wait()
-    return [elastic, train_ddp.load_checkpoint(tmp_path / "whole")["loss"][: len(elastic)]]
-
-
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_train_ddp_two_hosts(rendezvous, tmp_path):
-    """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("two hosts are simulated with `ip netns`: needs root and iproute2")
-    tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
-    names = [f"nsA{tag}", f"nsB{tag}"]
-    cables = [f"vA{tag}", f"vB{tag}"]
-    arguments, agents = [*DDP_TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"two hosts can't be simulated here: ip {' '.join(words)}: {done.stderr.strip()}")
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
-        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", cable)
-            for device in ("lo", cable):
-                ip("-n", name, "link", "set", device, "up")
-        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            node = ["--nnodes=2", "--nproc_per_node=2"]
-            if rendezvous == "static":
-                node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
-            else:
-                node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
-                node += [f"--local-addr=10.77.0.{i + 1}", f"--rdzv-conf=is_host={1 - i}"]
-            within = ["ip", "netns", "exec", name]
-            agents.append(ddp_agent(tmp_path, node, *arguments, prefix=within, GLOO_SOCKET_IFNAME=cable))
-        codes = [agent.wait(90) for agent in agents]
-        assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
-    finally:
-        for agent in agents:
-            kill_with_children(agent)
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    expected, _ = by_hand(train_ddp.settings_from_command_line(arguments))
-    assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
-    assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
-
-
-def test_train_ddp_loop_is_short():
-    """From batch to step in one place, at most 60 lines."""
-
-    lines = inspect.getsource(train_ddp.train).splitlines()
-    assert len(lines) - inspect.getdoc(train_ddp.train).count("\n") - 1 <= 60
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: what it carries over from train_ddp.py
-
-
-def test_train_fsdp_copies_of_train_ddp():
-    """Model, data, schedule: the same numbers from the same weights; the same flags and defaults."""
-    ours, theirs = train_fsdp.GPT(24, 3, 2, 20), train_ddp.GPT(24, 3, 2, 20)
-    ours.load_state_dict(theirs.state_dict())
-    x, y = torch.randint(256, (3, 20)), torch.randint(256, (3, 20))
-    for model in (ours, theirs):
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-    assert torch.equal(ours(x), theirs(x))
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
-    outputs = []
-    for model in (train_fsdp.GPT(16, 2, 1, 8, dropout=0.5), train_ddp.GPT(16, 2, 1, 8, dropout=0.5)):
-        torch.manual_seed(3)
-        for p in model.parameters():
-            nn.init.normal_(p)
-        outputs.append(model(torch.arange(8)[None]))
-    assert torch.equal(*outputs), "dropout in the same places"
-    for a, b in zip(train_fsdp.load_manual(50), train_ddp.load_manual(50), strict=True):
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
-        rows = torch.randint(len(a.lengths), (9,))
-        for left, right in zip(a.batch(rows, "cpu"), b.batch(rows, "cpu"), strict=True):
-            assert torch.equal(left, right)
-    for step, n, batch_size, seed in ((0, 10, 3, 0), (7, 10, 13, 2), (1, 5, 12, 3)):
-        rows = train_fsdp.rows_of_step(step, n, batch_size, seed)
-        assert torch.equal(rows, train_ddp.rows_of_step(step, n, batch_size, seed))
-    s = train_fsdp.Settings(steps=30, warmup=10, lr=0.5)
-    for step in range(30):
-        assert train_fsdp.learning_rate(step, s) == train_ddp.learning_rate(step, s)
-    for name in (
-        "finished_report",
-        "check_place",
-        "check_finite",
-        "write_atomically",
-        "differences",
-        "Signals",
-    ):
-        assert inspect.getsource(getattr(train_fsdp, name)) == inspect.getsource(getattr(train_ddp, name)), (
-            name
-        )
-    ours, theirs = vars(train_fsdp.Settings()), vars(train_ddp.Settings())
-    assert set(ours) ^ set(theirs) == {"exact", "replicate", "recompute", "data_parallel"}
-    assert {k for k in theirs if k in ours and ours[k] != theirs[k]} == {"out"}
-    with pytest.raises(ValueError, match="T <= 20"):
-        train_fsdp.GPT(16, 2, 1, 20)(torch.zeros(1, 21, dtype=torch.long))
-    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
-        train_fsdp.GPT(16, 3, 1, 8)
-    model = train_ddp.GPT(24, 3, 2, 20)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    s = train_fsdp.Settings(d_model=24, n_layers=2, max_len=20)
-    assert train_fsdp.flops_per_token(s, n_parameters) == train_ddp.flops_per_token(model)
-
-
-def test_train_fsdp_start_weights_depend_on_seed_and_name_alone():
-    models = {}
-    for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
-        torch.manual_seed(len(models))  # of no consequence
-        models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
-        train_fsdp.initialise(models[key], seed)
-    a, other, deeper = (dict(models[key].named_parameters()) for key in ("a", "other", "deeper"))
-    for name, p in models["b"].named_parameters():
-        assert torch.equal(p, a[name])
-        if name.endswith("bias"):
-            assert p.abs().max() == 0, name
-        elif p.ndim == 2:
-            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
-            assert abs(p.std().item() / std - 1) < 0.1 and abs(p.mean()) < std / 20, name
-            assert not torch.equal(p, other[name]), name
-            check_close(deeper[name] * (3 / 8**0.5 if std == 0.005 else 1), p, 1e-6, name)
-        else:
-            assert (p == 1).all(), name
-    assert not torch.equal(a["blocks.0.qkv.weight"], a["blocks.1.qkv.weight"]), "a draw for each parameter"
-    double = train_fsdp.GPT(64, 4, 8, 128).double()
-    train_fsdp.initialise(double, 0)
-    for name, p in double.named_parameters():
-        check_close(p, a[name].double(), 1e-9, name)
-
-
-def test_train_fsdp_recomputes_blocks_only_where_asked():
-    model, calls, tokens = train_fsdp.GPT(8, 2, 3, 6), [], torch.arange(6)[None]
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    for recompute, expected in ((None, 3), (True, 6)):  # forward, and once more in backward
-        model.recompute = recompute or model.recompute
-        calls.clear()
-        model(tokens).sum().backward()
-        assert len(calls) == expected
-
-
-def test_train_fsdp_clipping_both_ways_on_a_plain_model():
-    for largest in (0.01, 1.0, 100.0):
-        grads = []
-        for way in ("torch", False, True):
-            torch.manual_seed(1)
-            model = nn.Linear(30, 40)
-            model(torch.randn(5, 30)).square().sum().backward()
-            if way == "torch":
-                norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-                for p in model.parameters():
-                    p.grad *= min(1.0, largest / norm)
-            else:
-                train_fsdp.clip_gradients(model, largest, exact=way)
-            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        check_close(grads[1], grads[0], 1e-5, "torch's")
-        check_close(grads[2], grads[0], 1e-5, "exact")
-        assert grads[2].norm() <= largest * 1.00001
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: runs of one and of several processes
-
-
-@pytest.fixture(scope="module")
-def fsdp_torchrun_begun(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
-    name = "test_train_fsdp_under_torchrun_survives_a_killed_worker"
-    with beside_other_tests(request, name, functools.partial(fsdp_torchrun, folder)) as run:
-        yield folder, run
-
-
-def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> list[subprocess.CompletedProcess]:
-    """Killed, halted, halted while the mesh forms: the others say what they wait for. Then one whose other
-    rank never starts: what became of it."""
-    arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
-    arguments += ["--out", str(folder), "--eval-every", "3", "--timeout"]
-    for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "6")):
-        fsdp.start(4, *arguments, timeout)
-        fsdp.wait_for("step 3/")
-        os.kill(fsdp.pids[1], number)
-        check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
-    code = """
-import signal
-if os.environ["RANK"] == "1":
-    train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
-script.exit_now(script.main())
-"""
-    fsdp.start(4, *arguments, "5", code=code)
-    check_fsdp_lost(fsdp, "the groups of the mesh")
-    fsdp.start(2, *FSDP_TINY, "--timeout", "4", of_rank={1: None})
-    return fsdp.wait()
-
-
-@pytest.fixture(scope="module")
-def fsdp_lost_begun(request, tmp_path_factory):
-    launcher, folder = Launcher(tmp_path_factory.mktemp("lost"), "train_fsdp"), tmp_path_factory.mktemp("l")
-    name = "test_train_fsdp_lost_and_late_processes"
-    with beside_other_tests(request, name, functools.partial(fsdp_lost_and_late, launcher, folder)) as run:
-        yield run
-    launcher.end()
-
-
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory, fsdp_torchrun_begun, fsdp_lost_begun):
-    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
-    yield launcher
-    launcher.end()
-
-
-# Rows of the parameters divide neither by 4 nor all by 2; batches neither: every slice and part is uneven.
-FSDP_TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
-FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
-
-
-def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
-    """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
-    arguments = [*FSDP_TINY, "--steps", "10", "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
-    s = train_fsdp.settings_from_command_line(arguments)
-    (expected, by_step), losses = by_hand(s, train_fsdp.initialise), {}
-    runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
-    runs |= {"4, 2 x 2": ["--replicate", "2", "--accumulate", "2"], "2, 2 x 1": ["--replicate", "2"]}
-    for name, more in runs.items():
-        out = tmp_path / name.replace(" ", "_")
-        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        weights = final_weights(out)
-        distance = ((weights - expected).norm() / expected.norm()).item()
-        assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
-        report = json_of(out / "report.json")
-        losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == int(name[0]) and len(report["losses"]) == 10
-        check_close(losses[name], losses["1"], 1e-12, "losses")
-    check_close(losses["1"][:-1], by_step, 1e-12, "losses")
-    assert 4 < report["dev_loss"] < 5.5
-
-
-def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_path):
-    """--exact, float32, clipped, with dropout: its masks belong to a part of the batch, not to a process."""
-    arguments = [*FSDP_TINY, "--exact", "--dropout", "0.2", "--clip", "0.3"]
-    fsdp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
-    expected = final_weights(tmp_path / "1x2")
-    for name, more in {"2": [], "recompute": ["--recompute"]}.items():
-        fsdp.run(2, *arguments, *more, "--out", str(tmp_path / name))
-        assert torch.equal(final_weights(tmp_path / name), expected), name
-    fsdp.run(1, *arguments, "--out", str(tmp_path / "1"))
-    assert 1e-3 < distance_of_weights(tmp_path / "1", tmp_path / "1x2"), "other parts, other dropout"
-    weights = fsdp.run(2, *arguments, "--out", str(tmp_path / "2"))  # again
-    assert "this run is finished" in weights[0].stdout and weights[1].stdout == ""
-    assert last_json(weights[0]) == json_of(tmp_path / "2" / "report.json")
-
-
-@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
-def test_train_fsdp_passes_what_both_must(fsdp, check, tmp_path):
-    check(fsdp, tmp_path)
-
-
-def test_train_fsdp_an_overflow_is_skipped(fsdp, tmp_path):
-    check_an_overflow_is_skipped(fsdp, tmp_path)
-    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["scaler"]["scale"] < 2**40
-
-
-def test_train_fsdp_out_that_not_all_machines_see_is_an_error(tmp_path):
-    """Each would write its slices on its own disk: no checkpoint could ever be read."""
-    part = tmp_path / "step_00000005.part"
-    part.mkdir()
-    manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
-    for there in ("__0_0.distcp", ".metadata"):
-        (part / there).touch()
-        with pytest.raises(OSError, match="lacks .*__1_0.distcp.*all machines must see the same --out"):
-            train_fsdp.publish(part, manifest, 3)
-    (part / "__1_0.distcp").touch()
-    assert train_fsdp.publish(part, manifest, 3).exists()
-
-
-def test_train_fsdp_clip_0_is_no_clipping(fsdp, tmp_path):
-    check_clip_0_is_no_clipping(fsdp, tmp_path)
-
-
-def test_train_fsdp_gradients_travel_with_the_last_micro_batch_alone(fsdp, tmp_path):
-    code = """
-from torch.distributed.fsdp import FSDPModule
-set_sync, said, ticks = FSDPModule.set_requires_gradient_sync, [], iter(range(10**6))
-train_fsdp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
-FSDPModule.set_requires_gradient_sync = lambda self, now: said.append(now) or set_sync(self, now)
-train_fsdp.main()
-print(said)
-"""
-    arguments = [*FSDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
-    for result in fsdp.run(2, *arguments, code=code):
-        assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
-    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["seconds"] == 4
-
-
-def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
-    """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
-    stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
-    arguments = [*FSDP_TINY, "--steps", "10", "--clip", "0.3"]
-    fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
-    runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
-    for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
-        more = [*["--exact"] * ("exact" in name), *["--replicate", "2"] * ("replicas" in name)]
-        more += ["--amp", name[2:]] * ("16" in name)
-        out = tmp_path / name.replace(" ", "_") / "run"
-        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        distance = distance_of_weights(out, tmp_path / "1")
-        assert distance <= limit and (distance > 5e-5 or "16" not in name), (name, distance)
-        assert final_weights(out).dtype == torch.float32
-
-
-FSDP_ROWS = """
-batch, seen, seed, seeds = train_fsdp.Sequences.batch, [], torch.manual_seed, []
-torch.manual_seed = lambda number: seeds.append(number) or seed(number)
-def note(self, rows, device):
-    seen.append((len(self.lengths), rows.tolist()))
-    return batch(self, rows, device)
-train_fsdp.Sequences.batch = note
-import signal
-before = signal.getsignal(signal.SIGTERM)
-train_fsdp.main()
-assert signal.getsignal(signal.SIGTERM) == before
-print(json.dumps([seen, seeds]))
-"""
-
-
-def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
-    """Training: each row of a step on one rank in one micro-batch. Evaluation: each held-out row once, and
-    as many forwards on every rank."""
-    seed = 2**32 - 1  # the largest
-    arguments = [*FSDP_TINY, "--accumulate", "2", "--seed", str(seed), "--out", str(tmp_path / "a")]
-    results = fsdp.run(3, *arguments, code=FSDP_ROWS)
-    seen, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
-    assert len(set(sum(seeds, []))) == 20 * 2 * 3, "dropout of its own in each part of each step"
-    assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {seed}, "and no other seed's"
-    text, dev = train_ddp.load_manual(21)
-    n, n_dev = len(text.lengths), len(dev.lengths)
-    training = [[rows for size, rows in of_rank if size == n] for of_rank in seen]
-    for step in range(20):
-        parts = [of_rank[2 * step + micro] for of_rank in training for micro in (0, 1)]
-        expected = train_ddp.rows_of_step(step, n, 13, seed).tolist()
-        assert sorted(sum(parts, [])) == sorted(expected) and all(parts)
-        assert sum(sum(of_rank[2 * step : 2 * step + 2], []) != sum(parts, []) for of_rank in training) == 3
-    evaluations = [[rows for size, rows in of_rank if size == n_dev] for of_rank in seen]
-    assert len({len(e) for e in evaluations}) == 1
-    both = sum((rows for of_rank in evaluations for rows in of_rank), [])
-    assert set(both) == set(range(n_dev)) and len(both) <= 2 * n_dev + 4
-
-
-def test_train_fsdp_evaluation_when_ranks_run_out_of_rows(fsdp):
-    """Two rows left for three ranks: the third takes part, and counts nothing."""
-    code = """
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5)
-model = train_fsdp.sharded_model(s, p)
-_, dev = train_fsdp.load_manual(8)
-few = train_fsdp.Sequences(dev.tokens[-194:], dev.lengths[-194:])
-print(train_fsdp.evaluate(model, few, p), model.training)
-"""
-    results = fsdp.run(3, code=code)
-    model = train_fsdp.GPT(16, 2, 1, 8)
-    train_fsdp.initialise(model, 0)
-    _, dev = train_ddp.load_manual(8)
-    x, y = dev.batch(torch.arange(len(dev.lengths))[-194:], torch.device("cpu"))
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-    for result in results:
-        loss, training = result.stdout.split()
-        assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
-
-
-def fsdp_slices(n: int, rank: int) -> int:
-    """Weights in a rank's slices, by torch.chunk in dimension 0."""
-    model = train_ddp.GPT(18, 2, 2, 21)
-    chunks = [p.chunk(n) for p in model.parameters()]
-    return sum(c[rank].numel() for c in chunks if rank < len(c))
-
-
-def test_train_fsdp_each_rank_holds_its_slices_and_no_more(fsdp, tmp_path):
-    """1/N of weights, gradients and moments, counted by the script from its tensors, in HSDP of a replica;
-    the whole model is never made, but for one parameter at a time."""
-    whole = sum(p.numel() for p in train_ddp.GPT(18, 2, 2, 21).parameters())
-    for world, replicate in ((2, 1), (4, 1), (4, 2)):
-        out = tmp_path / f"{world}x{replicate}"
-        arguments = [*FSDP_TINY, "--steps", "2", "--warmup", "1", "--replicate", str(replicate)]
-        stdout = fsdp.run(world, *arguments, "--out", str(out))[0].stdout
-        report, shards = json_of(out / "report.json"), world // replicate
-        assert report["n_parameters"] == whole and report["held"]["whole"] == {
-            "weights": 4 * whole, "gradients": 4 * whole, "moments": 8 * whole
-        }  # fmt: skip
-        for rank in range(world):
-            held, expected = report["held"][f"rank {rank}"], fsdp_slices(shards, rank % shards)
-            assert held.pop("peak_rss") > 50e6
-            assert held == {"weights": 4 * expected, "gradients": 4 * expected, "moments": 8 * expected}
-            assert expected <= whole / shards * 1.05
-            assert f"rank {rank}   {4 * expected / 2**20:12,.3f}" in stdout
-    code = """
-largest = []
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=64, n_heads=2, n_layers=8, max_len=8)
-original = torch.randn
-torch.randn = lambda *a, **k: largest.append(original(*a, **k)) or largest[-1]
-model = train_fsdp.sharded_model(s, p)
-whole = sum(w.numel() for w in model.parameters())
-local = sum(w.to_local().untyped_storage().nbytes() for w in model.parameters()) / 4
-assert local <= whole * 0.51 and not any(w.is_meta for w in model.parameters()), (local, whole)
-assert max(w.numel() for w in largest) == 4 * 64 * 64
-reference = train_fsdp.GPT(64, 2, 8, 8)
-train_fsdp.initialise(reference, 0)
-for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
-    assert torch.equal(a.full_tensor(), b), name
-    assert a.placements == (torch.distributed.tensor.Shard(0),)
-"""
-    fsdp.run(2, code=code)
-
-
-def test_train_fsdp_blocks_are_gathered_one_at_a_time(fsdp):
-    """While a block computes it is whole, and the others are in slices."""
-    code = """
-from torch.distributed.tensor import DTensor
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
-model = train_fsdp.sharded_model(s, p)
-seen = []
-for block in model.blocks:
-    block.norm2.register_forward_hook(lambda *_: seen.append(
-        [not isinstance(b.qkv.weight, DTensor) for b in model.blocks]))
-model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
-assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
-assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
-
-s.amp, dtypes = "bf16", set()
-model = train_fsdp.sharded_model(s, p)
-model.blocks[1].norm2.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
-model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
-grads = [w.grad.to_local() for w in model.parameters()]
-assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
-assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
-
-s.recompute, calls = True, []
-model = train_fsdp.sharded_model(s, p)
-model.blocks[1].norm2.register_forward_hook(lambda *_: calls.append(1))
-model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
-assert len(calls) == 2, "once in forward, once in backward"
-"""
-    fsdp.run(2, code=code)
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: checkpoints
-
-
-def fsdp_checkpoints(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("step_*") if path.suffix not in (".part", ".damaged"))
-
-
-FSDP_DIGEST = """
-import hashlib
-from pathlib import Path
-def digest(p, path, arguments):
-    s = train_fsdp.settings_from_command_line(arguments)
-    if p:
-        model = train_fsdp.sharded_model(s, p)
-    else:
-        model = train_fsdp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
-    optimizer = train_fsdp.make_optimizer(model, s)
-    tensors = train_fsdp.state_tensors(model, optimizer)
-    train_fsdp.load_tensors(Path(path), tensors, p)
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(name.encode() + train_fsdp.whole(value).numpy().tobytes())
-    return sha.hexdigest(), len(tensors), optimizer.param_groups[0]["lr"]
-"""
-
-
-def test_train_fsdp_saved_on_2_loaded_on_1_on_4_and_on_none(fsdp, tmp_path):
-    """Weights, moments and step counts have the same digest; the weights are those of final.pt."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
-    fsdp.run(2, *arguments)
-    path = fsdp_checkpoints(tmp_path / "a")[-1]
-    assert path.name.startswith("step_00000020.")
-    code = FSDP_DIGEST + f"print(*digest(train_fsdp.start_processes('cpu', 30), {str(path)!r}, sys.argv[1:]))"
-    found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
-    found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
-    scope = {"train_fsdp": train_fsdp, "torch": torch}
-    exec(FSDP_DIGEST, scope)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
-        found += [" ".join(map(str, scope["digest"](None, path, arguments))) + "\n"]
-    assert len(set(found)) == 1, found
-    n_parameters = len(list(train_ddp.GPT(18, 2, 2, 21).parameters()))
-    assert found[0].split()[1:] == [str(4 * n_parameters), "0.003"], "weight, two moments, a step count each"
-    model = train_fsdp.GPT(18, 2, 2, 21)
-    optimizer = train_fsdp.make_optimizer(model, train_fsdp.Settings())
-    tensors = train_fsdp.state_tensors(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train_fsdp.load_tensors(path, tensors)
-    final = torch.load(tmp_path / "a/final.pt", weights_only=True)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
-    assert (
-        {name[6:] for name in tensors if name.startswith("model.")} == set(final) == set(model.state_dict())
-    )
-    assert all(state["step"] == 20 and state["exp_avg_sq"].max() > 0 for state in optimizer.state.values())
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    files = {p.name for p in path.iterdir()}
-    assert files == set(manifest["files"]) | {"manifest.json"}, "nothing that no checksum covers"
-
-
-def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
-    """Six steps on 2 ranks, six more on 1, on 4, on 2 x 2: the undisturbed run's weights; on 2 bitwise."""
-    arguments = [*FSDP_TINY, "--steps", "12", "--dtype", "float64", "--out"]
-    fsdp.run(2, *arguments, str(tmp_path / "whole"), "--save-every", "6")
-    for name, more in {"1": [], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}.items():
-        out = tmp_path / name.replace(" ", "_")
-        shutil.copytree(
-            fsdp_checkpoints(tmp_path / "whole")[0], out / fsdp_checkpoints(tmp_path / "whole")[0].name
-        )
-        stdout = fsdp.run(int(name[0]), *arguments, str(out), *more)[0].stdout
-        assert "going on at step 6" in stdout
-        assert distance_of_weights(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
-        losses = [
-            torch.tensor(json_of(o / "report.json")["losses"], dtype=torch.float64)
-            for o in (out, tmp_path / "whole")
-        ]
-        check_close(*losses, 1e-12, "losses")
-
-
-FSDP_NEWEST = """
-p = train_fsdp.start_processes("cpu", 30)
-for out in sys.argv[1:]:
-    path, manifest = train_fsdp.newest_checkpoint(train_fsdp.Path(out), p)
-    print(path.name[:13], manifest["step"])
-"""
-
-
-def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp, tmp_path):
-    """Before training goes on, whichever rank finds it, on another number of ranks too."""
-    arguments = [*FSDP_TINY, "--save-every", "8", "--exact", "--out"]
-    fsdp.run(2, *arguments, str(tmp_path / "whole"))
-    expected, newest = final_weights(tmp_path / "whole"), {}
-    (tmp_path / "whole/report.json").unlink()
-    files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
-    files |= {
-        "altered metadata": ".metadata",
-        "altered manifest": "manifest.json",
-        "missing manifest": "manifest.json",
-    }
-    for damage, name in files.items():
-        out = tmp_path / damage
-        shutil.copytree(tmp_path / "whole", out)
-        newest[damage] = fsdp_checkpoints(out)[-1]
-        file = newest[damage] / name
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 4 * ("altered" in damage)
-        file.write_bytes(data[:-1] if damage == "truncated" else data)
-        if "missing" in damage:
-            file.unlink()
-    for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
-        out = tmp_path / damage
-        results = fsdp.run(world, *arguments, str(out))
-        assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
-        assert "going on at step 16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
-        distance = ((final_weights(out) - expected).norm() / expected.norm()).item()
-        assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
-        assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
-    assert "this run is finished" in fsdp.run(2, *arguments, str(out))[0].stdout
-    others = [damage for damage in files if damage not in ("truncated", "missing")]
-    for world in (2, 1):  # the second time nothing is left to report
-        results = fsdp.run(world, *(str(tmp_path / damage) for damage in others), code=FSDP_NEWEST)
-        assert all(r.stdout == "step_00000016 16\n" * len(others) for r in results), results
-        said = results[0].stderr.splitlines()
-        for damage, line in zip(others, said, strict=True) if world == 2 else ():
-            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in line
-            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
-    assert said == []
-
-
-def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
-    """Two in a row: both are reported, and training starts anew."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--keep", "2", "--exact", "--out", str(tmp_path / "a")]
-    fsdp.run(1, *arguments)
-    expected = final_weights(tmp_path / "a")
-    assert len(fsdp_checkpoints(tmp_path / "a")) == 2
-    names = ("__0_0.distcp", ".metadata")
-    for path, name in zip(fsdp_checkpoints(tmp_path / "a"), names, strict=True):
-        (path / name).write_bytes(b"")
-    result = fsdp.run(1, *arguments)[0]
-    assert result.stderr.count("is damaged") == 2 and "going on" not in result.stdout
-    assert torch.equal(final_weights(tmp_path / "a"), expected)
-
-
-def test_train_fsdp_metadata_names_no_function_of_torch():
-    def named(name: bytes):
-        return train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
-
-    assert named(b"float32") is torch.float32
-    for name in (b"load", b"os.system"):
-        with pytest.raises(pickle.UnpicklingError, match="has no place there"):
-            named(name)
-
-
-def test_train_fsdp_failure_on_several_ranks_names_the_first():
-    for cause, reason in ((OSError("a"), "a"), (MemoryError(), "MemoryError")):
-        failures = {1: (OSError("b"), []), 0: (cause, [])}
-        with pytest.raises(OSError, match=f"x: rank 0: {reason}"):
-            with train_fsdp.shards_travel(Path("x"), None):
-                raise train_fsdp.dcp.CheckpointException("write", failures)
-
-
-class FsdpEvil:
+class EvilPickle:
     """Pickled, it makes who unpickles it touch a file."""
 
     def __init__(self, path: Path):
@@ -6002,282 +4424,1191 @@ class FsdpEvil:
         return Path.touch, (self.path,)
 
 
-def test_train_fsdp_deletes_no_checkpoint_under_its_name(tmp_path, monkeypatch):
-    """Killed while it deletes an old one: what is left must not look like a whole checkpoint."""
-    removed, rmtree = [], shutil.rmtree
-    monkeypatch.setattr(train_fsdp.shutil, "rmtree", lambda path: removed.append(path.suffix) or rmtree(path))
-    for step in (1, 2, 3):
-        (tmp_path / f"step_{step}.part").mkdir()
-        train_fsdp.publish(tmp_path / f"step_{step}.part", b'{"files": {}, "step": %d}' % step, keep=2)
-    assert removed == [".part"]
-    assert [path.stem for path in train_fsdp.finished_checkpoints(tmp_path)] == ["step_2", "step_3"]
+@pytest.fixture(scope="module", params=["train_ddp", "train_fsdp"])
+def trainer(request, tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp(request.param), request.param)
+    yield launcher
+    launcher.end()
 
 
-@pytest.mark.parametrize("where", ["metadata", "bytes"])
-def test_train_fsdp_checkpoint_runs_no_code(where, tmp_path):
-    """Neither from .metadata nor from an entry that .metadata calls an object's."""
-    import torch.distributed.checkpoint as dcp
-
-    tensors = {"a": torch.zeros(3)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(
-            {"a": FsdpEvil(tmp_path / "ran")} if where == "bytes" else tensors, checkpoint_id=tmp_path / "c"
-        )
-        (tmp_path / "ran").unlink(missing_ok=True)
-        if where == "metadata":
-            (tmp_path / "c/.metadata").write_bytes(pickle.dumps(FsdpEvil(tmp_path / "ran")))
-        with pytest.raises(OSError, match="which has no place there"):
-            train_fsdp.load_tensors(tmp_path / "c", tensors)
-    assert not (tmp_path / "ran").exists()
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("ddp"), "train_ddp")
+    yield launcher
+    launcher.end()
 
 
-def test_train_fsdp_full_disk_while_saving(fsdp, tmp_path):
-    """Rank 1 may write no file above 20 kB: every rank ends with the reason, and the older one stays."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
-    code = """
-import resource
-if os.environ["RANK"] == "1":
-    save = train_fsdp.save_checkpoint
-    def limited(folder, step, *rest):
-        if step == 20:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        return save(folder, step, *rest)
-    train_fsdp.save_checkpoint = limited
-script.exit_now(script.main())
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
+    yield launcher
+    launcher.end()
+
+
+def elastic(folder: Path) -> tuple[list[float], list[str]]:
+    """The losses of a run on 1, 2, 1 and 2 nodes, and its arguments."""
+    arguments = [*TINY, "--dtype", "float64", "--steps", "100000", "--save-every", "20"]
+    arguments += ["--eval-every", "9999"]
+    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
+    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
+    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
+    out, agents = folder / "elastic", []
+
+    def add_node() -> None:
+        variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        command = (ROOT / "train_ddp.py", *arguments, "--out", str(out))
+        agents.append(torchrun(*command, node=node, cwd=folder, **variable))
+
+    def step() -> int:
+        return int(ddp_newest(out)[5:13] or 0)
+
+    def starts(processes: int) -> int:
+        return sum(log.read_text().count(f"processes={processes} ") for log in folder.glob("agent*.log"))
+
+    def steps_with(processes: int, n_starts: int) -> None:
+        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
+        reached = step()
+        wait_until(lambda: step() > reached + 20, 60, f"steps with {processes} node(s)")
+
+    try:
+        add_node()
+        steps_with(1, 1)
+        add_node()
+        steps_with(2, 1)
+        kill_with_children(agents[1])
+        steps_with(1, 2)
+        add_node()
+        steps_with(2, 2)
+    finally:
+        for agent in agents:
+            kill_with_children(agent)
+    return train_ddp.load_checkpoint(out)["losses"], arguments
+
+
+@pytest.fixture(scope="module")
+def elastic_begun(request, tmp_path_factory):
+    folder, name = tmp_path_factory.mktemp("elastic"), "test_main_elastic_on_one_node_and_on_two_again"
+    with beside_other_tests(request, name, functools.partial(elastic, folder)) as losses:
+        yield losses
+
+
+class TestTraining:
+    """Both scripts: what is parametrized with `trainer` starts processes of one or the other."""
+
+    # ---- oracle: the model, the data, the schedule
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_gpt_equals_torch_layers(self, module):
+        """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
+        model = module.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
+        names = {"qkv_proj.": "self_attn.in_proj_", "out_proj.": "self_attn.out_proj."}
+        names |= {"self_attention_norm.": "norm1.", "ffn_norm.": "norm2."}
+        names |= {"ffn.0.": "linear1.", "ffn.2.": "linear2."}
+        pairs = {"norm.weight": oracle.norm.weight, "norm.bias": oracle.norm.bias}
+        for i, theirs in enumerate(oracle.layers):
+            for ours, name in names.items():
+                for kind in ("weight", "bias"):
+                    pairs[f"blocks.{i}.{ours}{kind}"] = dict(theirs.named_parameters())[name + kind]
+        own = dict(model.named_parameters())
+        assert set(own) == set(pairs) | {"embedding.weight", "position.weight"}
+        for name, theirs in pairs.items():
+            theirs.data = own[name].detach().clone()
+        tokens = torch.randint(256, (4, 17))
+        table = model.embedding.weight.detach().clone().requires_grad_()
+        mask = nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64)
+        x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
+        expected = oracle(x, mask=mask, is_causal=True) @ table.T
+        logits = model(tokens)
+        check_close(logits, expected, 1e-10, "logits")
+        logits.square().sum().backward()
+        expected.square().sum().backward()
+        for name, theirs in pairs.items():
+            check_close(own[name].grad, theirs.grad, 1e-10, name)
+
+    def test_gpt_is_causal_and_drops_out_in_training_alone(self):
+        model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
+        tokens = torch.randint(256, (2, 12))
+        before = model(tokens)
+        for place in range(12):
+            changed = tokens.clone()
+            changed[:, place] = (changed[:, place] + 1) % 256
+            difference = (model(changed) - before).abs().amax(-1)  # (B, T)
+            assert (difference[:, :place] == 0).all()
+            assert (difference[:, place] > 0).all()
+        noisy = []
+        for module in (train_ddp, train_fsdp):
+            other = module.GPT(16, 2, 2, 12, dropout=0.5).double()
+            other.load_state_dict(model.state_dict())
+            torch.manual_seed(3)
+            noisy.append(other(tokens))
+        assert torch.equal(*noisy) and not torch.equal(noisy[0], before)
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_gpt_start_weights_are_gpt_2s(self, module):
+        torch.manual_seed(0)
+        model = module.GPT(64, 4, 8, 128)
+        if module is train_fsdp:
+            module.initialise(model, 0)
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                assert p.abs().max() == 0, name
+            elif p.ndim == 2:
+                std = 0.005 if name.endswith(("out_proj.weight", "ffn.2.weight")) else 0.02
+                assert abs(p.std().item() / std - 1) < 0.1 and abs(p.mean()) < std / 20, name
+            else:
+                assert (p == 1).all(), name
+
+    def test_initialise_depends_on_seed_and_name_alone(self):
+        models = {}
+        for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
+            torch.manual_seed(len(models))  # of no consequence
+            models[key] = train_fsdp.GPT(64, 4, n_layers, 8)
+            train_fsdp.initialise(models[key], seed)
+        a, b, other, deeper = (dict(models[key].named_parameters()) for key in ("a", "b", "other", "deeper"))
+        for name, p in b.items():
+            assert torch.equal(p, a[name])
+            if p.ndim == 2:
+                assert not torch.equal(p, other[name]), name
+                deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
+                check_close(deeper[name] * (3 / 8**0.5 if deep else 1), p, 1e-6, name)
+        assert not torch.equal(a["blocks.0.qkv_proj.weight"], a["blocks.1.qkv_proj.weight"])
+        double = train_fsdp.GPT(64, 4, 8, 8).double()
+        train_fsdp.initialise(double, 0)
+        for name, p in double.named_parameters():
+            check_close(p, a[name].double(), 1e-9, name)
+
+    @pytest.mark.parametrize("max_len", [7, 32, 128])
+    def test_load_manual_has_every_byte_as_a_target_once(self, max_len):
+        from pydoc_data.topics import topics
+
+        texts = sorted(set(topics.values()))
+        assert len(texts) > 50
+        train, dev = train_ddp.load_manual(max_len)
+        for ours, theirs in zip(
+            [*train, *dev], itertools.chain(*train_fsdp.load_manual(max_len)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        learnt = [t for i, t in enumerate(texts) if i % 10 != 9]
+        for (inputs, targets), expected in ((dev, texts[9::10]), (train, learnt)):
+            real = targets != -100
+            assert inputs.shape == targets.shape == (len(inputs), max_len) and inputs.min() >= 0
+            assert bytes(targets[real].tolist()) == "".join(expected).encode()
+            assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
+            assert (real[:, 1:] <= real[:, :-1]).all() and real[:, 0].all(), "the end alone is filled up"
+            starts = torch.tensor([0, *(len(text.encode()) for text in expected[:-1])]).cumsum(0)
+            assert (inputs[real][starts] == 10).all(), "a text starts from a line's end"
+        assert ((train[1] != -100).sum(1) < max_len).sum() > 20, "rows of unequal length"
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_rows_of_step_is_an_endless_row_of_shuffles(self, module):
+        for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
+            rows = torch.cat([module.rows_of_step(step, n, batch_size, seed=4) for step in range(3 * n)])
+            epochs = rows[: len(rows) // n * n].view(-1, n)
+            assert len(rows) == 3 * n * batch_size
+            assert (epochs.sort(dim=1).values == torch.arange(n)).all()
+            assert n < 6 or len(epochs[:4].unique(dim=0)) == min(4, len(epochs))
+            again = module.rows_of_step(2, n, batch_size, 4)
+            assert torch.equal(again, rows[2 * batch_size : 3 * batch_size])
+        assert not torch.equal(module.rows_of_step(0, 100, 32, 5), module.rows_of_step(0, 100, 32, 4))
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_micro_batches_give_each_row_to_one_rank_once(self, module):
+        """And say how many tokens the whole batch has, on every rank and in every micro-batch."""
+        targets = torch.arange(40).repeat_interleave(3).view(40, 3)
+        targets[::7, 1:] = -100
+        text = (torch.arange(40)[:, None].expand(40, 3), targets)
+        s = module.Settings(batch_size=11, accumulate=2, seed=5)
+        ranks = [module.micro_batches(text, 6, s, module.Processes(rank, 3, CPU)) for rank in range(3)]
+        for step in range(6, 12):
+            parts = [next(rank) for rank in ranks for _ in range(2)]
+            rows = torch.cat([x[:, 0] for x, _, _ in parts])
+            expected = module.rows_of_step(step, 40, 11, 5)
+            assert torch.equal(rows.sort().values, expected.sort().values) and all(
+                len(x) for x, _, _ in parts
+            )
+            assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
+            for x, y, _ in parts:
+                assert torch.equal(targets[x[:, 0]], y)
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_warmup_cosine(self, module):
+        rates = [module.warmup_cosine(step, 10, 30) for step in range(30)]
+        assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+        assert rates[10] == 1 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        for step, warmup, total, rate in ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5)):
+            assert module.warmup_cosine(step, warmup, total) == rate
+
+    def test_make_optimizer_decays_matrices_alone(self):
+        for module, more in ((train_ddp, [CPU]), (train_fsdp, [])):
+            model = module.GPT(16, 2, 1, 8)
+            optimizer = module.make_optimizer(model, module.Settings(lr=0.5, weight_decay=0.3), *more)
+            decay = {
+                id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+            }
+            assert len(decay) == len(list(model.parameters())) and optimizer.defaults["lr"] == 0.5
+            for name, p in model.named_parameters():
+                assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
+
+    def test_evaluate_is_the_mean_over_real_tokens(self):
+        alone, autocast = train_ddp.Processes(0, 1, CPU), torch.autocast("cpu", enabled=False)
+        _, (inputs, targets) = train_ddp.load_manual(32)
+        model = train_ddp.GPT(16, 2, 1, 32, dropout=0.5)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        plain = train_ddp.GPT(16, 2, 1, 32)
+        plain.load_state_dict(model.state_dict())
+        for n in (99, 64, 1):
+            x, y = inputs[-n:], targets[-n:]
+            expected = F.cross_entropy(plain(x).flatten(0, 1), y.flatten()).item()
+            assert train_ddp.evaluate(model, (x, y), autocast, alone) == pytest.approx(expected, rel=1e-6)
+            assert model.training
+
+    def test_generate(self):
+        model = train_ddp.GPT(16, 2, 1, 32, dropout=0.5)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        plain = train_ddp.GPT(16, 2, 1, 32)
+        plain.load_state_dict(model.state_dict())
+        text = train_ddp.generate(model, "The ", 50, CPU)
+        assert text.startswith("The ") and text == train_ddp.generate(plain, "The ", 50, CPU), "no dropout"
+
+        class Alternates(nn.Module):
+            """Sure of "ab" again and again, past its max_len."""
+
+            max_len, widest = 8, 0
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                Alternates.widest = max(Alternates.widest, tokens.shape[1])
+                following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
+                return 50.0 * F.one_hot(following, 256)
+
+        assert train_ddp.generate(Alternates(), "xa", 12, CPU, temperature=0.02) == "xa" + "ba" * 6
+        assert Alternates.widest == 7  # one less than max_len, see there
+        assert "\x1b" not in train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, CPU)
+
+    # ---- properties: the same weights, however the work is split
+
+    def test_train_same_weights_however_the_batch_is_split(self, trainer, tmp_path):
+        """13 sequences of unequal length on 1 to 4 processes, accumulated, as HSDP, in float64; by hand."""
+        module = importlib.import_module(trainer.module)
+        arguments = [*TINY, "--dtype", "float64", "--seed", "3", "--clip", "0.4"]
+        (expected, by_step), losses = by_hand(module, settings_of(module, *arguments)), {}
+        runs = {"1": [], "1 accumulated": ["--accumulate", "4"], "2 accumulated": ["--accumulate", "2"]}
+        runs |= {"2": [], "3": [], "4": []}
+        if module is train_fsdp:
+            runs |= {"3": ["--exact"], "4, 2 x 2": ["--replicate", "2", "--accumulate", "2"]}
+            runs |= {"2, 2 x 1": ["--replicate", "2"], "2": ["--recompute"]}
+        for name, more in runs.items():
+            out, world = tmp_path / name.replace(" ", "_"), int(name[0])
+            trainer.run(world, *arguments, *more, "--out", str(out))
+            assert distance_of_weights(out, expected) <= 1e-12, name
+            report = json_of(out / "report.json")
+            assert report["processes"] == world and len(report["losses"]) == 20
+            dev_losses = [row["dev_loss"] for row in report["log"]]
+            losses[name] = torch.tensor(report["losses"] + dev_losses, dtype=torch.float64)
+            check_close(losses[name], losses["1"], 1e-12, "losses")
+        check_close(losses["1"][:-2], by_step, 1e-12, "losses")
+
+    def test_train_two_processes_are_bitwise_one_with_two_micro_batches(self, trainer, tmp_path):
+        """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
+        arguments = [*TINY, "--dropout", "0.2", "--clip", "0.3"]
+        arguments += ["--exact"] * (trainer.module == "train_fsdp")
+        trainer.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
+        expected = final_weights(tmp_path / "1x2")
+        runs = {"2": []} | ({"recompute": ["--recompute"]} if trainer.module == "train_fsdp" else {})
+        for name, more in runs.items():
+            trainer.run(2, *arguments, *more, "--out", str(tmp_path / name))
+            assert torch.equal(final_weights(tmp_path / name), expected), name
+        trainer.run(1, *arguments, "--out", str(tmp_path / "1"))
+        assert distance_of_weights(tmp_path / "1", expected) > 1e-3, "other micro-batches, other dropout"
+
+    def test_train_float32_and_mixed_precision(self, trainer, tmp_path):
+        """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move
+        the same way); more ranks sum in another order."""
+        arguments, fsdp = [*TINY, "--clip", "0.3"], trainer.module == "train_fsdp"
+        trainer.run(1, *arguments, *["--exact"] * fsdp, "--out", str(tmp_path / "1"))
+        runs = {"3": [], "2 bf16": ["--amp", "bf16"], "2 fp16": ["--amp", "fp16"]}
+        runs |= {"4 x": ["--exact"], "4 r": ["--exact", "--replicate", "2"]} if fsdp else {}
+        for name, more in runs.items():
+            out = tmp_path / name.replace(" ", "_")
+            trainer.run(int(name[0]), *arguments, *more, "--out", str(out))
+            distance = distance_of_weights(out, tmp_path / "1")
+            assert final_weights(out).dtype == torch.float32
+            assert 5e-5 < distance < 0.02 if "16" in name else distance <= 1e-4, (name, distance)
+
+    def test_train_clip_0_is_no_clipping(self, trainer, tmp_path):
+        for clip in ("0", "1e9", "0.01"):
+            trainer.run(1, *TINY, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip))
+        a, b, c = (final_weights(tmp_path / clip) for clip in ("0", "1e9", "0.01"))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+    def test_train_gradients_travel_with_the_last_micro_batch_alone(self, trainer, tmp_path):
+        """Three micro-batches a step: counted where the gradients leave; each has dropout of its own, for the
+        largest seed too."""
+        code = """
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+sent, seeds, seed = [], [], torch.manual_seed
+torch.manual_seed = lambda number: seeds.append(number) or seed(number)
+if hasattr(script, "wrap"):
+    wrap = script.wrap
+    def hooked(*arguments):
+        parallel = wrap(*arguments)
+        parallel.register_comm_hook(None, lambda _, bucket: sent.append(1) or allreduce_hook(None, bucket))
+        return parallel
+    script.wrap = hooked
+else:
+    set_sync = FSDPModule.set_requires_gradient_sync
+    FSDPModule.set_requires_gradient_sync = lambda self, now: sent.extend([1] * now) or set_sync(self, now)
+script.main(tyro.cli(script.Settings))
+print(json.dumps([len(sent), seeds]))
 """
-    fsdp.start(2, *arguments, code=code)
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [2, 2], results
-    check_one_line_error(results[0], "step_00000020.part: rank 1: ")
-    assert "File too large" in results[0].stderr or "failed writing" in results[0].stderr, results[0].stderr
-    assert [path.name[:13] for path in fsdp_checkpoints(tmp_path / "a")] == ["step_00000010"]
-    (tmp_path / "a/step_00000003.part").mkdir()  # of a process killed earlier
-    assert "going on at step 10" in fsdp.run(2, *arguments)[0].stdout
-    assert not list((tmp_path / "a").glob("*.part"))
+        arguments = [*TINY, "--steps", "4", "--accumulate", "3", "--seed", str(2**32 - 1)]
+        results = trainer.run(2, *arguments, "--out", str(tmp_path), code=code)
+        sent, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
+        assert sent == (4, 4)
+        seeds = [
+            [n for n in of_rank if n > 2**32] for of_rank in seeds
+        ]  # but those of generate and the model
+        assert len(set(sum(seeds, []))) == 4 * 3 * 2, "dropout of its own in each part of each step"
+        assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {2**32 - 1}, "and no other seed's"
 
+    def test_compile_saves_a_plain_state_dict(self, trainer, tmp_path):
+        """torch's "eager" backend stands for the compiler; going on without --compile gives the same."""
+        code = """
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: print("compiled") or compile(self, backend="eager")
+run()
+"""
+        arguments = [*TINY, "--steps", "4", "--save-every", "2", "--out"]
+        plain = trainer.run(2, *arguments, str(tmp_path / "plain"))[0]
+        done = trainer.run(2, *arguments, str(tmp_path / "compiled"), "--compile", code=code)[0]
+        assert "compiled" in done.stdout and "compiled" not in plain.stdout
+        states = [
+            torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("plain", "compiled")
+        ]
+        assert states[0].keys() == states[1].keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        assert distance_of_weights(tmp_path / "plain", tmp_path / "compiled") < 1e-5
+        for name in ("final.pt", "report.json"):
+            (tmp_path / "compiled" / name).unlink()
+        newest = saved(tmp_path / "compiled")[-1]
+        newest.rename(tmp_path / "removed")
+        assert "from_step=2" in trainer.run(1, *arguments, str(tmp_path / "compiled"))[0].stdout
+        assert distance_of_weights(tmp_path / "plain", tmp_path / "compiled") < 1e-5
 
-def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
-    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-    arguments = [*FSDP_TINY, "--steps", "30", "--dropout", "0.1", "--keep", "2"]
-    fsdp.run(2, *arguments, "--out", str(tmp_path / "whole"))
-    out, rng, kills, in_a_save = tmp_path / "killed", random.Random(int(time.time())), 0, 0
-    while kills < KILLS:
-        before, deadline = fsdp_checkpoints(out), time.monotonic() + 60
-        fsdp.start(2, *arguments, "--save-every", "1", "--out", str(out))
-        while fsdp_checkpoints(out) == before and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        if kills in (1, 2):  # these in a save
-            while not list(out.glob("*.part")) and not (out / "report.json").exists():
-                pass
-        for pid in fsdp.pids if kills % 2 else fsdp.pids[-1:]:
-            os.kill(pid, signal.SIGKILL)
-        results = fsdp.wait()
-        in_a_save += bool(list(out.glob("*.part")))
-        kills += any(r.returncode == -signal.SIGKILL for r in results)
-        if (out / "report.json").exists():
-            shutil.rmtree(out)
-    results = fsdp.run(2, *arguments, "--save-every", "1", "--out", str(out))
-    assert "going on at step" in results[0].stdout and in_a_save > 0
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert (
-        not list(out.glob("*.part")) and not list(out.glob("*.damaged")) and len(fsdp_checkpoints(out)) == 2
-    )
+    def test_wrap_data_parallel_is_the_plain_model_on_a_cpu(self, ddp, tmp_path, monkeypatch):
+        for name, more in {"plain": [], "dp": ["--data-parallel"]}.items():
+            ddp.run(1, *TINY, "--steps", "4", *more, "--out", str(tmp_path / name))
+        assert torch.equal(final_weights(tmp_path / "plain"), final_weights(tmp_path / "dp"))
+        monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")  # as on a machine with GPUs
+        gpu, model = train_ddp.Processes(0, 1, torch.device("cuda:0")), nn.Linear(2, 2)
+        assert train_ddp.wrap(model, gpu) is model and train_ddp.wrap(model, gpu, True) == "copies"
 
+    # ---- properties: shards
 
-# -----------------------------------------------------------------------------
-# train_fsdp.py: signals, lost processes, wrong input
+    def test_clip_gradients_both_ways(self):
+        for largest in (0.01, 1.0, 100.0, math.inf):
+            for exact in (False, True):
+                torch.manual_seed(1)
+                model = nn.Linear(30, 40)
+                model(torch.randn(5, 30)).square().sum().backward()
+                before = torch.cat([p.grad.flatten() for p in model.parameters()])
+                norm = train_fsdp.clip_gradients(model, largest, exact)
+                after = torch.cat([p.grad.flatten() for p in model.parameters()])
+                check_close(norm, before.norm(), 1e-5, "norm")
+                check_close(after, before * min(1.0, largest / before.norm()), 1e-5, f"{largest} {exact}")
 
+    def test_shard_each_rank_holds_its_slices_and_no_more(self, fsdp, tmp_path):
+        """1/N of weights, gradients and moments, of a replica with HSDP, as the report counts them."""
+        model = train_ddp.GPT(18, 2, 2, 21)
+        n_all = sum(p.numel() for p in model.parameters())
+        for world, replicate in ((2, 1), (4, 1), (4, 2)):
+            out = tmp_path / f"{world}x{replicate}"
+            arguments = [*TINY, "--steps", "2", "--replicate", str(replicate), "--out", str(out)]
+            stdout = fsdp.run(world, *arguments)[0].stdout
+            report, shards = json_of(out / "report.json"), world // replicate
+            assert report["n_parameters"] == n_all
+            all_of_it = {"weights": 4 * n_all, "gradients": 4 * n_all, "moments": 8 * n_all}
+            assert report["held"]["all"] == all_of_it
+            for rank in range(world):
+                chunks = [p.chunk(shards) for p in model.parameters()]
+                n = sum(c[rank % shards].numel() for c in chunks if rank % shards < len(c))
+                held = report["held"][f"rank {rank}"]
+                assert held.pop("peak") > 50e6
+                assert held == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
+                assert n <= n_all / shards * 1.05 and f"rank {rank}   {4 * n / 2**20:12,.3f}" in stdout
 
-@pytest.mark.parametrize("world, who, number", [(1, "all", "SIGINT"), (2, "last", "SIGTERM")])
-def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp, tmp_path):
-    arguments = [*FSDP_TINY, *"--steps 25 --amp fp16 --dropout 0.1 --eval-every 5 --out".split()]
-    fsdp.run(world, *arguments, str(tmp_path / "whole"))
-    out = tmp_path / "stopped"
-    fsdp.start(world, *arguments, str(out))
-    fsdp.wait_for("step 5/")
-    for pid in fsdp.pids if who == "all" else fsdp.pids[-1:]:
-        os.kill(pid, getattr(signal, number))
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [128 + getattr(signal, number)] * world, results
-    assert "the same command goes on from there" in results[0].stderr
-    assert all(r.stderr == "" for r in results[1:]), "one line an event"
-    (path,) = fsdp_checkpoints(out)
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert 5 <= manifest["step"] < 25 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
-    results = fsdp.run(world, *arguments, str(out))
-    assert f"going on at step {manifest['step']}" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    ends = [
-        json.loads((fsdp_checkpoints(o)[-1] / "manifest.json").read_text()) for o in (out, tmp_path / "whole")
-    ]
-    assert ends[0]["scaler"] == ends[1]["scaler"] and ends[0]["scaler"]["_growth_tracker"] > manifest["step"]
+    def test_shard_gathers_one_block_at_a_time(self, fsdp):
+        """While a block computes it is whole, and the others are in slices; the whole model is never made."""
+        code = """
+from torch.distributed.tensor import DTensor, Shard
+largest, randn = [], torch.randn
+torch.randn = lambda *a, **k: largest.append(randn(*a, **k)) or largest[-1]
+p = script.start_processes("cpu", 30)
+s = script.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
+model, reference = script.sharded_model(s, p), script.GPT(16, 2, 3, 8)
+assert max(w.numel() for w in largest) == 256 * 16
+n = sum(w.numel() for w in model.parameters())
+local = sum(w.to_local().untyped_storage().nbytes() for w in model.parameters()) / 4
+assert local <= n * 0.52 and not any(w.is_meta for w in model.parameters()), (local, n)
+script.initialise(reference, 0)
+for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+    assert torch.equal(a.full_tensor(), b) and a.placements == (Shard(0),), name
+seen = []
+for block in model.blocks:
+    block.ffn_norm.register_forward_hook(lambda *_: seen.append(
+        [not isinstance(b.qkv_proj.weight, DTensor) for b in model.blocks]))
+model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
+assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
 
+s.amp, dtypes = "bf16", set()
+model = script.sharded_model(s, p)
+model.blocks[1].ffn_norm.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
+model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
+grads = [w.grad.to_local() for w in model.parameters()]
+assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
+assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
 
-def test_train_fsdp_lost_and_late_processes(fsdp_lost_begun):
-    (result,) = fsdp_lost_begun.result()
-    assert result.returncode == 1
-    assert "rank 0 waited for up to 4 s for 2 processes to meet at 127.0.0.1" in result.stderr
+for recompute in (False, True):
+    s.recompute, calls = recompute, []
+    model = script.sharded_model(s, p)
+    model.blocks[1].ffn_norm.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    assert len(calls) == 1 + recompute, "once in forward, once more in backward"
+"""
+        for result in fsdp.run(2, code=code):
+            assert result.stderr == ""
 
+    def test_evaluate_sharded_when_ranks_run_out_of_rows(self, fsdp):
+        """194 rows on three ranks: two are left for the last forward; the third counts nothing."""
+        code = """
+p = script.start_processes("cpu", 30)
+model = script.sharded_model(script.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5), p)
+_, (inputs, targets) = script.load_manual(8)
+print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training)
+"""
+        results = fsdp.run(3, code=code)
+        model = train_fsdp.GPT(16, 2, 1, 8)
+        train_fsdp.initialise(model, 0)
+        _, (inputs, targets) = train_ddp.load_manual(8)
+        expected = F.cross_entropy(model(inputs[-194:]).flatten(0, 1), targets[-194:].flatten()).item()
+        for result in results:
+            loss, training = result.stdout.split()
+            assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
 
-def check_fsdp_lost(fsdp: Launcher, words: str) -> None:
-    """Ranks other than 1 end by themselves with code 1; then 1 is killed, in case it is only halted."""
-    deadline = time.monotonic() + 40
-    while any("in vain" not in fsdp.out(rank, "err") for rank in (0, 2, 3)):
-        assert time.monotonic() < deadline, [fsdp.out(rank, "err") for rank in range(4)]
-        time.sleep(0.05)
-    os.kill(fsdp.pids[1], signal.SIGKILL)
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1, 1], results
-    for rank in (0, 2, 3):
-        line = next(line for line in results[rank].stderr.splitlines() if "in vain" in line)
-        assert line.startswith(f"train_fsdp.py: rank {rank} waited for "), line
-        assert any(word in line for word in words.split("|")), line
+    # ---- properties: checkpoints
 
+    def test_save_checkpoint_keeps_the_last_and_leaves_no_parts(self, tmp_path):
+        folder = tmp_path / "new/folder"
+        for attempt in range(6):  # of one step: the names' order is that of their sha256
+            train_ddp.save_checkpoint(folder, 1, {"attempt": attempt})
+            assert train_ddp.load_checkpoint(folder) == {"attempt": attempt}
+        assert len(list(folder.iterdir())) == 1
+        others = [folder / f"step_{name}.pt" for name in ("1", "00000009", "00000009.ab", "best")]
+        others += [folder / "video.part"]
+        for other in others:
+            other.write_text("not ours")
+        for step in (5, 50, 500, 5000):
+            weights = torch.arange(1000.0) + step
+            path = train_ddp.save_checkpoint(folder, step, {"step": step, "weights": weights}, keep=2)
+        names = {p.name.split(".")[0] for p in set(folder.iterdir()) - set(others)}
+        assert names == {"step_00000500", "step_00005000"} and all(other.exists() for other in others)
+        loaded = train_ddp.load_checkpoint(folder)
+        assert path.exists() and loaded["step"] == 5000 and torch.equal(loaded["weights"], weights)
+        assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
 
-def test_train_fsdp_unequal_settings_are_found_at_the_start(fsdp, tmp_path):
-    """Those that may change between runs too: ranks that save at other steps would wait for each other."""
-    for extra, difference in (
-        (["--lr", "0.5"], "lr 0.5 there, 0.003 here"),
-        (["--save-every", "7"], "save_every 7"),
-    ):
-        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
-        results = fsdp.wait()
-        assert [r.returncode for r in results] == [2, 2]
-        check_one_line_error(results[0], "rank 1 was started with other settings than rank 0", difference)
-        assert results[1].stderr == "" and not (tmp_path / "out").exists()
+    @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+    def test_load_checkpoint_damaged_is_reported_and_the_one_before_taken(self, damage, tmp_path, capsys):
+        for step in (1, 2):
+            path = train_ddp.save_checkpoint(tmp_path, step, {"step": step, "weights": torch.arange(99.0)})
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= damage == "flip"
+        path.write_bytes(data[: {"flip": None, "truncate": len(data) // 2, "empty": 0}[damage]])
+        for said in (str(path), ""):  # the second time nothing is left to report
+            assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
+            err = capsys.readouterr().err
+            assert said in err and bool(err) == bool(said)
+        assert len(list(tmp_path.glob("*.damaged"))) == 1
 
+    def test_load_checkpoint_runs_no_code(self, tmp_path):
+        data = pickle.dumps({"step": EvilPickle(tmp_path / "ran")}, protocol=2)
+        (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
+        with contextlib.suppress(Exception):
+            train_ddp.load_checkpoint(tmp_path)
+        assert not (tmp_path / "ran").exists()
 
-def test_train_fsdp_bad_input(fsdp, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    wrong = {
-        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
-        "replicate 3 doesn't divide the 2 process(es): no mesh fits": ["--replicate", "3"],
-        "file": ["--out", str(tmp_path / "file")],
-        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
-        "amp bf16 needs dtype float32 and no --exact": ["--amp", "bf16", "--exact"],
-        "d_model must be a multiple of n_heads, got 18 and 4": ["--n-heads", "4"],
-        "the loss is": ["--lr", "1e30", "--clip", "0"],
+    @pytest.mark.parametrize("where", ["metadata", "bytes"])
+    def test_load_tensors_runs_no_code(self, where, tmp_path):
+        """Neither from .metadata nor from an entry that .metadata calls an object's."""
+        import torch.distributed.checkpoint as dcp
+
+        tensors = {"a": torch.zeros(3)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            what = {"a": EvilPickle(tmp_path / "ran")} if where == "bytes" else tensors
+            dcp.save(what, checkpoint_id=tmp_path / "c")
+            (tmp_path / "ran").unlink(missing_ok=True)
+            if where == "metadata":
+                (tmp_path / "c/.metadata").write_bytes(pickle.dumps(EvilPickle(tmp_path / "ran")))
+            with pytest.raises(OSError):
+                train_fsdp.load_tensors(tmp_path / "c", tensors)
+        assert not (tmp_path / "ran").exists()
+        for name in (b"load", b"os.system"):
+            with pytest.raises(pickle.UnpicklingError):
+                train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
+
+    def test_write_atomically_two_writers_and_a_full_disk(self, tmp_path):
+        """Readers see one writer's bytes or the other's, and what can't be written leaves nothing behind."""
+        path = tmp_path / "file"
+        texts = [letter * 200_000 for letter in (b"a", b"b")]
+        path.write_bytes(texts[0])
+        stop = time.monotonic() + 1
+
+        def write(text: bytes) -> None:
+            while time.monotonic() < stop:
+                train_ddp.write_atomically(path, text)
+
+        with ThreadPoolExecutor(2) as pool:
+            writers = [pool.submit(write, text) for text in texts]
+            while time.monotonic() < stop:
+                assert path.read_bytes() in texts
+        for writer in writers:
+            writer.result()
+        code = f"""
+import resource, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddp
+folder = Path({str(tmp_path)!r})
+train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
+except OSError as error:
+    print("OSError", train_ddp.load_checkpoint(folder)["step"])
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.stdout == "OSError 1\n", result
+        assert sorted(p.name[:13] for p in tmp_path.iterdir()) == ["file", "step_00000001"]
+
+    def test_load_optimizer_after_a_change_of_device(self):
+        """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
+        s, alone = train_ddp.Settings(), train_ddp.Processes(0, 1, CPU)
+        weights = {}
+        for start, end in itertools.product((False, True), repeat=2):
+            torch.manual_seed(0)
+            model = nn.Linear(3, 2)
+            optimizer = train_ddp.make_optimizer(model, s, CPU)
+            for fused in (start, end):
+                new = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+                if fused is end and optimizer.state:
+                    train_ddp.load_optimizer(new, optimizer.state_dict(), alone)
+                optimizer = new
+                scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                assert optimizer.param_groups[0]["fused"] is fused
+            assert optimizer.state[model.weight]["step"] == 6
+            weights[start, end] = model.weight.detach()
+        for kinds, weight in weights.items():
+            check_close(weight, weights[False, False], 1e-6, f"fused {kinds}")
+
+    def test_load_tensors_on_any_number_of_ranks(self, fsdp, tmp_path):
+        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: the same digest of weights,
+        moments and step counts; the weights are those of final.pt."""
+        digest = """
+def digest(p, path, s):
+    import hashlib
+    model = script.sharded_model(s, p) if p else script.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len)
+    optimizer = script.make_optimizer(model, s)
+    tensors = script.state_tensors(model, optimizer)
+    script.load_tensors(path, tensors, p)
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(name.encode() + script.full_tensor(value).numpy().tobytes())
+    return sha.hexdigest(), len(tensors)
+"""
+        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
+        fsdp.run(2, *arguments)
+        path = saved(tmp_path / "a")[-1]
+        code = digest + "p = script.start_processes('cpu', 30)\n"
+        code += f"print(*digest(p, Path({str(path)!r}), tyro.cli(script.Settings)))"
+        found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
+        found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
+        scope, s = {"script": train_fsdp}, settings_of(train_fsdp, *arguments)
+        exec(digest, scope)
+        model = train_fsdp.GPT(18, 2, 2, 21)
+        optimizer = train_fsdp.make_optimizer(model, s)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
+            found += [" ".join(map(str, scope["digest"](None, path, s))) + "\n"]
+            train_fsdp.load_tensors(path, train_fsdp.state_tensors(model, optimizer))
+        n_parameters = len(list(model.parameters()))
+        assert len(set(found)) == 1 and found[0].split()[1] == str(4 * n_parameters), found
+        assert all(v["step"] == 20 and v["exp_avg_sq"].max() > 0 for v in optimizer.state.values())
+        final = torch.load(tmp_path / "a/final.pt", weights_only=True)
+        assert final.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
+        files = set(json_of(path / "manifest.json")["files"])
+        assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert {p.name for p in path.iterdir()} == files | {"manifest.json"}, "a checksum covers each"
+
+    def test_newest_checkpoint_is_an_undamaged_one(self, fsdp, tmp_path):
+        """Whichever rank finds the damage, on another number of ranks too: reported, renamed, and training
+        goes on from the one before to the same end."""
+        arguments = [*TINY, "--save-every", "8", "--exact", "--out"]
+        fsdp.run(2, *arguments, str(tmp_path / "whole"))
+        (tmp_path / "whole/report.json").unlink()
+        files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
+        files |= {"altered metadata": ".metadata"}
+        files |= {"altered manifest": "manifest.json", "missing manifest": "manifest.json"}
+        newest = {}
+        for damage, name in files.items():
+            shutil.copytree(tmp_path / "whole", tmp_path / damage)
+            newest[damage] = saved(tmp_path / damage)[-1]
+            file = newest[damage] / name
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 4 * ("altered" in damage)
+            file.write_bytes(data[:-1] if damage == "truncated" else data)
+            if "missing" in damage:
+                file.unlink()
+        for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
+            results = fsdp.run(world, *arguments, str(tmp_path / damage))
+            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
+            assert "from_step=16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
+            distance = distance_of_weights(tmp_path / damage, tmp_path / "whole")
+            assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
+            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
+        others = [str(tmp_path / damage) for damage in files if damage not in ("truncated", "missing")]
+        code = """
+p = script.start_processes("cpu", 30)
+for out in sys.argv[1:]:
+    print(script.newest_checkpoint(Path(out), p)[0].name[:13])
+"""
+        for world in (2, 1):  # the second time nothing is left to report
+            results = fsdp.run(world, *others, code=code)
+            assert all(r.stdout == "step_00000016\n" * len(others) for r in results), results
+            assert len(results[0].stderr.splitlines()) == (len(others) if world == 2 else 0)
+        for path in saved(tmp_path / "altered"):  # the last good ones: training begins anew
+            (path / ".metadata").write_bytes(b"")
+        assert "from_step=0" in fsdp.run(2, *arguments, str(tmp_path / "altered"))[0].stdout
+        assert distance_of_weights(tmp_path / "altered", tmp_path / "whole") == 0
+
+    def test_publish_needs_an_out_that_all_machines_see(self, tmp_path):
+        """Each would write its slices on its own disk: no checkpoint could ever be read. And one that
+        is being deleted never has its name: what is left of it must not look whole."""
+        part = tmp_path / "step_00000005.part"
+        part.mkdir()
+        manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
+        for there in ("__0_0.distcp", ".metadata"):
+            (part / there).touch()
+            with pytest.raises(OSError, match="__1_0.distcp"):
+                train_fsdp.publish(part, manifest, 3)
+        (part / "__1_0.distcp").touch()
+        assert train_fsdp.publish(part, manifest, 3).exists()
+        removed, rmtree = [], shutil.rmtree
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path) or rmtree(path))
+            for step in (6, 7, 8):
+                (tmp_path / f"step_{step:08}.part").mkdir()
+                train_fsdp.publish(tmp_path / f"step_{step:08}.part", b'{"files": {}, "n": %d}' % step, 2)
+        assert [path.suffix for path in map(Path, removed) if "step_" in path.name] == [".part"] * 2
+        assert [path.stem for path in train_fsdp.finished_checkpoints(tmp_path)] == [
+            "step_00000007", "step_00000008"
+        ]  # fmt: skip
+
+    # ---- refusals
+
+    REFUSED = {  # one line on stderr with these words, exit 2, no traceback
+        "batch_size": ["--batch-size", "1"],
+        "n_heads": ["--n-heads", "4"],
+        "lr": ["--lr", "nan"],
+        "steps": ["--steps", "0"],
+        "clip": ["--clip", "-1"],
+        "seed": ["--seed", str(2**32)],
+        "timeout": ["--timeout", "0"],
+        "amp bf16 needs dtype float32": ["--amp", "bf16", "--dtype", "float64"],
+        "needs a GPU": ["--device", "cuda"],
     }
-    for message, arguments in wrong.items():
-        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), *arguments)
-        results = fsdp.wait()
-        check_one_line_error(results[0], message)
+    OWN = {
+        "train_ddp": {"data_parallel": ["--data-parallel"]},
+        "train_fsdp": {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]},
+    }
+
+    def test_main_refuses_in_one_line(self, trainer, tmp_path):
+        """Two processes, of which one says it; nothing is written."""
+        (tmp_path / "file").write_text("not a folder")
+        refused = self.REFUSED | self.OWN[trainer.module] | {"file": ["--out", str(tmp_path / "file")]}
+        for words, arguments in refused.items():
+            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), *arguments)
+            check_one_line_error(results[0], words)
+            assert results[1].returncode == 2
+            assert results[1].stderr == "" or words in ("timeout", "needs a GPU"), "before they have met"
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_check_settings_takes_the_least_of_each_and_no_less(self, module):
+        ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
+        zeros = "lr warmup weight_decay clip seed save_every dropout".split()
+        alone = module.Processes(0, 1, CPU)
+        for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
+            module.check_settings(module.Settings(**({"n_heads": 1} | {name: least})), alone)
+            with pytest.raises(ValueError, match=name):
+                module.check_settings(module.Settings(**{name: least - 1}), alone)
+        two = module.Processes(0, 2, CPU)
+        module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
+        with pytest.raises(ValueError, match="accumulate 3"):
+            module.check_settings(module.Settings(batch_size=5, accumulate=3), two)
+        if module is train_ddp:
+            for p, amp in ((two, "off"), (alone, "bf16")):
+                with pytest.raises(ValueError, match="data_parallel"):
+                    module.check_settings(module.Settings(data_parallel=True, amp=amp), p)
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+        for lacking in names:
+            for name, value in names.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.delenv(lacking)
+            with pytest.raises(ValueError, match=lacking):
+                module.start_processes("cpu", 5.0)
+        monkeypatch.setenv("MASTER_PORT", "1")
+        restarts = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        for name, value in (restarts | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+            module.start_processes("cpu", 5.0)
+
+    def test_main_refuses_ranks_that_disagree(self, trainer, tmp_path):
+        """On a setting, one that may change between runs too (ranks that save at other steps would wait for
+        each other), or on the text (a Python with another manual)."""
+        for extra in (["--lr", "0.5"], ["--save-every", "7"]):
+            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
+            assert all(r.returncode in (1, 2) for r in results), results
+            check_one_line_error(results[1], "rank 1", f"{extra[0][2:].replace('-', '_')} ")
+        code = """
+if os.environ["RANK"] == "1":
+    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
+run()
+"""
+        results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), code=code)
+        check_one_line_error(results[1], "rank 1", "text ")
+        assert not (tmp_path / "out/final.pt").exists()
+
+    def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
+        """Other settings, another version's checkpoint, the other script's run; what may change may."""
+        run, out = [*TINY, "--steps", "4", "--out", str(tmp_path / "a")], tmp_path / "a"
+        trainer.run(2, *run)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        for finished in (True, False):
+            for extra, words in (["--lr", "0.01"], "lr 0.003"), (["--steps", "5"], "steps 4"):
+                results = trainer.attempt(2, *run, *extra)
+                check_one_line_error(results[0], words, "--out")
+                assert results[1].returncode == 2 and results[1].stderr == ""
+            other = {"train_ddp": "train_fsdp.py", "train_fsdp": "train_ddp.py"}[trainer.module]
+            if finished:
+                check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{other} here")
+                (out / "report.json").rename(tmp_path / "report.json")
+        (tmp_path / "report.json").rename(out / "report.json")
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        may = ["--save-every", "3", "--timeout", "39", "--keep", "1", "--eval-every", "7", "--compile"]
+        may += ["--replicate", "2", "--recompute"] * (trainer.module == "train_fsdp")
+        assert "this run is finished" in trainer.run(2, *run, *may)[0].stdout
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        if trainer.module == "train_ddp":
+            train_ddp.save_checkpoint(tmp_path / "old", 10, {"step": 10, "model": {}})
+            check_one_line_error(
+                trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))[0], "another --out"
+            )
+
+    # ---- runs: going on, ending, failing
+
+    def test_main_goes_on_where_it_was_on_other_processes(self, trainer, tmp_path):
+        """Half on 2 processes, half on 1, 2, 3, 4, as HSDP, recomputed: the undisturbed run's weights; on 2
+        bitwise. A damaged newest checkpoint is passed over."""
+        arguments = [*TINY, "--dtype", "float64", "--save-every", "8", "--dropout", "0"]
+        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
+        runs = {"1": [], "2": [], "3": [], "4": []}
+        if trainer.module == "train_fsdp":
+            runs = {"1": ["--recompute"], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}
+        for name, more in runs.items():
+            out = tmp_path / name.replace(" ", "_")
+            out.mkdir()
+            for path in saved(tmp_path / "whole"):
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, out / path.name)
+            damaged = saved(out)[-1] / "__0_0.distcp" if saved(out)[-1].is_dir() else saved(out)[-1]
+            data = bytearray(damaged.read_bytes())
+            data[-2000] ^= 16
+            damaged.write_bytes(data)
+            result = trainer.run(int(name[0]), *arguments, *more, "--out", str(out))[0]
+            assert "is damaged" in result.stderr and "from_step=16" in result.stdout
+            distance = distance_of_weights(out, tmp_path / "whole")
+            assert distance <= (0 if name == "2" else 1e-12), (name, distance)
+            curves = [json_of(o / "report.json")["losses"] for o in (out, tmp_path / "whole")]
+            check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-12, "losses")
+
+    def test_main_finished_means_that_all_is_there(self, trainer, tmp_path):
+        """What is missing or damaged is made again; what is finished needs no lock, nor to write."""
+        out, arguments = tmp_path / "out", [*TINY, "--steps", "4", "--out", str(tmp_path / "out")]
+        first = last_json(trainer.run(1, *arguments)[0])
+        report, weights = json_of(out / "report.json"), final_weights(out)
+        assert first["report"] == str(out / "report.json") and len(json.dumps(first)) < 300
+        assert first["loss"] == report["losses"][-1] == report["loss"] and len(set(report["losses"])) == 4
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert rows == report["log"] and rows[-1]["dev_loss"] == report["dev_loss"] == first["dev_loss"]
+        (inputs, targets), _ = train_ddp.load_manual(21)
+        steps = [train_ddp.rows_of_step(step, len(inputs), 13, 0) for step in range(4)]
+        assert report["tokens"] == (targets[torch.cat(steps)] != -100).sum()
+        rate = report["tokens"] / report["train_seconds"]
+        assert report["tokens_per_second"] == round(rate) and rows[-1]["gradient_norm"] > 0
+        (out / "final.pt").unlink()
+        trainer.run(1, *arguments)
+        assert torch.equal(final_weights(out), weights)
+        (out / "report.json").write_text((out / "report.json").read_text()[:-9])
+        trainer.run(1, *arguments)
+        assert json_of(out / "report.json")["losses"] == report["losses"]
+        lock = train_ddp.lock_out(out)
+        out.chmod(0o500)
+        (again,) = trainer.run(1, *arguments)
+        out.chmod(0o700)
+        assert "this run is finished" in again.stdout and last_json(again) == first
+        lock.close()
+
+    def test_train_a_step_that_diverges_ends_the_run(self, trainer, tmp_path):
+        """An inf gradient is never applied nor saved: the run goes on from before. In fp16 that step is
+        skipped. A last step that diverges leaves no final.pt."""
+        code = """
+cross_entropy, steps = torch.nn.functional.cross_entropy, [0]
+def explode(logits, *rest, **options):
+    loss = cross_entropy(logits, *rest, **options)
+    if torch.is_grad_enabled():
+        steps[0] += 1
+        if steps[0] == 9 and os.environ.get("RANK", "0") == "0":  # the value stays, the gradient doesn't
+            return loss + (0 * logits.sum()).clamp(min=0).sqrt()
+    return loss
+script.F.cross_entropy = explode
+run()
+"""
+        for clip in ("1", "0"):
+            arguments = [*TINY, "--save-every", "2", "--clip", clip, "--out", str(tmp_path / clip)]
+            results = trainer.attempt(2, *arguments, code=code)
+            assert [r.returncode for r in results] == [1, 1], results
+            assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == ""
+            assert "norm" in results[0].stderr and "step 8" in results[0].stderr
+            assert saved_state(tmp_path / clip)["step"] == 8
+            assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
+            assert final_weights(tmp_path / clip).isfinite().all()
+        trainer.run(2, *TINY, "--amp", "fp16", "--out", str(tmp_path / "fp16"), code=code)
+        assert final_weights(tmp_path / "fp16").isfinite().all()
+        assert saved_state(tmp_path / "fp16")["scaler"]["_growth_tracker"] == 11
+        assert json.loads((tmp_path / "fp16/log.jsonl").read_text().splitlines()[-1])["step"] == 20
+        arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
+        (result,) = trainer.attempt(1, *TINY, *arguments, "--out", str(tmp_path / "last"))
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--lr" in result.stderr
+        assert not (tmp_path / "last/final.pt").exists() and not saved(tmp_path / "last")
+
+    FAILURES = {  # a user's own errors: (what goes wrong, what the traceback says, on which ranks)
+        "a wrong shape": ("script.Block.forward = lambda self, x: x[..., :-1]", "RuntimeError", (0, 1)),
+        "a loss on one rank": (
+            "import torch.nn.functional as F\n"
+            "if RANK == 1: F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)",
+            "RuntimeError",
+            (1,),
+        ),
+        "a data set on one rank": (
+            "if RANK == 1:\n"
+            "    rows = script.rows_of_step\n"
+            "    script.rows_of_step = lambda step, *a: rows(step, *a) if step < 4 else {}['no such row']",
+            "KeyError: 'no such row'",
+            (1,),
+        ),
+    }
+
+    @pytest.mark.parametrize("failure", FAILURES)
+    def test_waiting_leaves_a_user_s_error_its_traceback(self, failure, trainer, tmp_path):
+        """The rank that has it shows it; the others end too, within the time limit, as a process is lost."""
+        code, said, ranks = self.FAILURES[failure]
+        start = time.monotonic()
+        code = f"RANK = int(os.environ['RANK'])\n{code}\nrun()"
+        results = trainer.attempt(2, *TINY, "--timeout", "20", "--out", str(tmp_path), code=code)
+        assert time.monotonic() - start < 60
+        for rank, result in enumerate(results):
+            assert result.returncode == 1, results
+            assert ("Traceback" in result.stderr and said in result.stderr) == (rank in ranks), result.stderr
+            assert rank in ranks or f"rank {rank} waited for" in result.stderr, result.stderr
+
+    def test_waiting_says_what_a_lost_process_was_needed_for(self, trainer, tmp_path):
+        """One that is killed, one that halts, one that never comes."""
+        arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
+        for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
+            trainer.start(3, *arguments, timeout)
+            trainer.wait_until(lambda: "step 3," in trainer.out(0))
+            trainer.kill([1], number)
+            trainer.wait_until(lambda: all("waited for" in trainer.out(rank, "err") for rank in (0, 2)))
+            trainer.kill([1])  # in case it is only halted
+            results = trainer.wait()
+            assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
+            for rank in (0, 2):
+                assert f"rank {rank} waited for" in results[rank].stderr
+                assert "Traceback" not in results[rank].stderr
+        trainer.start(2, *TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
+        (result,) = trainer.wait(60)
+        assert result.returncode == 1 and "rank 0 waited for up to 3 s for 2 processes" in result.stderr
+
+    def test_on_rank_0_may_take_longer_than_the_timeout(self, trainer, tmp_path):
+        """A slow disk kills no job: neither while rank 0 saves, nor at the end, nor another rank's slices."""
+        code = """
+replace = os.replace
+def slow(*arguments):
+    time.sleep(3)
+    return replace(*arguments)
+os.replace = slow
+if os.environ["RANK"] == "1" and hasattr(script, "dcp"):
+    save = script.dcp.save
+    script.dcp.save = lambda *a, **k: time.sleep(3) or save(*a, **k)
+run()
+"""
+        arguments = [*TINY, "--steps", "4", "--timeout", "2", "--out", str(tmp_path)]
+        results = trainer.run(2, *arguments, code=code)
+        assert last_json(results[0])["loss"] > 0
+
+    def test_save_checkpoint_on_a_full_disk_ends_the_run(self, trainer, tmp_path):
+        """A rank may write no file above 10 kB: a sentence, the older checkpoint stays, nothing half written
+        does, and the same command goes on."""
+        limited = {"train_ddp": "0", "train_fsdp": "1"}[trainer.module]
+        code = f"""
+import resource
+save = script.save_checkpoint
+def limited(folder, step, *rest):
+    if step == 20 and os.environ["RANK"] == "{limited}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    return save(folder, step, *rest)
+script.save_checkpoint = limited
+run()
+"""
+        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path)]
+        results = trainer.attempt(2, *arguments, code=code)
+        assert [r.returncode for r in results] == [1, 1], results
+        assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == "", results
+        assert [path.name[:13] for path in saved(tmp_path)] == ["step_00000010"]
+        (tmp_path / "tmpx.part").mkdir()  # of a process killed earlier
+        assert "from_step=10" in trainer.run(2, *arguments)[0].stdout
+        assert not list(tmp_path.glob("*.part"))
+
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_save_checkpoint_survives_kill_9_at_random_moments(self, trainer, world, tmp_path):
+        """Of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
+        arguments = [*TINY, "--steps", "40", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
+        trainer.run(world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
+        out, rng, kills, in_a_save = tmp_path / "killed", random.Random(KILL_SEED), 0, 0
+        print(f"KILL_SEED={KILL_SEED}")
+        for attempt in range(2 * KILLS + 2):
+            if kills == KILLS:
+                break
+            trainer.start(world, *arguments, "--out", str(out))
+            before = ddp_newest(out)
+            trainer.wait_until(lambda before=before: ddp_newest(out) != before)
+            time.sleep(rng.random() * 0.1)
+            stop = time.monotonic() + 5
+            while attempt % 2 and time.monotonic() < stop and not list(out.glob("*.part")):
+                pass  # this one in a save
+            with contextlib.suppress(ProcessLookupError):
+                trainer.kill(range(world) if attempt % 2 else [world - 1])
+            in_a_save += bool(list(out.glob("*.part")))
+            results = trainer.wait()
+            killed = any(r.returncode == -signal.SIGKILL for r in results)
+            assert killed or all(r.returncode == 0 for r in results), results
+            kills += killed
+            if (out / "report.json").exists():
+                shutil.rmtree(out)
+        assert kills == KILLS and in_a_save, (kills, in_a_save)
+        result = trainer.run(world, *arguments, "--out", str(out))[0]
+        assert "from_step=" in result.stdout
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        assert not list(out.glob("*.part")) and len(saved(out)) == 2
+
+    @pytest.mark.parametrize(
+        "world, who, name",
+        [(1, [0], "SIGINT"), (1, [0], "SIGHUP"), (2, [1], "SIGTERM"), (2, [0, 1], "SIGINT")],
+    )
+    def test_signals_stop_all_ranks_at_one_step(self, trainer, world, who, name, tmp_path):
+        """Saved, with the scaler; the same command goes on to the same end."""
+        number = getattr(signal, name)
+        arguments = [*TINY, *"--steps 60 --amp fp16 --dropout 0.1 --eval-every 5".split()]
+        trainer.run(world, *arguments, "--out", str(tmp_path / "whole"))
+        out = tmp_path / "stopped"
+        trainer.start(world, *arguments, "--out", str(out))
+        trainer.wait_until(lambda: "step 5," in trainer.out(0))
+        trainer.kill(who, number)
+        results = trainer.wait()
+        assert [r.returncode for r in results] == [128 + number] * world, results
+        assert len(saved(out)) == 1 and not (out / "final.pt").exists()
+        assert "the same command goes on" in results[0].stderr
+        assert all(r.stderr == "" for r in results[1:]), "one line an event"
+        state = saved_state(out)
+        assert 5 <= state["step"] < 60 and state["scaler"]["_growth_tracker"] > 0
+        result = trainer.run(world, *arguments, "--out", str(out))[0]
+        assert f"from_step={state['step']}" in result.stdout
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        assert saved_state(out)["scaler"] == saved_state(tmp_path / "whole")["scaler"]
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_signals_are_noted_and_given_back(self, module):
+        before = signal.getsignal(signal.SIGTERM)
+        for world in (1, 2):
+            signals = module.Signals(module.Processes(0, world, CPU))
+            assert not signals.received()
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.received() and signals.noted == [signal.SIGTERM]
+            alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
+            assert alone == (world == 1)
+            signals.restore()
+            assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_train_a_signal_in_the_last_step_ends_nothing_any_more(self, trainer, tmp_path):
+        code = """
+warmup_cosine = script.warmup_cosine
+def last(step, warmup, total):
+    if step == total - 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return warmup_cosine(step, warmup, total)
+script.warmup_cosine = last
+run()
+"""
+        trainer.run(1, *TINY, "--steps", "4", "--out", str(tmp_path), code=code)
+        assert (tmp_path / "report.json").exists()
+
+    def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
+        """A second start on the same OUT waits a while, then says so; the first one's work stays."""
+        arguments = [*TINY, "--out", str(tmp_path)]
+        lock = train_ddp.lock_out(tmp_path)
+        code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
+        results = trainer.attempt(2, *arguments, code=code)
+        check_one_line_error(results[0], "is in use by another run")
         assert results[1].returncode == 2 and results[1].stderr == ""
-        assert (results[0].stdout == "") == (message != "the loss is")  # known before the work, or not
-    wrong = [
-        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
-        (["--device", "mps"], "device must be auto, cuda or cpu, got mps"),
-        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
-        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32"),
-        (["--replicate", "0"], "replicate must be at least 1, got 0"),
-        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
-        (["--lr", "nan"], "lr must be at least 0, got nan"),
-        (["--dtype", "float16"], "dtype must be float32 or float64"),
-    ]
-    for arguments, message in wrong:
-        fsdp.start(1, *FSDP_TINY, *arguments)
-        check_one_line_error(fsdp.wait()[0], message)
-    fsdp.start(1, "--no-such-flag")
-    (result,) = fsdp.wait()
-    assert result.returncode == 2 and "unrecognized arguments" in result.stderr
-    code = "sys.modules['safetensors.torch'] = sys.modules['safetensors'] = None\n"
-    code += "script.exit_now(script.main())"
-    fsdp.start(1, *FSDP_TINY, "--out", str(tmp_path / "b"), code=code)
-    check_one_line_error(fsdp.wait()[0], "the package safetensors")
-    assert "going on at step 20" in fsdp.run(1, *FSDP_TINY, "--out", str(tmp_path / "b"))[0].stdout
+        trainer.start(1, *arguments)
+        time.sleep(1)
+        lock.close()
+        assert trainer.wait()[0].returncode == 0, "it has waited"
 
+    # ---- runs: as a user starts them
 
-def test_train_fsdp_other_settings_do_not_mix(fsdp, tmp_path):
-    """World size, mesh, recomputing and save_every may change between parts of a run, other settings not."""
-    run = [*FSDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
-    fsdp.run(2, *run)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    for extra, difference in (
-        (["--lr", "0.01"], "lr 0.003 there, 0.01 here"),
-        (["--steps", "5"], "steps 4 there, 5 here"),
-        (["--exact"], "exact False there, True here"),
-    ):
-        fsdp.start(2, *run, *extra)
-        results = fsdp.wait()
-        check_one_line_error(results[0], "holds a run of other settings", difference, "another --out")
-        assert results[1].returncode == 2 and results[1].stderr == ""
-    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    may = ["--replicate", "2", "--recompute", "--save-every", "3", "--timeout", "39", "--keep", "1"]
-    assert "this run is finished" in fsdp.run(2, *run, *may)[0].stdout
+    @linux
+    def test_main_under_torchrun_survives_a_killed_worker(self, trainer, tmp_path):
+        """Alone in an empty folder, with a short warm-up; no orphan is left. Then torchrun itself is killed:
+        its workers leave, and the same command goes on."""
+        script = shutil.copy(ROOT / f"{trainer.module}.py", tmp_path)
+        arguments = [*TINY, "--steps", "150", "--save-every", "5", "--eval-every", "75", "--warmup", "200"]
+        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
+        out = tmp_path / "out"
+        node = ["--nproc_per_node=2", "--max-restarts=3", f"--master_port={free_port()}"]
+        agent = torchrun(script, *arguments, "--out", "out", node=node, cwd=tmp_path)
+        wait_until(lambda: ddp_newest(out), 60, "a checkpoint")
+        workers = children(agent)
+        os.kill(workers[1], signal.SIGKILL)
+        assert agent.wait(120) == 0, (tmp_path / "agent0.log").read_text()
+        log = (tmp_path / "agent0.log").read_text()
+        assert log.count("processes=2") == 2 and log.count("from_step=0") == 1, "once by each start"
+        assert "to meet at" not in log, "the second attempt met at once"
+        assert not any(is_alive(pid) for pid in workers), "no orphans"
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
 
+        again = tmp_path / "again"
+        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
+        wait_until(lambda: ddp_newest(again), 60, "a checkpoint")
+        workers = children(agent)
+        agent.kill()
+        agent.wait()
+        wait_until(lambda: not any(is_alive(pid) for pid in workers), 10, "the orphans to leave")
+        assert not (again / "final.pt").exists()
+        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
+        assert agent.wait(120) == 0, (tmp_path / "agent2.log").read_text()
+        assert "from_step=0" not in (tmp_path / "agent2.log").read_text()
+        assert torch.equal(final_weights(again), final_weights(tmp_path / "whole"))
 
-# -----------------------------------------------------------------------------
-# train_fsdp.py as a user starts it
-
-
-def test_train_fsdp_alone_in_an_empty_folder_and_its_exported_weights(tmp_path):
-    """`python train_fsdp.py`; then a fresh process reads the safetensors file into the plain class: the same
-    logits as final.pt's."""
-    script = shutil.copy(ROOT / "train_fsdp.py", tmp_path)
-    result = run_script(Path(script).name, *FSDP_TINY, cwd=tmp_path, folder=tmp_path)
-    report, out = last_json(result), tmp_path / "out/train_fsdp"
-    assert result.stderr == "" and "processes=1" in result.stdout
-    assert report == json_of(out / "report.json") and report["gemm_gflops"] > 0 and 0 < report["mfu"] < 1
-    assert report["dev_loss"] < report["losses"][0] and report["settings"]["steps"] == 20
-    assert (tmp_path / report["picture"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    code = """
+    def test_full_weights_load_into_the_plain_class(self, fsdp, tmp_path):
+        """A fresh process reads the safetensors file: the same logits as final.pt's."""
+        fsdp.run(2, *TINY, "--out", str(tmp_path))
+        code = f"""
 import hashlib, safetensors.torch, torch, train_ddp
 model = train_ddp.GPT(18, 2, 2, 21)
-model.load_state_dict(safetensors.torch.load_file(FILE))
+model.load_state_dict(safetensors.torch.load_file({str(tmp_path / "final.safetensors")!r}))
 logits = model(torch.arange(42).view(2, 21))
 print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest(), torch.distributed.is_initialized())
 """
-    code = code.replace("FILE", repr(str(out / "final.safetensors")))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    fresh = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    model = train_fsdp.GPT(18, 2, 2, 21)
-    model.load_state_dict(torch.load(out / "final.pt", weights_only=True))
-    logits = model(torch.arange(42).view(2, 21)).detach()
-    assert fresh.stdout.split() == [hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "False"], fresh
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code]
+        fresh = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        model = train_fsdp.GPT(18, 2, 2, 21)
+        model.load_state_dict(torch.load(tmp_path / "final.pt", weights_only=True))
+        logits = model(torch.arange(42).view(2, 21)).detach()
+        assert fresh.stdout.split() == [hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "False"], fresh
 
+    @linux
+    def test_main_elastic_on_one_node_and_on_two_again(self, elastic_begun, ddp, tmp_path):
+        """The node that doesn't host the rendezvous comes, is killed and comes back; the loss curve stays."""
+        curve, arguments = elastic_begun.result()
+        ddp.start(1, *arguments, "--out", str(tmp_path))
+        ddp.wait_until(lambda: int(ddp_newest(tmp_path)[5:13] or 0) >= len(curve))
+        ddp.kill([0])
+        ddp.wait()
+        undisturbed = train_ddp.load_checkpoint(tmp_path)["losses"][: len(curve)]
+        curves = (torch.tensor(losses, dtype=torch.float64) for losses in (curve, undisturbed))
+        check_close(*curves, 1e-5, "loss curve")
 
-def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, fsdp_torchrun_begun, tmp_path):
-    folder, run = fsdp_torchrun_begun
-    code, workers, out, err = run.result()
-    assert code == 0, err
-    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no orphans"
-    fsdp.run(2, *FSDP_TINY, "--steps", "40", "--out", str(tmp_path / "whole"))
-    assert torch.equal(final_weights(folder / "out"), final_weights(tmp_path / "whole"))
+    @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+    def test_main_on_two_hosts(self, rendezvous, tmp_path):
+        """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
+        if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
+            pytest.skip("two hosts are simulated with `ip netns`: needs Linux, root and iproute2")
+        tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
+        hosts = [(f"nsA{tag}", f"vA{tag}", "10.77.0.1"), (f"nsB{tag}", f"vB{tag}", "10.77.0.2")]
+        arguments, agents = [*TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
 
+        def ip(*words: str) -> None:
+            done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+            if done.returncode:
+                pytest.skip(f"two hosts can't be simulated: ip {' '.join(words)}: {done.stderr.strip()}")
 
-def fsdp_torchrun(folder: Path) -> tuple[int, list[str], str, str]:
-    """Exit code, the first workers' ids, and what was printed, of a run of which a worker is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    command += [
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-        str(ROOT / "train_fsdp.py"),
-    ]
-    command += [*FSDP_TINY, "--steps", "40", "--save-every", "5", "--out", "out"]
-    streams, env = (
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-        os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    with subprocess.Popen(command, cwd=folder, env=env, text=True, **streams) as torchrun:
-        while not fsdp_checkpoints(folder / "out"):
-            assert torchrun.poll() is None
-            time.sleep(0.01)
-        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(workers[1]), signal.SIGKILL)
-        out, err = torchrun.communicate(timeout=120)
-    return torchrun.returncode, workers, out, err
-
-
-def test_train_fsdp_loop_is_short():
-    """From batch to step in one place, at most 60 lines; no function is longer."""
-    for _, function in inspect.getmembers(train_fsdp, inspect.isfunction):
-        if function.__module__ == "train_fsdp":
-            doc = (inspect.getdoc(function) or "").count("\n") + 1
-            assert len(inspect.getsource(function).splitlines()) - doc <= 60, function
+        try:
+            for name, _, _ in hosts:
+                ip("netns", "add", name)
+            ip("link", "add", hosts[0][1], "type", "veth", "peer", "name", hosts[1][1])
+            for name, cable, address in hosts:
+                ip("link", "set", cable, "netns", name)
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+                for device in ("lo", cable):
+                    ip("-n", name, "link", "set", device, "up")
+            for i, (name, cable, address) in enumerate(hosts):
+                node = ["--nnodes=2", "--nproc_per_node=2"]
+                if rendezvous == "static":
+                    node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
+                else:
+                    node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
+                    node += [f"--local-addr={address}", f"--rdzv-conf=is_host={1 - i}"]
+                options = {"prefix": ["ip", "netns", "exec", name], "cwd": tmp_path}
+                command = (ROOT / "train_ddp.py", *arguments)
+                agents.append(torchrun(*command, node=node, GLOO_SOCKET_IFNAME=cable, **options))
+            codes = [agent.wait(90) for agent in agents]
+            assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
+        finally:
+            for agent in agents:
+                kill_with_children(agent)
+            for name, _, _ in hosts:
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
+        expected, _ = by_hand(train_ddp, settings_of(train_ddp, *arguments))
+        assert distance_of_weights(tmp_path / "out", expected) <= 1e-12
+        assert json_of(tmp_path / "out/report.json")["processes"] == 4
 
 
 # -----------------------------------------------------------------------------

@@ -4,17 +4,13 @@ A byte-level GPT learns Python's own manual, 465,000 bytes that every Python has
 cores of an Intel Xeon (torch 2.13.0). Two processes make 1.90 times the tokens a second of one. On the CPU
 the final weights after 60 kill -9 at random moments were bit for bit those of undisturbed runs.
 
-    python train_ddp.py                        # one process
-    python train_ddp.py --data-parallel        # nn.DataParallel, and why nobody should: see wrap
-    torchrun --nproc_per_node=8 train_ddp.py   # DDP: gloo on CPU, nccl on GPU
-
-What keeps 8 GPUs busy (nobody has run it on GPUs yet); two machines; machines that come and go:
-
+    python train_ddp.py                        # one process; --data-parallel: nn.DataParallel, see wrap
+    torchrun --nproc_per_node=8 train_ddp.py   # DDP: gloo on CPU, nccl on GPU (which nobody has run yet)
     torchrun --nproc_per_node=8 train_ddp.py --amp bf16 --compile --batch-size 256 --max-len 1024 \\
-        --d-model 1024 --n-heads 16 --n-layers 12 --lr 6e-4
+        --d-model 1024 --n-heads 16 --n-layers 12 --lr 6e-4                          # keeps 8 GPUs busy
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=9 \\
-        --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64
+        --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64  # nodes come and go
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
 they say what they waited for and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog
@@ -23,7 +19,6 @@ thread aborts the process, which torchrun reports as SIGABRT.
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
 
-import gc
 import hashlib
 import io
 import json
@@ -36,7 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -89,16 +84,15 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """
     if not 0 < timeout < 1e9:
         raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {timeout}")
-    env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
-    if "RANK" in env or "WORLD_SIZE" in env:
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in env]
+        missing = [name for name in names if name not in os.environ]
         if missing:
             raise ValueError(f"{', '.join(missing)} isn't set in the environment: start with torchrun")
-        p.rank, p.world, local_rank = (int(env[name]) for name in names[:3])
-    if "TORCHELASTIC_RUN_ID" in env:
+        p.rank, p.world, local_rank = (int(os.environ[name]) for name in names[:3])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         p.parent = os.getppid()
     if p.device.type == "cuda":
         have = torch.cuda.device_count()
@@ -107,24 +101,23 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
     if p.world > 1:
-        with waiting(f"{p.world} processes to meet at {env['MASTER_ADDR']}", p, timeout):
-            join_groups(p, timeout)
+        with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
+            join_groups(p, timedelta(seconds=timeout))
     return p
 
 
-def join_groups(p: Processes, timeout: float) -> None:
+def join_groups(p: Processes, limit: timedelta) -> None:
     """Make the group of all processes, and a second one for waits on rank 0's files."""
     env = os.environ
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    shared_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
     # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
-    if shared_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    limit = timedelta(seconds=timeout)
-    is_host = p.rank == 0 and not shared_store
+    is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
     store = dist.PrefixStore(attempt, store)
     # Gradients on GPUs travel by nccl; numbers, flags and Python objects from CPU to CPU.
@@ -136,13 +129,12 @@ def join_groups(p: Processes, timeout: float) -> None:
 @contextmanager
 def waiting(what: str, processes: Processes, timeout: float | None = None):
     """Around what needs the other processes: raises Lost, with what was waited for, if they don't answer.
-
-    Communication errors alone become Lost; a wrong shape or a full GPU keeps its own error.
-    """
+    Communication errors alone become Lost; a wrong shape or a full GPU keeps its own error."""
     try:
         yield
     except RuntimeError as error:
-        lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)  # gloo has no class of its own
+        gloos = any(part in str(error) for part in ("/gloo/", "pair closure"))  # it has no class of its own
+        lost = isinstance(error, dist.DistError) or gloos
         if processes.world == 1 or not lost:
             raise
         limit = f" for up to {timeout:g} s" if timeout else ""
@@ -151,10 +143,8 @@ def waiting(what: str, processes: Processes, timeout: float | None = None):
 
 
 def on_rank_0(action, processes: Processes):
-    """action()'s result on rank 0, on every rank; or its ValueError or OSError, on every rank.
-
-    For what is done once for all, reading and writing files: either all go on or all stop.
-    """
+    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
         try:
@@ -184,19 +174,16 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
     """The loss to call backward() on, so that all ranks together give the gradient of the mean.
 
-    loss_sum: () sum of the losses of this micro-batch's tokens (or samples). n_total: how many there are in
-    the step's whole batch, on all ranks. DDP divides the sum of gradients by world; times world undoes that.
-    A mean of the ranks' means would be wrong where they hold unequal numbers of tokens.
+    loss_sum: () sum of the losses of this micro-batch's tokens (or samples). n_total: how many the step's
+    whole batch has, on all ranks. DDP divides the sum of gradients by world; times world undoes that. A mean
+    of the ranks' means would be wrong where they hold unequal numbers of tokens.
     """
     return loss_sum * (world / n_total)
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done.
-
-    A second one ends a lone process at once. Of several processes none ends before all have saved: torchrun
-    waits for that, by default 30 s.
-    """
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -216,20 +203,14 @@ class Signals:
         return bool(self.noted)
 
     def restore(self) -> None:
-        """Give the signals back to who handled them before."""
         for name, handler in self.before.items():
             signal.signal(getattr(signal, name), handler)
 
 
 def exit_now(code: int):
-    """End this process now; for the end of a script. Never returns.
-
-    gloo's threads can abort the interpreter while it shuts down, after all work is done (pytorch#190489:
-    SIGABRT, "terminate called without an active exception"). os._exit skips that, and whatever else is
-    registered with atexit. After a failure the group isn't torn down: that may wait for the others.
-    """
+    """End this process now; for the end of a script. gloo's threads can abort the interpreter while it shuts
+    down, after all work is done (pytorch#190489). After a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
-        gc.collect()
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -242,9 +223,7 @@ def exit_now(code: int):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the new one, even if we are killed mid-write."""
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, suffix=".part"
-    ) as folder:  # a name of its own, same disk
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as folder:  # own name, same disk
         temporary = Path(folder, path.name)
         with open(temporary, "wb") as file:
             file.write(data)
@@ -254,7 +233,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process. ValueError if another run has it."""
+    """Hold out for this run: keep what is returned. The lock dies with the process.
+    ValueError if another run has it for longer than patience (seconds)."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
@@ -298,9 +278,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path) -> dict | None:
     """The newest undamaged state in folder, on the CPU; None if there is none. Runs no code from a file.
-
-    Damaged files are reported and renamed to .damaged, so that the next newest is taken, now and later.
-    """
+    Damaged files are reported and renamed to .damaged, so that the next newest is taken, now and later."""
     for path in reversed(finished_checkpoints(folder)):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
@@ -312,9 +290,7 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) -> None:
     """Rank 0's saved state_dict() of an AdamW, on all ranks; its tensors are sent one at a time.
-
-    They are made for this device and this kind of AdamW (fused or not), whatever it was saved from.
-    """
+    They are made for this device and kind of AdamW (fused or not), whatever it was saved from."""
     weights = [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
     for i, (group, weight) in enumerate(weights):
         step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
@@ -334,15 +310,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) 
 
 @dataclass
 class Settings:
-    steps: int = 500  # optimizer steps in all; the learning rate falls to nearly 0 by the last
+    steps: int = 700  # optimizer steps in all; the learning rate falls to nearly 0 by the last
     batch_size: int = 16  # sequences a step, over all processes and micro-batches; any number
     accumulate: int = 1  # micro-batches a process takes for a step: the same step in less memory
     max_len: int = 128  # tokens (here bytes) the model looks back
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
-    n_layers: int = 3  # blocks
+    n_layers: int = 2  # blocks
     dropout: float = 0.0  # fraction of features dropped; 0: the data is seen a few times only
-    lr: float = 4e-3  # peak learning rate of AdamW
+    lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak, then a cosine down to 0
     weight_decay: float = 0.1  # on matrices; norms and biases have no reason to be small
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
@@ -371,7 +347,7 @@ def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Modu
     GPU in every step, all logits come back to the first one, it can't leave the machine, and it isn't
     developed any more. On CPU it would only call the module: no gain at all.
     """
-    if data_parallel and p.device.type == "cuda":
+    if data_parallel and p.world == 1 and p.device.type == "cuda":
         return nn.DataParallel(model)
     if p.world == 1:
         return model
@@ -382,9 +358,7 @@ def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Modu
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW in two groups: matrices decay, norms and biases don't.
-
-    Unfused on CPU: there the fused one rounds differently at different places of a tensor.
-    """
+    Unfused on CPU: there the fused one rounds differently at different places of a tensor."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -392,10 +366,8 @@ def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate: linear up to 1, then half a cosine to 0 at total; steps from 0.
-
-    A warm-up longer than the run is cut to it.
-    """
+    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine to 0 at total.
+    A warm-up longer than the run is cut to it."""
     warmup = min(warmup, total)
     if step >= total:
         return 0.0
@@ -411,10 +383,7 @@ def rows_of_epoch(epoch: int, n: int, seed: int) -> Tensor:
 
 def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
     """The whole batch of a step, (batch_size,) of 0 .. n - 1: an endless row of shuffles, cut into batches.
-
-    Needs nothing but its arguments: any process can tell any step's batch, so a run goes on exactly where it
-    stopped, on another number of processes too.
-    """
+    A function of its arguments alone: a run goes on exactly where it stopped, on any number of processes."""
     places = torch.arange(step * batch_size, (step + 1) * batch_size)
     epochs = (places // n).unique().tolist()
     return torch.cat([rows_of_epoch(epoch, n, seed)[places[places // n == epoch] % n] for epoch in epochs])
@@ -444,7 +413,7 @@ def check_finite(what: str, value: float, step: int) -> None:
 
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints; raises Interrupted after a signal.
+    """From step run["step"] to the last, with checkpoints. Raises Interrupted after a signal.
 
     All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
     a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly.
@@ -493,7 +462,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         optimizer.zero_grad()
         run["step"] = step + 1
         run["tokens"] += n_tokens
-        run["seconds"] += time.perf_counter() - start
+        run["train_seconds"] += time.perf_counter() - start
         run["losses"].append(loss)
         bar.update()
         last = run["step"] == s.steps
@@ -515,15 +484,14 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
 def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
     """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
     row = {"step": run["step"], "loss": run["losses"][-1], "dev_loss": dev_loss}
-    row["tokens_per_second"] = round(run["tokens"] / run["seconds"])
-    if math.isfinite(norm):
-        row["gradient_norm"] = norm
+    row["tokens_per_second"] = round(run["tokens"] / run["train_seconds"])
+    row["gradient_norm"] = norm if math.isfinite(norm) else None
     if p.device.type == "cuda":
         row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    print(f"of {s.steps}: " + ", ".join(f"{name} {value:,.6g}" for name, value in row.items()), flush=True)
+    print(f"of {s.steps}: " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 @torch.no_grad()
@@ -615,12 +583,11 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
     """The prompt and n_bytes more, drawn from the model; below 1, temperature prefers what is likely."""
     model.eval()
     tokens = torch.tensor([list(b"\n" + prompt.encode())], device=device)  # (1, T)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for _ in range(n_bytes):
         # max_len - 1: no later query ever looks back at the last position, so it learns more slowly.
-        logits = model(tokens[:, 1 - model.max_len :])[0, -1]  # (V,)
-        drawn = (logits.cpu().double() / temperature).softmax(-1).multinomial(1, generator=generator)
-        tokens = torch.cat((tokens, drawn.to(device)[None]), dim=1)
+        logits = model(tokens[:, 1 - model.max_len :])[:, -1]  # (1, V)
+        tokens = torch.cat((tokens, (logits / temperature).softmax(-1).multinomial(1)), dim=1)
     text = bytes(tokens[0].tolist()).decode(errors="replace").strip()
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # no codes for the terminal
 
@@ -634,17 +601,15 @@ def check_settings(s: Settings, p: Processes) -> None:
     may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < 2**32:
+        if type(value) in (int, float) and not least <= value < 2**32:
             raise ValueError(f"{name} must be in [{least}, 2**32), got {value}")
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
         parts = f"{p.world} process(es) x accumulate {s.accumulate}"
         raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
-    if s.amp != "off" and s.dtype != "float32":
-        raise ValueError(f"amp {s.amp} needs dtype float32, got {s.dtype}")
-    if s.data_parallel and (p.world > 1 or s.amp != "off"):  # its threads don't inherit autocast
-        raise ValueError(f"data_parallel is for one process without amp, got {p.world} and {s.amp}")
+    if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
+        raise ValueError(f"amp {s.amp} needs dtype float32 and no data_parallel, got {s.dtype}")
 
 
 def differences(there: dict, here: dict) -> str:
@@ -653,72 +618,56 @@ def differences(there: dict, here: dict) -> str:
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
-def open_run(out: Path, identity: dict, kept: dict) -> tuple:
-    """For rank 0: (report, None) of a finished run, or (None, run) to go on with; kept gets OUT's lock.
+def open_run(out: Path, settings: dict, kept: dict) -> dict:
+    """For rank 0: the state of the run in OUT, or of a new one; the report, if that run is finished.
 
-    ValueError if the run in OUT has another identity: other settings, another text, another script's.
+    kept gets OUT's lock and the checkpoint's tensors. ValueError for a run of other settings.
     """
-
-    def check(there: dict) -> None:
-        if there != identity:
-            wrong = differences(there, identity)
-            raise ValueError(
-                f"{out} holds a run of other settings ({wrong}); give another --out, or delete it"
-            )
-
-    try:
-        report = json.loads((out / "report.json").read_text())
-        check(report["settings"])
-        if (out / "final.pt").exists():
-            return report, None
-    except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or damaged: it is made again
-        pass
-    out.mkdir(parents=True, exist_ok=True)
-    kept["lock"] = lock_out(out)
-    for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
-        shutil.rmtree(left)
-    run = load_checkpoint(out)
+    run = None
+    if (out / "final.pt").exists() and (out / "report.json").exists():
+        with suppress(ValueError):  # a damaged one is made again
+            run = json.loads((out / "report.json").read_text())
     if run is None:
-        run = {"settings": identity, "step": 0, "tokens": 0, "seconds": 0.0, "losses": [], "log": []}
-    check(run.get("settings", {}))
+        out.mkdir(parents=True, exist_ok=True)
+        kept["lock"] = lock_out(out)
+        for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
+            shutil.rmtree(left)
+        new = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
+        run = load_checkpoint(out) or new
+    wrong = differences(run.get("settings", {}), settings)
+    if wrong:
+        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
     kept["model"] = run.pop("model", None)
     kept["optimizer"] = run.pop("optimizer", None)
-    return None, run
+    return run
 
 
 def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
-    """For rank 0, after the last step: final.pt, a sample, report.json (last: with it the run is finished)."""
+    """For rank 0, after the last step: final.pt, a sample, then report.json: the run is finished."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
-    sample = generate(model, "The ", 400, p.device)
-    print(f"--- a sample, temperature 0.6:\n{sample}\n---")
-    report = run["log"][-1] | {"train_seconds": round(run["seconds"], 1), "sample": sample}
-    report |= {"processes": p.world, "device": p.device.type, "threads": torch.get_num_threads()}
-    report |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    report |= {"losses": run["losses"], "log": run["log"], "settings": run["settings"]}
+    report = run["log"][-1] | {"processes": p.world, "device": str(p.device), "torch": torch.__version__}
+    report |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    report |= {"sample": generate(model, "The ", 400, p.device), "finished": True} | run
+    print(f"--- a sample, temperature 0.6:\n{report['sample']}\n---")
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report
 
 
-def explain(error: BaseException, p: Processes | None, training: bool) -> int:
+def explain(error: Exception, p: Processes | None, training: bool) -> int:
     """Print what ended this process: a sentence where there is advice to give, else a traceback.
-
-    Returns the exit code. Until training begins a ValueError or OSError is wrong input.
-    """
+    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
     shared = getattr(error, "shared", False)
+    code, message = 1 if training else 2, str(error)
     if isinstance(error, Interrupted):
         code, message = (
             128 + error.args[0],
             f"interrupted: {error.args[1]}; the same command goes on from there",
         )
-    elif isinstance(error, KeyboardInterrupt):
-        code, message = 130, "interrupted; the same command goes on from what is saved so far"
     elif isinstance(error, Lost | FloatingPointError):
-        code, message = 1, str(error)
-    elif isinstance(error, ValueError | OSError) and (shared or not training):
-        code, message = 1 if training else 2, str(error)
-    else:
+        code = 1
+    elif not isinstance(error, ValueError | OSError) or (training and not shared):
         traceback.print_exception(error)
         return 1
     if p is None or p.rank == 0 or not shared:
@@ -730,44 +679,43 @@ def main(s: Settings) -> int:
     """Exit code: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
     p = None
     training = False
-    out = Path(s.out)
     try:
         p = start_processes(s.device, s.timeout)
         on_rank_0(partial(check_settings, s, p), p)
         text, dev = load_manual(s.max_len)
-        settings = asdict(s) | {"text": hashlib.sha256(text[1].numpy().tobytes()).hexdigest()[:16]}
+        digest = hashlib.sha256(text[1].numpy().tobytes()).hexdigest()[:16]
+        settings = asdict(s) | {"text": digest, "script": "train_ddp.py"}
         wrong = differences(on_rank_0(lambda: settings, p), settings)
         if wrong:
             raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
-        identity = {k: v for k, v in settings.items() if k not in MAY_CHANGE} | {"script": "train_ddp.py"}
-        kept = {}  # rank 0's own: OUT's lock and, sent as tensors later, the checkpoint's tensors
-        report, run = on_rank_0(partial(open_run, out, identity, kept), p)
-        if report is None:
+        kept = {}  # rank 0's own: OUT's lock, and tensors that are sent as tensors later
+        binding = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+        run = on_rank_0(partial(open_run, Path(s.out), binding, kept), p)
+        if not run.get("finished"):
             torch.manual_seed(s.seed)
             model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
-            if kept.get("model"):
-                model.load_state_dict(kept["model"])  # on rank 0, whose weights DDP sends to the others
-            model.to(p.device)
-            optimizer = make_optimizer(model, s, p.device)
+            if kept.get("model"):  # on rank 0, whose weights DDP sends to the others
+                model.load_state_dict(kept["model"])
+            optimizer = make_optimizer(model.to(p.device), s, p.device)
             if run["step"]:
                 load_optimizer(optimizer, kept.get("optimizer"), p)
-            if s.compile:
-                model.compile()
             if p.device.type == "cuda":
                 torch.set_float32_matmul_precision("high")  # TF32
+            if s.compile:
+                model.compile()
             if p.rank == 0:
-                print(" ".join(f"{name}={value}" for name, value in settings.items()))
-                print(f"processes={p.world} device={p.device} step={run['step']}", flush=True)
+                shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
+                print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
             training = True
             train(model, optimizer, text, dev, run, s, p)
-            report = on_rank_0(partial(finish, model, run, s, p), p)
+            run = on_rank_0(partial(finish, model, run, s, p), p)
         elif p.rank == 0:
-            print(f"this run is finished; another one needs another --out than {out}")
+            print(f"this run is finished; another one needs another --out than {s.out}")
         if p.rank == 0:
-            headline = {name: report[name] for name in ("loss", "dev_loss", "tokens_per_second")}
-            print(json.dumps(headline | {"report": str(out / "report.json")}))
+            short = {name: run[name] for name in ("loss", "dev_loss", "tokens_per_second")}
+            print(json.dumps(short | {"report": f"{s.out}/report.json"}))
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         return explain(error, p, training)
 
 
