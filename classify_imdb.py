@@ -1016,35 +1016,36 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     That is the fastest ONNX file that gives the model's answer on 95% of dev. The test has no say in it.
     """
     out = Path(s.out)
-    models = {"": model.eval()}
+    models = {"original": model.eval()}
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
     if s.export:
         models["pruned"] = pruned_copy(model, sample, examples, s)
+    for each in models.values():
+        if s.odds:  # training is over
+            each.odds.without_fold = each.odds.without_fold[:0].clone()
     T = min(256, s.max_len)
     cases = {f"{b} x {T}": [(torch.randint(SPECIAL, tokenizer.vocab_size, (b, T)),)] for b in (32, 1)}
-    example = cases[f"32 x {T}"][0]
     about = {"labels": corpus.labels, "max_len": s.max_len, "pattern": WORDS}
     about["tokens"] = [token.decode("latin-1") for token in tokenizer.ranks]  # a letter for each byte
+    only = ("ONNX", "ONNX int8, dynamic, embeddings") if s.export else ("ONNX",)
     with tempfile.TemporaryDirectory() as folder:
         folder = out / "export" if s.keep_exports else Path(folder)
-        folder.mkdir(exist_ok=True)
-        found = {"eager": export.save_weights(model, folder / "weights.pt")}
-        for label, each in models.items():
-            if s.odds:  # training is over
-                each.odds.without_fold = each.odds.without_fold[:0].clone()
-            path = folder / f"{label or 'model'}.onnx"
-            if s.keep_exports:
-                found |= export.write_formats(each, example, folder, about, label)
-                found |= export.write_int8(path, [{"tokens": x} for (x,), _ in sample[::4]], label)
-                continue
-            name = f"{label}, ONNX" if label else "ONNX"
-            found[name] = export.export_onnx(each, example, path, metadata=about)
-            if s.export:
-                small = export.quantize_dynamic(path, path.with_suffix(".int8.onnx"), embeddings=True)
-                found[f"{name} int8, dynamic, 8-bit embeddings"] = small
-        report = export.compare(model, found, in_batches(dev), cases, min_agreement=0.95, seconds=0.3)
+        report = export.export_all(
+            models,
+            cases[f"32 x {T}"][0],
+            in_batches(dev),
+            cases,
+            [{"tokens": tokens} for (tokens,), _ in sample[::4]],
+            folder,
+            about,
+            seconds=0.3,
+            only=() if s.keep_exports else only,
+        )
         rows = report["models"]
-        best = export.recommended([row for row in rows if row["file"].endswith(".onnx")], 0.95)
+        onnx = [row for row in rows if row["file"].endswith(".onnx") and row["agreement"] >= 0.95]
+        if not onnx:
+            raise ValueError(f"no ONNX file could be made: {report['refused']}")
+        best = min(onnx, key=lambda row: row["p50_ms"])
         ddp.write_atomically(out / "model.onnx", (folder / best["file"]).read_bytes())
     for row in rows:
         row["file"] = row["file"] if s.keep_exports else "model.onnx" if row is best else None
@@ -1053,7 +1054,7 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     export.plot_rows(report, out / "export.png")
     ids = tokenizer.encode([r.text for r in corpus.test], s.max_len)
     labels = torch.tensor([r.label for r in corpus.test])
-    right = accuracy(log_odds(export.onnx_runner(out / "model.onnx"), ids, ALONE), labels)
+    right = accuracy(log_odds(export.load_artefact(out / "model.onnx"), ids, ALONE), labels)
     print(f"--predict uses {best['name']}: {right:.2%} of the test texts right")
     return report | {"deployed_test_accuracy": right, "exported": s.export}
 
@@ -1067,7 +1068,7 @@ def predict(s: Settings) -> None:
     if not path.exists():
         raise ValueError(f"--predict: there is no {path} yet; train a model first: python classify_imdb.py")
     try:
-        run = export.onnx_runner(path)
+        run = export.onnx_runner(path.read_bytes())
         about = {name: json.loads(text) for name, text in run.metadata.items()}
         tokenizer = Tokenizer([token.encode("latin-1") for token in about["tokens"]])
     except ImportError:
