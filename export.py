@@ -1126,7 +1126,7 @@ def show_unstructured(model: nn.Module, test_set: list, case: list, s: Settings)
 def show_structured(model: nn.Module, train_set: list, test_set: list, seed: int) -> nn.Module:
     """The model with half of its heads and a quarter of its inner neurons, fine-tuned for an epoch."""
     heads = head_importance(model, train_set[:10])
-    smaller = prune_heads(model, heads, keep=model.layers[0].attention.n_heads // 2)
+    smaller = prune_heads(model, heads, keep=model.layers[0].self_attention.n_heads // 2)
     neurons = neuron_importance(smaller, train_set[:10])
     smaller = prune_neurons(smaller, neurons, keep=len(neurons["layers.0.ffn"]) // 4)
     before = accuracy(smaller, test_set)
