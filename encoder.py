@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         """The attention weights (B, H, T, T), which the fused kernel in forward never holds."""
         q, k, _ = self.qkv_proj(x).chunk(3, dim=-1)
         q, k = self.split_heads(q), self.split_heads(k)
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T); q is scaled first: float16 overflows
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, T, T); scaling q first keeps float16 finite
         if mask is None:
             return scores.softmax(dim=-1)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # a row of -inf would give NaN
