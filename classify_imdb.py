@@ -1183,8 +1183,9 @@ def hardware(device: torch.device) -> dict:
 LIMITS = {  # smallest and largest value that makes sense
     "seed": (0, 2**32 - 1), "max_len": (STRIDE, math.inf), "vocab_size": (SPECIAL + 256, math.inf),
     "dropout": (0, 0.99), "mask_words": (0, 0.99), "target": (0, 0.99), "epochs": (1, math.inf),
-    "min_steps": (0, math.inf), "batch_size": (1, math.inf), "lr": (1e-12, math.inf), "clip": (1e-12, math.inf),
-    "warmup": (1, math.inf), "weight_decay": (0, math.inf), "save_every": (0, math.inf),
+    "min_steps": (0, math.inf), "batch_size": (1, math.inf), "lr": (1e-12, math.inf),
+    "clip": (1e-12, math.inf), "warmup": (1, math.inf), "weight_decay": (0, math.inf),
+    "save_every": (0, math.inf),
 }  # fmt: skip
 
 

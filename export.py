@@ -608,25 +608,15 @@ def formats(model: nn.Module, example, calibration, stem: str, metadata=None) ->
     }
 
 
-def export_all(
-    models,
-    example,
-    dev,
-    cases,
-    calibration,
-    out,
-    metadata=None,
-    case="",
-    min_agreement=0.99,
-    seconds=1.0,
-    only=(),
-) -> dict:
+def export_all(models, example, dev, cases, calibration, out, metadata=None, case="", min_agreement=0.99,
+               seconds=1.0, only=()) -> dict:  # fmt: skip
     """Write every format of the models into the folder out, measure them, and recommend one.
 
     models: name -> classifier; the first is the original, pruned ones follow. dev: a list of (tuple of
     inputs, labels), no test set. cases: as benchmark takes them; case: the one that counts for you, by
     default the first. Recommended is the fastest there of those that answer as the original does on
-    min_agreement (0 .. 1) of dev. only: names of formats; (): all of them. Returns {"models": rows, "refused": name -> why, "recommended", ...}.
+    min_agreement (0 .. 1) of dev. only: names of formats, in place of all.
+    Returns {"models": rows, "refused": name -> why, "recommended", ...}.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
