@@ -518,7 +518,7 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def classify(s: Settings, p: ddp.Processes, kept: dict) -> None:
     """The whole job, or what is left of it. Rank 0 alone reads, tests and exports; all ranks train.
-    kept: rank 0's own, the lock on OUT and a checkpoint's tensors."""
+    kept: rank 0's lock on OUT and its checkpoint's tensors."""
     start = time.perf_counter()
     corpus, run = ddp.on_rank_0(lambda: open_run(s, kept), p)
     if run is None:  # it is finished
@@ -660,7 +660,7 @@ BANNER = f"""{"!" * 100}
 
 
 def load_corpus(s: Settings) -> Corpus:
-    """What --data says; without it IMDB from the cache, else by download, else generated texts."""
+    """The texts --data names; without it IMDB from the cache, else by download, else generated ones."""
     try:
         path = Path(s.data) if s.data else find_imdb()
     except OSError as error:
@@ -686,10 +686,8 @@ def load_corpus(s: Settings) -> Corpus:
 
 def fingerprint(corpus: Corpus) -> str:
     """sha256 of all labels and texts in order."""
-    digest = hashlib.sha256()
-    for review in corpus.train + corpus.test + corpus.unlabelled:
-        digest.update(f"{review.label}{review.text}\0".encode())
-    return digest.hexdigest()
+    reviews = corpus.train + corpus.test + corpus.unlabelled
+    return hashlib.sha256("".join(f"{r.label}{r.text}\0" for r in reviews).encode()).hexdigest()
 
 
 def learned_labels(reviews: list[Review], s: Settings) -> list[int]:
@@ -847,11 +845,8 @@ def worst_mistakes(scores: Tensor, corpus: Corpus) -> list[dict]:
 
 
 def plot_results(history: list[dict], scores: Tensor, labels: Tensor, path: Path) -> float:
-    """Learning curves and calibration side by side, as a PNG.
-
-    Of texts with P(class 1) about x, a fraction x should be of class 1. Returns the expected error of that
-    over ten bins.
-    """
+    """Learning curves and calibration as a PNG: of texts with P(class 1) about x, a fraction x should be of
+    class 1. Returns the expected error of that over ten bins."""
     from matplotlib.figure import Figure
 
     p = scores.sigmoid()
@@ -984,11 +979,8 @@ def in_batches(examples: Examples, every: int = 1) -> list[tuple[tuple, Tensor]]
 
 def pruned_copy(model: ReviewClassifier, sample: list, examples: Examples, s: Settings) -> ReviewClassifier:
     """A copy with the lower half of the layers (the upper ones do least: Sajjad et al., arXiv:2004.03844), a
-    quarter of their heads and of their neurons, fine-tuned, fused. sample: batches to judge heads by.
-
-    Fine-tuning mends what pruning broke. Its targets lie half-way between the labels and what the whole model
-    says (distillation, arXiv:1503.02531).
-    """
+    quarter of their heads and of their neurons; sample tells which. Fine-tuning mends it: its targets lie
+    half-way between the labels and what the whole model says (distillation, arXiv:1503.02531). Then fused."""
     pruned = copy.deepcopy(model)
     pruned.encoder.layers = pruned.encoder.layers[: max(1, s.n_layers // 2)]
     pruned = export.prune_heads(pruned, export.head_importance(pruned, sample), keep=max(1, s.n_heads // 4))
@@ -1011,10 +1003,8 @@ def pruned_copy(model: ReviewClassifier, sample: list, examples: Examples, s: Se
 
 
 def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, s: Settings) -> dict:
-    """export.py's table for the model and its pruned copy, measured on dev; one file is OUT/model.onnx.
-
-    That is the fastest ONNX file that gives the model's answer on 95% of dev. The test has no say in it.
-    """
+    """export.py's table for the model and its pruned copy, measured on dev. The fastest ONNX file that gives
+    the model's answer on 95% of dev is kept as OUT/model.onnx; the test has no say in it."""
     out = Path(s.out)
     models = {"original": model.eval()}
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
@@ -1024,23 +1014,16 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
         if s.odds:  # training is over
             each.odds.without_fold = each.odds.without_fold[:0].clone()
     T = min(256, s.max_len)
-    cases = {f"{b} x {T}": [(torch.randint(SPECIAL, tokenizer.vocab_size, (b, T)),)] for b in (32, 1)}
+    example, single = ((torch.randint(SPECIAL, tokenizer.vocab_size, (b, T)),) for b in (32, 1))
+    cases = {f"32 x {T}": [example], f"1 x {T}": [single]}
     about = {"labels": corpus.labels, "max_len": s.max_len, "pattern": WORDS}
     about["tokens"] = [token.decode("latin-1") for token in tokenizer.ranks]  # a letter for each byte
-    only = ("ONNX", "ONNX int8, dynamic, embeddings") if s.export else ("ONNX",)
+    calibration = [{"tokens": tokens} for (tokens,), _ in sample[::4]]
+    some = ("ONNX", "ONNX int8, dynamic, embeddings") if s.export else ("ONNX",)
+    rest = {"metadata": about, "seconds": 0.3, "only": () if s.keep_exports else some}
     with tempfile.TemporaryDirectory() as folder:
         folder = out / "export" if s.keep_exports else Path(folder)
-        report = export.export_all(
-            models,
-            cases[f"32 x {T}"][0],
-            in_batches(dev),
-            cases,
-            [{"tokens": tokens} for (tokens,), _ in sample[::4]],
-            folder,
-            about,
-            seconds=0.3,
-            only=() if s.keep_exports else only,
-        )
+        report = export.export_all(models, example, in_batches(dev), cases, calibration, folder, **rest)
         rows = report["models"]
         onnx = [row for row in rows if row["file"].endswith(".onnx") and row["agreement"] >= 0.95]
         if not onnx:
@@ -1069,13 +1052,13 @@ def predict(s: Settings) -> None:
         raise ValueError(f"--predict: there is no {path} yet; train a model first: python classify_imdb.py")
     try:
         run = export.onnx_runner(path.read_bytes())
-        about = {name: json.loads(text) for name, text in run.metadata.items()}
-        tokenizer = Tokenizer([token.encode("latin-1") for token in about["tokens"]])
+        about = [json.loads(run.metadata[name]) for name in ("labels", "max_len", "tokens")]
+        tokenizer = Tokenizer([token.encode("latin-1") for token in about[2]])
     except ImportError:
         raise
     except Exception as error:  # of onnxruntime's own types, or what damage does to the metadata
         raise ValueError(f"{path} is damaged: delete report.json, and train again") from error
-    names = about["labels"]
+    names, max_len, _ = about
     lines = [s.predict]
     if s.predict == "-" or os.path.exists(s.predict):  # False also for what is no possible file name
         lines = open(0 if s.predict == "-" else s.predict, encoding="utf-8-sig")  # 0: stdin
@@ -1085,7 +1068,7 @@ def predict(s: Settings) -> None:
         if not text.strip():
             continue
         n += 1
-        (ids,) = tokenizer.encode([text], about["max_len"])
+        (ids,) = tokenizer.encode([text], max_len)
         score = log_odds(run, [ids], ALONE)
         p = score.sigmoid().item()
         sure, label = max((1 - p, names[0]), (p, names[1]))
@@ -1103,10 +1086,10 @@ def predict(s: Settings) -> None:
 
 
 def explain(ids: Tensor, score: Tensor, tokenizer: Tokenizer, run: Callable) -> list[list]:
-    """The ten words that matter most, [word, how much the log-odds of class 1 fall without it].
+    """The ten words that matter most: [word, how much the log-odds of class 1 fall without it].
 
-    Each word in turn is hidden as in training: an honest question to the model, though words that say the
-    same twice hide each other. In log-odds, since a sure answer's probability hardly moves.
+    Each in turn is hidden as in training; words that say the same twice hide each other. A sure answer's
+    probability would hardly move, its log-odds do.
     """
     pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
     starts = [i for i, piece in enumerate(pieces) if i == 0 or piece.startswith(b" ")]  # words, by blanks
@@ -1122,10 +1105,10 @@ def explain(ids: Tensor, score: Tensor, tokenizer: Tokenizer, run: Callable) -> 
 
 
 def linear_model(reviews: list[Review], labels: list[int]) -> tuple[Callable, int]:
-    """(a function of reviews to P(class 1) of each, its number of parameters): logistic regression on n-grams
-    of up to four words, weighted by naive Bayes (Wang and Manning 2012).
+    """Logistic regression on n-grams of up to four words, weighted by naive Bayes (Wang and Manning 2012).
 
-    A review's weights are scaled to length 1: a long one isn't surer because it is long.
+    Returns (a function of reviews to P(class 1) of each, its number of parameters). A review's weights are
+    scaled to length 1: a long one isn't surer because it is long.
     """
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
@@ -1169,7 +1152,7 @@ def baseline(s: Settings) -> None:
 
 
 def hardware(device: torch.device) -> dict:
-    """What times mean something beside; gemm_gflops is of an fp32 matmul of 1024^3."""
+    """Stands beside the times. gemm_gflops: an fp32 matmul of 1024^3."""
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()
