@@ -50,6 +50,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in the machine changes nothing:
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
@@ -4547,39 +4548,32 @@ class TestTraining:
             noisy.append(other(tokens))
         assert torch.equal(*noisy) and not torch.equal(noisy[0], before)
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
-    def test_gpt_start_weights_are_gpt_2s(self, module):
-        torch.manual_seed(0)
-        model = module.GPT(64, 4, 8, 128)
-        if module is train_fsdp:
-            module.initialise(model, 0)
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):
-                assert p.abs().max() == 0, name
-            elif p.ndim == 2:
-                std = 0.005 if name.endswith(("out_proj.weight", "ffn.2.weight")) else 0.02
-                assert abs(p.std().item() / std - 1) < 0.1 and abs(p.mean()) < std / 20, name
-            else:
-                assert (p == 1).all(), name
-
     def test_initialise_depends_on_seed_and_name_alone(self):
-        models = {}
+        """GPT-2's start weights in both scripts; train_fsdp.py's don't depend on the model around them."""
+        torch.manual_seed(0)
+        models = {"ddp": train_ddp.GPT(64, 4, 8, 128)}
         for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
-            torch.manual_seed(len(models))  # of no consequence
-            models[key] = train_fsdp.GPT(64, 4, n_layers, 8)
+            models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
             train_fsdp.initialise(models[key], seed)
-        a, b, other, deeper = (dict(models[key].named_parameters()) for key in ("a", "b", "other", "deeper"))
-        for name, p in b.items():
-            assert torch.equal(p, a[name])
+        models["double"] = train_fsdp.GPT(64, 4, 8, 128).double()
+        train_fsdp.initialise(models["double"], 0)
+        a, b, other, deeper, double, ddp = (
+            dict(models[key].named_parameters()) for key in ("a", "b", "other", "deeper", "double", "ddp")
+        )
+        for name, p in a.items():
+            assert torch.equal(p, b[name])
+            check_close(double[name], p.double(), 1e-9, name)
+            deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
+            for drawn in (p, ddp[name]):
+                if p.ndim == 2:
+                    std = 0.005 if deep else 0.02
+                    assert abs(drawn.std() / std - 1) < 0.1 and abs(drawn.mean()) < std / 20, name
+                else:
+                    assert (drawn == (0 if name.endswith("bias") else 1)).all(), name
             if p.ndim == 2:
                 assert not torch.equal(p, other[name]), name
-                deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
                 check_close(deeper[name] * (3 / 8**0.5 if deep else 1), p, 1e-6, name)
         assert not torch.equal(a["blocks.0.qkv_proj.weight"], a["blocks.1.qkv_proj.weight"])
-        double = train_fsdp.GPT(64, 4, 8, 8).double()
-        train_fsdp.initialise(double, 0)
-        for name, p in double.named_parameters():
-            check_close(p, a[name].double(), 1e-9, name)
 
     @pytest.mark.parametrize("max_len", [7, 32, 128])
     def test_load_manual_has_every_byte_as_a_target_once(self, max_len):
@@ -4668,24 +4662,16 @@ class TestTraining:
             assert train_ddp.evaluate(model, (x, y), autocast, alone) == pytest.approx(expected, rel=1e-6)
             assert model.training
 
-    def test_generate(self):
-        model = train_ddp.GPT(16, 2, 1, 32, dropout=0.5)
-        for weight in model.parameters():
-            nn.init.normal_(weight, std=0.3)
-        plain = train_ddp.GPT(16, 2, 1, 32)
-        plain.load_state_dict(model.state_dict())
-        text = train_ddp.generate(model, "The ", 50, CPU)
-        assert text.startswith("The ") and text == train_ddp.generate(plain, "The ", 50, CPU), "no dropout"
-
+    def test_generate_goes_on_past_max_len(self):
         class Alternates(nn.Module):
-            """Sure of "ab" again and again, past its max_len."""
+            """Sure of "ab" again and again; of nothing while it trains."""
 
             max_len, widest = 8, 0
 
             def forward(self, tokens: Tensor) -> Tensor:
                 Alternates.widest = max(Alternates.widest, tokens.shape[1])
                 following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
-                return 50.0 * F.one_hot(following, 256)
+                return (not self.training) * 50.0 * F.one_hot(following, 256)
 
         assert train_ddp.generate(Alternates(), "xa", 12, CPU, temperature=0.02) == "xa" + "ba" * 6
         assert Alternates.widest == 7  # one less than max_len, see there
@@ -4786,20 +4772,18 @@ torch.nn.Module.compile = lambda self: print("compiled") or compile(self, backen
 run()
 """
         arguments = [*TINY, "--steps", "4", "--save-every", "2", "--out"]
-        plain = trainer.run(2, *arguments, str(tmp_path / "plain"))[0]
+        trainer.run(1, *arguments, str(tmp_path / "plain"))
         done = trainer.run(2, *arguments, str(tmp_path / "compiled"), "--compile", code=code)[0]
-        assert "compiled" in done.stdout and "compiled" not in plain.stdout
-        states = [
-            torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("plain", "compiled")
-        ]
-        assert states[0].keys() == states[1].keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
-        assert distance_of_weights(tmp_path / "plain", tmp_path / "compiled") < 1e-5
-        for name in ("final.pt", "report.json"):
-            (tmp_path / "compiled" / name).unlink()
-        newest = saved(tmp_path / "compiled")[-1]
-        newest.rename(tmp_path / "removed")
+        assert (
+            "compiled" in done.stdout
+            and distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+        )
+        state = torch.load(tmp_path / "compiled/final.pt", weights_only=True)
+        assert state.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        (tmp_path / "compiled/final.pt").unlink()
+        saved(tmp_path / "compiled")[-1].rename(tmp_path / "removed")
         assert "from_step=2" in trainer.run(1, *arguments, str(tmp_path / "compiled"))[0].stdout
-        assert distance_of_weights(tmp_path / "plain", tmp_path / "compiled") < 1e-5
+        assert distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
 
     def test_wrap_data_parallel_is_the_plain_model_on_a_cpu(self, ddp, tmp_path, monkeypatch):
         for name, more in {"plain": [], "dp": ["--data-parallel"]}.items():
@@ -4999,28 +4983,24 @@ except OSError as error:
 
     def test_load_optimizer_after_a_change_of_device(self):
         """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
-        s, alone = train_ddp.Settings(), train_ddp.Processes(0, 1, CPU)
-        weights = {}
-        for start, end in itertools.product((False, True), repeat=2):
+        weights = []
+        for kinds in itertools.product((False, True), repeat=2):
             torch.manual_seed(0)
-            model = nn.Linear(3, 2)
-            optimizer = train_ddp.make_optimizer(model, s, CPU)
-            for fused in (start, end):
-                new = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-                if fused is end and optimizer.state:
-                    train_ddp.load_optimizer(new, optimizer.state_dict(), alone)
-                optimizer = new
+            model, state = nn.Linear(3, 2), None
+            for fused in kinds:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+                if state:
+                    train_ddp.load_optimizer(optimizer, state, train_ddp.Processes(0, 1, CPU))
                 scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
                 for _ in range(3):
                     optimizer.zero_grad()
                     scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
                     scaler.step(optimizer)
                     scaler.update()
-                assert optimizer.param_groups[0]["fused"] is fused
-            assert optimizer.state[model.weight]["step"] == 6
-            weights[start, end] = model.weight.detach()
-        for kinds, weight in weights.items():
-            check_close(weight, weights[False, False], 1e-6, f"fused {kinds}")
+                state = optimizer.state_dict()
+            assert state["param_groups"][0]["fused"] is fused and state["state"][0]["step"] == 6
+            weights.append(model.weight.detach())
+            check_close(weights[-1], weights[0], 1e-6, str(kinds))
 
     def test_load_tensors_on_any_number_of_ranks(self, fsdp, tmp_path):
         """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: the same digest of weights,
@@ -5058,6 +5038,8 @@ def digest(p, path, s):
         final = torch.load(tmp_path / "a/final.pt", weights_only=True)
         assert final.keys() == model.state_dict().keys()
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
+        table = safetensors.torch.load_file(tmp_path / "a/final.safetensors")
+        assert final.keys() == table.keys() and all(torch.equal(final[name], table[name]) for name in final)
         files = set(json_of(path / "manifest.json")["files"])
         assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
         assert {p.name for p in path.iterdir()} == files | {"manifest.json"}, "a checksum covers each"
@@ -5104,8 +5086,7 @@ for out in sys.argv[1:]:
         assert distance_of_weights(tmp_path / "altered", tmp_path / "whole") == 0
 
     def test_publish_needs_an_out_that_all_machines_see(self, tmp_path):
-        """Each would write its slices on its own disk: no checkpoint could ever be read. And one that
-        is being deleted never has its name: what is left of it must not look whole."""
+        """Each would write its slices on its own disk: no checkpoint could ever be read."""
         part = tmp_path / "step_00000005.part"
         part.mkdir()
         manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
@@ -5115,16 +5096,6 @@ for out in sys.argv[1:]:
                 train_fsdp.publish(part, manifest, 3)
         (part / "__1_0.distcp").touch()
         assert train_fsdp.publish(part, manifest, 3).exists()
-        removed, rmtree = [], shutil.rmtree
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path) or rmtree(path))
-            for step in (6, 7, 8):
-                (tmp_path / f"step_{step:08}.part").mkdir()
-                train_fsdp.publish(tmp_path / f"step_{step:08}.part", b'{"files": {}, "n": %d}' % step, 2)
-        assert [path.suffix for path in map(Path, removed) if "step_" in path.name] == [".part"] * 2
-        assert [path.stem for path in train_fsdp.finished_checkpoints(tmp_path)] == [
-            "step_00000007", "step_00000008"
-        ]  # fmt: skip
 
     # ---- refusals
 
@@ -5140,7 +5111,7 @@ for out in sys.argv[1:]:
         "needs a GPU": ["--device", "cuda"],
     }
     OWN = {
-        "train_ddp": {"data_parallel": ["--data-parallel"]},
+        "train_ddp": {"data_parallel": ["--data-parallel", "--amp", "bf16"]},
         "train_fsdp": {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]},
     }
 
@@ -5169,9 +5140,8 @@ for out in sys.argv[1:]:
         with pytest.raises(ValueError, match="accumulate 3"):
             module.check_settings(module.Settings(batch_size=5, accumulate=3), two)
         if module is train_ddp:
-            for p, amp in ((two, "off"), (alone, "bf16")):
-                with pytest.raises(ValueError, match="data_parallel"):
-                    module.check_settings(module.Settings(data_parallel=True, amp=amp), p)
+            with pytest.raises(ValueError, match="data_parallel"):
+                module.check_settings(module.Settings(data_parallel=True, amp="bf16"), alone)
 
     @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
     def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
@@ -5352,7 +5322,7 @@ run()
         arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
         for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
             trainer.start(3, *arguments, timeout)
-            trainer.wait_until(lambda: "step 3," in trainer.out(0))
+            trainer.wait_until(lambda: "step 3/" in trainer.out(0))
             trainer.kill([1], number)
             trainer.wait_until(lambda: all("waited for" in trainer.out(rank, "err") for rank in (0, 2)))
             trainer.kill([1])  # in case it is only halted
@@ -5438,17 +5408,16 @@ run()
         assert not list(out.glob("*.part")) and len(saved(out)) == 2
 
     @pytest.mark.parametrize(
-        "world, who, name",
-        [(1, [0], "SIGINT"), (1, [0], "SIGHUP"), (2, [1], "SIGTERM"), (2, [0, 1], "SIGINT")],
+        "world, who, name", [(1, [0], "SIGHUP"), (2, [1], "SIGTERM"), (2, [0, 1], "SIGINT")]
     )
     def test_signals_stop_all_ranks_at_one_step(self, trainer, world, who, name, tmp_path):
         """Saved, with the scaler; the same command goes on to the same end."""
         number = getattr(signal, name)
-        arguments = [*TINY, *"--steps 60 --amp fp16 --dropout 0.1 --eval-every 5".split()]
+        arguments = [*TINY, *"--steps 40 --amp fp16 --dropout 0.1".split()]
         trainer.run(world, *arguments, "--out", str(tmp_path / "whole"))
         out = tmp_path / "stopped"
         trainer.start(world, *arguments, "--out", str(out))
-        trainer.wait_until(lambda: "step 5," in trainer.out(0))
+        trainer.wait_until(lambda: "step 10/" in trainer.out(0))
         trainer.kill(who, number)
         results = trainer.wait()
         assert [r.returncode for r in results] == [128 + number] * world, results
@@ -5456,7 +5425,7 @@ run()
         assert "the same command goes on" in results[0].stderr
         assert all(r.stderr == "" for r in results[1:]), "one line an event"
         state = saved_state(out)
-        assert 5 <= state["step"] < 60 and state["scaler"]["_growth_tracker"] > 0
+        assert 10 <= state["step"] < 40 and state["scaler"]["_growth_tracker"] > 0
         result = trainer.run(world, *arguments, "--out", str(out))[0]
         assert f"from_step={state['step']}" in result.stdout
         assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
@@ -5474,19 +5443,6 @@ run()
             assert alone == (world == 1)
             signals.restore()
             assert signal.getsignal(signal.SIGTERM) == before
-
-    def test_train_a_signal_in_the_last_step_ends_nothing_any_more(self, trainer, tmp_path):
-        code = """
-warmup_cosine = script.warmup_cosine
-def last(step, warmup, total):
-    if step == total - 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return warmup_cosine(step, warmup, total)
-script.warmup_cosine = last
-run()
-"""
-        trainer.run(1, *TINY, "--steps", "4", "--out", str(tmp_path), code=code)
-        assert (tmp_path / "report.json").exists()
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
@@ -5535,24 +5491,6 @@ run()
         assert agent.wait(120) == 0, (tmp_path / "agent2.log").read_text()
         assert "from_step=0" not in (tmp_path / "agent2.log").read_text()
         assert torch.equal(final_weights(again), final_weights(tmp_path / "whole"))
-
-    def test_full_weights_load_into_the_plain_class(self, fsdp, tmp_path):
-        """A fresh process reads the safetensors file: the same logits as final.pt's."""
-        fsdp.run(2, *TINY, "--out", str(tmp_path))
-        code = f"""
-import hashlib, safetensors.torch, torch, train_ddp
-model = train_ddp.GPT(18, 2, 2, 21)
-model.load_state_dict(safetensors.torch.load_file({str(tmp_path / "final.safetensors")!r}))
-logits = model(torch.arange(42).view(2, 21))
-print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest(), torch.distributed.is_initialized())
-"""
-        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", code]
-        fresh = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        model = train_fsdp.GPT(18, 2, 2, 21)
-        model.load_state_dict(torch.load(tmp_path / "final.pt", weights_only=True))
-        logits = model(torch.arange(42).view(2, 21)).detach()
-        assert fresh.stdout.split() == [hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "False"], fresh
 
     @linux
     def test_main_elastic_on_one_node_and_on_two_again(self, elastic_begun, ddp, tmp_path):
@@ -8286,55 +8224,52 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
     ],
     "train_ddp.py": [
-        ("if s.clip:", "if True:", "train_ddp_clip_0"),
-        ("now=last_one), waiting", "now=True), waiting", "train_ddp_gradients_travel"),
-        ("masked_fill(behind, -100)", "masked_fill(behind, 0)", "same_weights or every_byte"),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
         ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
+        ("micro < s.accumulate - 1", "micro > 0", "same_weights"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
         (
-            "n_tokens = text.lengths[rows].sum().item()",
-            "n_tokens = text.lengths[rows[p.rank::p.world]].sum().item() * p.world",
-            "same_weights",
+            "(targets[rows] != -100).sum().item()",
+            "(targets[rows[p.rank :: p.world]] != -100).sum().item() * p.world",
+            "same_weights or micro_batches",
         ),
-        ("part = micro * p.world + p.rank", "part = micro", "same_weights"),
-        ("last_one = micro == s.accumulate - 1", "last_one = micro == 0", "same_weights"),
+        ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
+        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "damaged"),
         (
-            "        if s.clip:\n            nn.utils",
-            "        if not s.clip:\n            nn.utils",
-            "same_weights",
+            "for old in finished_checkpoints(folder)[:-keep]:",
+            'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
+            "keeps_the_last",
         ),
-        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
-        ('optimizer.load_state_dict(run.pop("optimizer"))', "pass", "damaged_newest or killed"),
-        ("os.replace(beside, path)", "path.write_bytes(data)", "write_atomically or no_parts"),
-        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]', "if data", "damaged_checkpoint"),
-        (
-            "for old in finished_checkpoints(folder)[:-keep]",
-            'for old in sorted(folder.glob("step_*.pt"))[:-keep]',
-            "newest_of_two",
-        ),
-        (
-            "torch.arange(len(text.lengths))[p.rank :: p.world]",
-            "torch.arange(len(text.lengths))",
-            "same_weights",
-        ),
-        ("is_causal=True", "is_causal=False", "is_causal"),
-        ("if others != of_ranks[0]:", "if False:", "unequal_settings"),
-        (
-            "sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)",
-            "*sum_over_ranks([loss_sum.item() / n_tokens], p), *signals.received()",
-            "ddp_signal_stops",
-        ),
-        ('scaler.load_state_dict(run["scaler"])', "pass", "ddp_signal_stops"),
-        ('run["step"], run["tokens"] = step + 1', 'run["step"], run["tokens"] = step + 2', "ddp_killed"),
+        ("torch.arange(p.rank, len(inputs), p.world)", "torch.arange(len(inputs))", "same_weights"),
         (
             'map_location="cpu", weights_only=True',
             'map_location="cpu", weights_only=False',
-            "ddp_checkpoint_runs_no_code",
-        ),
-        (
-            'attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "several nodes"',
-            'attempt = "0"',
-            "ddp_under_torchrun or meet_within",
+            "checkpoint_runs_no_code",
         ),
     ],
     "classify_imdb.py": [
@@ -8374,31 +8309,55 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('ddp.check_finite("gradient\'s norm", norm.item(), run.step)', "pass", "not_finite"),
     ],
     "train_fsdp.py": [
-        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "train_fsdp_gradients_travel"),
-        ("loss * (p.world / n_tokens)", "loss / n_tokens", "fsdp_same_weights"),
-        ("part = micro * p.world + p.rank", "part = p.rank", "fsdp_same_weights"),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
+        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
+        ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
         (
             "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
             "model.set_requires_gradient_sync(micro == 0)",
-            "fsdp_same_weights",
+            "same_weights",
         ),
-        ("fused=not s.exact", "fused=True", "fsdp_two_ranks_are_bitwise"),
-        (".clamp(max=1.0)  # ()", "  # ()", "fsdp_clipping"),
+        ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
+        (".clamp(max=1.0))", "  )", "clip_gradients"),
+        ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
         (
-            "    for block in model.blocks:\n        fully_shard(block, mesh=mesh, mp_policy=policy)\n",
-            "",
-            "fsdp_blocks_are_gathered",
+            'if sha256_of(path / "manifest.json") != path.suffix[1:]:',
+            'if not sha256_of(path / "manifest.json"):',
+            "newest_checkpoint",
         ),
         (
-            "if hashlib.sha256(data).hexdigest() == path.suffix[1:] else {}",
-            "if data else {}",
-            "fsdp_damaged or fsdp_all_checkpoints",
+            'if sha256_of(path / name) != manifest["files"][name]]',
+            "if not sha256_of(path / name)]",
+            "newest_checkpoint",
         ),
-        ('or sha256_of(path / n) != manifest["files"][n]', "", "fsdp_damaged"),
         (
             'raise pickle.UnpicklingError(f".metadata',
             'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
-            "fsdp_checkpoint_runs_no_code",
+            "tensors_runs_no_code",
         ),
     ],
     "export.py": [

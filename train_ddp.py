@@ -100,6 +100,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
             raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32
     if p.world > 1:
         with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
             join_groups(p, timedelta(seconds=timeout))
@@ -336,7 +337,7 @@ class Settings:
 
 
 # These may differ between two starts of a run, as may the number of processes and threads.
-MAY_CHANGE = ("compile", "eval_every", "save_every", "keep", "timeout", "data_parallel", "device", "out")
+MAY_CHANGE = "compile eval_every save_every keep timeout data_parallel device out".split()
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -483,15 +484,18 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
 
 def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
     """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
-    row = {"step": run["step"], "loss": run["losses"][-1], "dev_loss": dev_loss}
-    row["tokens_per_second"] = round(run["tokens"] / run["train_seconds"])
+    loss, rate = run["losses"][-1], round(run["tokens"] / run["train_seconds"])
+    row = {"step": run["step"], "loss": loss, "dev_loss": dev_loss, "tokens_per_second": rate}
     row["gradient_norm"] = norm if math.isfinite(norm) else None
+    line = f"step {run['step']}/{s.steps}: loss {loss:.3f}, held out {dev_loss:.3f} nats a byte, "
+    line += f"gradient norm {norm:.2f}, {rate:,} tokens/s"
     if p.device.type == "cuda":
         row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        line += f", {row['peak_gpu_mib']:,} MiB at most"
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    print(f"of {s.steps}: " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    print(line, flush=True)
 
 
 @torch.no_grad()
@@ -503,9 +507,8 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Process
     for rows in torch.arange(p.rank, len(inputs), p.world).split(64):
         with autocast:
             logits = model(inputs[rows].to(p.device)).to(model.norm.weight.dtype)  # (B, T, V)
-        losses.append(
-            F.cross_entropy(logits.flatten(0, 1), targets[rows].to(p.device).flatten(), reduction="sum")
-        )
+        y = targets[rows].to(p.device).flatten()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), y, reduction="sum"))
     model.train()
     loss_sum = sum(loss.item() for loss in losses)  # only now, so that no forward waits for a GPU
     return sum_over_ranks([loss_sum], p)[0] / (targets != -100).sum().item()
@@ -601,8 +604,9 @@ def check_settings(s: Settings, p: Processes) -> None:
     may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
-        if type(value) in (int, float) and not least <= value < 2**32:
-            raise ValueError(f"{name} must be in [{least}, 2**32), got {value}")
+        below = 2**32 if name == "seed" else math.inf
+        if type(value) in (int, float) and not least <= value < below:
+            raise ValueError(f"{name} must be in [{least}, {below}), got {value}")
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
@@ -661,10 +665,8 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
     shared = getattr(error, "shared", False)
     code, message = 1 if training else 2, str(error)
     if isinstance(error, Interrupted):
-        code, message = (
-            128 + error.args[0],
-            f"interrupted: {error.args[1]}; the same command goes on from there",
-        )
+        code = 128 + error.args[0]
+        message = f"interrupted: {error.args[1]}; the same command goes on from there"
     elif isinstance(error, Lost | FloatingPointError):
         code = 1
     elif not isinstance(error, ValueError | OSError) or (training and not shared):
@@ -694,13 +696,11 @@ def main(s: Settings) -> int:
         if not run.get("finished"):
             torch.manual_seed(s.seed)
             model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
-            if kept.get("model"):  # on rank 0, whose weights DDP sends to the others
-                model.load_state_dict(kept["model"])
+            if run["step"] and p.rank == 0:  # whose weights DDP sends to the others
+                model.load_state_dict(kept.pop("model"))
             optimizer = make_optimizer(model.to(p.device), s, p.device)
             if run["step"]:
-                load_optimizer(optimizer, kept.get("optimizer"), p)
-            if p.device.type == "cuda":
-                torch.set_float32_matmul_precision("high")  # TF32
+                load_optimizer(optimizer, kept.pop("optimizer", None), p)
             if s.compile:
                 model.compile()
             if p.rank == 0:

@@ -8,25 +8,21 @@ The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if i
     torchrun --nproc_per_node=8 train_fsdp.py --replicate 2  # HSDP: two replicas of four slices each
     torchrun --nproc_per_node=8 train_fsdp.py --amp bf16 --compile --recompute --batch-size 64 \\
         --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4     # keeps 8 GPUs busy
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_fsdp.py
 
-The same command goes on where it stopped, on any number of processes. Several machines need an --out that
-all of them see. What a lost process looks like, and elastic runs: see train_ddp.py, all of it holds here.
+The same command goes on where it stopped, on any number of processes. Several machines (as in train_ddp.py,
+and so are lost processes and elastic runs) need an --out that all of them see.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
-- DDP where that fits on one device: least traffic (twice the weights a step), least to know.
-- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece. Three times the weights a step.
-- HSDP on several machines: slices within one, where links are fast; gradients alone travel between them.
-- CPU offload where 16/N is still too much: fully_shard(..., offload_policy=CPUOffloadPolicy()) keeps slices
-  and AdamW in the host's memory, and every step waits for the bus. It needs an accelerator to offload from.
+- DDP where that fits on one device: least traffic (twice the weights a step).
+- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece.
+  Three times the weights a step.
+- HSDP on several machines: slices within one, where links are fast.
+  Gradients alone travel between them.
+- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW
+  live in the host's memory, and every step waits for the bus.
 
-What FSDP1 code becomes: FSDP(model, auto_wrap_policy=...) is a loop of fully_shard; no_sync() is
-set_requires_gradient_sync; model.clip_grad_norm_ is nn.utils.clip_grad_norm_; MixedPrecision is
-MixedPrecisionPolicy; SHARD_GRAD_OP is reshard_after_forward=False; HYBRID_SHARD is a 2-D mesh; param_init_fn
-and sync_module_states are the meta device and initialise; ShardedGradScaler is GradScaler; state_dict_type is
-gone: state_dict() holds DTensors. Parameters keep names and shapes, so groups by name or ndim work.
-
-Zhao et al. 2023, arXiv:2304.11277 (FSDP). Rajbhandari et al. 2020, arXiv:1910.02054 (ZeRO).
+FSDP: Zhao et al. 2023, arXiv:2304.11277.
+ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import hashlib
@@ -83,16 +79,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
     its backward, after which its gradients are averaged over the ranks and each rank keeps its slice. So a
     rank holds 1/N of all, and one block whole. fully_shard on the model alone would gather all at once.
 
-    reshard_after_forward=True (the default for blocks) is that, ZeRO-3. False keeps the weights from forward
-    to backward: more memory, one gathering less (ZeRO-2; the default for the root, whose backward comes
-    first). A number drops all but a larger slice, gathered again within groups of so many: a machine, say.
+    reshard_after_forward=True (the default for blocks) is that, ZeRO-3.
+    False keeps the weights from forward to backward, ZeRO-2.
+    On a GPU the next block is gathered while this one computes; with gloo nothing overlaps.
 
-    Prefetch: on a GPU the next block is gathered on a stream of its own while this one computes: in backward
-    always, in forward as long as the CPU is ahead of the GPU; where it isn't,
-    set_modules_to_forward_prefetch asks for it. With gloo nothing overlaps.
-
-    amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module); slices,
-    averages of gradients and AdamW stay in float32.
+    amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module).
+    Slices, averages of gradients and AdamW stay in float32.
     """
     policy = MixedPrecisionPolicy(AMP[amp], None if amp == "off" else torch.float32)
     for block in model.blocks:
@@ -116,9 +108,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill the weights, sharded or whole, as GPT-2: a value depends on seed and its parameter's name alone.
 
-    Each rank draws a whole parameter, on CPU, keeps its slice and goes on to the next. The usual way,
-    reset_parameters on the slices, fills every rank's slice with the same values where all have one seed;
-    with a seed each, another number of ranks gives other weights.
+    Each rank draws a whole parameter, on CPU, keeps its slice and goes on to the next.
+    The usual way, reset_parameters on the slices, fills all slices with the same values
+    where all ranks have one seed; with a seed each, other numbers of ranks give other weights.
     """
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # what is added to the residual stream 2 n_layers times starts smaller
@@ -231,6 +223,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
             raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32
     if p.world > 1:
         with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
             join_groups(p, timedelta(seconds=timeout))
@@ -253,9 +246,8 @@ def join_groups(p: Processes, limit: timedelta) -> None:
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
     store = dist.PrefixStore(attempt, store)
-    dist.init_process_group(
-        BACKENDS[p.device.type], store=store, rank=p.rank, world_size=p.world, timeout=limit
-    )
+    backend = BACKENDS[p.device.type]
+    dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
     p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
@@ -414,23 +406,20 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
     Each rank writes its slices below step_00000050.part; rank 0 adds manifest.json, which holds run and the
     sha256 of every file, and renames the folder after the manifest's sha256. Killed at any moment, it's there
-    whole or not at all. OSError on a full disk; the older ones stay. dcp.async_save instead copies the slices
-    to the CPU and writes them while training goes on; hashing and renaming then wait for its future.
+    whole or not at all. OSError on a full disk; the older ones stay. (dcp.async_save writes while training
+    goes on; hashing and renaming then wait for its future.)
     """
     part = folder / f"step_{step:08}.part"
-    on_rank_0(partial(clear_parts, folder), p)
-    with dcp_errors(part, p):
-        dcp.save(tensors, checkpoint_id=part, process_group=p.files)  # fsyncs each file
+    try:
+        with dcp_errors(part, p):
+            dcp.save(tensors, checkpoint_id=part, process_group=p.files)  # fsyncs each file
+    except OSError:
+        on_rank_0(partial(shutil.rmtree, part, ignore_errors=True), p)  # a full disk is fuller with it
+        raise
     mine = list(part.glob(f"__{p.rank}_*")) + ([part / ".metadata"] if p.rank == 0 else [])
     hashes = gather({path.name: sha256_of(path) for path in mine}, p)
     files = {name: digest for of_rank in hashes for name, digest in of_rank.items()}
     return on_rank_0(partial(publish, part, json.dumps(run | {"files": files}).encode(), keep), p)
-
-
-def clear_parts(folder: Path) -> None:
-    """Delete what killed saves left behind."""
-    for left in [*folder.glob("step_*.part"), *folder.glob("tmp*.part")]:
-        shutil.rmtree(left)
 
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
@@ -473,7 +462,9 @@ def newest_checkpoint(folder: Path, p: Processes) -> tuple[Path | None, dict | N
         wrong = sum(gather(wrong, p), []) if manifest else ["manifest.json"]
         if not wrong:
             return path, manifest
-        on_rank_0(partial(set_aside, path, wrong), p)
+        if p.rank == 0:
+            print(f"{path} is damaged ({', '.join(wrong)} missing or altered)", file=sys.stderr, flush=True)
+        on_rank_0(partial(path.rename, f"{path}.damaged"), p)  # so that it is never taken
     return None, None
 
 
@@ -482,13 +473,6 @@ def read_manifest(path: Path) -> dict:
     if sha256_of(path / "manifest.json") != path.suffix[1:]:
         return {}
     return json.loads((path / "manifest.json").read_bytes())
-
-
-def set_aside(path: Path, wrong: list[str]) -> None:
-    """Rename a damaged checkpoint, so that it is never taken, and say so."""
-    what = f"{', '.join(wrong)} missing or altered"
-    print(f"{path} is damaged ({what}); taking the one before", file=sys.stderr, flush=True)
-    path.rename(path.with_name(path.name + ".damaged"))
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], p: Processes | None = None) -> None:
@@ -530,8 +514,10 @@ class MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def dcp_errors(path: Path, p: Processes | None):
-    """Around dcp's functions: what failed on any rank is an OSError on all (dcp's own CheckpointException is
-    no Exception, and shows a traceback of every rank)."""
+    """Around dcp's functions: what failed on any rank is an OSError on all.
+
+    dcp's own CheckpointException is no Exception, and shows a traceback of every rank.
+    """
     try:
         with waiting(f"every rank's part of {path}", p or Processes(0, 1, torch.device("cpu"))):
             yield
@@ -576,17 +562,7 @@ class Settings:
 
 
 # These may differ between two starts of a run, as may the number of processes and threads.
-MAY_CHANGE = (
-    "compile",
-    "eval_every",
-    "save_every",
-    "keep",
-    "timeout",
-    "replicate",
-    "recompute",
-    "device",
-    "out",
-)
+MAY_CHANGE = "compile eval_every save_every keep timeout replicate recompute device out".split()
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
@@ -696,10 +672,9 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             check_finite("held-out loss", dev_loss, step)
             on_rank_0(partial(log, run, dev_loss, norm, bar, s, p), p)
         if last or stopped or (s.save_every and run["step"] % s.save_every == 0):
+            tensors = state_tensors(model, optimizer)
             state = run | {"scaler": scaler.state_dict()}
-            path = save_checkpoint(
-                Path(s.out), run["step"], state_tensors(model, optimizer), state, p, s.keep
-            )
+            path = save_checkpoint(Path(s.out), run["step"], tensors, state, p, s.keep)
         if stopped and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
             raise Interrupted(number, f"step {run['step']} is in {path}")
@@ -709,16 +684,18 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
 
 def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
     """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
-    row = {"step": run["step"], "loss": run["losses"][-1], "dev_loss": dev_loss}
-    row["tokens_per_second"] = round(run["tokens"] / run["train_seconds"])
-    if math.isfinite(norm):
-        row["gradient_norm"] = norm
+    loss, rate = run["losses"][-1], round(run["tokens"] / run["train_seconds"])
+    row = {"step": run["step"], "loss": loss, "dev_loss": dev_loss, "tokens_per_second": rate}
+    row["gradient_norm"] = norm if math.isfinite(norm) else None
+    line = f"step {run['step']}/{s.steps}: loss {loss:.3f}, held out {dev_loss:.3f} nats a byte, "
+    line += f"gradient norm {norm:.2f}, {rate:,} tokens/s"
     if p.device.type == "cuda":
         row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        line += f", {row['peak_gpu_mib']:,} MiB at most"
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    print(f"of {s.steps}: " + ", ".join(f"{name} {value:,.6g}" for name, value in row.items()), flush=True)
+    print(line, flush=True)
 
 
 @torch.no_grad()
@@ -823,8 +800,9 @@ def check_settings(s: Settings, p: Processes) -> None:
     may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
-        if type(value) in (int, float) and not least <= value < 2**32:
-            raise ValueError(f"{name} must be in [{least}, 2**32), got {value}")
+        below = 2**32 if name == "seed" else math.inf
+        if type(value) in (int, float) and not least <= value < below:
+            raise ValueError(f"{name} must be in [{least}, {below}), got {value}")
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
@@ -842,19 +820,15 @@ def differences(there: dict, here: dict) -> str:
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
-def finished_report(out: Path) -> dict | None:
-    """The report of a finished run; None where some of it is missing or damaged."""
+def open_run(out: Path, kept: list) -> dict | None:
+    """For rank 0: the report of a finished run; None where one is to be made, and kept gets OUT's lock."""
     if (out / "final.pt").exists() and (out / "report.json").exists():
-        with suppress(ValueError):
+        with suppress(ValueError):  # a damaged one is made again
             return json.loads((out / "report.json").read_text())
-    return None
-
-
-def lock_run(out: Path, kept: list) -> None:
-    """For rank 0: kept gets OUT's lock; what a killed run left there is deleted."""
     out.mkdir(parents=True, exist_ok=True)
     kept.append(lock_out(out))
-    clear_parts(out)
+    for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a process that was killed
+        shutil.rmtree(left)
     if list(out.glob("step_*.pt")):
         raise ValueError(f"{out} holds a run of train_ddp.py; give another --out")
 
@@ -906,10 +880,8 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
     shared = getattr(error, "shared", False)
     code, message = 1 if training else 2, str(error)
     if isinstance(error, Interrupted):
-        code, message = (
-            128 + error.args[0],
-            f"interrupted: {error.args[1]}; the same command goes on from there",
-        )
+        code = 128 + error.args[0]
+        message = f"interrupted: {error.args[1]}; the same command goes on from there"
     elif isinstance(error, Lost | FloatingPointError):
         code = 1
     elif not isinstance(error, ValueError | OSError) or (training and not shared):
@@ -936,16 +908,13 @@ def main(s: Settings) -> int:
         binding = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
         out = Path(s.out)
         kept = []  # rank 0 keeps OUT's lock
-        path, run = None, on_rank_0(partial(finished_report, out), p)
+        path, run = None, on_rank_0(partial(open_run, out, kept), p)
         if run is None:
-            on_rank_0(partial(lock_run, out, kept), p)
             path, run = newest_checkpoint(out, p)
-        if path is None and run is None:
+        if run is None:
             run = {"settings": binding, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
         on_rank_0(partial(check_same_run, run.get("settings", {}), binding, out), p)
         if not run.get("finished"):
-            if p.device.type == "cuda":
-                torch.set_float32_matmul_precision("high")  # TF32
             model = sharded_model(s, p)
             optimizer = make_optimizer(model, s)
             if path:
