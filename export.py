@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else onnxruntime writes an id to the home folder
+LOADING = threading.Lock()  # torch.export.load takes one thread at a time, and fails in the others
 
 # -----------------------------------------------------------------------------
 # 1. TorchScript: what a trace freezes
@@ -68,11 +69,8 @@ def export_torchscript(model: nn.Module, example_inputs, path, method="trace") -
 
 
 def prepare(model: nn.Module, example_inputs) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A copy of the model in evaluation mode, and the inputs as a tuple.
-
-    A copy: switching the model's own mode would reach into a training in another thread.
-    """
-    inputs = as_tuple(example_inputs)
+    """The inputs as a tuple, and a copy of the model (which may train in another thread) for evaluation."""
+    inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
     if not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"example_inputs must be tensors, got {[type(x).__name__ for x in inputs]}")
     inputs = tuple(x.detach().clone() for x in inputs)  # .pt2 holds them, of a view the whole tensor
@@ -80,10 +78,6 @@ def prepare(model: nn.Module, example_inputs) -> tuple[nn.Module, tuple[Tensor, 
     with torch.no_grad(), refusing(f"{type(model).__name__} refuses its example_inputs"):
         model(*inputs)
     return model, inputs
-
-
-def as_tuple(inputs) -> tuple:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
 @contextlib.contextmanager
@@ -99,8 +93,7 @@ def refusing(what: str):
 def free_sizes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, str], ...]:
     """For each input what stays free by default, {dimension: name}: the batch and the length.
 
-    A length is the second size of (B, T) integers or booleans, and of floats that are as long. To
-    onnxruntime a name is one size, so the length of each input has a name of its own.
+    A length is the second size of (B, T) integers or booleans, and of floats that are as long.
     """
     batch = next((len(x) for x in inputs if x.dim()), 0)
     lengths = {x.size(1) for x in inputs if x.dim() == 2 and not x.is_floating_point()}
@@ -110,7 +103,7 @@ def free_sizes(inputs: tuple[Tensor, ...]) -> tuple[dict[int, str], ...]:
         if x.dim() and len(x) == batch:
             free[0] = "batch"
             if x.dim() in (2, 3) and x.size(1) in lengths:
-                free[1] = f"length_{i}" if i else "length"
+                free[1] = f"length_{i}" if i else "length"  # to onnxruntime a name is one size
         sizes.append(free)
     return tuple(sizes)
 
@@ -161,9 +154,6 @@ def tensors_in(output) -> list[Tensor]:
     return [x for part in parts for x in tensors_in(part)]
 
 
-LOADING = threading.Lock()  # torch.export.load takes one thread at a time, and fails in the others
-
-
 def load_artefact(path) -> Callable[..., Tensor]:
     """A file written here as a function of tensors; .onnx, .pt2 or .ts tells what it is.
 
@@ -199,8 +189,7 @@ def export_program(model: nn.Module, example_inputs, path, dynamic_shapes=None) 
     """A torch.export program (.pt2), as fast as eager PyTorch. As export_torchscript, but:
 
     It is whole or refused: an `if` on a tensor's value is an error; torch.where is the way out.
-    dynamic_shapes: as torch.export's; None: batch and length stay free (free_sizes), or the model is
-    refused (the length of an LSTM).
+    dynamic_shapes: as torch.export's; None: batch and length are free (an LSTM's can't, and is refused).
     """
     model, inputs = prepare(model, example_inputs)
     save = partial(torch.export.save, capture(model, inputs, dynamic_shapes))
@@ -302,10 +291,7 @@ def onnx_runner(data: bytes) -> Callable[..., Tensor]:
 
 
 def int8_product(x: Tensor, weight: Tensor, bits=8, per_channel=True) -> Tensor:
-    """x (N, in) @ weight.T, weight (out, in), multiplied and added in integers. Returns (N, out).
-
-    per_channel: a scale for each row of weight: small rows keep their digits beside large ones.
-    """
+    """x (N, in) @ weight.T (in, out), multiplied and added in integers; one scale, or one a row of weight."""
     levels = 2 ** (bits - 1) - 1  # 127: -128 would have no positive twin
     w_scale = weight.abs().amax(1 if per_channel else (0, 1), keepdim=True) / levels
     x_scale = x.abs().max() / 127
@@ -315,12 +301,10 @@ def int8_product(x: Tensor, weight: Tensor, bits=8, per_channel=True) -> Tensor:
     return sums * x_scale * w_scale.T
 
 
-# A CPU without VNNI multiplies activations (0 .. 255) by 8-bit weights and adds two products in 16 bits:
-# 2 * 255 * 127 = 64,770 is above 32,767 and saturates, silently. With 7-bit weights it is 32,130. So 7
-# bits are the default, whatever the building machine can do: the file travels. For 8:
-# reduce_range=False, and then CPUs with VNNI alone, or a session with the slower but right
-# options.add_session_config_entry("session.x64quantprecision", "1").
-
+# A CPU without VNNI adds two products of activations (0 .. 255) and 8-bit weights in 16 bits: 2 * 255 * 127
+# = 64,770 is above 32,767 and saturates, silently. With 7-bit weights it is 32,130. So 7 bits are the
+# default, whatever the building machine can do: the file travels. For 8: reduce_range=False, and CPUs with
+# VNNI alone, or sessions with the slower options.add_session_config_entry("session.x64quantprecision", "1").
 MATRICES = ["MatMul", "Gemm"]  # norms, softmax and products of two activations stay fp32
 
 
@@ -342,9 +326,8 @@ def quantize_dynamic(onnx_path, path, embeddings=False, reduce_range=True) -> Pa
 def quantize_static(onnx_path, path, calibration: Iterable[dict], reduce_range=True) -> Path:
     """int8 weights, and int8 activations whose ranges are fixed beforehand, on real inputs.
 
-    calibration: an iterable of input dicts, name -> tensor or array; a hundred real inputs are enough,
-    random ones are not. For devices that can't rescale: a Transformer's ranges differ from input to
-    input, so dynamic quantization is closer. The rest as there.
+    calibration: an iterable of input dicts, name -> tensor or array; a hundred real inputs are enough.
+    For devices that can't rescale: a Transformer's ranges differ, so the dynamic kind is closer.
     """
     from onnxruntime import quantization
 
@@ -365,8 +348,7 @@ def quantize_static(onnx_path, path, calibration: Iterable[dict], reduce_range=T
 def prune_unstructured(model: nn.Module, amount: float) -> nn.Module:
     """A copy in which the smallest `amount` (0 .. 1) of the weights of Linear and Conv layers are 0.
 
-    Magnitudes are ranked over all layers together. A dense product multiplies by zeros too, and torch's
-    sparse one is slower still at 90% zeros: they bring no speed.
+    They are ranked over all layers together. Zeros bring no speed: a dense product multiplies by them.
     """
     if not 0 <= amount <= 1:
         raise ValueError(f"amount must be in 0 .. 1, got {amount}")
@@ -448,10 +430,7 @@ def neuron_importance(model: nn.Module, batches: Iterable, loss=None) -> dict[st
 
 
 def importance(model: nn.Module, readers: dict, batches: Iterable, loss) -> dict[str, Tensor]:
-    """|dloss/dgate| for a gate of 1 on each head or neuron and example; mean over examples.
-
-    readers: name -> (the Linear that reads them, n of them). Returns name -> (n,).
-    """
+    """|dloss/dgate| for a gate of 1 on each head or neuron and example; mean over examples: name -> (n,)."""
     if not readers:
         raise ValueError(f"{type(model).__name__} has no module as the convention describes it")
     loss = loss or partial(F.cross_entropy, reduction="sum")
@@ -471,7 +450,8 @@ def importance(model: nn.Module, readers: dict, batches: Iterable, loss) -> dict
     for inputs, targets in batches:
         gates.clear()
         with torch.enable_grad():
-            value = loss(model(*as_tuple(inputs)), targets)
+            inputs = inputs if isinstance(inputs, tuple | list) else (inputs,)
+            value = loss(model(*inputs), targets)
         for name, gradient in zip(gates, torch.autograd.grad(value, gates.values()), strict=True):
             totals[name] += gradient.abs().sum(0).cpu()
         n_examples += len(targets)
@@ -627,8 +607,7 @@ def export_all(models, example, dev, cases, calibration, out, metadata=None, cas
     refused = {}
     print("\nwritten, once each equals its model at three sizes:")
     for i, (label, model) in enumerate(models.items()):
-        stem = str(out / (label if i else "model"))
-        for name, write in formats(model, example, calibration, stem, metadata).items():
+        for name, write in formats(model, example, calibration, str(out / label), metadata).items():
             if only and name not in only:
                 continue
             name = f"{label}, {name}" if i else name
@@ -661,7 +640,7 @@ def export_all(models, example, dev, cases, calibration, out, metadata=None, cas
 
 
 def print_table(report: dict) -> None:
-    """The rows of compare's report, and the recommendation in words."""
+    """The rows of export_all's report, and the recommendation in words."""
     rows = report["models"]
     cases = list(rows[0]["latency"])
     print(f"\np50 in ms by batch x tokens, {report['threads']} thread(s); accuracy and agreement on dev:")
@@ -672,9 +651,7 @@ def print_table(report: dict) -> None:
         print(f"{row['name']:40s}{row['size_bytes'] / 1000:9,.0f}{facts}", *times)
     best = next(row for row in rows if row["name"] == report["recommended"])
     speed, size = rows[0]["p50_ms"] / best["p50_ms"], best["size_bytes"] / rows[0]["size_bytes"]
-    print(
-        f"recommended: {best['name']}, {speed:.1f} times as fast at {report['case']}, {size:.2f} of the size"
-    )
+    print(f"recommended for {report['case']}: {best['name']}, {speed:.1f} x as fast, {size:.2f} of the size")
 
 
 def plot_rows(report: dict, path: str | Path) -> Path:
@@ -683,10 +660,9 @@ def plot_rows(report: dict, path: str | Path) -> Path:
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots()
-    rows = report["models"]
-    for i, row in enumerate(rows):
+    for i, row in enumerate(report["models"]):
         point = (row["p50_ms"], 100 * row["accuracy"])
-        area = 400 * row["size_bytes"] / rows[0]["size_bytes"]
+        area = 400 * row["size_bytes"] / report["models"][0]["size_bytes"]
         label = f"{i + 1}  {row['name']}, {row['size_bytes'] / 1000:,.0f} kB"
         axes.scatter(*point, s=area, alpha=0.6, label=label)
         axes.annotate(str(i + 1), point, (0, 9 * (i % 5)), textcoords="offset points")
@@ -697,7 +673,7 @@ def plot_rows(report: dict, path: str | Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# Demo: a small classifier of generated sentences, in which "but" decides which half counts and "not" turns it
+# Demo: a classifier of generated sentences, in which what comes after "but" counts, and "not" turns it
 
 
 @dataclass
@@ -841,7 +817,6 @@ def main(s: Settings) -> None:
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-
     sentences = generate_sentences(5000, s.seed)
     train_set = encode(sentences[:3000])
     dev = encode(sentences[3000:4000])  # all choices are made on it
@@ -878,7 +853,6 @@ def main(s: Settings) -> None:
     report |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     (out / "report.json").write_text(json.dumps(report | {"settings": asdict(s)}, indent=1))
     summary = {key: report[key] for key in ("recommended", "test_accuracy", "seconds")}
-    summary["speedup"] = round(report["models"][0]["p50_ms"] / best["p50_ms"], 2)
     print(json.dumps(summary | {"report": str(out / "report.json")}))
 
 
