@@ -926,7 +926,7 @@ def attention_page(model: ReviewClassifier, tokenizer: Tokenizer, text: str, pat
 # ---- export: this model in export.py's formats, and the one that --predict uses
 
 ALONE = ddp.Processes(rank=0, world=1, device=torch.device("cpu"))
-TUNING = 350  # steps at most that the pruned copy is fine-tuned for
+TUNING = 500  # steps at most that the pruned copy is fine-tuned for
 
 
 class FusedClassifier(ReviewClassifier):
