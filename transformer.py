@@ -8,8 +8,7 @@ Multi30k German to English, 5 M parameters, 30 minutes: 40.5 BLEU greedy, 41.6 w
     python transformer.py --preset multi30k                 # German to English, BLEU on test_2016_flickr
     python transformer.py --preset multi30k --translate "ein hund rennt über die wiese"
 
-The same command, started again, goes on where it stopped. The model, its loss and its search come first
-and need torch alone.
+The same command, started again, goes on where it stopped. Model, loss and search come first, on torch alone.
 
 Vaswani et al., "Attention Is All You Need", arXiv:1706.03762 (model, schedule, smoothing, averaging).
 Wu et al., "Google's Neural Machine Translation System", arXiv:1609.08144, eq. 14 (length penalty).
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -61,21 +61,16 @@ class TransformerConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_len", "d_model", "n_heads", "n_layers", "d_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads must divide d_model, got {self.n_heads} and {self.d_model}")
+            raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         special = {self.pad_id, self.bos_id, self.eos_id}
         if len(special) < 3 or min(special) < 0 or max(special) >= self.vocab_size:
-            raise ValueError(f"pad_id, bos_id, eos_id must differ, below {self.vocab_size}, got {special}")
+            raise ValueError(f"pad_id, bos_id, eos_id must differ, in the vocabulary, got {special}")
 
 
 def sinusoidal_positional_encoding(max_len: int, d_model: int) -> Tensor:
     """Positions as waves (section 3.5): feature 2i is sin(t / 10000^(2i / d_model)), 2i + 1 its cosine.
-
-    Returns (max_len, d_model) float32; an odd d_model has one sine more than cosines.
-    """
+    Returns (max_len, d_model) float32; an odd d_model has one sine more than cosines."""
     t = torch.arange(max_len, dtype=torch.float64)[:, None]  # (T, 1)
     frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)  # (ceil(C/2),)
     encoding = torch.empty(max_len, d_model, dtype=torch.float64)
@@ -91,22 +86,18 @@ def causal_mask(q_len: int, k_len: int | None = None, device: torch.device | Non
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(D)) v (eq. 1). q (..., Tq, D), k, v (..., Tk, D), mask broadcasts (..., Tq, Tk).
-
+    """softmax(q k^T / sqrt(D)) v (eq. 1). q (..., Tq, D), k, v (..., Tk, D), mask (..., Tq, Tk).
     Returns the output and the weights (..., Tq, Tk), both 0 where a query may attend to nothing.
-    It holds all Tq x Tk scores: fast on sentences, but for long texts use F.scaled_dot_product_attention.
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (..., Tq, Tk); float16 would overflow if scaled later
+    It holds all scores: fast on sentences; for long texts take F.scaled_dot_product_attention."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (..., Tq, Tk); scaled first: float16
     lowest = torch.finfo(scores.dtype).min  # -inf alone in a row would give NaN
     weights = scores.masked_fill(~mask, lowest).softmax(-1).masked_fill(~mask, 0.0)
     return weights @ v, weights
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in n_heads subspaces (section 3.2.2). No dropout on the weights: the paper has none.
-
-    Keys and values are arguments, already split into heads, so that a cache can hold them: see keys_values.
-    """
+    """Attention in n_heads subspaces (section 3.2.2), without dropout on the weights, as in the paper.
+    Keys and values are given split into heads, so that a cache can hold them."""
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
@@ -121,13 +112,10 @@ class MultiHeadAttention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, Tk, C) -> keys and values (B, H, Tk, D) each."""
-        k = self.split_heads(self.k_proj(context))
-        v = self.split_heads(self.v_proj(context))
-        return k, v
+        return self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x (B, Tq, C), mask broadcasts to (B, H, Tq, Tk), True = may be attended to. Returns (B, Tq, C);
-        a query that may attend to nothing gets out_proj's bias."""
+        """x (B, Tq, C), mask broadcasts to (B, H, Tq, Tk), True = may be attended to -> (B, Tq, C)."""
         q = self.split_heads(self.q_proj(x))  # (B, H, Tq, D)
         y, _ = attention(q, k, v, mask)  # (B, H, Tq, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -136,8 +124,8 @@ class MultiHeadAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention, then the feed-forward network (section 3.1, left half of figure 1).
 
-    Post-norm, the paper's, normalises the sum of x and a sub-layer's output. Pre-norm normalises what the
-    sub-layer sees and leaves x itself alone, so that gradients reach every layer undamped.
+    Post-norm, the paper's, normalises the sum of x and a sub-layer's output. Pre-norm normalises
+    what the sub-layer sees and leaves x alone, so that gradients reach every layer undamped.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -180,12 +168,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, past: tuple | None = None
     ) -> tuple[Tensor, tuple]:
-        """x (B, Tt, C): the new positions alone. mask broadcasts to (B, H, Tt, past + Tt), memory_mask to
-        (B, H, Tt, Ts). past: keys and values (B, H, T, D) of what came before, None at the beginning.
-
-        Returns (B, Tt, C) and the past of the next call. It changes nothing that it is given, so that
-        activation checkpointing may run it twice.
-        """
+        """x (B, Tt, C): new positions. mask broadcasts to (B, H, Tt, past + Tt), memory_mask to
+        (B, H, Tt, Ts). past: keys and values (B, H, T, D) of what came before, if anything did.
+        Returns (B, Tt, C) and the past of the next call, and changes nothing that it is given:
+        activation checkpointing may run it twice."""
         h = self.self_attention_norm(x) if self.norm_first else x
         k, v = self.self_attention.keys_values(h)  # (B, H, Tt, D)
         if past is None:
@@ -256,11 +242,10 @@ class Transformer(nn.Module):
         return self.encoder_norm(x), memory_mask
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict | None = None) -> Tensor:
-        """Logits (B, Tt, V) of the token after each of tgt's (B, Tt); tgt begins with bos_id.
+        """Logits (B, Tt, V) of the token after each of tgt's (B, Tt), which begins with bos_id.
 
-        memory (B, Ts, C) and memory_mask (B, 1, 1, Ts) are what encode returns. With a cache, tgt holds the
-        new tokens alone: a cache is a dict, empty before the first call, which decode fills; it belongs to
-        one memory. Padding of tgt needs no mask: no real token looks to its right.
+        With a cache, a dict, empty at first and filled here, tgt holds the new tokens alone.
+        Padding of tgt needs no mask: no real token looks to its right.
         """
         expected = (tgt.shape[0], 1, 1, memory.shape[1])
         if memory_mask.dtype != torch.bool or memory_mask.shape != expected:
@@ -294,32 +279,22 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy against a target of 1 - smoothing, with smoothing spread evenly over V (section 5.4).
-
-    logits (B, T, V), targets (B, T) integers. Returns the mean over real tokens, in float32 at least; padding
-    counts for nothing, whatever the logits are there. NaN where there is no real token.
-    Raises ValueError for targets of another shape or dtype, and for smoothing outside [0, 1).
-    """
+    """Cross-entropy against 1 - smoothing on the target, smoothing spread over V (section 5.4).
+    logits (B, T, V), targets (B, T) int64. The mean over real tokens, in float32 at least; padding
+    counts for nothing, whatever the logits are there."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    if targets.shape != logits.shape[:-1] or targets.is_floating_point():
-        raise ValueError(f"targets must be (B, T) integers, got {targets.dtype} {[*targets.shape]}")
-    real = targets != pad_id  # (B, T), N of them
-    logits = at_least_float32(
-        logits[real]
-    )  # (N, V); under ignore_index, NaN at padding would get NaN gradients
-    return F.cross_entropy(logits, targets[real].long(), label_smoothing=smoothing)
+    real = targets != pad_id  # (B, T); a NaN at padding must not even meet a gradient of 0
+    logits = at_least_float32(logits[real])  # (N, V)
+    return F.cross_entropy(logits, targets[real], label_smoothing=smoothing)
 
 
 def noam_lr(step: int, d_model: int, warmup: int) -> float:
-    """The paper's learning rate (eq. 3): up in a line for warmup steps, then down with 1 / sqrt(step).
+    """The paper's learning rate (eq. 3): up in a line, then down with 1 / sqrt(step); from step 1.
 
-    Adam's first steps rest on few gradients but are as long as any other, and post-norm layers don't survive
-    that without a warm-up. A wider layer sums more weights that move at once, hence 1 / sqrt(d_model).
-    Steps count from 1.
+    Adam's first steps rest on few gradients but are as long as any other, which post-norm layers
+    don't survive. A wider layer sums more weights that move at once, hence 1 / sqrt(d_model).
     """
-    if step < 1 or warmup < 1:
-        raise ValueError(f"step and warmup count from 1, got {step} and {warmup}")
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -329,10 +304,8 @@ def noam_lr(step: int, d_model: int, warmup: int) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every submodule's own mode is put back after.
-
-    The mode is the model's: don't search a model in one thread while another thread trains it.
-    """
+    """No dropout and no gradients inside; every submodule's own mode is put back after. (The mode is the
+    model's: don't search a model in one thread while another thread trains it.)"""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -345,11 +318,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def greedy_decode(model: Transformer, src: Tensor, max_len: int) -> Tensor:
     """The likeliest token at each step, until EOS or until there are max_len of them.
-
-    src (B, Ts) -> (B, T), T <= max_len: BOS left out, EOS kept, then pad_id. A row without EOS was cut off.
-    """
-    if not 1 <= max_len <= model.config.max_len:
-        raise ValueError(f"max_len must be in 1 .. {model.config.max_len}, got {max_len}")
+    src (B, Ts) -> (B, T): BOS left out, EOS kept, then pad_id. A row without EOS was cut off."""
     with evaluating(model):
         memory, memory_mask = model.encode(src)
         tokens = torch.full((len(src), 1), model.config.bos_id, device=src.device)  # (B, 1)
@@ -368,14 +337,11 @@ def beam_search(
 ) -> tuple[Tensor, Tensor]:
     """Keeps the beam_size likeliest beginnings of each sentence instead of one.
 
-    A hypothesis with its EOS is frozen: it keeps its log-probability, and its place while that is among the
-    best. At the end each log-probability is divided by ((5 + n) / 6) ** length_penalty, n its tokens with EOS
-    (Wu et al., eq. 14), since log-probabilities only fall with length. One cut off at max_len counts too.
-    src (B, Ts) -> tokens (B, T) as greedy_decode returns them, and their divided log-probabilities (B,).
+    A hypothesis with its EOS is frozen: it keeps its log-probability, and its place while that is
+    among the best. At the end, log-probabilities, which only fall with length, are divided by
+    ((5 + n) / 6) ** length_penalty, n the tokens with EOS (Wu et al., eq. 14). One cut off counts
+    too. src (B, Ts) -> tokens (B, T) as from greedy_decode, and those scores (B,).
     """
-    if beam_size < 1 or not 1 <= max_len <= model.config.max_len:
-        limits = f"beam_size must be at least 1, max_len in 1 .. {model.config.max_len}"
-        raise ValueError(f"{limits}, got {beam_size} and {max_len}")
     batch, vocab, device = len(src), model.config.vocab_size, src.device
     with evaluating(model):
         memory, memory_mask = model.encode(src)
@@ -413,19 +379,19 @@ def beam_search(
 
 
 # -----------------------------------------------------------------------------
-# Settings of what follows: data, training, evaluation
+# Settings
 
 
 @dataclass
 class Settings:
-    preset: Literal["numbers", "multi30k"] = "numbers"  # generated, English to German; or German to English
-    data: str = ""  # multi30k: folder of its files; else MULTI30K_DATA, else they are downloaded
-    translate: str | None = None  # translate this with the saved model, no training; - reads stdin's lines
+    preset: Literal["numbers", "multi30k"] = "numbers"  # generated numbers, or German to English
+    data: str = ""  # multi30k: folder of its files; else MULTI30K_DATA, else a download
+    translate: str | None = None  # translate this with the saved model; - reads stdin's lines
     out: str = "out/transformer"  # checkpoint, model, picture and report.json go here
     seed: int = 0  # same seed and threads, same weights
     device: str = "auto"  # auto (cuda, then cpu), cuda, cpu or mps
-    amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware multiplies it natively
-    vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, merges learned in training
+    amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware has it
+    vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, merges that are learned
     max_len: int = 32  # tokens of a sentence with EOS; a longer one is an error
     d_model: int = 64  # width
     n_heads: int = 4  # heads of d_model / n_heads features
@@ -435,60 +401,52 @@ class Settings:
     norm_first: bool = True  # pre-norm: a short warm-up is enough
     tied: bool = True  # one matrix for both embeddings and the output
     epochs: int = 5  # passes over the training set
-    batch_tokens: int = 1024  # most tokens of a batch, on its longer side, padding included
+    batch_tokens: int = 1024  # most tokens of a batch, on its longer side, with padding
     warmup: int = 100  # steps of rising learning rate
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
     weight_decay: float = 0.01  # of matrices
     clip: float = 1.0  # longer gradients are scaled down to this norm
-    average: int = 2  # final weights: mean over the ends of this many last epochs (section 6.1)
+    average: int = 2  # final weights: mean of this many last epochs' ends (section 6.1)
     save_every: int = 100  # steps between checkpoints
     beam_size: int = 4  # hypotheses that beam search keeps
-    length_penalty: float = 0.6  # exponent of Wu et al., eq. 14: 0 none, more favours long sentences
+    length_penalty: float = 0.6  # exponent of Wu et al., eq. 14; 0: none
 
 
 PRESETS = {
     "numbers": Settings(),
     "multi30k": Settings(  # chosen on the dev set, for half an hour on two cores
-        preset="multi30k",
-        out="out/transformer_multi30k",
-        vocab_size=4000,
-        max_len=100,
-        d_model=256,
-        n_layers=3,
-        d_ff=512,
-        dropout=0.3,
-        epochs=25,
-        batch_tokens=2048,
-        warmup=600,
-        lr_scale=0.7,
-        average=8,
-        beam_size=5,
+        preset="multi30k", out="out/transformer_multi30k", vocab_size=4000, max_len=100,
+        d_model=256, n_layers=3, d_ff=512, dropout=0.3, epochs=25, batch_tokens=2048,
+        warmup=600, lr_scale=0.7, average=8, beam_size=5,
     ),
-}
-MAY_CHANGE = "data translate out device save_every beam_size length_penalty".split()  # between two starts
+}  # fmt: skip
+MAY_CHANGE = "data translate out device save_every beam_size length_penalty".split()  # of a run
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is cuda where there is one, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def parse(arguments: list[str]) -> Settings:
+    """The preset's settings, but for what the command line says."""
+    import tyro  # the command line from Settings: names, types, defaults; the comments are the help
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="numbers")
+    preset = first.parse_known_args(arguments)[0].preset
+    return tyro.cli(Settings, args=arguments, default=PRESETS.get(preset), description=__doc__)
+
+
+def check(s: Settings) -> None:
+    """Raises ValueError, by the flag's name, for settings that no run can have."""
+    for name in "epochs batch_tokens warmup average save_every beam_size lr_scale clip".split():
+        if not getattr(s, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    if s.vocab_size < 259 or not 0 <= s.seed < 2**43:  # seed * 1,000,003 must fit into 64 bits
+        raise ValueError("--vocab-size must be at least 259, --seed in 0 .. 2^43 - 1")
 
 
 # -----------------------------------------------------------------------------
-# Data: numbers in words, generated
+# Data: numbers in words; Multi30k (Elliott et al. 2016) or a corpus of one's own
 
-
-@dataclass
-class Corpus:
-    """Pairs of texts (source, target)."""
-
-    name: str
-    train: list[tuple[str, str]]
-    dev: list[tuple[str, str]]
-    test: list[tuple[str, str]]
-
+Corpus = namedtuple("Corpus", "name train dev test")  # parts: lists of pairs (source, target)
 
 EN = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
 EN += "fifteen sixteen seventeen eighteen nineteen".split()
@@ -510,7 +468,7 @@ def english_number(n: int) -> str:
 
 
 def german_number(n: int, one: str = "eins") -> str:
-    """342000 -> "dreihundert zwei und vierzig tausend": units before tens. one: "ein" where more follows."""
+    """342000 -> "dreihundert zwei und vierzig tausend". one: "ein" where more follows."""
     if n < 20:
         return one if n == 1 else DE[n]
     if n < 100:
@@ -521,7 +479,7 @@ def german_number(n: int, one: str = "eins") -> str:
 
 
 def number_corpus(seed: int, n_train: int = 8_000, n_dev: int = 500, n_test: int = 1000) -> Corpus:
-    """Different numbers in each part; short and round ones are frequent, as they are in life."""
+    """Different numbers in each part; short and round ones are frequent, as in life."""
     rng = random.Random(seed)
 
     def three_digits() -> int:
@@ -533,12 +491,9 @@ def number_corpus(seed: int, n_train: int = 8_000, n_dev: int = 500, n_test: int
     numbers = list(drawn)
     rng.shuffle(numbers)  # the frequent ones came first
     pairs = [(english_number(n), german_number(n)) for n in numbers]
-    dev_end = n_train + n_dev
-    return Corpus("numbers", pairs[:n_train], pairs[n_train:dev_end], pairs[dev_end:])
+    rest = pairs[n_train:]
+    return Corpus("numbers", pairs[:n_train], rest[:n_dev], rest[n_dev:])
 
-
-# -----------------------------------------------------------------------------
-# Data: Multi30k (Elliott et al. 2016), or a corpus of one's own in files of the same names
 
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K = {  # file -> its lines, and the sha256 of its text
@@ -552,69 +507,55 @@ MULTI30K = {  # file -> its lines, and the sha256 of its text
 
 
 def lines_of(data: bytes) -> list[str]:
-    r"""The lines of UTF-8 text, with or without a byte-order mark. A line ends with \n, \r\n or \r.
-
-    (str.splitlines would also cut at U+2028, which people have within lines.)
-    """
-    return [line.strip() for line in io.StringIO(data.decode("utf-8-sig"), newline=None)]
+    """The lines of UTF-8 text, with or without a byte-order mark; they end with LF, CR LF or CR.
+    (str.splitlines would also cut at U+2028, which people have within their lines.)"""
+    return [line.strip() for line in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")]
 
 
-def read_multi30k(name: str, folder: str) -> tuple[list[str], bool]:
-    """The lines of one file, and whether it is the official one. Without a folder: from cache or network.
-
-    Raises ValueError where it is missing, damaged or altered. In a folder of one's own, a file with another
-    number of lines is taken for another corpus.
-    """
+def read_multi30k(name: str, folder: str) -> list[str]:
+    """The lines of one file; without a folder, from the cache or the network. Raises ValueError
+    where it is missing, damaged or altered: as long as Multi30k's, but not the same."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    packed = Path(folder or f"{cache}/multi30k", f"{name}.gz")
-    path = packed if packed.exists() else packed.with_suffix("")
+    path = Path(folder or f"{cache}/multi30k", f"{name}.gz")
     try:
-        if not folder and not packed.exists():
-            print(f"downloading {MULTI30K_URL}{name}.gz", file=sys.stderr)
-            with urllib.request.urlopen(f"{MULTI30K_URL}{name}.gz", timeout=30) as response:
-                data = response.read()
-        else:
+        if folder or path.exists():
             data = path.read_bytes()
-        text = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        else:
+            print(f"downloading {MULTI30K_URL}{path.name}", file=sys.stderr)
+            data = urllib.request.urlopen(MULTI30K_URL + path.name, timeout=30).read()
+        text = gzip.decompress(data)
         lines = lines_of(text)
     except Exception as error:  # files, network, gzip and UTF-8 have their own
-        raise ValueError(f"can't read {name}.gz: {error}; --data takes the folder of {[*MULTI30K]}") from None
+        raise ValueError(f"can't read {path}: {error}; --data takes a folder that has it") from None
     n_lines, sha256 = MULTI30K[name]
-    official = hashlib.sha256(text).hexdigest() == sha256
-    if not official and (len(lines) == n_lines or not folder):
-        raise ValueError(f"{name}.gz was altered: the sha256 of its text isn't {sha256}")
-    if not folder and not packed.exists():
-        packed.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(packed, data)
-    return lines, official
+    altered = hashlib.sha256(text).hexdigest() != sha256
+    if altered and (len(lines) == n_lines or not folder):
+        raise ValueError(f"{path} was altered: the sha256 of its text isn't {sha256}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    return lines
 
 
 def multi30k_corpus(folder: str) -> Corpus:
-    """German to English. Another corpus in files of these names is called "own" in the report.
-
-    Raises ValueError for files that are missing, damaged, altered or unequally long.
-    """
-    name, parts = "multi30k", []
+    """German to English. A corpus with other numbers of lines is one's own, and called "own"."""
+    parts = []
     for part in ("train", "val", "test_2016_flickr"):
-        german, german_official = read_multi30k(f"{part}.de", folder)
-        english, english_official = read_multi30k(f"{part}.en", folder)
+        german = read_multi30k(f"{part}.de", folder)
+        english = read_multi30k(f"{part}.en", folder)
         if len(german) != len(english) or not german:
-            raise ValueError(f"{part}: {len(german)} lines in German, {len(english)} in English")
-        if not (german_official and english_official):
-            name = "own"
+            raise ValueError(f"{part}: {len(german)} German lines, {len(english)} English ones")
         parts.append(list(zip(german, english, strict=True)))
-    return Corpus(name, *parts)
+    official = [len(part) for part in parts] == [29_000, 1_014, 1_000]
+    return Corpus("multi30k" if official else "own", *parts)
 
 
 class Tokenizer:
-    """Byte-level BPE in lower case. Every text has tokens; bytes that training never saw have untrained ones.
-
-    A text gets a space in front, so that its first word has the token that it has elsewhere.
-    """
+    """Byte-level BPE in lower case: every text has tokens. A text gets a space in front, so that its
+    first word has the token that it has elsewhere."""
 
     pattern = r" ?\w+| ?[^\w\s]+|\s+"  # merges stay within these
     n_special = 3  # ids of padding, BOS and EOS come first
-    eos_id = TransformerConfig.eos_id
 
     def __init__(self, vocabulary: list[bytes]):
         import tiktoken
@@ -628,11 +569,9 @@ class Tokenizer:
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         import rustbpe
 
-        n_merged = vocab_size - cls.n_special
-        if n_merged < 256:
-            raise ValueError(f"vocab_size must be at least {256 + cls.n_special}, got {vocab_size}")
         trained = rustbpe.Tokenizer()
-        trained.train_from_iterator(map(cls.normalise, texts), n_merged, pattern=cls.pattern)
+        texts = map(cls.normalise, texts)
+        trained.train_from_iterator(texts, vocab_size - cls.n_special, pattern=cls.pattern)
         by_rank = sorted(trained.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in by_rank])
 
@@ -642,10 +581,11 @@ class Tokenizer:
 
     def encode(self, text: str, max_len: int) -> list[int]:
         """Token ids with EOS. Raises ValueError where there are more than max_len."""
-        ids = [self.n_special + i for i in self.bpe.encode_ordinary(self.normalise(text))]
-        if len(ids) >= max_len:
-            raise ValueError(f"{len(ids) + 1} tokens with EOS are more than max_len={max_len}: {text[:60]!r}")
-        return [*ids, self.eos_id]
+        ids = [i + self.n_special for i in self.bpe.encode_ordinary(self.normalise(text))]
+        ids.append(TransformerConfig.eos_id)
+        if len(ids) > max_len:
+            raise ValueError(f"{len(ids)} tokens with EOS, max_len={max_len}: {text[:60]!r}")
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """The text of what isn't special; bytes that are no UTF-8 become U+FFFD."""
@@ -653,32 +593,7 @@ class Tokenizer:
 
 
 # -----------------------------------------------------------------------------
-# Batches and files
-
-
-def token_batches(lengths: list[int], batch_tokens: int, seed: str) -> list[list[int]]:
-    """Indices of sentences of similar length, as many as fit: number x longest <= batch_tokens, one at least.
-
-    Every index occurs once. The seed decides which equally long sentences meet, and the order of the batches,
-    but not their number.
-    """
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    order.sort(key=lambda i: lengths[i])  # stable: equals stay shuffled
-    batches: list[list[int]] = [[]]
-    for i in order:
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
-            batches.append([])
-        batches[-1].append(i)
-    rng.shuffle(batches)
-    return batches
-
-
-def pad(rows: list[list[int]], pad_id: int, device: torch.device) -> Tensor:
-    """(B, T) ids, T the longest row's length, pad_id on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
+# Training
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -693,10 +608,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """Writes torch.save's bytes, then their sha256 (torch.load doesn't mind). content["model"]: a state dict.
-
-    Raises FloatingPointError for weights that aren't finite: the last good file stays.
-    """
+    """content["model"] is a state dict. The file ends with a sha256, which torch.load doesn't mind.
+    Raises FloatingPointError for weights that aren't finite: the last good file stays."""
     if not all(weight.isfinite().all() for weight in content["model"].values()):
         raise FloatingPointError("weights are no longer finite")
     buffer = io.BytesIO()
@@ -706,7 +619,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What save wrote; runs no code from the file. Raises ValueError where it is damaged or another thing."""
+    """Content that save wrote; runs no code from the file. Raises ValueError for other files."""
     data = path.read_bytes()
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} is damaged, or was not written by this script")
@@ -714,8 +627,8 @@ def load(path: Path) -> dict:
 
 
 def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process. ValueError if another
-    run has it."""
+    """Hold out for this run: keep what is returned. The lock dies with the process. ValueError if
+    another run has it."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
@@ -732,19 +645,15 @@ def lock_out(out: Path, patience: float = 10.0):
             time.sleep(0.1)
 
 
-# -----------------------------------------------------------------------------
-# Training
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups: matrices decay; biases and norms don't. A tied matrix comes once."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def use_bf16(amp: str, device: torch.device) -> bool:
-    """By default where the hardware multiplies bf16: elsewhere it is several times slower than float32."""
+    """By default where the hardware multiplies bf16: elsewhere it is far slower than float32."""
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cpu":
@@ -752,96 +661,112 @@ def use_bf16(amp: str, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def batch_loss(model: Transformer, pairs: list, smoothing: float, bf16: bool) -> tuple[Tensor, int]:
-    """Mean loss over the real target tokens of pairs of ids (source, target), both with EOS; their number."""
-    config, device = model.config, model.positions.device
-    src = pad([source for source, _ in pairs], config.pad_id, device)  # (B, Ts)
-    targets = pad([target for _, target in pairs], config.pad_id, device)  # (B, Tt)
-    tgt = F.pad(targets[:, :-1], (1, 0), value=config.bos_id)  # (B, Tt) what stands before each target
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+def token_batches(lengths: list[int], batch_tokens: int, seed: str) -> list[list[int]]:
+    """Indices of sentences of similar length: number x longest <= batch_tokens, but one at least.
+    Every index occurs once. The seed decides which equally long ones meet, and the order."""
+    rng = random.Random(seed)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    order.sort(key=lambda i: lengths[i])  # stable: equals stay shuffled
+    batches: list[list[int]] = [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > batch_tokens:
+            batches.append([])
+        batches[-1].append(i)
+    rng.shuffle(batches)
+    return batches
+
+
+def pad(rows: list[list[int]], model: Transformer) -> Tensor:
+    """(B, T) ids on the model's device, T the longest row's length, pad_id on the right."""
+    longest = max(map(len, rows))
+    rows = [row + [model.config.pad_id] * (longest - len(row)) for row in rows]
+    return torch.tensor(rows, device=model.positions.device)
+
+
+def batch_loss(model: Transformer, pairs: list, smoothing: float, bf16: bool) -> Tensor:
+    """Mean loss a target token of pairs of ids (source, target), both with EOS."""
+    src = pad([source for source, _ in pairs], model)  # (B, Ts)
+    targets = pad([target for _, target in pairs], model)  # (B, Tt)
+    tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)  # each target's predecessor
+    with torch.autocast(src.device.type, torch.bfloat16, enabled=bf16):
         logits = model(src, tgt)  # (B, Tt, V)
-    loss = label_smoothed_loss(logits, targets, config.pad_id, smoothing)
-    return loss, sum(len(target) for _, target in pairs)
+    return label_smoothed_loss(logits, targets, model.config.pad_id, smoothing)
 
 
 def dev_loss(model: Transformer, dev: list, batch_tokens: int, bf16: bool) -> float:
     """Cross-entropy a token, without smoothing."""
-    loss_sum = n_tokens = 0
+    loss_sum = 0.0
+    lengths = [len(target) for _, target in dev]
     with evaluating(model):
-        for batch in token_batches([len(target) for _, target in dev], batch_tokens, "dev"):
-            loss, n = batch_loss(model, [dev[i] for i in batch], 0.0, bf16)
-            loss_sum += loss.item() * n
-            n_tokens += n
-    return loss_sum / n_tokens
+        for batch in token_batches(lengths, batch_tokens, "dev"):
+            loss = batch_loss(model, [dev[i] for i in batch], 0.0, bf16)
+            loss_sum += loss.item() * sum(lengths[i] for i in batch)
+    return loss_sum / sum(lengths)
 
 
-def train(s: Settings, model: Transformer, pairs: list, dev: list, run: dict, state: dict) -> dict:
-    """Trains model to the end, from state on: {} or a checkpoint, which holds run as well. Returns the state.
+def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) -> None:
+    """Trains model to the end from state on, a checkpoint or an empty one; keeps it up to date.
 
-    pairs and dev are pairs of ids (source, target), both with EOS. Batches are a function of (seed, epoch) and
-    dropout of (seed, step): a run that was killed goes on bit for bit, without a generator's state.
-    Raises FloatingPointError where loss, gradient or weights aren't finite; the last checkpoint is.
+    pairs and dev are pairs of ids (source, target), both with EOS. Batches depend on (seed, epoch)
+    and dropout on (seed, step) alone, so that a run that was killed goes on bit for bit.
+    Raises FloatingPointError where loss, gradient or weights aren't finite.
     """
     device = model.positions.device
     bf16 = use_bf16(s.amp, device)
-    groups = parameter_groups(model, s.weight_decay)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and norms don't decay
+    groups = [
+        {"params": matrices, "weight_decay": s.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
-    if state:
+    if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    first_step = state.get("step", 0)
-    loss_sum = state.get("loss_sum", 0.0)  # over the epoch's target tokens
-    seconds = state.get("seconds", 0.0)
-    history = state.get("history", [])  # a row an epoch
-    average = {name: mean.to(device) for name, mean in state.get("average", {}).items()}
-
+    average = {name: mean.to(device) for name, mean in state["average"].items()}
     lengths = [max(len(source), len(target)) for source, target in pairs]
     n_batches = len(token_batches(lengths, s.batch_tokens, ""))  # the same in each epoch
-    batches = token_batches(lengths, s.batch_tokens, f"{s.seed} {first_step // n_batches}")
+
+    first_step = state["step"]
     for step in range(first_step, s.epochs * n_batches):
         start = time.perf_counter()
         epoch, i = divmod(step, n_batches)
-        if i == 0:
+        if i == 0 or step == first_step:
             batches = token_batches(lengths, s.batch_tokens, f"{s.seed} {epoch}")
-            loss_sum = 0.0
         torch.manual_seed(s.seed * 1_000_003 + step)  # dropout's
         lr = s.lr_scale * noam_lr(step + 1, s.d_model, s.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, n_tokens = batch_loss(model, [pairs[j] for j in batches[i]], s.smoothing, bf16)
+        loss = batch_loss(model, [pairs[j] for j in batches[i]], s.smoothing, bf16)
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         if not norm.isfinite():  # the step would spoil all weights
-            raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, norm of the gradient {norm}")
+            raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, gradient's norm {norm}")
         optimizer.step()
-        loss_sum += loss.item() * n_tokens
-        seconds += time.perf_counter() - start
+        state["seconds"] += time.perf_counter() - start
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}, lr {lr:.2e}, {seconds:.0f} s", flush=True)
+            spent = f"{state['seconds']:.0f} s"
+            print(f"step {step + 1}: loss {loss.item():.4f}, lr {lr:.2e}, {spent}", flush=True)
 
-        if i == n_batches - 1:  # the end of an epoch
-            n_averaged = epoch + 1 - max(0, s.epochs - s.average)  # epochs in the mean, with this one
+        epoch_ends = i == n_batches - 1
+        if epoch_ends:
+            n_averaged = epoch + 1 - max(0, s.epochs - s.average)  # epochs, with this one
             if n_averaged > 0:
                 for name, weight in model.state_dict().items():
                     mean = average.get(name, torch.zeros_like(weight))
                     average[name] = mean + (weight - mean) / n_averaged
-            train_loss = loss_sum / sum(len(target) for _, target in pairs)
-            row = {"epoch": epoch + 1, "train_loss": train_loss}
-            row["dev_loss"] = dev_loss(model, dev, s.batch_tokens, bf16)
-            if not math.isfinite(row["dev_loss"]):
-                raise FloatingPointError(f"epoch {epoch + 1}: loss {row['dev_loss']} on the dev set")
-            print(
-                f"epoch {epoch + 1}/{s.epochs}: loss {train_loss:.4f}, dev {row['dev_loss']:.4f}", flush=True
-            )
-            history.append(row)
-        if i == n_batches - 1 or (step + 1) % s.save_every == 0:
-            state = run | {"step": step + 1, "loss_sum": loss_sum, "seconds": seconds}
-            state |= {"history": history, "average": average}
+            held_out = dev_loss(model, dev, s.batch_tokens, bf16)
+            print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}", flush=True)
+            if not math.isfinite(held_out):
+                raise FloatingPointError(f"the loss on the dev set is {held_out}")
+            state["history"].append({"epoch": epoch + 1, "loss": loss.item(), "dev_loss": held_out})
+        if epoch_ends or (step + 1) % s.save_every == 0:
+            state |= {"step": step + 1, "average": average}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(Path(s.out, "checkpoint.pt"), state)
     model.load_state_dict(average)
-    return state
 
 
 # -----------------------------------------------------------------------------
@@ -851,36 +776,30 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, run: dict, st
 def translate(
     model: Transformer, tokenizer: Tokenizer, texts: list[str], beam_size: int, penalty: float
 ) -> list[dict]:
-    """Rows of text, log_prob of all tokens (undivided), n_tokens with EOS, finished: False if it was cut off.
-
-    Greedy for beam_size 0. An empty text stays empty. Raises ValueError for a text that is too long.
-    """
+    """A row a text: text, log_prob (undivided), n_tokens with EOS, finished (False: cut off). An
+    empty text stays empty. Raises ValueError for one that is longer than the model's max_len."""
     config = model.config
     ids = [tokenizer.encode(text, config.max_len) for text in texts]
     rows = [{"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True} for _ in texts]
-    by_length = sorted((i for i, text in enumerate(texts) if text.strip()), key=lambda i: len(ids[i]))
-    for start in range(0, len(by_length), 64):
-        batch = by_length[start : start + 64]
-        src = pad([ids[i] for i in batch], config.pad_id, model.positions.device)  # (B, Ts)
-        if beam_size:
-            tokens, _ = beam_search(model, src, config.max_len, beam_size, penalty)  # (B, T)
-        else:
-            tokens = greedy_decode(model, src, config.max_len)
-        with evaluating(model):  # both searches are judged by the same sum
-            logits = model(src, F.pad(tokens[:, :-1], (1, 0), value=config.bos_id))  # (B, T, V)
-        log_probs = at_least_float32(logits).log_softmax(-1).gather(2, tokens[..., None])[..., 0]  # (B, T)
-        for i, found, log_prob in zip(batch, tokens.tolist(), log_probs, strict=True):
+    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+    order = [i for i in order if texts[i].strip()]
+    for start in range(0, len(order), 64):
+        batch = order[start : start + 64]
+        src = pad([ids[i] for i in batch], model)  # (B, Ts)
+        tokens, scores = beam_search(model, src, config.max_len, beam_size, penalty)  # (B, T), (B,)
+        for i, found, score in zip(batch, tokens.tolist(), scores.tolist(), strict=True):
             finished = config.eos_id in found
             n = found.index(config.eos_id) + 1 if finished else len(found)
-            rows[i] = {"text": tokenizer.decode(found[:n]), "log_prob": log_prob[:n].sum().item()}
+            log_prob = score * ((5 + n) / 6) ** penalty
+            rows[i] = {"text": tokenizer.decode(found[:n]), "log_prob": log_prob}
             rows[i] |= {"n_tokens": n, "finished": finished}
     return rows
 
 
 def quality(name: str, found: list[str], references: list[str]) -> tuple[str, float, str]:
-    """Measure, value, and how it was taken: the share that is exactly right, or BLEU of lower-cased text."""
+    """Measure, value and signature: the share that is exactly right, or BLEU in lower case."""
     if name == "numbers":
-        n_right = sum(text == reference for text, reference in zip(found, references, strict=True))
+        n_right = sum(a == b for a, b in zip(found, references, strict=True))
         return "exact_match", n_right / len(references), "whole strings"
     import sacrebleu
 
@@ -889,51 +808,43 @@ def quality(name: str, found: list[str], references: list[str]) -> tuple[str, fl
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, s: Settings) -> dict:
-    """Greedy and beam search over the test set: prints a table and samples, returns the report's part."""
-    sources = [source for source, _ in corpus.test]
-    references = [target for _, target in corpus.test]
-    chosen = s.length_penalty or 0.0  # -0.0 is 0
-    searches = {"greedy": (0, 0.0)}  # name -> beam size, penalty
-    for penalty in sorted({0.0, chosen, 2.0}):
-        searches[f"beam {s.beam_size}, penalty {penalty:g}"] = s.beam_size, penalty
-    print(f"\n{'search':22}{'quality':>9}{'mean log-prob':>15}{'mean tokens':>13}{'cut off':>9}")
-    table, found = {}, {}
-    for name, (beam_size, penalty) in searches.items():
-        rows = translate(model, tokenizer, sources, beam_size, penalty)
+    """Greedy and beam search on the test set: prints a table and samples, returns a report."""
+    sources, references = zip(*corpus.test, strict=True)
+    plain = f"beam {s.beam_size}, penalty 0"
+    best = f"beam {s.beam_size}, penalty {s.length_penalty:g}"
+    searches = {"greedy": (1, 0.0), plain: (s.beam_size, 0.0), best: (s.beam_size, s.length_penalty)}
+    print(f"\n{'search':22}{'quality':>9}{'log-prob':>10}{'tokens':>8}{'finished':>10}  (means)")
+    found, table = {}, {}
+    for name, search in searches.items():
+        rows = found[name] = translate(model, tokenizer, sources, *search)
         measure, value, signature = quality(corpus.name, [row["text"] for row in rows], references)
-        log_prob = sum(row["log_prob"] for row in rows) / len(rows)
-        n_tokens = sum(row["n_tokens"] for row in rows) / len(rows)
-        cut_off = sum(not row["finished"] for row in rows)
-        print(f"{name:22}{value:9.4g}{log_prob:15.4f}{n_tokens:13.2f}{cut_off:9}")
-        table[name] = {measure: value, "log_prob": log_prob, "n_tokens": n_tokens, "cut_off": cut_off}
-        found[beam_size, penalty] = rows
-    greedy, beam, best = found[0, 0.0], found[s.beam_size, 0.0], found[s.beam_size, chosen]
-    gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
+        table[name] = {measure: value}
+        for key in ("log_prob", "n_tokens", "finished"):
+            table[name][key] = sum(row[key] for row in rows) / len(rows)
+        print("{:22}{:9.4g}{:10.4f}{:8.2f}{:10.4g}".format(name, *table[name].values()))
+    both = zip(found[plain], found["greedy"], strict=True)
+    gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in both]
     better = sum(gain > 1e-3 for gain in gains)  # beyond rounding
     worse = sum(gain < -1e-3 for gain in gains)
-    print(f"quality: {measure}, {signature}. Without penalty, the beam's sentence is likelier than greedy's")
-    print(f"{better} times, less likely (a search error) {worse} times.")
-    samples = [(*pair, row["text"]) for pair, row in zip(corpus.test, best, strict=True)]
-    if corpus.name == "numbers":
-        samples = [sample for sample in samples if sample[1] != sample[2]]
-        print(f"{len(samples)} mistakes")
-    for source, reference, text in samples[:5]:
-        print(f"  source    {source}\n  reference {reference}\n  found     {text}\n")
+    print(f"quality: {measure} ({signature})")
+    print(f"{plain}: likelier than greedy {better} times, less likely (search errors) {worse} times")
+    samples = [(*pair, row["text"]) for pair, row in zip(corpus.test, found[best], strict=True)]
+    mistakes = [sample for sample in samples if sample[1] != sample[2]]
+    print(f"{len(mistakes)} of {len(samples)} differ from the reference")
+    for sample in mistakes[:5]:
+        print("  source    {}\n  reference {}\n  found     {}\n".format(*sample))
     report = {"measure": measure, "signature": signature, "searches": table}
-    report |= {
-        "greedy": table["greedy"][measure],
-        "beam": table[f"beam {s.beam_size}, penalty {chosen:g}"][measure],
-    }
+    report |= {"greedy": table["greedy"][measure], "beam": table[best][measure]}
     return report | {"search_gains": better, "search_errors": worse}
 
 
 def cross_attention_weights(model: Transformer, src: Tensor, tgt: Tensor) -> Tensor:
     """Where the last layer looks: (B, H, Tt, Ts). src (B, Ts), tgt (B, Tt) from BOS on."""
     layer = model.decoder[-1].cross_attention
-    inputs = []
-    with evaluating(model), layer.register_forward_pre_hook(lambda _, given: inputs.extend(given)):
+    given = []
+    with layer.register_forward_pre_hook(lambda _, inputs: given.extend(inputs)), evaluating(model):
         model(src, tgt)
-        x, k, v, mask = inputs
+        x, k, v, mask = given
         return attention(layer.split_heads(layer.q_proj(x)), k, v, mask)[1]
 
 
@@ -941,133 +852,95 @@ def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Pa
     """Picture of a translation: what was looked at (columns) when each token was found (rows)."""
     from matplotlib.figure import Figure
 
-    config = model.config
-    src = pad([tokenizer.encode(text, config.max_len)], config.pad_id, model.positions.device)  # (1, Ts)
-    found = greedy_decode(model, src, config.max_len)  # (1, Tt)
-    tgt = F.pad(found[:, :-1], (1, 0), value=config.bos_id)
+    src = pad([tokenizer.encode(text, model.config.max_len)], model)  # (1, Ts)
+    found = greedy_decode(model, src, model.config.max_len)  # (1, Tt)
+    tgt = F.pad(found[:, :-1], (1, 0), value=model.config.bos_id)
     weights = cross_attention_weights(model, src, tgt)[0].mean(0)  # (Tt, Ts)
     columns = [tokenizer.decode([i]) or "EOS" for i in src[0].tolist()]
     rows = [tokenizer.decode([i]) or "EOS" for i in found[0].tolist()]
     size = (2.5 + 0.4 * len(columns), 1.5 + 0.35 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(weights.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)  # a $ in a text is a dollar
-    axes.set(xlabel="source token", ylabel="token found", title="cross-attention, last layer, mean of heads")
-    figure.colorbar(image, label="weight")
+    axes.imshow(weights.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
+    # parse_math: a $ in a text is a dollar.
+    axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.set(xlabel="source", ylabel="found", title="cross-attention, last layer, mean of heads")
     figure.savefig(path, dpi=110)
-
-
-# -----------------------------------------------------------------------------
-# Command line
-
-
-def parse(arguments: list[str]) -> Settings:
-    """The preset's settings, but for what the command line says."""
-    import tyro  # the command line from Settings: names, types, defaults; the comments are the help
-
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset")
-    name = preset.parse_known_args(arguments)[0].preset
-    default = PRESETS.get(name, PRESETS["numbers"])  # tyro refuses a wrong name
-    return tyro.cli(Settings, args=arguments, default=default, description=__doc__)
-
-
-def check(s: Settings) -> None:
-    """Raises ValueError, by the flag's name, for settings that no run can have."""
-    for name in "epochs batch_tokens warmup average save_every beam_size lr_scale clip".split():
-        if not getattr(s, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(s, name)}")
-    if not (0 <= s.smoothing < 1 and math.isfinite(s.length_penalty)):
-        given = f"{s.smoothing} and {s.length_penalty}"
-        raise ValueError(f"--smoothing must be in [0, 1) and --length-penalty finite, got {given}")
-    if not 0 <= s.seed < 2**43:  # times 1,000,003 it must fit into 64 bits
-        raise ValueError(f"--seed must be in 0 .. 2^43 - 1, got {s.seed}")
-    if s.data and s.preset != "multi30k":
-        raise ValueError("--data belongs to --preset multi30k: the numbers are generated")
 
 
 def translate_command(s: Settings) -> None:
     """Prints one JSON object a line: the source and its row of translate."""
     path = Path(s.out, "model.pt")
     if not path.exists():
-        raise ValueError(f"{path} doesn't exist: train first, with the same command without --translate")
+        raise ValueError(f"{path} doesn't exist: train first, without --translate")
     saved = load(path)
     model = Transformer(TransformerConfig(**saved["config"])).to(pick_device(s.device))
     model.load_state_dict(saved["model"])
+    tokenizer = Tokenizer(saved["vocabulary"])
     texts = lines_of(sys.stdin.buffer.read()) if s.translate == "-" else [s.translate]
-    rows = translate(model, Tokenizer(saved["vocabulary"]), texts, s.beam_size, s.length_penalty)
+    rows = translate(model, tokenizer, texts, s.beam_size, s.length_penalty)
     for text, row in zip(texts, rows, strict=True):
         print(json.dumps({"source": text} | row, ensure_ascii=False))
 
 
-def resume(s: Settings) -> tuple:
-    """The checkpoint in s.out, {} where there is none, and the lock on s.out; a finished run needs none."""
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "checkpoint.pt"
+def prepare(s: Settings) -> tuple:
+    """Corpus, tokenizer, ids of train and dev pairs, the state to train from, the lock on s.out.
+    Raises ValueError or OSError for what a user can mend, such as a checkpoint of another run."""
+    path = Path(s.out, "checkpoint.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = None
     state = load(path) if path.exists() else {}
-    if state and len(state["history"]) == s.epochs:
-        return state, None
-    lock = lock_out(out)
-    return load(path) if path.exists() else {}, lock  # read again: another run may have gone on meanwhile
-
-
-def prepare(s: Settings, state: dict) -> tuple:
-    """Corpus, tokenizer, ids of the train and dev pairs, and what a checkpoint holds besides training.
-
-    Raises ValueError where state belongs to another run.
-    """
+    if len(state.get("history", [])) < s.epochs:  # a finished run needs no lock
+        lock = lock_out(path.parent)
+        state = load(path) if path.exists() else {}  # another run may have gone on meanwhile
     if s.preset == "multi30k":
         corpus = multi30k_corpus(s.data or os.environ.get("MULTI30K_DATA", ""))
     else:
         corpus = number_corpus(s.seed)
-    sentences = hashlib.sha256(repr((corpus.train, corpus.dev)).encode()).hexdigest()
+    texts = [text for pair in corpus.train for text in pair]
+    sentences = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     settings = asdict(s) | {"sentences": sentences}
-    for name, value in settings.items():
-        before = state["settings"].get(name) if state else value
-        if name not in MAY_CHANGE and before != value:
-            raise ValueError(f"{s.out} holds a run with {name}={before}, not {value}: take another --out")
+    for name, before in state.get("settings", {}).items():
+        if name not in MAY_CHANGE and before != settings[name]:
+            now = settings[name]
+            raise ValueError(f"{path}: {name}={before}, not {now}; another run needs another --out")
     if state:
         tokenizer = Tokenizer(state["vocabulary"])
     else:
-        tokenizer = Tokenizer.train([text for pair in corpus.train for text in pair], s.vocab_size)
-    train_ids, dev_ids = (
-        [[tokenizer.encode(text, s.max_len) for text in pair] for pair in pairs]
-        for pairs in (corpus.train, corpus.dev)
-    )
-    run = {"settings": settings, "vocabulary": tokenizer.vocabulary}
-    return corpus, tokenizer, train_ids, dev_ids, run
+        tokenizer = Tokenizer.train(texts, s.vocab_size)
+        state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
+    state |= {"settings": settings, "vocabulary": tokenizer.vocabulary}
+    parts = (corpus.train, corpus.dev)
+    ids = [[[tokenizer.encode(text, s.max_len) for text in pair] for pair in part] for part in parts]
+    return corpus, tokenizer, *ids, state, lock
 
 
 def main(s: Settings) -> None:
     start = time.perf_counter()
+    out = Path(s.out)
     try:  # until the first step, what a user can mend is told in one line
         check(s)
         if s.translate is not None:
             return translate_command(s)
-        state, lock = resume(s)  # the lock lasts as long as this name
-        corpus, tokenizer, train_ids, dev_ids, run = prepare(s, state)
+        corpus, tokenizer, train_ids, dev_ids, state, lock = prepare(s)  # hold the lock's name
         names = "max_len d_model n_heads n_layers d_ff dropout norm_first tied".split()
-        config = TransformerConfig(tokenizer.vocab_size, **{name: getattr(s, name) for name in names})
+        sizes = {name: getattr(s, name) for name in names}
+        config = TransformerConfig(tokenizer.vocab_size, **sizes)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     torch.manual_seed(s.seed)
     model = Transformer(config).to(pick_device(s.device))
-    report = {"preset": s.preset, "dataset": corpus.name, "device": str(model.positions.device)}
+    report = {"dataset": corpus.name, "n_parameters": sum(p.numel() for p in model.parameters())}
     report["precision"] = "bf16" if use_bf16(s.amp, model.positions.device) else "float32"
     report["cpu"] = torch.cpu.get_capabilities().get("cpu_name", "")
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    report["n_parameters"] = sum(p.numel() for p in model.parameters())
     print(*(f"{name}={value}" for name, value in (asdict(s) | report).items()))
     print(f"{len(train_ids)} train, {len(dev_ids)} dev, {len(corpus.test)} test pairs;", end=" ")
-    print(f"{s.out} stands at step {state.get('step', 0)}")
+    print(f"{out} stands at step {state['step']}")
     try:
-        state = train(s, model, train_ids, dev_ids, run, state)
+        train(s, model, train_ids, dev_ids, state)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -1075,20 +948,20 @@ def main(s: Settings) -> None:
         sys.exit(f"{error}: try a smaller --lr-scale, and another --out")
     except OSError as error:  # a full disk
         sys.exit(f"{error}; the same command goes on after the last checkpoint")
-    out = Path(s.out)
-    weights = {"model": model.state_dict(), "config": asdict(config), "vocabulary": tokenizer.vocabulary}
-    save(out / "model.pt", weights)
+    weights = {"model": model.state_dict(), "config": asdict(config)}
+    save(out / "model.pt", weights | {"vocabulary": tokenizer.vocabulary})
     report |= {"steps": state["step"], "train_seconds": round(state["seconds"], 1)}
     report |= evaluate(model, tokenizer, corpus, s)
-    short = [source for source, _ in corpus.test if len(source.split()) <= 14]  # fits into a picture
-    plot_alignment(model, tokenizer, max(short, key=len, default=corpus.test[0][0]), out / "alignment.png")
+    short = [source for source, _ in corpus.test if len(source.split()) <= 14]  # fit into a picture
+    sample = max(short, key=len, default=corpus.test[0][0])
+    plot_alignment(model, tokenizer, sample, out / "alignment.png")
     report |= {"seconds": round(time.perf_counter() - start, 1), "history": state["history"]}
-    report["settings"] = asdict(s)
-    write_atomically(out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    summary = {name: report[name] for name in ("dataset", "measure", "greedy", "beam", "train_seconds")}
+    text = json.dumps(report | {"settings": asdict(s)}, indent=1, allow_nan=False)
+    (out / "report.json").write_text(text)
+    summary = {key: report[key] for key in ("dataset", "measure", "greedy", "beam", "train_seconds")}
     print(json.dumps(summary | {"report": str(out / "report.json")}))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # printing never ends a run, whatever the terminal's encoding
+    sys.stdout.reconfigure(errors="replace")  # printing never ends a run, whatever the encoding
     main(parse(sys.argv[1:]))
