@@ -30,7 +30,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -1472,329 +1471,54 @@ def test_encoder_errors_on_the_command_line(tmp_path, capsys):
 
 def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = dict(
-        vocab_size=11, max_len=24, d_model=12, n_heads=3, n_layers=2, d_ff=20, dropout=0.0, tied=False
-    )
-    model = transformer.Transformer(
-        transformer.TransformerConfig(**(config | {"norm_first": norm_first} | changes))
-    )
+    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
+    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**config))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
     return model.to(dtype)
 
 
-def transformer_sentences(n=6, longest=9, vocab=11, with_eos=True):
-    """Rows of random tokens of different lengths, padded on the right; the first is the longest."""
+def transformer_sentences(n=6, longest=9, vocab=11):
+    """Rows of random tokens with EOS, padded on the right; the first is the longest."""
     lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.randint(3, vocab, (length,)) for length in lengths]
-    if with_eos:
-        rows = [torch.cat((row[:-1], torch.tensor([2]))) for row in rows]
+    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-def transformer_copy_attention(ours, theirs):
-    """Weights of ours into an nn.MultiheadAttention."""
-    parts = (ours.q_proj, ours.k_proj, ours.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
-        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-
-
 def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with copies of the model's weights."""
+    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
     c = model.config
-    settings = dict(d_model=c.d_model, nhead=c.n_heads, dim_feedforward=c.d_ff, dropout=0.0, batch_first=True)
-    settings |= {"norm_first": c.norm_first, "dtype": next(model.parameters()).dtype}
+    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
+    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
     norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(**settings), c.n_layers, norms[0], enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**settings), c.n_layers, norms[1])
-    for stack, layers in ((encoder, model.encoder), (decoder, model.decoder)):
-        for theirs, ours in zip(stack.layers, layers, strict=True):
-            transformer_copy_attention(ours.self_attention, theirs.self_attn)
-            theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
-            theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
-            theirs.norm1.load_state_dict(ours.norm1.state_dict())
-            theirs.norm2.load_state_dict(ours.norm2.state_dict())
-            if stack is decoder:
-                transformer_copy_attention(ours.cross_attention, theirs.multihead_attn)
-                theirs.norm3.load_state_dict(ours.norm3.state_dict())
-    for norm, ours in zip(norms, (model.encoder_norm, model.decoder_norm), strict=True):
-        if norm is not None:
-            norm.load_state_dict(ours.state_dict())
-    return encoder, decoder
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-def test_transformer_equals_torch(norm_first, dtype, tolerance, d_model, n_heads):
-    model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-    encoder, decoder = transformer_to_torch(model)
-    src, _ = transformer_sentences()
-    tgt = F.pad(transformer_sentences(longest=7, with_eos=False)[0], (1, 0), value=1)
-    positions = transformer.sinusoidal_positions(24, d_model).to(dtype)
-
-    def embed(embedding, tokens):
-        return embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-
-    memory, memory_mask = model.encode(src)
-    assert memory_mask.shape == (6, 1, 1, 9)
-    expected_memory = encoder(embed(model.src_embedding, src), src_key_padding_mask=src == 0)
-    real = (src != 0)[..., None]
-    check_close(memory * real, expected_memory * real, tolerance, "encoder")
-
-    causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-    x = embed(model.tgt_embedding, tgt)
-    expected = decoder(x, expected_memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
-    expected = F.linear(expected, model.output.weight)
-    logits = model(src, tgt)
-    real = (tgt != 0)[..., None]
-    check_close(logits * real, expected * real, tolerance, "model")
-
-    upstream = torch.randn_like(logits) * real
-    ours = torch.autograd.grad((logits * upstream).sum(), list(model.parameters()))
-    ours = dict(zip([name for name, _ in model.named_parameters()], ours, strict=True))
-    names = [name for name, _ in model.named_parameters() if "embedding" in name or name == "output.weight"]
-    shared = torch.autograd.grad(
-        (expected * upstream).sum(), [model.get_parameter(n) for n in names], retain_graph=True
-    )
-    for name, grad in zip(names, shared, strict=True):
-        check_close(ours[name], grad, tolerance * 10, name)
-    (expected * upstream).sum().backward()
-    for i, theirs in enumerate(decoder.layers):
-        for mine, torchs in (
-            ("self_attention", theirs.self_attn),
-            ("cross_attention", theirs.multihead_attn),
-        ):
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.weight"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_weight.grad, tolerance * 10, f"{mine} weight {i}")
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.bias"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_bias.grad, tolerance * 10, f"{mine} bias {i}")
-        check_close(ours[f"decoder.{i}.norm3.weight"], theirs.norm3.weight.grad, tolerance * 10, f"norm3 {i}")
-    for i, theirs in enumerate(encoder.layers):
-        stacked = torch.cat([ours[f"encoder.{i}.self_attention.{p}_proj.weight"] for p in "qkv"])
-        check_close(stacked, theirs.self_attn.in_proj_weight.grad, tolerance * 10, f"encoder weight {i}")
-        check_close(
-            ours[f"encoder.{i}.feed_forward.0.weight"], theirs.linear1.weight.grad, tolerance * 10, f"ffn {i}"
-        )
-
-
-def test_transformer_parameter_counts():
-    def count(**changes):
-        with torch.device("meta"):
-            model = transformer.Transformer(transformer.TransformerConfig(**changes))
-        return sum(p.numel() for p in model.parameters())
-
-    assert count() == 63_082_496
-    assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-    assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-    assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
-
-
-def test_transformer_tying_and_initial_scale():
-    config = transformer.TransformerConfig(vocab_size=300, d_model=64, n_heads=4, n_layers=1, d_ff=64)
-    model = transformer.Transformer(config)
-    assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-    assert abs(model.src_embedding.weight.std().item() * 8 - 1) < 0.05  # 1 / sqrt(d_model)
-    for layer in (model.encoder[0], model.decoder[0]):
-        weight = layer.self_attention.q_proj.weight
-        assert abs(weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier, uniform
-        assert layer.self_attention.q_proj.bias.abs().max() == 0
-    untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
-    matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-    assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-    assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)
-    assert "positions" not in untied.state_dict()
-    s = transformer.Settings(tied=False, norm_first=False, dropout=0.25)
-    made = vars(transformer.model_config(s, 300))
-    assert all(
-        made[name] == value for name, value in vars(s).items() if name in made and name != "vocab_size"
-    )
-
-
-def test_transformer_positions():
-    table = transformer.sinusoidal_positions(50, 7)
-    for position, feature in itertools.product((0, 1, 49), range(7)):
-        angle = position / 10_000 ** (2 * (feature // 2) / 7)
-        expected = math.cos(angle) if feature % 2 else math.sin(angle)
-        assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
-    assert table.dtype == torch.float32 and table.shape == (50, 7)
-
-
-def test_transformer_attention_with_nothing_to_see():
-    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
-    mask = torch.rand(2, 5, 5) < 0.5
-    mask[0, 2] = False
-    output, weights = transformer.attention(q, k, v, mask)
-    assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-    check_close(output, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
-    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum()
-    for grad, other in zip(grads, torch.autograd.grad(expected, (q, k, v)), strict=True):
-        check_close(grad, other, 1e-12)
-    low = transformer.attention(60 * q, -60 * q, v, mask)[
-        0
-    ]  # what may be seen scores lower than any fill value
-    check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
-    big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-    assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-    model = transformer_tiny()
-    logits = model(
-        torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    )  # sources all padding
-    assert logits.isfinite().all()
-
-
-def test_transformer_causal_mask():
-    assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-    assert transformer.causal_mask(3, 3).tolist() == torch.ones(3, 3).tril().bool().tolist()
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_no_look_ahead(norm_first):
-    model = transformer_tiny(norm_first)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 8))
-    before = model(src, tgt)
-    for t in range(8):
-        changed = tgt.clone()
-        changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-        after = model(src, changed)
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
-
-
-def test_transformer_padding_changes_nothing():
-    model = transformer_tiny()
-    src, lengths = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    together = model(src, tgt)
-    wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-    check_close(wider, together, 1e-12, "more padding")
-    for row, length in enumerate(lengths):
-        alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-        check_close(alone[0], together[row], 1e-12, "alone")
-
-
-def test_transformer_every_layer_drops_by_itself():
-    """In both orders of norm and sublayer; the embedding's dropout is off."""
-    for norm_first in (True, False):
-        model = transformer_tiny(norm_first, dropout=0.5).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            assert not torch.equal(layer(x, mask), layer(x, mask))
-        causal = transformer.causal_mask(5, 5)
-        for layer in model.decoder:
-            assert not torch.equal(layer(x, causal, x, mask, {}), layer(x, causal, x, mask, {}))
-
-
-def test_transformer_dev_loss_has_no_dropout(tmp_path):
-    s = transformer.Settings(d_model=16, n_heads=2, d_ff=16, n_layers=1, dropout=0.5, device="cpu", amp="off")
-    s.out = str(tmp_path)
-    corpus = transformer.number_corpus(0, 40, 10, 5)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    dev = [tuple(tokenizer.encode(text, s.max_len) for text in pair) for pair in corpus.dev]
-    training = transformer.Training(s, tokenizer, dev, dev)
-    training.model.train()
-    assert training.dev_loss() == training.dev_loss() and training.model.training
-    training.save()
-    other = transformer.Training(s, tokenizer, dev[:-1], dev)
-    with pytest.raises(ValueError, match="other sentences"):  # another folder under --data
-        other.restore(transformer.load(tmp_path / "checkpoint.pt", "checkpoint"))
-
-
-def test_transformer_decode_refuses_a_mask_of_another_shape():
-    model, (src, _) = transformer_tiny(), transformer_sentences(n=5, longest=5)
-    memory, mask = model.encode(src)
-    for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-        with pytest.raises(ValueError, match="memory_mask"):
-            model.decode(src, memory, wrong)
-
-
-def test_transformer_settings_and_what_may_change():
-    for name in "epochs batch-tokens warmup average save-every beam-size lr-scale clip".split():
-        with pytest.raises(ValueError, match=f"--{name} must be above 0, got 0"):
-            transformer.settings_from_command_line([f"--{name}", "0"])
-    may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-    assert set(transformer.MAY_CHANGE) == may
-
-
-def test_transformer_load_names_a_damage_without_a_message(tmp_path, monkeypatch):
-    transformer.save(tmp_path / "a.pt", {"kind": "model"})
-    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError()))
-    with pytest.raises(ValueError, match="a.pt is damaged or isn't a model: EOFError"):
-        transformer.load(tmp_path / "a.pt", "model")
-
-
-def test_transformer_dropout_only_while_training():
-    model = transformer_tiny(dropout=0.5)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    assert not torch.equal(model(src, tgt), model(src, tgt))
-    decoded = [transformer.greedy_decode(model, src, 12) for _ in range(2)]
-    found = [transformer.beam_search(model, src, 12)[0] for _ in range(2)]
-    assert torch.equal(*decoded) and torch.equal(*found) and model.training
-    model.eval()
-    assert torch.equal(model(src, tgt), model(src, tgt))
-    transformer.greedy_decode(model, src, 3)
-    assert not model.training
-    # Dropout acts on the embeddings and on each sublayer's output: with p near 1 nothing is left of a token.
-    nothing = transformer_tiny(dropout=0.999999)
-    assert (nothing.encode(src)[0].std(0) < 1e-9).all()
-
-
-def test_transformer_loss():
-    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(1, 11, (3, 5))
-    targets[0, 3:] = targets[1, 1:] = 0
-    loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-    terms = []
-    for row, position in itertools.product(range(3), range(5)):
-        if targets[row, position] != 0:
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-    assert len(terms) == 9
-    check_close(loss, torch.stack(terms).mean(), 1e-12)
-    for wrong, smoothing in ((11, 0.1), (-1, 0.1), (5, 1.0), (5, -0.1), (5, math.nan)):
-        words = "targets must lie in 0 .. 10" if smoothing == 0.1 else "smoothing"
-        with pytest.raises(ValueError, match=words):
-            transformer.label_smoothed_loss(logits, targets.masked_fill(targets == 3, wrong), 0, smoothing)
-    grad = torch.autograd.grad(loss, logits)[0]
-    assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-    low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-    assert low.dtype == torch.float32
-    check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
-
-
-def test_transformer_main_translates_the_empty_text_and_finds_multi30k_by_its_variable(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(transformer, "translate_command", lambda s: asked.append(s.translate))
-    monkeypatch.setattr(sys, "argv", ["transformer.py", "--translate", "", "--out", str(tmp_path / "a")])
-    transformer.main()
-    assert asked == [""] and not (tmp_path / "a").exists()
-    monkeypatch.setenv("MULTI30K_DATA", "there")
-    monkeypatch.setattr(transformer, "multi30k_corpus", lambda folder: asked.append(folder) or 1 / 0)
-    for given in ([], ["--data", "here"]):
-        with pytest.raises(ZeroDivisionError):
-            transformer.prepare(transformer.settings_from_command_line(["--preset", "multi30k", *given]))
-    assert asked == ["", "there", "here"]
-
-
-def test_transformer_noam():
-    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-    assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-    assert abs(rates[0] - rates[3999] / 4000) < 1e-12  # a straight line up to there
-    assert abs(rates[15_999] - rates[3999] / 2) < 1e-12  # and half at four times the steps
-    for step, warmup in ((0, 10), (1, 0)):
-        with pytest.raises(ValueError, match="step and warmup"):
-            transformer.noam_lr(step, 512, warmup)
-
-
-# ---- search
+    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
+    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
+    same = []  # modules: ours, theirs
+    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
+        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
+        same += [(ours.ffn_norm, theirs.norm2)]
+    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
+        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
+        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
+        same += [(ours.ffn_norm, theirs.norm3)]
+    if c.norm_first:
+        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
+    pairs = []  # lists of our parameters, and theirs that holds them one below the other
+    for ours, theirs in same:
+        if isinstance(theirs, nn.MultiheadAttention):
+            projections = ours.q_proj, ours.k_proj, ours.v_proj
+            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
+            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
+            ours, theirs = ours.out_proj, theirs.out_proj
+        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(torch.cat(ours))
+    return encoder, decoder, pairs
 
 
 def transformer_greedy_oracle(model, src_row, max_len):
@@ -1811,116 +1535,6 @@ def transformer_log_prob(model, src_row, tokens):
     return sum(logits[i, token].item() for i, token in enumerate(tokens))
 
 
-def transformer_rows(tokens):
-    """Rows up to their EOS; all after it must be padding."""
-    rows = []
-    for row in tokens.tolist():
-        end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
-        rows.append(row[:end])
-    return rows
-
-
-@pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: still unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=32, d_ff=64, n_layers=1, epochs=2, average=1, seed=1
-    )
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    train, dev = (
-        [tuple(tokenizer.encode(text, 32) for text in pair) for pair in pairs]
-        for pairs in (corpus.train, corpus.dev)
-    )
-    training = transformer.Training(s, tokenizer, train, dev)
-    torch.set_num_threads(1)
-    training.run()
-    return training.model.double().eval(), tokenizer, corpus, training
-
-
-@pytest.fixture
-def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    return [(model, src)] + [
-        (transformer_tiny(bool(i)).eval(), transformer_sentences(n=5)[0]) for i in range(2)
-    ]
-
-
-@torch.no_grad()
-def test_transformer_greedy_equals_the_plain_loop(transformer_searched):
-    lengths, cut_off = set(), 0
-    for model, src in transformer_searched:
-        tokens = transformer.greedy_decode(model, src, 12)
-        rows = transformer_rows(tokens)
-        assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
-        assert torch.equal(tokens, transformer.greedy_decode(model, src, 12, use_cache=False))
-        assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
-        assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-        for i in range(len(src)):
-            assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-        lengths |= {len(row) for row in rows}
-        cut_off += sum(row[-1] != 2 for row in rows)
-    assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
-
-
-def test_transformer_cache_gives_the_same_logits():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 10))
-    memory, memory_mask = model.encode(src)
-    whole = model.decode(tgt, memory, memory_mask)
-    cache = {}
-    pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), dim=1)]
-    check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-    with pytest.raises(ValueError, match="max_len=24"):
-        model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-
-
-def test_transformer_the_memory_is_projected_once():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    counts = {"encoder": 0, "memory": 0}
-
-    def count(name):
-        return lambda *_: counts.__setitem__(name, counts[name] + 1)
-
-    model.encoder[0].register_forward_hook(count("encoder"))
-    model.decoder[0].cross_attention.k_proj.register_forward_hook(count("memory"))
-    for use_cache, projections in ((True, 1), (False, 6)):
-        counts.update(encoder=0, memory=0)
-        with torch.no_grad():
-            model.output.weight[2] = 0.0  # next to never EOS
-        assert transformer.greedy_decode(model, src, 6, use_cache).shape[1] == 6
-        assert counts == {"encoder": 1, "memory": projections}
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_transformer_full_beam_equals_brute_force(length_penalty):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        model = transformer_tiny(vocab_size=4, n_layers=1).eval()
-        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-        tokens, scores = transformer.beam_search(model, src, 4, beam_size=4**4, length_penalty=length_penalty)
-        for row in range(2):
-            best, best_score = None, -math.inf
-            for n in range(1, 5):
-                for sequence in itertools.product(range(4), repeat=n):
-                    if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                        continue  # EOS ends, and nothing else but max_len does
-                    with torch.no_grad():
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                    score /= ((5 + n) / 6) ** length_penalty
-                    if score > best_score:
-                        best, best_score = list(sequence), score
-            assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-            assert abs(scores[row].item() - best_score) < 1e-10
-        assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
-
-
 def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
     beams = [([], 0.0)]
@@ -1935,689 +1549,20 @@ def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     return max(scored, key=lambda beam: beam[1])
 
 
-@pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-@torch.no_grad()
-def test_transformer_beam_equals_lists(transformer_searched, beam_size, length_penalty):
-    lengths = set()
-    for model, src in transformer_searched:
-        src = src[:20]
-        tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-        assert scores.dtype == torch.float64
-        for row, found in enumerate(transformer_rows(tokens)):
-            best, score = transformer_beam_oracle(
-                model, src[row][src[row] != 0], 10, beam_size, length_penalty
-            )
-            assert found == best and abs(scores[row].item() - score) < 1e-10
-            alone, alone_score = transformer.beam_search(
-                model, src[row : row + 1], 10, beam_size, length_penalty
-            )
-            assert transformer_rows(alone) == [found] and abs(alone_score.item() - score) < 1e-10
-            lengths.add(len(found))
-        wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-        assert torch.equal(wider[0], tokens)
-        check_close(wider[1], scores, 1e-12)
-    assert len(lengths) > 4, lengths
-
-
-@torch.no_grad()
-def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_trained):
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    found = transformer.greedy_decode(model, src, 16)
-    greedy, n_tokens, finished = transformer.sequence_log_probs(model, src, found)
-    for row, tokens in enumerate(transformer_rows(found)):
-        assert abs(greedy[row].item() - transformer_log_prob(model, src[row][src[row] != 0], tokens)) < 1e-10
-        assert n_tokens[row] == len(tokens) and finished[row] == (tokens[-1] == 2)
-    lengths = []
-    for penalty in (0.0, 1.0, 3.0):
-        tokens, scores = transformer.beam_search(model, src, 16, 4, penalty)
-        log_prob, n_tokens, _ = transformer.sequence_log_probs(model, src, tokens)
-        check_close(scores, log_prob / ((5 + n_tokens) / 6) ** penalty, 1e-6)  # the divisor here is float32
-        lengths.append(n_tokens.double().mean().item())
-        if penalty == 0:
-            assert log_prob.mean() > greedy.mean() + 0.5
-    assert lengths[0] < lengths[1] < lengths[2], lengths
-
-
-@torch.no_grad()
-def test_transformer_translate_loses_no_text(transformer_half_trained):
-    model, tokenizer, _, _ = transformer_half_trained
-    texts = [transformer.english_number(n) for n in range(130)]
-    found = transformer.translate(
-        model, tokenizer, texts, lambda src: transformer.greedy_decode(model, src, 3)
-    )
-    assert min(t.n_tokens for t in found) >= 1
-    blank = transformer.Translation("", 0.0, 0, True)
-    assert transformer.translate(model, tokenizer, ["", "   "], None) == [blank, blank]
-
-
-def test_transformer_search_of_no_sentence():
-    model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-    assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
-    tokens, scores = transformer.beam_search(model, none, 5)
-    assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-
-def test_transformer_log_probs_of_a_bf16_model_are_float32():
-    model = transformer_tiny(dtype=torch.bfloat16).eval()
-    src, _ = transformer_sentences()
-    log_probs, n_tokens, _ = transformer.sequence_log_probs(
-        model, src, transformer.greedy_decode(model, src, 9)
-    )
-    assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
-    scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-    with torch.no_grad():
-        logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
-    check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
-
-
-def test_transformer_search_leaves_the_model_as_it_was():
-    """Every submodule's mode; and no hook of cross_attention_weights."""
-    model = transformer_tiny().train()
-    model.encoder.eval()
-    modes = [module.training for module in model.modules()]
-    transformer.greedy_decode(model, torch.full((1, 3), 3), 2)
-    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
-    transformer.cross_attention_weights(model, *torch.full((2, 2, 4), 3))
-    assert not any(layer.cross_attention._forward_pre_hooks for layer in model.decoder)
-
-
-def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
-    rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
-    monkeypatch.setattr(transformer, "translate", lambda *_: rows)
-    corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    searches = report["searches"]
-    assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
-    assert all(row["cut_off"] == 1 for row in searches.values())
-    texts = iter("xabb")  # of greedy, and penalties 0, 0.6, 2
-    monkeypatch.setattr(transformer, "translate", lambda *_: [transformer.Translation(next(texts))] * 3)
-    corpus.test = [("x", "a")] * 3
-    report = transformer.evaluate(None, None, corpus, transformer.Settings(length_penalty=0.0))
-    assert report["beam"] == 1 and report["greedy"] == 0
-    texts = iter("xbab")
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    assert report["beam"] == 1 and report["greedy"] == 0
-
-
-def test_transformer_beam_ends_with_the_last_hypothesis(monkeypatch):
-    model, calls = transformer_tiny(), []
-
-    def decode(tgt, memory, memory_mask, cache):
-        calls.append(tgt.shape)
-        cache[0] = {"self": (memory, memory)}
-        logits = torch.zeros(len(tgt), 1, 11)
-        logits[..., 2] = 20.0  # EOS
-        return logits
-
-    monkeypatch.setattr(model, "decode", decode)
-    transformer.beam_search(model, torch.tensor([[3, 4, 2]]), 20, beam_size=2)
-    assert len(calls) == 2  # the second hypothesis needs another token for its EOS
-
-
-def test_transformer_translates_with_the_search_asked_for(tmp_path, monkeypatch, capsys):
-    tokenizer, asked = transformer.Tokenizer.train(["one two"], 259), []
-    model = transformer_tiny(dtype=torch.float32, vocab_size=259)
-    content = {"kind": "model", "config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    transformer.save(tmp_path / "model.pt", content | {"vocabulary": tokenizer.vocabulary})
-    search = transformer.beam_search
-    monkeypatch.setattr(transformer, "beam_search", lambda *a: asked.append(a[2:]) or search(*a))
-    s = transformer.Settings(
-        translate="one", out=str(tmp_path), device="cpu", beam_size=3, length_penalty=0.9
-    )
-    transformer.translate_command(s)
-    assert asked == [(24, 3, 0.9)] and json.loads(capsys.readouterr().out)["source"] == "one"
-
-
-def test_transformer_missing_sacrebleu_is_known_before_the_training(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(transformer, "prepare", lambda s: 1 / 0)
-    with pytest.raises(ImportError, match="sacrebleu"):
-        transformer.train_and_evaluate(transformer.Settings(preset="multi30k"))
-    with pytest.raises(ZeroDivisionError):
-        transformer.train_and_evaluate(transformer.Settings())
-
-
-def test_transformer_a_run_goes_on_with_its_own_sentences_alone(tmp_path):
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    tokenizer, pair, other = transformer.Tokenizer.train(["one"], 259), ([5, 2], [6, 2]), ([7, 2], [6, 2])
-    training = transformer.Training(s, tokenizer, [pair] * 3, [pair])
-    for train, dev in (([pair] * 3, [other]), ([pair, pair, other], [pair])):
-        with pytest.raises(ValueError, match="a run on other sentences"):
-            transformer.Training(s, tokenizer, train, dev).restore({"corpus": training.corpus})
-
-
-def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / "transformer.py"), run_name="__main__")
-    assert leaving.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_transformer_decoding_has_no_reference_to_see():
-    """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    read = []
-    model.tgt_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].clone()))
-    expected = transformer.greedy_decode(model, src, 10)
-    assert torch.equal(torch.cat(read, dim=1)[:, 1:], expected[:, :-1]) and (read[0] == 1).all()
-    # A poisoned reference: translate() has no access to the corpus's target side
-    corpus = transformer.number_corpus(0, 20, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    poisoned = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=40).eval()
-    s = transformer.Settings(beam_size=2, max_len=40)
-    found = []
-    for targets in (["eins"] * 2, ["tausend und"] * 2):
-        test = [(source, target) for (source, _), target in zip(corpus.test, targets, strict=True)]
-        found.append(
-            transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
-        )
-    assert found[0]["searches"] == found[1]["searches"]
-    ways = (
-        lambda src: transformer.greedy_decode(poisoned, src, 40),
-        transformer.beam_of(poisoned, 40, 2, 0.0),
-    )
-    texts = [source for source, _ in corpus.test]
-    greedy, beam = (transformer.translate(poisoned, tokenizer, texts, way) for way in ways)
-    gains = [b.log_prob - g.log_prob for g, b in zip(greedy, beam, strict=True)]
-    expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-    assert (found[0]["search_gains"], found[0]["search_errors"]) == expected
-
-
-def test_transformer_a_step_is_the_sum_of_its_sentences():
-    """64 sentences of mixed lengths: the batch's gradient is the token-weighted sum of the single ones."""
-    corpus = transformer.number_corpus(1, 64, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    pairs = [tuple(tokenizer.encode(text, 64) for text in pair) for pair in corpus.train]
-    assert len({len(target) for _, target in pairs}) > 5
-    s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    got = []
-    hook = training.model.register_forward_hook(lambda module, inputs, output: got.append(output.dtype))
-    for s.amp in ("bf16", "off"):
-        training.loss(pairs[:4], 0.0)
-    hook.remove()
-    assert got == [torch.bfloat16, torch.float32]
-    model = training.model.double()
-
-    def gradient(batch):
-        loss, n_tokens = training.loss(batch, 0.1)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]), n_tokens
-
-    whole, n_all = gradient(pairs)
-    singles = [gradient([pair]) for pair in pairs]
-    assert n_all == sum(n for _, n in singles) == sum(len(target) for _, target in pairs)
-    check_close(whole, sum(g * n for g, n in singles) / n_all, 1e-10)
-
-
-def test_transformer_rejects():
-    config = transformer.TransformerConfig
-    for changes, words in (
-        ({"d_model": 10, "n_heads": 3}, "n_heads"),
-        ({"n_layers": 0}, "n_layers"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"vocab_size": 2}, "eos_id"),
-        ({"eos_id": 1}, "eos_id"),
-        ({"pad_id": -1}, "pad_id"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            config(**changes)
-    model = transformer_tiny()
-    src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    for bad_src, bad_tgt in (
-        (src[0], tgt),
-        (src.float(), tgt),
-        (src, tgt[:1]),
-        (src.repeat(1, 7), tgt),
-        (src, tgt[0]),
-    ):
-        with pytest.raises(ValueError, match="tokens|max_len|batches"):
-            model(bad_src, bad_tgt)
-    assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-    assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
-    for max_len in (0, 25):
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.greedy_decode(model, src, max_len)
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.beam_search(model, src, max_len)
-    with pytest.raises(ValueError, match="beam_size"):
-        transformer.beam_search(model, src, 5, beam_size=0)
-    assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
-
-
-# ---- data
-
-
-def test_transformer_numbers():
-    for n, english, german in (
-        (0, "zero", "null"),
-        (1, "one", "eins"),
-        (16, "sixteen", "sechzehn"),
-        (21, "twenty-one", "ein und zwanzig"),
-        (30, "thirty", "dreißig"),
-        (100, "one hundred", "einhundert"),
-        (101, "one hundred and one", "einhundert eins"),
-        (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-        (1_000, "one thousand", "ein tausend"),
-        (1_001, "one thousand and one", "ein tausend eins"),
-        (1_100, "one thousand one hundred", "ein tausend einhundert"),
-        (101_000, "one hundred and one thousand", "einhundert ein tausend"),
-        (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
-        (
-            999_999,
-            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
-            "neunhundert neun und neunzig tausend neunhundert neun und neunzig",
-        ),
-    ):
-        assert transformer.english_number(n) == english and transformer.german_number(n) == german
-    sample = [*range(2000), *range(2000, 1_000_000, 997)]
-    assert len({transformer.english_number(n) for n in sample}) == len(sample)
-    assert len({transformer.german_number(n) for n in sample}) == len(sample)
-
-
-def test_transformer_number_corpus():
-    corpus = transformer.number_corpus(0)
-    parts = [corpus.train, corpus.dev, corpus.test]
-    assert [len(part) for part in parts] == [8_000, 500, 1_000]
-    assert len({source for part in parts for source, _ in part}) == 9_500  # no number is in two parts
-    assert len({target for part in parts for _, target in part}) == 9_500
-    short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
-    assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
-    assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
-    assert max(source.count("thousand") for part in parts for source, _ in part) == 1
-    assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
-
-
-def test_transformer_tokenizer():
-    texts = [transformer.english_number(n) for n in range(2000)]
-    tokenizer = transformer.Tokenizer.train(texts, 400)
-    assert 259 < tokenizer.vocab_size <= 400
-    for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
-        ids = tokenizer.encode(text, 99)
-        assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-        assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-    assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
-    assert tokenizer.decode([3 + 0xFF]) == "\ufffd" if tokenizer.vocabulary[0xFF] == b"\xff" else True
-    again = transformer.Tokenizer.train(texts, 400)
-    assert again.vocabulary == tokenizer.vocabulary == transformer.Tokenizer(tokenizer.vocabulary).vocabulary
-    with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
-        tokenizer.encode("forty-two", 3)
-    assert len(tokenizer.encode("forty-two", 4)) == 4
-    with pytest.raises(ValueError, match="vocab_size"):
-        transformer.Tokenizer.train(texts, 258)
-
-
-def test_transformer_token_batches():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-    batches = transformer.token_batches(lengths, 120, "0 0")
-    assert sorted(i for batch in batches for i in batch) == list(range(501))
-    assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.06 * sum(lengths)  # similar lengths meet
-    assert len(batches) < sum(lengths) / 120 * 1.3  # and batches are full
-    assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
-    assert transformer.token_batches(lengths, 120, "0 0") == batches
-    other = transformer.token_batches(lengths, 120, "0 1")
-    assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
-    assert transformer.pad([[5], [6, 7]], 0, "cpu").tolist() == [[5, 0], [6, 7]]
-
-
-def transformer_small_multi30k(folder, n=40, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for name in transformer.MULTI30K:
-        line = german if name.endswith("de") else english
-        text = changes.get(name.replace(".", "_"), "".join(f"{line.format(i)}\n" for i in range(n)))
-        if text is not None:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
-
-
-def test_transformer_multi30k_files(tmp_path):
-    folder = transformer_small_multi30k(tmp_path / "good")
-    corpus = transformer.multi30k_corpus(str(folder))
-    assert (
-        corpus.name == "own" and [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [40] * 3
-    )
-    assert corpus.train[7] == ("ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7")
-    (folder / "val.de").write_bytes(gzip.decompress((folder / "val.de.gz").read_bytes()))
-    (folder / "val.de.gz").unlink()  # unpacked files do as well
-    assert transformer.multi30k_corpus(str(folder)) == corpus
-    german = "ein hund auf der wiese\n"
-    for i, (changes, words) in enumerate(
-        (
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog on the meadow\n" * 39}, "train: 40 lines in German, 39 in English"),
-            ({"train_de": "a dog on the meadow\n" * 40}, "train.de isn't in its language"),
-            ({"val_en": german * 40}, "val.en isn't in its language"),
-            (
-                {"test_2016_flickr_de": german * 3 + "\n" + german * 36},
-                "test_2016_flickr.de: line 4 is empty",
-            ),
-            ({"train_de": ""}, "train.de: line 1 is empty"),
-            ({"test_2016_flickr_de": german * 1000}, "was altered: 1000 lines"),
-            ({"test_2016_flickr_de": german * 999 + german[:9]}, "was altered: 1000 lines"),
-        )
-    ):
-        with pytest.raises(ValueError, match=words):
-            transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-    with pytest.raises(ValueError, match="nowhere has neither train.de.gz nor train.de"):
-        transformer.multi30k_corpus(str(tmp_path / "nowhere"))
-    whole = (folder / "train.de.gz").read_bytes()
-    latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
-    for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-        (folder / "train.de.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="train.de.gz is damaged"):
-            transformer.multi30k_corpus(str(folder))
-
-
-@pytest.fixture
-def transformer_server():
-    """A server on 127.0.0.1 that answers with what `files` holds: bytes, or an int that is a status."""
-    files, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.rsplit("/", 1)[-1]
-            asked.append(name)
-            answer = files.get(name, 404)
-            self.send_response(200 if isinstance(answer, bytes) else answer)
-            if isinstance(answer, bytes):
-                self.send_header("Content-Length", str(len(answer) + (100 if name in cut else 0)))
-            self.end_headers()
-            if isinstance(answer, bytes):
-                self.wfile.write(answer)
-
-        def log_message(self, *_):
-            pass
-
-    cut = set()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", files, asked, cut
-    server.shutdown()
-
-
-def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
-    url, files, asked, cut = transformer_server
-    text = b"ein mann auf der wiese\n" * 3
-    entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K_URL", url)
-    monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-    cached = tmp_path / "new/cache/multi30k/train.de.gz"
-    with pytest.raises(ValueError, match="404"):
-        transformer.read_multi30k("train.de", "")
-    for altered in (text.replace(b"mann", b"frau"), text * 2):
-        files["train.de.gz"] = gzip.compress(altered)
-        with pytest.raises(ValueError, match="was altered"):
-            transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)[:-10]
-    with pytest.raises(ValueError, match="damaged"):
-        transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)
-    cut.add("train.de.gz")  # breaks off
-    with pytest.raises(ValueError, match="train.de.gz"):
-        transformer.read_multi30k("train.de", "")
-    assert not cached.exists()  # nothing wrong was kept
-    cut.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True)
-    asked.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
-    cached.unlink()
-    assert transformer.read_multi30k("train.de", "") == (text, True)  # into a folder that is there
-    monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
-    cached.unlink()
-    with pytest.raises(ValueError, match="--data"):
-        transformer.read_multi30k("train.de", "")
-
-
-def test_transformer_multi30k_official():
-    folder = os.environ.get("MULTI30K_DATA")
-    if not folder:
-        pytest.skip("MULTI30K_DATA is not set")
-    corpus = transformer.multi30k_corpus(folder)
-    assert corpus.name == "multi30k" and [len(p) for p in (corpus.train, corpus.dev, corpus.test)] == [
-        29_000,
-        1_014,
-        1_000,
-    ]
-    assert corpus.test[0][1].startswith("A man in an orange hat")
-
-
-# ---- training
-
-
-def test_transformer_parameter_groups():
-    model = transformer_tiny(tied=True)
-    decayed, plain = transformer.parameter_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
-    names = {id(p): name for name, p in model.named_parameters()}
-    for group, ends in (
-        (decayed, ("weight",)),
-        (plain, ("bias", "norm1.weight", "norm2.weight", "norm3.weight", "norm.weight")),
-    ):
-        assert all(names[id(p)].endswith(ends) for p in group["params"])
-    assert len(decayed["params"] + plain["params"]) == len(names)
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
-
-
-def test_transformer_training_step(transformer_half_trained, monkeypatch):
-    """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=16, d_ff=16, clip=0.1, warmup=7, lr_scale=3.0, weight_decay=0.2
-    )
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    training.model.double()  # in float32 Adam would make steps of rounding errors: k_proj.bias has gradient 0
-    expected = transformer.Transformer(training.model.config).double()
-    expected.load_state_dict(training.model.state_dict())
-    optimizer = torch.optim.AdamW(transformer.parameter_groups(expected, 0.2), betas=(0.9, 0.98), eps=1e-9)
-    losses = []
-    for step in (1, 2, 3):
-        training.step(pairs)
-        src = nn.utils.rnn.pad_sequence([torch.tensor(source) for source, _ in pairs], batch_first=True)
-        tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *target]) for _, target in pairs], batch_first=True)
-        logits = expected(src, tgt[:, :-1])
-        loss = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:], ignore_index=0, label_smoothing=0.1)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = 3.0 * transformer.noam_lr(step, 16, 7)
-        optimizer.step()
-    for ours, theirs in zip(training.model.parameters(), expected.parameters(), strict=True):
-        check_close(ours, theirs, 1e-8)
-    n_tokens = sum(len(target) for _, target in pairs)
-    assert abs(training.progress["loss"] - sum(losses) * n_tokens) < 1e-6
-    assert (
-        training.progress["step"] == training.progress["batch"] == 3
-        and training.progress["tokens"] == 3 * n_tokens
-    )
-    model, training.progress["seconds"] = training.model, 1e-6
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", itertools.count().__next__)  # every product takes 1 s
-        report = transformer.cost(training)
-    n_encoder, n_decoder = (sum(p.numel() for p in x.parameters()) for x in (model.encoder, model.decoder))
-    n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    flops = 6 * (n_encoder * n_src + (n_decoder + model.output.weight.numel()) * n_tgt)
-    assert report["gemm_gflops"] == 2.1
-    assert report["mfu"] == pytest.approx(flops * 1e6 / (2 * 1024**3), rel=1e-6, abs=1e-3)
-    seeds, training.s.seed = [], 1
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    for _ in range(3):
-        training.step(pairs)
-    assert seeds == [1_000_003 + step for step in (3, 4, 5)], "dropout of its own in every step"
-
-
-def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
-    """The final weights are the mean over the last epochs' ends; dev and train losses are per token."""
-    _, tokenizer, corpus, trained = transformer_half_trained
-    assert len(trained.history) == 2 and trained.history[1]["dev_loss"] < trained.history[0]["dev_loss"]
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:60]]
-    changes = dict(
-        amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, out=str(tmp_path), batch_tokens=200
-    )
-    for epochs, average, expected in ((4, 2, [2, 3]), (2, 5, [0, 1])):
-        s = transformer.Settings(**changes, epochs=epochs, average=average)
-        training = transformer.Training(s, tokenizer, pairs, pairs[:9])
-        ends, end_epoch = [], training.end_epoch
-
-        def recorded(ends=ends, end_epoch=end_epoch, model=training.model):
-            ends.append({name: w.clone() for name, w in model.state_dict().items()})
-            end_epoch()
-
-        training.end_epoch = recorded
-        training.run()
-        for name, weight in training.model.state_dict().items():
-            check_close(weight, torch.stack([ends[i][name] for i in expected]).mean(0), 1e-6, name)
-    with torch.no_grad():
-        losses = [(training.loss([pair], 0.0)[0].item(), len(pair[1])) for pair in pairs[:9]]
-    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-    training.s.batch_tokens = 25  # several batches, of unequal numbers of tokens
-    assert abs(training.dev_loss() - expected) < 1e-5
-    training.progress |= {"epoch": 1, "loss": math.nan, "tokens": 1}
-    with pytest.raises(ValueError, match="lr-scale"):
-        end_epoch()
-
-
-def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, tmp_path):
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tuple(tokenizer.encode(text, 32)) for text in pair) for pair in corpus.train[:60]]
-    s = transformer.Settings(amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, epochs=3)
-    s.out, s.batch_tokens = str(tmp_path), 100
-    training = transformer.Training(s, tokenizer, [tuple(map(list, pair)) for pair in pairs], pairs[:2])
-    epochs, step = [[], [], []], training.step
-
-    def recorded(batch):
-        epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
-        step(batch)
-
-    seen, loss = [], training.loss
-
-    def noted(batch, smoothing):
-        value, n = loss(batch, smoothing)
-        if smoothing:  # a training batch
-            seen.append((training.progress["epoch"] + 1, value.item() * n, n))
-        return value, n
-
-    training.step, training.loss = recorded, noted
-    training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
-    training.run()
-    for row in training.history:
-        sums, counts = zip(*((x, n) for epoch, x, n in seen if epoch == row["epoch"]), strict=True)
-        assert abs(row["train_loss"] - sum(sums) / sum(counts)) < 1e-6
-    for batch in itertools.chain(*epochs):
-        assert len(batch) * max(len(side) for pair in batch for side in pair) <= 100 or len(batch) == 1
-    assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
-    for batches in epochs:
-        assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
-    assert training.progress["step"] == sum(map(len, epochs)) and len(training.history) == 3
-
-
-def test_transformer_bf16_only_where_native(monkeypatch):
-    def chosen(amp):
-        return transformer.precision(transformer.Settings(device="cpu", amp=amp))
-
-    for native, auto in ((False, "float32"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert chosen("auto") == "float32"
-
-    def auto(device):
-        return transformer.precision(transformer.Settings(device=device))
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert auto("cuda:1") == "float32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert (auto("cuda:1"), auto("mps")) == ("bf16", "float32")
-
-
-def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
-    folder, known = transformer_small_multi30k(tmp_path / "data"), {}
-    for name in transformer.MULTI30K:
-        text = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K", known)
-    assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
-    blanks = transformer_small_multi30k(tmp_path / "crlf", 41, val_en="a dog on the meadow\r\n" * 41)
-    assert transformer.multi30k_corpus(str(blanks)).dev[0][1] == "a dog on the meadow"
-    for name in list(known):
-        monkeypatch.setitem(known, name, (41, 0, ""))
-        assert transformer.multi30k_corpus(str(folder)).name == "own"
-        monkeypatch.undo()
-        monkeypatch.setattr(transformer, "MULTI30K", known)
-
-
-def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
-    corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-    monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    training = transformer.prepare(s)[1]
-    assert [training.tokenizer.decode(side) for pair in training.dev for side in pair] == ["two", "zwei"]
-
-
-def test_transformer_edges():
-    """What is just allowed, and just not."""
-    assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary  # learns what encode makes
-    assert [n for n, *_ in transformer.MULTI30K.values()] == [29_000, 29_000, 1_014, 1_014, 1_000, 1_000]
-    assert transformer.noam_lr(1, 512, 1) == 512**-0.5
-    assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
-    assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
-    assert transformer.settings_from_command_line(["--smoothing", "0"]).smoothing == 0
-    transformer.check_lines("x", ["hund"], "de", "en")  # no frequent word at all: no reason to refuse
-    with pytest.raises(ValueError, match="language"):
-        transformer.check_lines("x", ["A DOG ON THE MEADOW"], "de", "en")
-    with pytest.raises(ValueError, match="dropout"):
-        transformer.TransformerConfig(dropout=-0.5)
-    for flag in ("--lr-scale", "--length-penalty"):
-        with pytest.raises(ValueError, match=f"{flag} .*nan"):
-            transformer.settings_from_command_line([flag, "nan"])
-
-
-def test_transformer_checkpoint_files(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    content = {"kind": "model", "weights": torch.arange(1000.0), "vocabulary": [b"a", b"\xff"]}
-    transformer.save(path, content)
-    loaded = transformer.load(path, "model")
-    assert torch.equal(loaded.pop("weights"), content["weights"]) and loaded == {
-        "kind": "model",
-        "vocabulary": [b"a", b"\xff"],
-    }
-    with pytest.raises(ValueError, match="isn't a checkpoint"):
-        transformer.load(path, "checkpoint")
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
-    for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="x.pt"):
-            transformer.load(path, "model")
-
-    class Code:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "was run"),))
-
-    torch.save({"kind": "model", "code": Code()}, path)
-    with pytest.raises(ValueError, match="x.pt"):
-        transformer.load(path, "model")
-    assert not (tmp_path / "was run").exists()
-
-    path.write_bytes(whole)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        transformer.save(path, content)
-    assert path.read_bytes() == whole
-
+def transformer_rows(tokens):
+    """Rows up to their EOS; all after it must be padding."""
+    rows = []
+    for row in tokens.tolist():
+        end = row.index(2) + 1 if 2 in row else len(row)
+        assert all(token == 0 for token in row[end:]), row
+        rows.append(row[:end])
+    return rows
+
+
+TRANSFORMER_SMALL = {
+    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
+    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+}  # fmt: skip
 
 TRANSFORMER_KILLED = """
 import os, signal, sys
@@ -2625,7 +1570,7 @@ import torch, transformer
 
 corpus = transformer.number_corpus
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv.pop(1), int(sys.argv.pop(1))  # kill -9 at the n-th call of place
+place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
 places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
 owner, name = places[place]
 original, calls = getattr(owner, name), 0
@@ -2638,238 +1583,939 @@ def counted(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, name, counted)
-transformer.main()
+transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-TRANSFORMER_SMALL = (
-    "--epochs 3 --d-model 16 --d-ff 16 --n-layers 1 --dropout 0.2 --save-every 3 --vocab-size 400"
-)
-TRANSFORMER_SMALL += " --batch-tokens 400 --amp off"
+def transformer_run(out, **changes):
+    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
+    corpus = transformer.number_corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
+        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
-def transformer_run(monkeypatch, out, *arguments):
-    """What the script does, in this process and on a small corpus. Returns the report."""
-    out.mkdir(exist_ok=True)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(out), *arguments])
-    corpus = transformer.number_corpus(s.seed, 300, 20, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        return transformer.train_and_evaluate(s)
+def transformer_stop(out, **changes):
+    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    try:
+        transformer_run(out, **changes)
+    except SystemExit as stop:
+        return stop.code
+    raise AssertionError("it ran to its end")
 
 
-def test_transformer_kill_and_go_on(tmp_path, monkeypatch, capsys):
-    undisturbed = transformer_run(monkeypatch, tmp_path / "a")
-    assert undisturbed["steps"] > 12
-    out = tmp_path / "b"
-    # in the 5th step, 2 after a checkpoint; while the next one is written; before one is moved into place
-    for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-        command = [
-            sys.executable,
-            "-c",
-            TRANSFORMER_KILLED,
-            place,
-            str(n),
-            "--out",
-            str(out),
-            *TRANSFORMER_SMALL.split(),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-        assert not (out / "model.pt").exists() and (out / "checkpoint.pt").exists()
-        if place != "step":
-            assert (out / "checkpoint.pt.part").exists()  # what was in the making, beside the good one
-    resumed = transformer_run(monkeypatch, out)
-    assert "going on after step 6" in capsys.readouterr().out
-    models = [transformer.load(folder / "model.pt", "model")["model"] for folder in (tmp_path / "a", out)]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for key in ("history", "searches", "steps"):
-        assert undisturbed[key] == resumed[key]
-    again = transformer_run(monkeypatch, out, "--save-every", "50")  # a setting that may change
-    assert (
-        "training was finished after step" in capsys.readouterr().out
-        and again["searches"] == resumed["searches"]
-    )
-    with pytest.raises(ValueError, match="lr_scale=0.4, not 0.7"):
-        transformer_run(monkeypatch, out, "--lr-scale", "0.7")
-    different = transformer_run(monkeypatch, tmp_path / "c", "--seed", "1", "--epochs", "1")
-    assert different["history"][0] != undisturbed["history"][0]
+def transformer_pairs(n, max_len=32, seed=1):
+    """A tokenizer, and n pairs of ids."""
+    corpus = transformer.number_corpus(seed, n, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
 
 
-# ---- the script
+def transformer_state():
+    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
 
 
-def test_transformer_settings(capsys):
-    def read(*argv):
-        return transformer.settings_from_command_line(list(argv))
+def transformer_small_multi30k(folder, n=12, **changes):
+    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
+    folder.mkdir(exist_ok=True)
+    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
+    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
+        line = german if language == "de" else english
+        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+        if text is not None:
+            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
 
-    assert read().preset == "numbers" and read().d_model == transformer.Settings().d_model
-    multi30k = read("--preset", "multi30k", "--epochs", "3", "--no-tied")
-    assert (multi30k.epochs, multi30k.dropout, multi30k.tied) == (
-        3,
-        0.3,
-        False,
-    ) and multi30k.out != read().out
-    for argv, words in (
-        (("--epochs", "0"), "--epochs"),
-        (("--lr-scale", "-1"), "--lr-scale"),
-        (("--smoothing", "1"), "--smoothing"),
-        (("--data", "x"), "--preset multi30k"),
-        (("--device", "nonsense"), "--device nonsense"),
-        (("--device", "meta"), "--device meta"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read(*argv)
-    assert math.copysign(1, read("--length-penalty", "-0.0").length_penalty) == 1  # its name in the table
-    for argv in (
-        ("--epoch", "3"),
-        ("--wrong", "1"),
-        ("--preset", "french"),
-        ("--amp", "fp8"),
-        ("--epochs", "many"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            read(*argv)
-        assert exit.value.code == 2
-    with pytest.raises(SystemExit):
-        read("--preset", "multi30k", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(
-        f"(default: {value})" in text for value in (transformer.PRESETS["multi30k"]["vocab_size"], 0.3)
-    )
+
+@pytest.fixture(scope="module")
+def transformer_half_trained(tmp_path_factory):
+    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
+    corpus = transformer.number_corpus(3, 2500, 20, 40)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
+    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
+    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
+    model, state = transformer.Transformer(config), transformer_state()
+    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
+    transformer.train(s, model, *encoded, state)
+    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
+    return model.double().eval(), tokenizer, corpus
+
+
+@pytest.fixture
+def transformer_searched(transformer_half_trained):
+    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    model, tokenizer, corpus = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
+    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
+    return [(model, src), *random_ones]
+
+
+@pytest.fixture(scope="module")
+def transformer_undisturbed(tmp_path_factory):
+    """A small run without interruption: its folder, report and weights."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, *transformer_run(out)
 
 
 @pytest.fixture(scope="module")
 def transformer_demo(tmp_path_factory):
-    """The default run, as a user starts it."""
+    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_script("transformer.py", cwd=folder, timeout=240)
+    shutil.copy(ROOT / "transformer.py", folder)
+    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
-def test_transformer_demo(transformer_demo):
-    folder, result = transformer_demo
-    report = last_json(result)
-    out = folder / "out" / "transformer"
-    assert report == json.loads((out / "report.json").read_text())
-    first = result.stdout.splitlines()[:2]
-    assert "seed=0" in first[0] and "precision=" in first[0] and first[1].startswith("torch=")
-    assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
-    for key in (
-        "seconds",
-        "train_seconds",
-        "torch",
-        "threads",
-        "cpu",
-        "gemm_gflops",
-        "mfu",
-        "settings",
-        "search_errors",
-    ):
-        assert key in report
-    assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
-    assert 0 < report["train_seconds"] < report["seconds"] < 240 and report["cache_speedup"] > 1
-    assert report["searches"]["greedy"]["cut_off"] <= 20
-    assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-    rows = list(report["searches"].values())
-    assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
+class TestTransformer:
+    # ---- the model
 
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
+    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
+        """Values and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
+        encoder, decoder, pairs = transformer_to_torch(model)
+        src, _ = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
+        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
+        x, y = (
+            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
+            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
+        )
+        memory, memory_mask = model.encode(src)
+        assert memory_mask.shape == (6, 1, 1, 9)
+        expected = encoder(x, src_key_padding_mask=src == 0)
+        real = (src != 0)[..., None]
+        check_close(memory * real, expected * real, tolerance, "encoder")
 
-def test_transformer_alignment_swaps_tens_and_units(transformer_demo):
-    """In the demo's model, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-    last_json(transformer_demo[1])
-    saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt", "model")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    tokenizer = transformer.Tokenizer(saved["vocabulary"])
-    right = total = 0
-    for units, tens in itertools.product(range(2, 10), range(2, 10)):
-        n = 517_000 + 10 * tens + units
-        source = tokenizer.encode(transformer.english_number(n), 32)
-        target = tokenizer.encode(transformer.german_number(n), 32)
-        src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-        weights = transformer.cross_attention_weights(model, src, tgt)
-        assert weights.shape == (2, 1, 4, len(target), len(source))
-        check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-        looked_at = weights[-1, 0].mean(0).argmax(-1)  # (Tt,)
-        at_units, at_tens = looked_at[-4].item(), looked_at[-2].item()  # ... units und tens EOS
-        right += at_units > at_tens
-        total += 1
-    assert right / total > 0.9, right / total
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
+        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
+        expected = F.linear(expected, model.output.weight)
+        logits = model(src, tgt)
+        real = (tgt != 0)[..., None]
+        check_close(logits * real, expected * real, tolerance, "model")
 
+        upstream = torch.randn_like(logits) * real
+        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+        theirs = [*shared, *(their for _, their in pairs)]
+        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
+        (logits * upstream).sum().backward()
+        ours = [[p] for p in shared] + [our for our, _ in pairs]
+        assert sum(map(len, ours)) == len(list(model.parameters()))
+        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
 
-def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
-    last_json(transformer_demo[1])
-    folder = transformer_demo[0]
-    one = run_script("transformer.py", "--translate", "Three hundred and forty-two thousand", cwd=folder)
-    row = last_json(one)
-    assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-    assert (
-        row["source"] == "Three hundred and forty-two thousand"
-        and row["n_tokens"] == 6
-        and -3 < row["log_prob"] < 0
-    )
-    lines = "one hundred thousand\n\nfive thousand and seventeen\n東京\n"
-    command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
-    assert "fünf tausend siebzehn" in many.stdout
-    rows = [json.loads(line) for line in many.stdout.splitlines()]
-    assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
-        rows
-    ) == 4
-    monkeypatch.chdir(folder)
-    for text, words in (("nine " * 40, "max_len=32"), ("nine " * 31, None), ("", None)):
-        s = transformer.settings_from_command_line(["--translate", text])
-        if words:
+    def test_transformer_parameter_counts(self):
+        def count(**changes):
+            with torch.device("meta"):
+                model = transformer.Transformer(transformer.TransformerConfig(**changes))
+            return sum(p.numel() for p in model.parameters())
+
+        assert count() == 63_082_496
+        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
+        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
+        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+
+    def test_transformer_tying_and_initial_scale(self):
+        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
+        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
+        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
+        for layer in (model.encoder[0], model.decoder[0]):
+            projection = layer.self_attention.q_proj
+            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
+            assert projection.bias.abs().max() == 0
+        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
+        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
+        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+
+    def test_sinusoidal_positional_encoding_is_the_formula(self):
+        table = transformer.sinusoidal_positional_encoding(50, 7)
+        for position, feature in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (feature // 2) / 7)
+            expected = math.cos(angle) if feature % 2 else math.sin(angle)
+            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        assert table.dtype == torch.float32 and table.shape == (50, 7)
+
+    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
+        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        with torch.device("meta"):
+            other = transformer.Transformer(model.config)
+        other.to_empty(device="cpu").load_state_dict(model.state_dict())
+        assert torch.equal(other(src, src), model(src, src))
+
+    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
+        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        mask = torch.rand(2, 5, 5) < 0.5
+        mask[0, 2] = False
+        output, weights = transformer.attention(q, k, v, mask)
+        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        check_close(output, expected, 1e-12)
+        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
+        for grad, other in zip(*grads, strict=True):
+            check_close(grad, other, 1e-12)
+        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
+        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
+        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        assert transformer_tiny()(padding, bos).isfinite().all()
+
+    def test_causal_mask_is_aligned_bottom_right(self):
+        assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_no_look_ahead(self, norm_first):
+        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 8))
+        before = model(src, tgt)
+        for t in range(8):
+            changed = tgt.clone()
+            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
+            after = model(src, changed)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+
+    def test_transformer_padding_changes_nothing(self):
+        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        together = model(src, tgt)
+        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        check_close(wider, together, 1e-12, "more padding")
+        for row, length in enumerate(lengths):
+            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
+            check_close(alone[0], together[row], 1e-12, "alone")
+
+    def test_decode_cache_gives_the_same_logits(self):
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 10))
+        memory, memory_mask = model.encode(src)
+        whole = model.decode(tgt, memory, memory_mask)
+        cache = {}
+        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
+        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
+        for _ in range(2):  # what is refused leaves the cache as it was
+            with pytest.raises(ValueError, match="max_len=24"):
+                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
+        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
+            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
+
+    def test_decode_projects_the_memory_once(self):
+        """With a cache, a memory of NaN in later calls changes nothing."""
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 2))
+        memory, memory_mask = model.encode(src)
+        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
+        model.decode(tgt[:, :1], memory, memory_mask, cache)
+        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
+        check_close(second, expected, 1e-12)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+        """Loss and every gradient as without, the encoder's too."""
+        model, (src, _) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        for layer in (*model.encoder, *model.decoder):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        model(src, tgt).sin().sum().backward()
+        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            check_close(p.grad, grad, 1e-12, name)
+
+    def test_transformer_dropout_only_while_training(self):
+        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        assert not torch.equal(model(src, tgt), model(src, tgt))
+        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
+            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
+        model.eval()
+        assert torch.equal(model(src, tgt), model(src, tgt))
+        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
+        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_drops_at_every_sublayer(self, norm_first):
+        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
+        model = transformer_tiny(norm_first, dropout=0.999999).train()
+        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+        for layer in model.encoder:
+            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
+            check_close(layer(x, mask), expected, 1e-12)
+        for layer in model.decoder:
+            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
+            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
+
+    def test_evaluating_puts_every_mode_back(self):
+        model = transformer_tiny().train()
+        model.encoder.eval()
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
+            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+    def test_label_smoothed_loss_is_the_formula(self):
+        logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+        targets = torch.randint(1, 11, (3, 5))
+        targets[0, 3:] = targets[1, 1:] = 0
+        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
+        terms = []
+        for row, position in (targets != 0).nonzero().tolist():
+            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
+            q[targets[row, position]] += 0.8
+            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
+        assert len(terms) == 9
+        check_close(loss, torch.stack(terms).mean(), 1e-12)
+        grad = torch.autograd.grad(loss, logits)[0]
+        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
+        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
+        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
+        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
+        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
+        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+
+    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
+        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
+        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+
+    # ---- search
+
+    @torch.no_grad()
+    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
+        """And a beam of 1; alone and in a batch."""
+        lengths, cut_off = set(), 0
+        for model, src in transformer_searched:
+            tokens = transformer.greedy_decode(model, src, 12)
+            rows = transformer_rows(tokens)
+            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
+            assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+            assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
+            for i in range(0, len(src), 4):
+                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
+            lengths |= {len(row) for row in rows}
+            cut_off += sum(row[-1] != 2 for row in rows)
+        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+
+    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+    @torch.no_grad()
+    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
+            for row in range(2):
+                candidates = []
+                for n in range(1, 5):
+                    for sequence in itertools.product(range(4), repeat=n):
+                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
+                            continue  # EOS ends, and nothing else but max_len does
+                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
+                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
+                best_score, best = max(candidates)
+                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
+                assert abs(scores[row].item() - best_score) < 1e-10
+            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+
+    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+    @torch.no_grad()
+    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
+        lengths = set()
+        for model, src in transformer_searched:
+            src = src[:12]
+            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
+            assert scores.dtype == torch.float64
+            for row, found in enumerate(transformer_rows(tokens)):
+                real = src[row][src[row] != 0]
+                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
+                assert found == best and abs(scores[row].item() - score) < 1e-10
+                lengths.add(len(found))
+            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
+            assert torch.equal(wider[0], tokens)
+            check_close(wider[1], scores, 1e-12)
+        assert len(lengths) > 4, lengths
+
+    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        sources = [source for source, _ in corpus.test]
+        found = {
+            name: transformer.translate(model, tokenizer, sources, *search)
+            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
+        }
+        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
+            src = transformer.pad([tokenizer.encode(source, 32)], model)
+            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
+            with torch.no_grad():
+                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
+            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
+            assert row["text"] == tokenizer.decode(tokens)
+
+        def mean(name, key):
+            return statistics.fmean(row[key] for row in found[name])
+
+        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
+        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
+
+    def test_search_of_no_sentence(self):
+        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
+        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+        tokens, scores = transformer.beam_search(model, none, 5)
+        assert tokens.shape == (0, 0) and scores.shape == (0,)
+
+    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
+        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
+        with torch.no_grad():
+            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
+        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
+        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
+        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
+        s, tables = transformer.Settings(), []
+        for targets in ("eins", "tausend und"):  # a poisoned reference
+            test = [(source, targets) for source, _ in corpus.test[:9]]
+            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
+        assert tables[0] == tables[1]
+        both = (transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1))
+        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
+        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
+        assert (report["search_gains"], report["search_errors"]) == expected
+
+    # ---- bad input
+
+    def test_transformer_config_refuses(self):
+        for changes, words in (
+            ({"d_model": 10, "n_heads": 3}, "n_heads"),
+            ({"vocab_size": 2}, "eos_id"),
+            ({"eos_id": 1}, "eos_id"),
+            ({"pad_id": -1}, "pad_id"),
+            ({"bos_id": 37_000}, "bos_id"),
+        ):
             with pytest.raises(ValueError, match=words):
-                transformer.translate_command(s)
-        else:
-            transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == ""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train first"):
-        transformer.translate_command(s)
+                transformer.TransformerConfig(**changes)
 
+    def test_transformer_refuses(self):
+        model = transformer_tiny()
+        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        for bad_src, bad_tgt in (
+            (src[0], tgt),
+            (src.float(), tgt),
+            (src, tgt[:1]),
+            (src.repeat(1, 7), tgt),
+            (src, tgt[0]),
+        ):
+            with pytest.raises(ValueError, match="tokens|max_len|batches"):
+                model(bad_src, bad_tgt)
+        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
+        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+        memory, mask = model.encode(src)
+        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
+            with pytest.raises(ValueError, match="memory_mask"):
+                model.decode(src, memory, wrong)
+        model.output.weight.data[2] = 0.0
+        model.output.weight.data[3] = 9.0  # EOS hardly ever
+        assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
+        for smoothing in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match="smoothing"):
+                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
 
-def test_transformer_script_errors(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("transformer.py", "--out", "file/below", cwd=tmp_path), "file/below")
-    (tmp_path / "out" / "transformer").mkdir(parents=True)
-    (tmp_path / "out" / "transformer" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    check_one_line_error(run_script("transformer.py", cwd=tmp_path), "checkpoint.pt", "damaged")
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    missing = run_script("transformer.py", "--out", "new", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(missing, "matplotlib is missing")  # before any work
-    assert "pairs; vocabulary" not in missing.stdout
+    # ---- data
 
+    def test_numbers_in_words(self):
+        for n, english, german in (
+            (0, "zero", "null"),
+            (1, "one", "eins"),
+            (16, "sixteen", "sechzehn"),
+            (21, "twenty-one", "ein und zwanzig"),
+            (30, "thirty", "dreißig"),
+            (100, "one hundred", "einhundert"),
+            (101, "one hundred and one", "einhundert eins"),
+            (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
+            (1_000, "one thousand", "ein tausend"),
+            (1_001, "one thousand and one", "ein tausend eins"),
+            (1_100, "one thousand one hundred", "ein tausend einhundert"),
+            (101_000, "one hundred and one thousand", "einhundert ein tausend"),
+            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+        ):
+            assert transformer.english_number(n) == english and transformer.german_number(n) == german
+        sample = [*range(2000), *range(2000, 1_000_000, 997)]
+        for words in (transformer.english_number, transformer.german_number):
+            assert len({words(n) for n in sample}) == len(sample)
 
-def test_transformer_multi30k_run(tmp_path, capsys):
-    """The Multi30k path from files to BLEU and --translate, on a corpus that can be learned by heart."""
-    data = transformer_small_multi30k(tmp_path / "data", n=12)
-    settings = (
-        "--preset multi30k --epochs 30 --d-model 32 --d-ff 32 --n-layers 1 --dropout 0 --vocab-size 400"
-    )
-    arguments = [
-        *settings.split(),
-        "--warmup",
-        "40",
-        "--amp",
-        "off",
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-    ]
-    report = transformer.train_and_evaluate(transformer.settings_from_command_line(arguments))
-    assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-    assert report["beam"] > 50, report["beam"]
-    s = transformer.settings_from_command_line(
-        ["--out", str(tmp_path), "--translate", "EIN MANN mit dem Hund"]
-    )
-    transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("a man")
+    def test_number_corpus_parts_share_nothing(self):
+        corpus = transformer.number_corpus(0)
+        parts = [corpus.train, corpus.dev, corpus.test]
+        assert [len(part) for part in parts] == [8_000, 500, 1_000]
+        for side in (0, 1):
+            assert len({pair[side] for part in parts for pair in part}) == 9_500
+        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+        assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
+        assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
+
+    def test_tokenizer_keeps_every_text(self):
+        texts = [transformer.english_number(n) for n in range(2000)]
+        tokenizer = transformer.Tokenizer.train(texts, 400)
+        assert 259 < tokenizer.vocab_size <= 400
+        for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
+            ids = tokenizer.encode(text, 99)
+            assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
+            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+        assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
+        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
+        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
+        assert len(tokenizer.encode("forty-two", 4)) == 4
+        with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
+            tokenizer.encode("forty-two", 3)
+
+    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+        rng = random.Random(0)
+        lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
+        batches = transformer.token_batches(lengths, 120, "0 0")
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
+        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+        assert transformer.token_batches(lengths, 120, "0 0") == batches
+        other = transformer.token_batches(lengths, 120, "0 1")
+        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        assert len(other) == len(batches)  # train counts on it
+        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
+
+    def test_lines_of_ends_lines_as_people_do(self):
+        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
+        for encoding in ("utf-8", "utf-8-sig"):
+            lines = transformer.lines_of(text.encode(encoding))
+            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        with pytest.raises(UnicodeDecodeError):
+            transformer.lines_of("one".encode("utf-16"))
+
+    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
+        folder = transformer_small_multi30k(tmp_path / "good", 40)
+        corpus = transformer.multi30k_corpus(str(folder))
+        assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [40] * 3
+        assert corpus.train[7] == (
+            "ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7",
+        )  # fmt: skip
+        line = "ein hund auf der wiese\n"
+        for i, (changes, words) in enumerate((
+            ({"val_en": None}, "val.en"),
+            ({"train_en": line * 39}, "train: 40 German lines, 39 English"),
+            ({"train_de": "", "train_en": ""}, "train: 0 German"),
+            ({"test_2016_flickr_de": line * 1000, "test_2016_flickr_en": line * 1000}, "flickr.* altered"),
+        )):  # fmt: skip
+            with pytest.raises(ValueError, match=words):
+                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), 40, **changes)))
+        whole = (folder / "train.de.gz").read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
+            (folder / "train.de.gz").write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(str(folder))
+        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
+        known = {}
+        for part in transformer.MULTI30K:
+            pairs = corpus.train
+            text = "\n".join([german for german, _ in pairs] + [english for _, english in pairs])
+            known[part] = (40, hashlib.sha256(text.encode()).hexdigest())
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+        english = "".join(f"{english}\r\n" for _, english in corpus.train)
+        folder = transformer_small_multi30k(tmp_path / "crlf", 40, val_en="\ufeff" + english)
+        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+        for part in known:
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (41, known[part][1])})
+            assert transformer.multi30k_corpus(str(folder)).name == "own"
+
+    def test_multi30k_corpus_of_the_official_files(self, tmp_path):
+        folder = os.environ.get("MULTI30K_DATA")
+        if not folder:
+            pytest.skip("MULTI30K_DATA is not set")
+        corpus = transformer.multi30k_corpus(folder)
+        assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
+        assert corpus.test[0][1].startswith("A man in an orange hat")
+        altered = shutil.copytree(folder, tmp_path / "altered") / "val.en.gz"
+        text = gzip.decompress(altered.read_bytes())
+        altered.unlink()
+        altered.write_bytes(gzip.compress(text.replace(b"man", b"men", 1)))
+        with pytest.raises(ValueError, match="val.en was altered"):
+            transformer.multi30k_corpus(str(altered.parent))
+
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+        files, asked, cut = {}, [], set()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.rsplit("/", 1)[-1]
+                asked.append(name)
+                self.send_response(200 if name in files else 404)
+                self.send_header(
+                    "Content-Length", str(len(files.get(name, b"")) + (100 if name in cut else 0))
+                )
+                self.end_headers()
+                self.wfile.write(files.get(name, b""))
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+        cached = tmp_path / "new/cache/multi30k/train.de.gz"
+        text = b"ein mann auf der wiese\n" * 3
+        with pytest.raises(ValueError, match="404.*--data"):
+            transformer.read_lines("train.de", "")
+        for broken, cuts in (
+            (gzip.compress(text)[:-10], set()),
+            (b"<html>", set()),
+            (gzip.compress(text), {1}),
+        ):
+            files["train.de.gz"] = broken
+            cut.update({"train.de.gz"} if cuts else ())  # the connection breaks off
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.read_lines("train.de", "")
+        assert not cached.exists()  # nothing wrong was kept
+        cut.clear()
+        assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
+        asked.clear()
+        server.shutdown()
+        assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3 and not asked
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (3, "0")})  # of the cache, all is known
+        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(gzip.compress(text))
+        with pytest.raises(ValueError, match="train.* altered"):
+            transformer.multi30k_corpus("")
+
+    # ---- files
+
+    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.pt"
+        content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
+        transformer.save(path, content)
+        loaded = transformer.load(path)
+        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+        assert loaded["vocabulary"] == content["vocabulary"] == torch.load(path)["vocabulary"]
+        whole = path.read_bytes()
+        place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="x.pt"):
+                transformer.load(path)
+
+        class Code:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "was run"),))
+
+        transformer.save(path, {"model": {}, "code": Code()})
+        with pytest.raises(pickle.UnpicklingError):
+            transformer.load(path)
+        assert not (tmp_path / "was run").exists()
+
+        path.write_bytes(whole)
+        for bad in (math.nan, math.inf):
+            with pytest.raises(FloatingPointError):
+                transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            transformer.save(path, content)
+        assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+    def test_lock_out_keeps_a_second_run_out(self, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("fcntl")
+        lock = transformer.lock_out(tmp_path)
+        with pytest.raises(ValueError, match="in use"):
+            transformer.lock_out(tmp_path, patience=0.2)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
+        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
+        lock.close()
+        threading.Timer(0.3, transformer.lock_out(tmp_path).close).start()
+        transformer.lock_out(tmp_path, patience=60).close()  # waits for it
+
+    # ---- training
+
+    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
+        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
+        tokenizer, pairs = transformer_pairs(64, max_len=64)
+        assert len({len(target) for _, target in pairs}) > 5
+        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
+
+        def gradient(batch):
+            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+        counts = [len(target) for _, target in pairs]
+        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
+        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
+
+    def test_batch_loss_autocasts_to_bf16(self):
+        tokenizer, pairs = transformer_pairs(4)
+        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
+        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for bf16 in (True, False):
+            assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
+        assert dtypes == [torch.bfloat16, torch.float32]
+
+    def test_use_bf16_where_it_is_native(self, monkeypatch):
+        cpu, cuda, mps = map(torch.device, ("cpu", "cuda:1", "mps"))
+        for capabilities, native in (
+            ({"avx512_bf16": False}, False),
+            ({"avx512_bf16": True}, True),
+            ({}, False),
+        ):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+            chosen = [transformer.use_bf16(amp, cpu) for amp in ("auto", "bf16", "off")]
+            assert chosen == [native, True, False]
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+        assert not transformer.use_bf16("auto", cuda) and not transformer.use_bf16("auto", mps)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+        assert transformer.use_bf16("auto", cuda) and not transformer.use_bf16("auto", mps)
+
+    def test_train_steps_written_out(self, tmp_path):
+        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
+        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
+        tokenizer, pairs = transformer_pairs(40)
+        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
+        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
+        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
+        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        transformer.train(s, model, pairs, pairs[:9], state)
+
+        names = dict(expected.named_parameters())
+        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
+        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
+        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
+
+        def loss_of(batch, smoothing):
+            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
+            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
+            logits = expected(src, tgt[:, :-1]).transpose(1, 2)
+            return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
+
+        for epoch in range(4):
+            lengths = [max(map(len, pair)) for pair in pairs]
+            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
+            for batch in batches:
+                torch.manual_seed(5 * 1_000_003 + step)  # dropout
+                step += 1
+                optimizer.zero_grad()
+                loss_of([pairs[i] for i in batch], 0.1).backward()
+                assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
+                for group in optimizer.param_groups:
+                    group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
+                optimizer.step()
+            ends.append({name: p.detach().clone() for name, p in names.items()})
+            with torch.no_grad(), transformer.evaluating(expected):
+                dev_losses.append(loss_of(pairs[:9], 0.0).item())
+        assert len(batches) > 4 and state["step"] == step
+        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
+        for name, p in model.named_parameters():
+            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
+        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
+        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
+            command = [
+                sys.executable,
+                "-c",
+                TRANSFORMER_KILLED,
+                place,
+                str(n),
+                "--out",
+                str(tmp_path),
+                *flags,
+            ]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
+            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
+        report, weights = transformer_run(tmp_path)
+        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for key in ("history", "searches"):
+            assert transformer_undisturbed[1][key] == report[key]
+
+    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
+        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
+        lock = transformer.lock_out(out)
+        report, weights = transformer_run(out, save_every=50, beam_size=2)
+        assert list(report["searches"])[1] == "beam 2, penalty 0"
+        assert report["history"] == transformer_undisturbed[1]["history"]
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
+        assert set(transformer.MAY_CHANGE) == may
+        capsys.readouterr()
+        assert transformer_stop(out, lr_scale=0.7) == 2
+        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
+        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+            corpus = transformer.number_corpus(0, 300, 20, 10)
+            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
+            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
+        assert "sentences" in capsys.readouterr().err
+        lock.close()
+
+    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
+        """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
+        batch_loss, calls = transformer.batch_loss, itertools.count(1)
+
+        def overflow(*arguments):
+            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "batch_loss", overflow)
+            assert "--lr-scale" in str(transformer_stop(tmp_path))
+        assert not (tmp_path / "model.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
+        _, weights = transformer_run(tmp_path)
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
+            out = tmp_path / str(changes)
+            stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
+            assert "--lr-scale" in str(stop)
+            assert {path.name for path in out.iterdir()} == {"lock"}
+
+    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
+            raised = error("no space left")
+            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+            assert code in str(transformer_stop(tmp_path / code))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
+        capsys.readouterr()
+        (tmp_path / "file").touch()
+        for changes, words in (
+            ({"out": tmp_path / "file/below"}, "file"),
+            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": -1}, "--seed"),
+            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
+            ({"max_len": 3}, "max_len=3"),
+            ({"d_model": 18}, "n_heads"),
+        ):
+            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            lines = capsys.readouterr().err.splitlines()
+            assert code == 2 and len(lines) == 1 and words in lines[0], lines
+
+    def test_prepare_trains_on_no_test_sentence_and_reads_the_variable(self, tmp_path, monkeypatch):
+        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
+        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
+        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
+        lock.close()
+        folders = []
+        monkeypatch.setenv("MULTI30K_DATA", "there")
+        monkeypatch.setattr(transformer, "multi30k_corpus", lambda folder: folders.append(folder) or corpus)
+        for data in ("", "here"):
+            changes = {"preset": "multi30k", "data": data, "out": str(tmp_path / "m")}
+            transformer.prepare(transformer.Settings(**(TRANSFORMER_SMALL | changes)))[-1].close()
+        assert folders == ["there", "here"]
+
+    # ---- the command line and the demo
+
+    def test_parse_lets_a_flag_override_its_preset(self, capsys):
+        assert transformer.parse([]) == transformer.Settings()
+        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
+            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
+            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
+            assert s.out != transformer.Settings().out
+        assert transformer.parse(["--translate", ""]).translate == ""
+        for argv in (["--wrong", "1"], ["--preset", "french"], ["--amp", "fp8"], ["--epochs", "many"]):
+            with pytest.raises(SystemExit) as leaving:
+                transformer.parse(argv)
+            assert leaving.value.code == 2
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            transformer.parse(["--preset", "multi30k", "--help"])
+        assert "4000" in capsys.readouterr().out
+
+    def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
+        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
+        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
+        data = tmp_path / "data"
+        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
+        texts = {"de": german, "en": english}
+        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
+        transformer_small_multi30k(data, **texts)
+        s = transformer.parse(["--preset", "multi30k", "--data", str(data), "--out", str(tmp_path / "out")])
+        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
+        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        transformer.main(s)
+        report = json_of(tmp_path / "out/report.json")
+        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
+        assert report["beam"] > 50, report["beam"]
+        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        transformer.main(dataclasses.replace(s, translate="-"))
+        rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+        assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
+        assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
+
+    def test_demo_gets_every_number_right(self, transformer_demo):
+        folder, result = transformer_demo
+        summary, out = last_json(result), folder / "out" / "transformer"
+        report = json_of(folder / summary["report"])
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
+        assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
+        assert report["settings"] == dataclasses.asdict(transformer.Settings())
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
+        rows = list(report["searches"].values())
+        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+
+    def test_demo_swaps_tens_and_units(self, transformer_demo):
+        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
+        last_json(transformer_demo[1])
+        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
+        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
+        for units, tens in itertools.product(range(2, 10), range(2, 10)):
+            n = 517_000 + 10 * tens + units
+            source = tokenizer.encode(transformer.english_number(n), 32)
+            target = tokenizer.encode(transformer.german_number(n), 32)
+            src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
+            weights = transformer.cross_attention_weights(model, src, tgt)
+            assert weights.shape == (1, 4, len(target), len(source))
+            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
+            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
+            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+        assert sum(right) / len(right) > 0.9
+        assert not model.decoder[-1].cross_attention._forward_pre_hooks
+
+    def test_demo_translates(self, transformer_demo):
+        last_json(transformer_demo[1])
+        text = "Three hundred and forty-two thousand"
+        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
+        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
+        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        long = run_script("transformer.py", "--translate", "nine " * 40, cwd=transformer_demo[0])
+        check_one_line_error(long, "max_len=32")
 
 
 # -----------------------------------------------------------------------------
@@ -9286,8 +8932,9 @@ class DrawnModel(nn.Module):
         return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        beginning = torch.cat((*cache.get(0, {"self": ()})["self"], tgt), dim=1)  # (B, T)
-        cache[0] = {"self": (beginning,)}
+        past = [layer[0] for layer in cache.get("layers", [])]
+        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
+        cache["layers"] = [(beginning, beginning)]
         numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
         return self.logits[numbers][:, None]  # (B, 1, V)
 
@@ -9565,7 +9212,9 @@ class TestAllFiles:
         lengths = attention.padding_mask(torch.tensor([6, 0]))
         for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
             expected, weights = long.forward_with_weights(x, context, mask)
-            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            k, v = short.keys_values(context)
+            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
+            output = short(x, k, v, mask)
             check_close(output, expected, 1e-12)
             check_close(short_weights, weights, 1e-12)
             gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
@@ -9878,46 +9527,30 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("x.masked_fill(~real, -math.inf).amax(1)", "x.amax(1)", "pools_are"),
     ],
     "transformer.py": [
-        (".tril(k_len - q_len)", ".tril()", "transformer_causal_mask"),
-        ("q.shape[-1] ** -0.5", "1.0", "transformer_equals_torch"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask"),
+        ("q.shape[-1] ** -0.5", "1.0", "equals_torch"),
+        ("k = torch.cat((past_k, k), dim=2)", "k = torch.cat((k, past_k), dim=2)", "cache_gives"),
+        ("self.embed(self.tgt_embedding, tgt, start)", "self.embed(self.tgt_embedding, tgt)", "cache_gives"),
+        ("x = x if self.norm_first else self.cross_attention_norm(x)", "x = x + 0", "equals_torch"),
+        ("encoding(config.max_len, width))", "encoding(config.max_len, width), persistent=False)", "on_meta"),
+        ("real = targets != pad_id", "real = targets == targets", "label_smoothed_loss"),
+        ("step * warmup**-1.5", "step * warmup**-0.5", "noam"),
+        (".masked_fill(finished, model.config.pad_id)", "", "greedy_decode"),
+        ("finished |= best == model.config.eos_id", "finished |= best == 0", "greedy_decode"),
+        ("torch.where(finished[..., None], only_pad, following)", "following", "full_width"),
+        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equals_lists"),
+        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equals_lists"),
+        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
+        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "written_out"),
         (
-            "k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)",
-            "k, v = torch.cat((k, past_k), dim=2), torch.cat((v, past_v), dim=2)",
-            "cache_gives_the_same",
+            'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
+            "data.decode().splitlines()",
+            "lines_of",
         ),
-        (
-            "x = self.embed(self.tgt_embedding, tgt, start=past)",
-            "x = self.embed(self.tgt_embedding, tgt)",
-            "cache_gives_the_same",
-        ),
-        (
-            "return norm(x + self.dropout(sublayer(x)))",
-            "return x + norm(self.dropout(sublayer(x)))",
-            "transformer_equals_torch",
-        ),
-        ("ignore_index=pad_id, label_smoothing", "label_smoothing", "transformer_loss"),
-        ("step * warmup**-1.5", "step * warmup**-0.5", "transformer_noam"),
-        (".masked_fill(finished, model.config.pad_id)", "", "greedy_equals"),
-        (
-            "finished |= best == model.config.eos_id",
-            "finished |= best == model.config.pad_id",
-            "greedy_equals",
-        ),
-        ("torch.where(finished[..., None], only_pad, following)", "following", "full_beam"),
-        ('layer["self"] = tuple(x[rows] for x in layer["self"])', "pass", "beam_equals_lists"),
-        (
-            "lengths.gather(1, parent) + ~was_finished",
-            "lengths.gather(1, parent) + 1",
-            "beam_equals_lists or full_beam",
-        ),
-        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_beam"),
-        (
-            "tgt = torch.cat((bos, targets[:, :-1]), dim=1)",
-            "tgt = targets",
-            "training_step or sum_of_its_sentences",
-        ),
-        ('self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "kill_and_go_on"),
-        ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
+        ("rows, parse_math=False)", "rows)", "ones_own"),
+        ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
+        ("if not norm.isfinite():", "if False:", "not_finite"),
+        ("mean + (weight - mean) / n_averaged", "weight.clone()", "written_out"),
     ],
     "losses.py": [
         (

@@ -1,18 +1,18 @@
-"""The Transformer of "Attention Is All You Need": trained, decoded with a KV cache, searched with a beam.
+"""The Transformer of "Attention Is All You Need", decoded with a KV cache, searched with a beam.
 
-On two CPU cores (bf16, torch 2.13.0): 18 s; all of 1,000 numbers that training never saw come out right.
-Multi30k German to English, 5 M parameters, 30 minutes: 40.5 BLEU greedy, 41.6 with beam 5 (test_2016_flickr).
+Two CPU cores, bf16, torch 2.13.0: 18 s; all of 1,000 numbers that it never saw come out right.
+Multi30k German to English, 5 M parameters, 30 minutes: 40.5 BLEU greedy, 41.6 with beam 5.
 
-    python transformer.py                                   # numbers in words, English to German: no data
-    python transformer.py --translate "forty-two thousand"  # by the model that this left; - reads stdin
-    python transformer.py --preset multi30k                 # German to English, BLEU on test_2016_flickr
+    python transformer.py  # numbers in words, English to German: no data
+    python transformer.py --translate "forty-two thousand"  # by that model; - reads stdin
+    python transformer.py --preset multi30k  # German to English, BLEU on test_2016_flickr
     python transformer.py --preset multi30k --translate "ein hund rennt über die wiese"
 
-The same command, started again, goes on where it stopped. Model, loss and search come first, on torch alone.
+The same command, started again, goes on where it stopped. Model, loss, search come first.
 
-Vaswani et al., "Attention Is All You Need", arXiv:1706.03762 (model, schedule, smoothing, averaging).
-Wu et al., "Google's Neural Machine Translation System", arXiv:1609.08144, eq. 14 (length penalty).
-Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745 (pre-norm).
+Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
+Wu et al., "Google's Neural Machine Translation System", arXiv:1609.08144 (length penalty).
+Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import tempfile
 import time
 import urllib.request
 from collections import namedtuple
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,12 +39,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # -----------------------------------------------------------------------------
-# The model. Shapes: B batch, T length (Ts source, Tt target), C = d_model, H heads, D = C // H, V vocabulary
+# The model. B batch, T length (Ts source, Tt target), C = d_model, H heads, D = C // H
 
 
 @dataclass
 class TransformerConfig:
-    """Sizes of a Transformer. The defaults are the paper's base model (table 3): 63,082,496 parameters."""
+    """The defaults are the paper's base model (table 3): 63,082,496 parameters."""
 
     vocab_size: int = 37_000  # one vocabulary for both languages
     max_len: int = 512  # positions that exist; longer input is an error
@@ -53,9 +52,9 @@ class TransformerConfig:
     n_heads: int = 8
     n_layers: int = 6  # in the encoder, and as many in the decoder
     d_ff: int = 2048
-    dropout: float = 0.1  # on each sub-layer's output and on the embeddings, as in the paper
-    norm_first: bool = False  # False: the paper's post-norm; True: pre-norm, which needs less of a warm-up
-    tied: bool = True  # source embedding, target embedding and output projection share one matrix
+    dropout: float = 0.1  # on each sub-layer's output and on the embeddings
+    norm_first: bool = False  # the paper's post-norm; True: pre-norm, which needs less warm-up
+    tied: bool = True  # both embeddings and the output projection share one matrix
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
@@ -65,12 +64,12 @@ class TransformerConfig:
             raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         special = {self.pad_id, self.bos_id, self.eos_id}
         if len(special) < 3 or min(special) < 0 or max(special) >= self.vocab_size:
-            raise ValueError(f"pad_id, bos_id, eos_id must differ, in the vocabulary, got {special}")
+            raise ValueError(f"pad_id, bos_id, eos_id must differ, below vocab_size: {special}")
 
 
 def sinusoidal_positional_encoding(max_len: int, d_model: int) -> Tensor:
-    """Positions as waves (section 3.5): feature 2i is sin(t / 10000^(2i / d_model)), 2i + 1 its cosine.
-    Returns (max_len, d_model) float32; an odd d_model has one sine more than cosines."""
+    """Positions as waves (section 3.5): feature 2i is sin(t / 10000^(2i / C)), 2i + 1 its cosine.
+    Returns (max_len, C) float32; an odd C has one sine more than cosines."""
     t = torch.arange(max_len, dtype=torch.float64)[:, None]  # (T, 1)
     frequency = 10_000.0 ** (-torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)  # (ceil(C/2),)
     encoding = torch.empty(max_len, d_model, dtype=torch.float64)
@@ -80,7 +79,7 @@ def sinusoidal_positional_encoding(max_len: int, d_model: int) -> Tensor:
 
 
 def causal_mask(q_len: int, k_len: int | None = None, device: torch.device | None = None) -> Tensor:
-    """(Tq, Tk), True = may be attended to. Aligned bottom-right: the last query sees every key."""
+    """(Tq, Tk), True = may be attended to; bottom-right: the last query sees every key."""
     k_len = q_len if k_len is None else k_len
     return torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
 
@@ -96,7 +95,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Te
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention in n_heads subspaces (section 3.2.2), without dropout on the weights, as in the paper.
+    """Attention in n_heads subspaces (section 3.2.2); no dropout on the weights, as in the paper.
     Keys and values are given split into heads, so that a cache can hold them."""
 
     def __init__(self, d_model: int, n_heads: int):
@@ -115,7 +114,7 @@ class MultiHeadAttention(nn.Module):
         return self.split_heads(self.k_proj(context)), self.split_heads(self.v_proj(context))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """x (B, Tq, C), mask broadcasts to (B, H, Tq, Tk), True = may be attended to -> (B, Tq, C)."""
+        """x (B, Tq, C), k, v (B, H, Tk, D), mask broadcasts to (B, H, Tq, Tk) -> (B, Tq, C)."""
         q = self.split_heads(self.q_proj(x))  # (B, H, Tq, D)
         y, _ = attention(q, k, v, mask)  # (B, H, Tq, D)
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -123,10 +122,8 @@ class MultiHeadAttention(nn.Module):
 
 class EncoderLayer(nn.Module):
     """Self-attention, then the feed-forward network (section 3.1, left half of figure 1).
-
     Post-norm, the paper's, normalises the sum of x and a sub-layer's output. Pre-norm normalises
-    what the sub-layer sees and leaves x alone, so that gradients reach every layer undamped.
-    """
+    what the sub-layer sees and leaves x alone, so that gradients reach every layer undamped."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -144,14 +141,13 @@ class EncoderLayer(nn.Module):
         k, v = self.self_attention.keys_values(h)
         x = x + self.dropout(self.self_attention(h, k, v, mask))
         x = x if self.norm_first else self.self_attention_norm(x)
-
         h = self.ffn_norm(x) if self.norm_first else x
         x = x + self.dropout(self.ffn(h))
         return x if self.norm_first else self.ffn_norm(x)
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to the encoder's output, feed-forward (right half of figure 1)."""
+    """Causal self-attention, attention to the encoder's output, feed-forward (right half)."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -177,16 +173,14 @@ class DecoderLayer(nn.Module):
         if past is None:
             memory_k, memory_v = self.cross_attention.keys_values(memory)  # (B, H, Ts, D)
         else:
-            past_k, past_v, memory_k, memory_v = past  # the memory is projected once, not once a token
+            past_k, past_v, memory_k, memory_v = past  # the memory is projected only once
             k = torch.cat((past_k, k), dim=2)  # (B, H, past + Tt, D)
             v = torch.cat((past_v, v), dim=2)
         x = x + self.dropout(self.self_attention(h, k, v, mask))
         x = x if self.norm_first else self.self_attention_norm(x)
-
         h = self.cross_attention_norm(x) if self.norm_first else x
         x = x + self.dropout(self.cross_attention(h, memory_k, memory_v, memory_mask))
         x = x if self.norm_first else self.cross_attention_norm(x)
-
         h = self.ffn_norm(x) if self.norm_first else x
         x = x + self.dropout(self.ffn(h))
         x = x if self.norm_first else self.ffn_norm(x)
@@ -194,7 +188,7 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder over one vocabulary. Tokens are (B, T) int32 or int64, with pad_id on the right."""
+    """Encoder and decoder. Tokens are (B, T) int32 or int64, with pad_id on the right."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -205,11 +199,11 @@ class Transformer(nn.Module):
         self.output = nn.Linear(width, config.vocab_size, bias=False)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.n_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.n_layers))
-        # Pre-norm leaves the residual stream unnormalised, so normalise it once at the end.
+        # Pre-norm leaves the residual stream unnormalised: normalise it once at the end.
         self.encoder_norm = nn.LayerNorm(width) if config.norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(width) if config.norm_first else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        # Part of the state dict: a model made on the device "meta" has them right once it is loaded.
+        # In the state dict: a model made on the device "meta" has them once it is loaded.
         self.register_buffer("positions", sinusoidal_positional_encoding(config.max_len, width))
         for layer in (*self.encoder, *self.decoder):
             for module in layer.modules():
@@ -217,7 +211,7 @@ class Transformer(nn.Module):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
         for matrix in (self.src_embedding, self.tgt_embedding, self.output):
-            # Embeddings become as large as the positions (embed multiplies by sqrt(C)), logits of size 1.
+            # Embeddings get as large as the positions (embed multiplies by sqrt(C)).
             nn.init.normal_(matrix.weight, std=width**-0.5)
         if config.tied:
             self.tgt_embedding.weight = self.src_embedding.weight
@@ -226,10 +220,10 @@ class Transformer(nn.Module):
     def embed(self, embedding: nn.Embedding, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
         if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"tokens must be (B, T) int32 or int64, got {tokens.dtype} {[*tokens.shape]}")
+            raise ValueError(f"tokens must be (B, T) int32 or int64, got {tokens.dtype}")
         end = start + tokens.shape[1]
         if end > self.config.max_len:
-            raise ValueError(f"a sequence of {end} tokens is longer than max_len={self.config.max_len}")
+            raise ValueError(f"{end} tokens are more than max_len={self.config.max_len}")
         x = embedding(tokens) * math.sqrt(self.config.d_model)  # (B, T, C)
         return self.dropout(x + self.positions[start:end])
 
@@ -243,13 +237,11 @@ class Transformer(nn.Module):
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict | None = None) -> Tensor:
         """Logits (B, Tt, V) of the token after each of tgt's (B, Tt), which begins with bos_id.
-
         With a cache, a dict, empty at first and filled here, tgt holds the new tokens alone.
-        Padding of tgt needs no mask: no real token looks to its right.
-        """
+        Padding of tgt needs no mask: no real token looks to its right."""
         expected = (tgt.shape[0], 1, 1, memory.shape[1])
         if memory_mask.dtype != torch.bool or memory_mask.shape != expected:
-            raise ValueError(f"src and tgt must be batches of one size, and memory_mask boolean {expected}")
+            raise ValueError(f"memory_mask must be boolean {expected}, of tgt's batch size")
         start = cache["length"] if cache else 0
         pasts = cache["layers"] if cache else [None] * len(self.decoder)
         x = self.embed(self.tgt_embedding, tgt, start)  # (B, Tt, C)
@@ -264,9 +256,8 @@ class Transformer(nn.Module):
         return self.output(self.decoder_norm(x))  # (B, Tt, V)
 
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
-        """src (B, Ts), tgt (B, Tt) from bos_id on -> logits (B, Tt, V), at t from tgt[:, :t + 1] alone."""
-        memory, memory_mask = self.encode(src)
-        return self.decode(tgt, memory, memory_mask)
+        """src (B, Ts), tgt (B, Tt) from bos_id on -> logits (B, Tt, V)."""
+        return self.decode(tgt, *self.encode(src))
 
 
 # -----------------------------------------------------------------------------
@@ -290,11 +281,9 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing:
 
 
 def noam_lr(step: int, d_model: int, warmup: int) -> float:
-    """The paper's learning rate (eq. 3): up in a line, then down with 1 / sqrt(step); from step 1.
-
+    """The paper's learning rate (eq. 3), from step 1: up in a line, then down with 1 / sqrt(step).
     Adam's first steps rest on few gradients but are as long as any other, which post-norm layers
-    don't survive. A wider layer sums more weights that move at once, hence 1 / sqrt(d_model).
-    """
+    don't survive. A wider layer sums more weights that move at once, hence 1 / sqrt(d_model)."""
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -303,9 +292,9 @@ def noam_lr(step: int, d_model: int, warmup: int) -> float:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; every submodule's own mode is put back after. (The mode is the
-    model's: don't search a model in one thread while another thread trains it.)"""
+def evaluating(model: nn.Module):
+    """No dropout, no gradients inside; every submodule's mode is put back after. (Modes are the
+    model's: don't search it in one thread while another one trains it.)"""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -336,12 +325,10 @@ def beam_search(
     model: Transformer, src: Tensor, max_len: int, beam_size: int = 4, length_penalty: float = 0.6
 ) -> tuple[Tensor, Tensor]:
     """Keeps the beam_size likeliest beginnings of each sentence instead of one.
-
     A hypothesis with its EOS is frozen: it keeps its log-probability, and its place while that is
     among the best. At the end, log-probabilities, which only fall with length, are divided by
     ((5 + n) / 6) ** length_penalty, n the tokens with EOS (Wu et al., eq. 14). One cut off counts
-    too. src (B, Ts) -> tokens (B, T) as from greedy_decode, and those scores (B,).
-    """
+    too. src (B, Ts) -> tokens (B, T) as from greedy_decode, and those scores (B,)."""
     batch, vocab, device = len(src), model.config.vocab_size, src.device
     with evaluating(model):
         memory, memory_mask = model.encode(src)
@@ -350,9 +337,9 @@ def beam_search(
         tokens = torch.full((batch * beam_size, 1), model.config.bos_id, device=device)  # (B*K, 1)
         finished = torch.zeros(batch, beam_size, dtype=torch.bool, device=device)  # (B, K)
         lengths = torch.zeros(batch, beam_size, dtype=torch.long, device=device)  # (B, K)
-        first_rows = torch.arange(batch, device=device)[:, None] * beam_size  # (B, 1) of a sentence's K rows
+        first_rows = torch.arange(batch, device=device)[:, None] * beam_size  # (B, 1)
         log_probs = at_least_float32(memory.new_full((batch, beam_size), -torch.inf))  # (B, K)
-        log_probs[:, 0] = 0.0  # K equal beginnings would stay equal: all but one start with probability 0
+        log_probs[:, 0] = 0.0  # K equal beginnings would stay equal: the others get probability 0
         only_pad = log_probs.new_full((vocab,), -torch.inf)
         only_pad[model.config.pad_id] = 0.0  # what follows a finished hypothesis, at no cost
         cache: dict = {}
@@ -421,12 +408,12 @@ PRESETS = {
         warmup=600, lr_scale=0.7, average=8, beam_size=5,
     ),
 }  # fmt: skip
-MAY_CHANGE = "data translate out device save_every beam_size length_penalty".split()  # of a run
+MAY_CHANGE = "data translate out device save_every beam_size length_penalty".split()
 
 
 def parse(arguments: list[str]) -> Settings:
     """The preset's settings, but for what the command line says."""
-    import tyro  # the command line from Settings: names, types, defaults; the comments are the help
+    import tyro  # the command line from Settings: the comments are the help
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="numbers")
@@ -469,7 +456,7 @@ def german_number(n: int, one: str = "eins") -> str:
     return head if not rest else f"{head} {german_number(rest, one)}"
 
 
-def number_corpus(seed: int, n_train: int = 8_000, n_dev: int = 500, n_test: int = 1000) -> Corpus:
+def number_corpus(seed: int, n_train=8_000, n_dev=500, n_test=1000) -> Corpus:
     """Different numbers in each part; short and round ones are frequent, as in life."""
     rng = random.Random(seed)
 
@@ -501,19 +488,19 @@ def lines_of(data: bytes) -> list[str]:
 
 
 def read_lines(name: str, folder: str) -> list[str]:
-    """The lines of one of Multi30k's files. Without a folder, it is downloaded once, to a cache."""
+    """The lines of one file; without a folder, of one that is downloaded once, to a cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(folder or f"{cache}/multi30k", f"{name}.gz")
     try:
         if not folder and not path.exists():
             print(f"downloading {MULTI30K_URL}{path.name}", file=sys.stderr)
             data = urllib.request.urlopen(MULTI30K_URL + path.name, timeout=30).read()
-            gzip.decompress(data)  # nothing broken is kept
+            gzip.decompress(data)  # raises for what is broken
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
         return lines_of(gzip.decompress(path.read_bytes()))
     except Exception as error:  # network, files, gzip and UTF-8 have their own
-        raise ValueError(f"can't read {path}: {error}; --data takes a folder that has it") from None
+        raise ValueError(f"can't read {path}: {error}; --data takes its folder") from None
 
 
 def multi30k_corpus(folder: str) -> Corpus:
@@ -528,14 +515,13 @@ def multi30k_corpus(folder: str) -> Corpus:
         if len(german) != n_pairs:
             corpus = "own"
         elif hashlib.sha256("\n".join(german + english).encode()).hexdigest() != sha256:
-            raise ValueError(f"{part}.de or {part}.en was altered: the sha256 of both isn't {sha256}")
+            raise ValueError(f"{part}.de or {part}.en was altered: its sha256 is another one")
         parts.append(list(zip(german, english, strict=True)))
     return Corpus(corpus, *parts)
 
 
 class Tokenizer:
-    """Byte-level BPE in lower case: every text has tokens. A text gets a space in front, so that its
-    first word has the token that it has elsewhere."""
+    """Byte-level BPE in lower case; a space in front: a first word is as any other."""
 
     pattern = r" ?\w+| ?[^\w\s]+|\s+"  # merges stay within these
     n_special = 3  # ids of padding, BOS and EOS come first
@@ -546,25 +532,22 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.vocab_size = self.n_special + len(vocabulary)
         ranks = {token: rank for rank, token in enumerate(vocabulary)}
-        self.bpe = tiktoken.Encoding("bpe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
+        self.bpe = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def train(cls, texts: list[str], vocab_size: int) -> "Tokenizer":
         import rustbpe
 
         trained = rustbpe.Tokenizer()
-        texts = map(cls.normalise, texts)
+        texts = (f" {text.strip().lower()}" for text in texts)  # as encode has them
         trained.train_from_iterator(texts, vocab_size - cls.n_special, pattern=cls.pattern)
         by_rank = sorted(trained.get_mergeable_ranks(), key=lambda pair: pair[1])
         return cls([bytes(token) for token, _ in by_rank])
 
-    @staticmethod
-    def normalise(text: str) -> str:
-        return " " + text.strip().lower()
-
     def encode(self, text: str, max_len: int) -> list[int]:
-        """Token ids with EOS. Raises ValueError where there are more than max_len."""
-        ids = [i + self.n_special for i in self.bpe.encode_ordinary(self.normalise(text))]
+        """Ids with EOS. Raises ValueError where there are more than max_len."""
+        ids = self.bpe.encode_ordinary(f" {text.strip().lower()}")
+        ids = [i + self.n_special for i in ids]
         ids.append(TransformerConfig.eos_id)
         if len(ids) > max_len:
             raise ValueError(f"{len(ids)} tokens with EOS, max_len={max_len}: {text[:60]!r}")
@@ -576,7 +559,7 @@ class Tokenizer:
 
 
 # -----------------------------------------------------------------------------
-# Training
+# Files and training
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -591,7 +574,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def save(path: Path, content: dict) -> None:
-    """content["model"] is a state dict. The file ends with a sha256, which torch.load doesn't mind.
+    """content["model"] is a state dict. The file ends with a sha256; torch.load doesn't mind.
     Raises FloatingPointError for weights that aren't finite: the last good file stays."""
     if not all(weight.isfinite().all() for weight in content["model"].values()):
         raise FloatingPointError("weights are no longer finite")
@@ -662,13 +645,13 @@ def token_batches(lengths: list[int], batch_tokens: int, seed: str) -> list[list
 
 def pad(rows: list[list[int]], model: Transformer) -> Tensor:
     """(B, T) ids on the model's device, T the longest row's length, pad_id on the right."""
-    longest = max(map(len, rows))
-    rows = [row + [model.config.pad_id] * (longest - len(row)) for row in rows]
-    return torch.tensor(rows, device=model.positions.device)
+    rows = [torch.tensor(row) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_id)
+    return padded.to(model.positions.device)
 
 
 def batch_loss(model: Transformer, pairs: list, smoothing: float, bf16: bool) -> Tensor:
-    """Mean loss a target token of pairs of ids (source, target), both with EOS."""
+    """Mean loss a target token; pairs of ids (source, target), both with EOS."""
     src = pad([source for source, _ in pairs], model)  # (B, Ts)
     targets = pad([target for _, target in pairs], model)  # (B, Tt)
     tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)  # each target's predecessor
@@ -679,8 +662,8 @@ def batch_loss(model: Transformer, pairs: list, smoothing: float, bf16: bool) ->
 
 def dev_loss(model: Transformer, dev: list, batch_tokens: int, bf16: bool) -> float:
     """Cross-entropy a token, without smoothing."""
-    loss_sum = 0.0
     lengths = [len(target) for _, target in dev]
+    loss_sum = 0.0
     with evaluating(model):
         for batch in token_batches(lengths, batch_tokens, "dev"):
             loss = batch_loss(model, [dev[i] for i in batch], 0.0, bf16)
@@ -690,11 +673,9 @@ def dev_loss(model: Transformer, dev: list, batch_tokens: int, bf16: bool) -> fl
 
 def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) -> None:
     """Trains model to the end from state on, a checkpoint or an empty one; keeps it up to date.
-
-    pairs and dev are pairs of ids (source, target), both with EOS. Batches depend on (seed, epoch)
-    and dropout on (seed, step) alone, so that a run that was killed goes on bit for bit.
-    Raises FloatingPointError where loss, gradient or weights aren't finite.
-    """
+    Batches are a function of (seed, epoch) and dropout of (seed, step), so that a killed run goes
+    on bit for bit.
+    Raises FloatingPointError where loss, gradient or weights aren't finite."""
     device = model.positions.device
     bf16 = use_bf16(s.amp, device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -710,7 +691,6 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
     average = {name: mean.to(device) for name, mean in state["average"].items()}
     lengths = [max(len(source), len(target)) for source, target in pairs]
     n_batches = len(token_batches(lengths, s.batch_tokens, ""))  # the same in each epoch
-
     first_step = state["step"]
     for step in range(first_step, s.epochs * n_batches):
         start = time.perf_counter()
@@ -730,22 +710,21 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
         optimizer.step()
         state["seconds"] += time.perf_counter() - start
         if (step + 1) % 50 == 0:
-            spent = f"{state['seconds']:.0f} s"
-            print(f"step {step + 1}: loss {loss.item():.4f}, lr {lr:.2e}, {spent}", flush=True)
+            print(f"step {step + 1}: loss {loss.item():.4f}, lr {lr:.2e}", flush=True)
 
-        epoch_ends = i == n_batches - 1
-        if epoch_ends:
+        if i == n_batches - 1:  # the end of an epoch
             n_averaged = epoch + 1 - max(0, s.epochs - s.average)  # epochs, with this one
             if n_averaged > 0:
                 for name, weight in model.state_dict().items():
                     mean = average.get(name, torch.zeros_like(weight))
                     average[name] = mean + (weight - mean) / n_averaged
             held_out = dev_loss(model, dev, s.batch_tokens, bf16)
-            print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}", flush=True)
+            spent = f"{state['seconds']:.0f} s"
+            print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}, {spent}", flush=True)
             if not math.isfinite(held_out):
                 raise FloatingPointError(f"the loss on the dev set is {held_out}")
             state["history"].append({"epoch": epoch + 1, "loss": loss.item(), "dev_loss": held_out})
-        if epoch_ends or (step + 1) % s.save_every == 0:
+        if i == n_batches - 1 or (step + 1) % s.save_every == 0:
             state |= {"step": step + 1, "average": average}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(Path(s.out, "checkpoint.pt"), state)
@@ -770,7 +749,7 @@ def translate(
     for start in range(0, len(order), 64):
         batch = order[start : start + 64]
         src = pad([ids[i] for i in batch], model)  # (B, Ts)
-        tokens, scores = beam_search(model, src, config.max_len, beam_size, penalty)  # (B, T), (B,)
+        tokens, scores = beam_search(model, src, config.max_len, beam_size, penalty)
         for i, found, score in zip(batch, tokens.tolist(), scores.tolist(), strict=True):
             finished = config.eos_id in found
             n = found.index(config.eos_id) + 1 if finished else len(found)
@@ -785,15 +764,16 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, s: Settin
     sources, references = zip(*corpus.test, strict=True)
     plain = f"beam {s.beam_size}, penalty 0"
     best = f"beam {s.beam_size}, penalty {s.length_penalty:g}"
-    searches = {"greedy": (1, 0.0), plain: (s.beam_size, 0.0), best: (s.beam_size, s.length_penalty)}
+    beams = {plain: (s.beam_size, 0.0), best: (s.beam_size, s.length_penalty)}
     print(f"\n{'search':22}{'quality':>9}{'log-prob':>10}{'tokens':>8}{'finished':>10}  (means)")
     found, table = {}, {}
-    for name, search in searches.items():
+    for name, search in ({"greedy": (1, 0.0)} | beams).items():
         rows = found[name] = translate(model, tokenizer, sources, *search)
         texts = [row["text"] for row in rows]
         if corpus.name == "numbers":
             measure, signature = "exact_match", "whole strings"
-            value = sum(text == right for text, right in zip(texts, references, strict=True)) / len(texts)
+            right = [text == target for text, target in zip(texts, references, strict=True)]
+            value = sum(right) / len(right)
         else:
             import sacrebleu
 
@@ -809,12 +789,12 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, s: Settin
     better = sum(gain > 1e-3 for gain in gains)  # beyond rounding
     worse = sum(gain < -1e-3 for gain in gains)
     print(f"quality: {measure} ({signature})")
-    print(f"{plain}: likelier than greedy {better} times, less likely (search errors) {worse} times")
-    samples = [(*pair, row["text"]) for pair, row in zip(corpus.test, found[best], strict=True)]
-    mistakes = [sample for sample in samples if sample[1] != sample[2]]
-    print(f"{len(mistakes)} of {len(samples)} differ from the reference")
-    for sample in mistakes[:5]:
-        print("  source    {}\n  reference {}\n  found     {}\n".format(*sample))
+    print(f"{plain}: likelier than greedy {better} times, less likely (errors) {worse} times")
+    triples = [(*pair, row["text"]) for pair, row in zip(corpus.test, found[best], strict=True)]
+    mistakes = [triple for triple in triples if triple[1] != triple[2]]
+    print(f"{len(mistakes)} of {len(triples)} differ from the reference")
+    for triple in mistakes[:5]:
+        print("  source    {}\n  reference {}\n  found     {}\n".format(*triple))
     report = {"measure": measure, "signature": signature, "searches": table}
     report |= {"greedy": table["greedy"][measure], "beam": table[best][measure]}
     return report | {"search_gains": better, "search_errors": worse}
@@ -840,8 +820,7 @@ def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Pa
     weights = cross_attention_weights(model, src, tgt)[0].mean(0)  # (Tt, Ts)
     columns = [tokenizer.decode([i]) or "EOS" for i in src[0].tolist()]
     rows = [tokenizer.decode([i]) or "EOS" for i in found[0].tolist()]
-    size = (2.5 + 0.4 * len(columns), 1.5 + 0.35 * len(rows))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((2.5 + 0.4 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(weights.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
     # parse_math: a $ in a text is a dollar.
@@ -879,21 +858,21 @@ def prepare(s: Settings) -> tuple:
         corpus = multi30k_corpus(s.data or os.environ.get("MULTI30K_DATA", ""))
     else:
         corpus = number_corpus(s.seed)
-    texts = [text for pair in corpus.train for text in pair]
-    sentences = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    sentences = hashlib.sha256(repr(corpus[1:3]).encode()).hexdigest()
     settings = asdict(s) | {"sentences": sentences}
     for name, before in state.get("settings", {}).items():
-        if name not in MAY_CHANGE and before != settings[name]:
-            now = settings[name]
-            raise ValueError(f"{path}: {name}={before}, not {now}; another run needs another --out")
+        now = settings[name]
+        if name not in MAY_CHANGE and before != now:
+            raise ValueError(f"{path} has {name}={before}, not {now}: take another --out")
     if state:
         tokenizer = Tokenizer(state["vocabulary"])
     else:
+        texts = [text for pair in corpus.train for text in pair]
         tokenizer = Tokenizer.train(texts, s.vocab_size)
         state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
     state |= {"settings": settings, "vocabulary": tokenizer.vocabulary}
     parts = (corpus.train, corpus.dev)
-    ids = [[[tokenizer.encode(text, s.max_len) for text in pair] for pair in part] for part in parts]
+    ids = [[[tokenizer.encode(t, s.max_len) for t in pair] for pair in part] for part in parts]
     return corpus, tokenizer, *ids, state, lock
 
 
@@ -912,33 +891,31 @@ def main(s: Settings) -> None:
         sys.exit(2)
     torch.manual_seed(s.seed)
     model = Transformer(config).to(pick_device(s.device))
+    bf16 = use_bf16(s.amp, model.positions.device)
     report = {"dataset": corpus.name, "n_parameters": sum(p.numel() for p in model.parameters())}
-    report["precision"] = "bf16" if use_bf16(s.amp, model.positions.device) else "float32"
-    report["cpu"] = torch.cpu.get_capabilities().get("cpu_name", "")
-    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    report |= {"precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads()}
+    report |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "torch": torch.__version__}
     print(*(f"{name}={value}" for name, value in (asdict(s) | report).items()))
-    print(f"{len(train_ids)} train, {len(dev_ids)} dev, {len(corpus.test)} test pairs;", end=" ")
-    print(f"{out} stands at step {state['step']}")
+    print(f"{len(train_ids)} train, {len(dev_ids)} dev pairs, from step {state['step']} on")
     try:
         train(s, model, train_ids, dev_ids, state)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
-        sys.exit(f"{error}: try a smaller --lr-scale, and another --out")
-    except OSError as error:  # a full disk
-        sys.exit(f"{error}; the same command goes on after the last checkpoint")
+    except (FloatingPointError, OSError) as error:  # OSError: a full disk
+        sys.exit(f"{error}; the last checkpoint is good. Smaller --lr-scale, another --out?")
     weights = {"model": model.state_dict(), "config": asdict(config)}
     save(out / "model.pt", weights | {"vocabulary": tokenizer.vocabulary})
     report |= {"steps": state["step"], "train_seconds": round(state["seconds"], 1)}
     report |= evaluate(model, tokenizer, corpus, s)
-    short = [source for source, _ in corpus.test if len(source.split()) <= 14]  # fit into a picture
+    short = [source for source, _ in corpus.test if len(source.split()) <= 14]
     sample = max(short, key=len, default=corpus.test[0][0])
     plot_alignment(model, tokenizer, sample, out / "alignment.png")
     report |= {"seconds": round(time.perf_counter() - start, 1), "history": state["history"]}
     text = json.dumps(report | {"settings": asdict(s)}, indent=1, allow_nan=False)
     (out / "report.json").write_text(text)
-    summary = {key: report[key] for key in ("dataset", "measure", "greedy", "beam", "train_seconds")}
+    keys = ("dataset", "measure", "greedy", "beam", "train_seconds")
+    summary = {key: report[key] for key in keys}
     print(json.dumps(summary | {"report": str(out / "report.json")}))
 
 
