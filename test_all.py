@@ -2021,7 +2021,7 @@ class TestTransformer:
             (src.repeat(1, 7), tgt),
             (src, tgt[0]),
         ):
-            with pytest.raises(ValueError, match="tokens|max_len|batches"):
+            with pytest.raises(ValueError, match="tokens|max_len|batch"):
                 model(bad_src, bad_tgt)
         assert model(src.int(), tgt.int()).shape == (2, 3, 11)
         assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len

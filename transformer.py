@@ -79,7 +79,7 @@ def sinusoidal_positional_encoding(max_len: int, d_model: int) -> Tensor:
 
 
 def causal_mask(q_len: int, k_len: int | None = None, device: torch.device | None = None) -> Tensor:
-    """(Tq, Tk), True = may be attended to; bottom-right: the last query sees every key."""
+    """(Tq, Tk), True = may be attended to. The last query sees every key."""
     k_len = q_len if k_len is None else k_len
     return torch.ones(q_len, k_len, dtype=torch.bool, device=device).tril(k_len - q_len)
 
@@ -164,10 +164,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor, memory: Tensor, memory_mask: Tensor, past: tuple | None = None
     ) -> tuple[Tensor, tuple]:
-        """x (B, Tt, C): new positions. mask broadcasts to (B, H, Tt, past + Tt), memory_mask to
-        (B, H, Tt, Ts). past: keys and values (B, H, T, D) of what came before, if anything did.
-        Returns (B, Tt, C) and the past of the next call, and changes nothing that it is given:
-        activation checkpointing may run it twice."""
+        """x (B, Tt, C): new positions. Masks broadcast to (B, H, Tt, past + Tt) and (B, H, Tt, Ts).
+        past: keys and values of what came before, if anything did. Returns (B, Tt, C) and the next
+        past; changes nothing that it is given, so that checkpointing may run it twice."""
         h = self.self_attention_norm(x) if self.norm_first else x
         k, v = self.self_attention.keys_values(h)  # (B, H, Tt, D)
         if past is None:
@@ -275,7 +274,7 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing:
     counts for nothing, whatever the logits are there."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
-    real = targets != pad_id  # (B, T); a NaN at padding must not even meet a gradient of 0
+    real = targets != pad_id  # (B, T); NaN at padding mustn't even meet a gradient of 0
     logits = at_least_float32(logits[real])  # (N, V)
     return F.cross_entropy(logits, targets[real], label_smoothing=smoothing)
 
@@ -325,21 +324,18 @@ def beam_search(
     model: Transformer, src: Tensor, max_len: int, beam_size: int = 4, length_penalty: float = 0.6
 ) -> tuple[Tensor, Tensor]:
     """Keeps the beam_size likeliest beginnings of each sentence instead of one.
-    A hypothesis with its EOS is frozen: it keeps its log-probability, and its place while that is
-    among the best. At the end, log-probabilities, which only fall with length, are divided by
-    ((5 + n) / 6) ** length_penalty, n the tokens with EOS (Wu et al., eq. 14). One cut off counts
-    too. src (B, Ts) -> tokens (B, T) as from greedy_decode, and those scores (B,)."""
+    One with its EOS is frozen: it stays while its log-probability is among the best. In the end,
+    log-probabilities, which only fall with length, are divided by ((5 + n) / 6) ** length_penalty,
+    n the tokens with EOS (Wu et al., eq. 14). src (B, Ts) -> tokens (B, T), scores (B,)."""
     batch, vocab, device = len(src), model.config.vocab_size, src.device
     with evaluating(model):
-        memory, memory_mask = model.encode(src)
-        memory = memory.repeat_interleave(beam_size, dim=0)  # (B*K, Ts, C)
-        memory_mask = memory_mask.repeat_interleave(beam_size, dim=0)
-        tokens = torch.full((batch * beam_size, 1), model.config.bos_id, device=device)  # (B*K, 1)
+        memory, memory_mask = (x.repeat_interleave(beam_size, 0) for x in model.encode(src))
+        tokens = torch.full((len(memory), 1), model.config.bos_id, device=device)  # (B*K, 1)
         finished = torch.zeros(batch, beam_size, dtype=torch.bool, device=device)  # (B, K)
         lengths = torch.zeros(batch, beam_size, dtype=torch.long, device=device)  # (B, K)
         first_rows = torch.arange(batch, device=device)[:, None] * beam_size  # (B, 1)
         log_probs = at_least_float32(memory.new_full((batch, beam_size), -torch.inf))  # (B, K)
-        log_probs[:, 0] = 0.0  # K equal beginnings would stay equal: the others get probability 0
+        log_probs[:, 0] = 0.0  # K equal beginnings would stay equal
         only_pad = log_probs.new_full((vocab,), -torch.inf)
         only_pad[model.config.pad_id] = 0.0  # what follows a finished hypothesis, at no cost
         cache: dict = {}
@@ -349,9 +345,8 @@ def beam_search(
             following = torch.where(finished[..., None], only_pad, following)  # (B, K, V)
             candidates = (log_probs[..., None] + following).flatten(1)  # (B, K*V)
             log_probs, choice = candidates.topk(beam_size)  # (B, K)
-            parent = choice // vocab  # (B, K)
-            token = choice % vocab
-            rows = (first_rows + parent).flatten()  # (B*K,) the row that each survivor continues
+            parent, token = choice // vocab, choice % vocab  # (B, K)
+            rows = (first_rows + parent).flatten()  # (B*K,) whom each continues
             tokens = torch.cat((tokens[rows], token.view(-1, 1)), dim=1)  # (B*K, T + 1)
             # Cross-attention keys are identical within a beam: no reordering.
             cache["layers"] = [(k[rows], v[rows], *of_memory) for k, v, *of_memory in cache["layers"]]
@@ -366,19 +361,19 @@ def beam_search(
 
 
 # -----------------------------------------------------------------------------
-# Settings
+# Settings and data
 
 
 @dataclass
 class Settings:
     preset: Literal["numbers", "multi30k"] = "numbers"  # generated numbers, or German to English
-    data: str = ""  # multi30k: folder of its files; else MULTI30K_DATA, else a download
-    translate: str | None = None  # translate this with the saved model; - reads stdin's lines
+    data: str = ""  # multi30k's folder; else MULTI30K_DATA, else a download
+    translate: str | None = None  # this, by the saved model; - reads stdin's lines
     out: str = "out/transformer"  # checkpoint, model, picture and report.json go here
     seed: int = 0  # same seed and threads, same weights
     device: str = "auto"  # auto (cuda, then cpu), cuda, cpu or mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware has it
-    vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, merges that are learned
+    vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, learned merges
     max_len: int = 32  # tokens of a sentence with EOS; a longer one is an error
     d_model: int = 64  # width
     n_heads: int = 4  # heads of d_model / n_heads features
@@ -388,13 +383,13 @@ class Settings:
     norm_first: bool = True  # pre-norm: a short warm-up is enough
     tied: bool = True  # one matrix for both embeddings and the output
     epochs: int = 5  # passes over the training set
-    batch_tokens: int = 1024  # most tokens of a batch, on its longer side, with padding
+    batch_tokens: int = 1024  # of the longer side, with padding, at most
     warmup: int = 100  # steps of rising learning rate
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
     weight_decay: float = 0.01  # of matrices
     clip: float = 1.0  # longer gradients are scaled down to this norm
-    average: int = 2  # final weights: mean of this many last epochs' ends (section 6.1)
+    average: int = 2  # final weights: mean of the last epochs' ends (section 6.1)
     save_every: int = 100  # steps between checkpoints
     beam_size: int = 4  # hypotheses that beam search keeps
     length_penalty: float = 0.6  # exponent of Wu et al., eq. 14; 0: none
@@ -420,9 +415,6 @@ def parse(arguments: list[str]) -> Settings:
     preset = first.parse_known_args(arguments)[0].preset
     return tyro.cli(Settings, args=arguments, default=PRESETS.get(preset), description=__doc__)
 
-
-# -----------------------------------------------------------------------------
-# Data: numbers in words; Multi30k (Elliott et al. 2016) or a corpus of one's own
 
 Corpus = namedtuple("Corpus", "name train dev test")  # parts: lists of pairs (source, target)
 
@@ -457,7 +449,7 @@ def german_number(n: int, one: str = "eins") -> str:
 
 
 def number_corpus(seed: int, n_train=8_000, n_dev=500, n_test=1000) -> Corpus:
-    """Different numbers in each part; short and round ones are frequent, as in life."""
+    """Different numbers in each part; short and round ones are frequent."""
     rng = random.Random(seed)
 
     def three_digits() -> int:
@@ -469,8 +461,7 @@ def number_corpus(seed: int, n_train=8_000, n_dev=500, n_test=1000) -> Corpus:
     numbers = list(drawn)
     rng.shuffle(numbers)  # the frequent ones came first
     pairs = [(english_number(n), german_number(n)) for n in numbers]
-    rest = pairs[n_train:]
-    return Corpus("numbers", pairs[:n_train], rest[:n_dev], rest[n_dev:])
+    return Corpus("numbers", pairs[:n_train], pairs[n_train:-n_test], pairs[-n_test:])
 
 
 MULTI30K_URL = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
@@ -482,8 +473,7 @@ MULTI30K = {  # part -> its pairs, and the sha256 of its lines
 
 
 def lines_of(data: bytes) -> list[str]:
-    """The lines of UTF-8 text, with or without a byte-order mark; they end with LF, CR LF or CR.
-    (str.splitlines would also cut at U+2028, which people have within their lines.)"""
+    """Lines of UTF-8 text: they end with LF, CR LF or CR (str.splitlines also cuts at U+2028)."""
     return [line.strip() for line in io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")]
 
 
@@ -504,15 +494,14 @@ def read_lines(name: str, folder: str) -> list[str]:
 
 
 def multi30k_corpus(folder: str) -> Corpus:
-    """German to English. A corpus with other numbers of lines is one's own, and called "own".
-    Raises ValueError for files that are missing, damaged, altered or unequally long."""
+    """German to English. A corpus with other numbers of lines is one's own, called "own"."""
     corpus, parts = "multi30k", []
     for part, (n_pairs, sha256) in MULTI30K.items():
         german = read_lines(f"{part}.de", folder)
         english = read_lines(f"{part}.en", folder)
         if len(german) != len(english) or not german:
             raise ValueError(f"{part}: {len(german)} German lines, {len(english)} English ones")
-        if len(german) != n_pairs:
+        if folder and len(german) != n_pairs:
             corpus = "own"
         elif hashlib.sha256("\n".join(german + english).encode()).hexdigest() != sha256:
             raise ValueError(f"{part}.de or {part}.en was altered: its sha256 is another one")
@@ -545,16 +534,13 @@ class Tokenizer:
         return cls([bytes(token) for token, _ in by_rank])
 
     def encode(self, text: str, max_len: int) -> list[int]:
-        """Ids with EOS. Raises ValueError where there are more than max_len."""
         ids = self.bpe.encode_ordinary(f" {text.strip().lower()}")
-        ids = [i + self.n_special for i in ids]
-        ids.append(TransformerConfig.eos_id)
+        ids = [i + self.n_special for i in ids] + [TransformerConfig.eos_id]
         if len(ids) > max_len:
             raise ValueError(f"{len(ids)} tokens with EOS, max_len={max_len}: {text[:60]!r}")
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of what isn't special; bytes that are no UTF-8 become U+FFFD."""
         return self.bpe.decode([i - self.n_special for i in ids if i >= self.n_special]).strip()
 
 
@@ -644,7 +630,7 @@ def token_batches(lengths: list[int], batch_tokens: int, seed: str) -> list[list
 
 
 def pad(rows: list[list[int]], model: Transformer) -> Tensor:
-    """(B, T) ids on the model's device, T the longest row's length, pad_id on the right."""
+    """(B, T) ids on the model's device, with pad_id on the right."""
     rows = [torch.tensor(row) for row in rows]
     padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=model.config.pad_id)
     return padded.to(model.positions.device)
@@ -673,8 +659,7 @@ def dev_loss(model: Transformer, dev: list, batch_tokens: int, bf16: bool) -> fl
 
 def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) -> None:
     """Trains model to the end from state on, a checkpoint or an empty one; keeps it up to date.
-    Batches are a function of (seed, epoch) and dropout of (seed, step), so that a killed run goes
-    on bit for bit.
+    Batches depend on (seed, epoch), dropout on (seed, step): killed, it goes on bit for bit.
     Raises FloatingPointError where loss, gradient or weights aren't finite."""
     device = model.positions.device
     bf16 = use_bf16(s.amp, device)
@@ -710,7 +695,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
         optimizer.step()
         state["seconds"] += time.perf_counter() - start
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}: loss {loss.item():.4f}, lr {lr:.2e}", flush=True)
+            print(f"step {step + 1}: loss {loss.item():.4f}, {state['seconds']:.0f} s", flush=True)
 
         if i == n_batches - 1:  # the end of an epoch
             n_averaged = epoch + 1 - max(0, s.epochs - s.average)  # epochs, with this one
@@ -719,8 +704,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
                     mean = average.get(name, torch.zeros_like(weight))
                     average[name] = mean + (weight - mean) / n_averaged
             held_out = dev_loss(model, dev, s.batch_tokens, bf16)
-            spent = f"{state['seconds']:.0f} s"
-            print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}, {spent}", flush=True)
+            print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}", flush=True)
             if not math.isfinite(held_out):
                 raise FloatingPointError(f"the loss on the dev set is {held_out}")
             state["history"].append({"epoch": epoch + 1, "loss": loss.item(), "dev_loss": held_out})
@@ -728,8 +712,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
             state |= {"step": step + 1, "average": average}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(Path(s.out, "checkpoint.pt"), state)
-    if average:  # --average 0: the last weights
-        model.load_state_dict(average)
+    model.load_state_dict(average or model.state_dict())  # --average 0: the last weights
 
 
 # -----------------------------------------------------------------------------
@@ -744,8 +727,8 @@ def translate(
     config = model.config
     ids = [tokenizer.encode(text, config.max_len) for text in texts]
     rows = [{"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True} for _ in texts]
-    order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-    order = [i for i in order if texts[i].strip()]
+    order = [i for i, text in enumerate(texts) if text.strip()]
+    order.sort(key=lambda i: len(ids[i]))  # similar lengths together
     for start in range(0, len(order), 64):
         batch = order[start : start + 64]
         src = pad([ids[i] for i in batch], model)  # (B, Ts)
@@ -765,34 +748,33 @@ def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, s: Settin
     plain = f"beam {s.beam_size}, penalty 0"
     best = f"beam {s.beam_size}, penalty {s.length_penalty:g}"
     beams = {plain: (s.beam_size, 0.0), best: (s.beam_size, s.length_penalty)}
-    print(f"\n{'search':22}{'quality':>9}{'log-prob':>10}{'tokens':>8}{'finished':>10}  (means)")
+    measure = "exact_match" if corpus.name == "numbers" else "bleu"
+    print(f"\n{'search':22}{measure:>12}{'log-prob':>10}{'tokens':>8}{'finished':>10}  (means)")
     found, table = {}, {}
     for name, search in ({"greedy": (1, 0.0)} | beams).items():
         rows = found[name] = translate(model, tokenizer, sources, *search)
         texts = [row["text"] for row in rows]
-        if corpus.name == "numbers":
-            measure, signature = "exact_match", "whole strings"
-            right = [text == target for text, target in zip(texts, references, strict=True)]
-            value = sum(right) / len(right)
-        else:
+        if measure == "bleu":
             import sacrebleu
 
             bleu = sacrebleu.BLEU(lowercase=True)
             value = bleu.corpus_score(texts, [references]).score
-            measure, signature = "bleu", str(bleu.get_signature())
+            signature = str(bleu.get_signature())
+        else:
+            right = [text == target for text, target in zip(texts, references, strict=True)]
+            value, signature = sum(right) / len(right), "whole strings"
         table[name] = {measure: value}
         for key in ("log_prob", "n_tokens", "finished"):
             table[name][key] = sum(row[key] for row in rows) / len(rows)
-        print("{:22}{:9.4g}{:10.4f}{:8.2f}{:10.4g}".format(name, *table[name].values()))
+        print("{:22}{:12.4g}{:10.4f}{:8.2f}{:10.4g}".format(name, *table[name].values()))
     both = zip(found[plain], found["greedy"], strict=True)
     gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in both]
     better = sum(gain > 1e-3 for gain in gains)  # beyond rounding
     worse = sum(gain < -1e-3 for gain in gains)
-    print(f"quality: {measure} ({signature})")
     print(f"{plain}: likelier than greedy {better} times, less likely (errors) {worse} times")
-    triples = [(*pair, row["text"]) for pair, row in zip(corpus.test, found[best], strict=True)]
+    triples = zip(sources, references, texts, strict=True)  # best's texts
     mistakes = [triple for triple in triples if triple[1] != triple[2]]
-    print(f"{len(mistakes)} of {len(triples)} differ from the reference")
+    print(f"{len(mistakes)} of {len(texts)} aren't the reference")
     for triple in mistakes[:5]:
         print("  source    {}\n  reference {}\n  found     {}\n".format(*triple))
     report = {"measure": measure, "signature": signature, "searches": table}
@@ -823,9 +805,8 @@ def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Pa
     figure = Figure((2.5 + 0.4 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.imshow(weights.cpu().numpy(), cmap="Blues", vmin=0, vmax=1)
-    # parse_math: a $ in a text is a dollar.
     axes.set_xticks(range(len(columns)), columns, rotation=60, ha="right", parse_math=False)
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)  # $ is a dollar
     axes.set(xlabel="source", ylabel="found", title="cross-attention, last layer, mean of heads")
     figure.savefig(path, dpi=110)
 
@@ -843,8 +824,7 @@ def translate_command(s: Settings) -> None:
 
 
 def prepare(s: Settings) -> tuple:
-    """Corpus, tokenizer, ids of train and dev pairs, the state to train from, the lock on s.out.
-    Raises ValueError or OSError for what a user can mend, such as a checkpoint of another run."""
+    """Corpus, tokenizer, ids of train and dev pairs, state to train from, the lock on s.out."""
     if not 0 <= s.seed < 2**43:  # times 1,000,003 it must fit into 64 bits
         raise ValueError(f"--seed must be in 0 .. 2^43 - 1, got {s.seed}")
     path = Path(s.out, "checkpoint.pt")
@@ -871,9 +851,9 @@ def prepare(s: Settings) -> tuple:
         tokenizer = Tokenizer.train(texts, s.vocab_size)
         state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
     state |= {"settings": settings, "vocabulary": tokenizer.vocabulary}
-    parts = (corpus.train, corpus.dev)
-    ids = [[[tokenizer.encode(t, s.max_len) for t in pair] for pair in part] for part in parts]
-    return corpus, tokenizer, *ids, state, lock
+    train_ids = [[tokenizer.encode(text, s.max_len) for text in pair] for pair in corpus.train]
+    dev_ids = [[tokenizer.encode(text, s.max_len) for text in pair] for pair in corpus.dev]
+    return corpus, tokenizer, train_ids, dev_ids, state, lock
 
 
 def main(s: Settings) -> None:
@@ -884,17 +864,16 @@ def main(s: Settings) -> None:
             return translate_command(s)
         corpus, tokenizer, train_ids, dev_ids, state, lock = prepare(s)  # hold the lock's name
         names = "max_len d_model n_heads n_layers d_ff dropout norm_first tied".split()
-        sizes = {name: getattr(s, name) for name in names}
-        config = TransformerConfig(tokenizer.vocab_size, **sizes)
+        config = TransformerConfig(tokenizer.vocab_size, **{name: getattr(s, name) for name in names})
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
     torch.manual_seed(s.seed)
     model = Transformer(config).to(pick_device(s.device))
-    bf16 = use_bf16(s.amp, model.positions.device)
     report = {"dataset": corpus.name, "n_parameters": sum(p.numel() for p in model.parameters())}
-    report |= {"precision": "bf16" if bf16 else "float32", "threads": torch.get_num_threads()}
-    report |= {"cpu": torch.cpu.get_capabilities().get("cpu_name"), "torch": torch.__version__}
+    report["precision"] = "bf16" if use_bf16(s.amp, model.positions.device) else "float32"
+    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    report["cpu"] = torch.cpu.get_capabilities().get("cpu_name")
     print(*(f"{name}={value}" for name, value in (asdict(s) | report).items()))
     print(f"{len(train_ids)} train, {len(dev_ids)} dev pairs, from step {state['step']} on")
     try:
@@ -908,17 +887,14 @@ def main(s: Settings) -> None:
     save(out / "model.pt", weights | {"vocabulary": tokenizer.vocabulary})
     report |= {"steps": state["step"], "train_seconds": round(state["seconds"], 1)}
     report |= evaluate(model, tokenizer, corpus, s)
-    short = [source for source, _ in corpus.test if len(source.split()) <= 14]
-    sample = max(short, key=len, default=corpus.test[0][0])
-    plot_alignment(model, tokenizer, sample, out / "alignment.png")
+    plot_alignment(model, tokenizer, corpus.test[0][0], out / "alignment.png")
     report |= {"seconds": round(time.perf_counter() - start, 1), "history": state["history"]}
-    text = json.dumps(report | {"settings": asdict(s)}, indent=1, allow_nan=False)
-    (out / "report.json").write_text(text)
-    keys = ("dataset", "measure", "greedy", "beam", "train_seconds")
-    summary = {key: report[key] for key in keys}
+    report["settings"] = asdict(s)
+    (out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+    summary = {key: report[key] for key in ("measure", "greedy", "beam", "train_seconds")}
     print(json.dumps(summary | {"report": str(out / "report.json")}))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # printing never ends a run, whatever the encoding
+    sys.stdout.reconfigure(errors="replace")  # printing never ends a run
     main(parse(sys.argv[1:]))
