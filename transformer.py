@@ -46,13 +46,13 @@ from torch import Tensor
 class TransformerConfig:
     """The defaults are the paper's base model (table 3): 63,082,496 parameters."""
 
-    vocab_size: int = 37_000  # one vocabulary for both languages
-    max_len: int = 512  # positions that exist; longer input is an error
+    vocab_size: int = 37_000  # of both languages
+    max_len: int = 512  # longer input is an error
     d_model: int = 512
     n_heads: int = 8
-    n_layers: int = 6  # in the encoder, and as many in the decoder
+    n_layers: int = 6  # in the encoder, and in the decoder
     d_ff: int = 2048
-    dropout: float = 0.1  # on each sub-layer's output and on the embeddings
+    dropout: float = 0.1  # of sub-layers' outputs and of embeddings
     norm_first: bool = False  # the paper's post-norm; True: pre-norm, which needs less warm-up
     tied: bool = True  # both embeddings and the output projection share one matrix
     pad_id: int = 0
@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         Padding of tgt needs no mask: no real token looks to its right."""
         expected = (tgt.shape[0], 1, 1, memory.shape[1])
         if memory_mask.dtype != torch.bool or memory_mask.shape != expected:
-            raise ValueError(f"memory_mask must be boolean {expected}, of tgt's batch size")
+            raise ValueError(f"memory_mask must be boolean {expected}, tgt's batch")
         start = cache["length"] if cache else 0
         pasts = cache["layers"] if cache else [None] * len(self.decoder)
         x = self.embed(self.tgt_embedding, tgt, start)  # (B, Tt, C)
@@ -369,26 +369,26 @@ class Settings:
     preset: Literal["numbers", "multi30k"] = "numbers"  # generated numbers, or German to English
     data: str = ""  # multi30k's folder; else MULTI30K_DATA, else a download
     translate: str | None = None  # this, by the saved model; - reads stdin's lines
-    out: str = "out/transformer"  # checkpoint, model, picture and report.json go here
+    out: str = "out/transformer"  # checkpoint, model, picture, report.json
     seed: int = 0  # same seed and threads, same weights
     device: str = "auto"  # auto (cuda, then cpu), cuda, cpu or mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware has it
     vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, learned merges
-    max_len: int = 32  # tokens of a sentence with EOS; a longer one is an error
+    max_len: int = 32  # tokens of a sentence, with EOS
     d_model: int = 64  # width
-    n_heads: int = 4  # heads of d_model / n_heads features
-    n_layers: int = 2  # layers in the encoder, and as many in the decoder
-    d_ff: int = 256  # inner width of the feed-forward networks
-    dropout: float = 0.0  # generated numbers have no noise to fit
+    n_heads: int = 4  # divides d_model
+    n_layers: int = 2  # in the encoder, and in the decoder
+    d_ff: int = 256  # inner width of the feed-forward nets
+    dropout: float = 0.0  # numbers have no noise to fit
     norm_first: bool = True  # pre-norm: a short warm-up is enough
     tied: bool = True  # one matrix for both embeddings and the output
-    epochs: int = 5  # passes over the training set
+    epochs: int = 5  # passes over the data
     batch_tokens: int = 1024  # of the longer side, with padding, at most
     warmup: int = 100  # steps of rising learning rate
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
     weight_decay: float = 0.01  # of matrices
-    clip: float = 1.0  # longer gradients are scaled down to this norm
+    clip: float = 1.0  # gradients are scaled down to this norm
     average: int = 2  # final weights: mean of the last epochs' ends (section 6.1)
     save_every: int = 100  # steps between checkpoints
     beam_size: int = 4  # hypotheses that beam search keeps
@@ -397,7 +397,7 @@ class Settings:
 
 PRESETS = {
     "numbers": Settings(),
-    "multi30k": Settings(  # chosen on the dev set, for half an hour on two cores
+    "multi30k": Settings(  # chosen on the dev set, for half an hour
         preset="multi30k", out="out/transformer_multi30k", vocab_size=4000, max_len=100,
         d_model=256, n_layers=3, d_ff=512, dropout=0.3, epochs=25, batch_tokens=2048,
         warmup=600, lr_scale=0.7, average=8, beam_size=5,
@@ -743,7 +743,7 @@ def translate(
 
 
 def evaluate(model: Transformer, tokenizer: Tokenizer, corpus: Corpus, s: Settings) -> dict:
-    """Greedy and beam search on the test set: prints a table and samples, returns a report."""
+    """Greedy and beam search on the test set: prints a table and samples."""
     sources, references = zip(*corpus.test, strict=True)
     plain = f"beam {s.beam_size}, penalty 0"
     best = f"beam {s.beam_size}, penalty {s.length_penalty:g}"
@@ -793,7 +793,7 @@ def cross_attention_weights(model: Transformer, src: Tensor, tgt: Tensor) -> Ten
 
 
 def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Path) -> None:
-    """Picture of a translation: what was looked at (columns) when each token was found (rows)."""
+    """Picture: where the model looked (columns) when it found each token (rows)."""
     from matplotlib.figure import Figure
 
     src = pad([tokenizer.encode(text, model.config.max_len)], model)  # (1, Ts)
