@@ -2140,6 +2140,7 @@ class TestTransformer:
             with torch.no_grad(), transformer.evaluating(expected):
                 dev_losses.append(loss_of(pairs[:9], 0.0).item())
         assert len(batches) > 4 and state["step"] == step
+        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
         assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
         for name, p in model.named_parameters():
             check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
