@@ -1846,7 +1846,10 @@ class TestTransformer:
             report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
             tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
         assert tables[0] == tables[1]
-        both = (transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1))
+        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        for key in ("log_prob", "n_tokens", "finished"):
+            mean = statistics.fmean(row[key] for row in both[1])
+            assert report["searches"]["greedy"][key] == pytest.approx(mean)
         gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
         expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
         assert (report["search_gains"], report["search_errors"]) == expected
