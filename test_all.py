@@ -2202,7 +2202,8 @@ class TestTransformer:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transformer, "batch_loss", overflow)
-            assert "--lr-scale" in str(transformer_stop(tmp_path))
+            stop = str(transformer_stop(tmp_path))
+        assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
         assert not (tmp_path / "model.pt").exists()
         assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
         _, weights = transformer_run(tmp_path)
