@@ -4,9 +4,11 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
     python test_all.py                    # everything; prints the slowest ten
     python test_all.py -x -q -k encoder   # any pytest option works
     python test_all.py --mutants          # plants bugs and sees them caught; --mutants losses.py: in one file
+    python test_all.py --mutants losses.py --random 40 --seed 1   # bugs drawn at random; lists survivors
 """
 
 import argparse
+import ast
 import base64
 import collections
 import contextlib
@@ -43,6 +45,8 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in the machine changes nothing: hidden before torch looks
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +77,24 @@ def read_only(monkeypatch):
         raise OSError("read-only")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+
+
+DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """A test that takes longer than DEADLINE fails, and its traceback says where it waited.
+
+    The alarm isn't cleared afterwards, so that it also ends a shared preparation of the next test.
+    """
+
+    def end(*_):
+        raise TimeoutError(f"no end after {DEADLINE} s (TEST_SECONDS sets this limit)")
+
+    if hasattr(signal, "SIGALRM"):  # not on Windows
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(DEADLINE)
 
 
 @pytest.fixture(autouse=True)
@@ -9253,110 +9275,6 @@ def test_classify_imdb_real_data(imdb_real_data_begun):
 # README's quiz: where a number is asked, it is computed here
 
 
-def test_quiz_scores_spread_with_the_root_of_the_width():
-    q, k = torch.randn(2, 100_000, 64, dtype=torch.float64)
-    scores = (q * k).sum(-1)
-    assert scores.std().item() == pytest.approx(8, rel=0.02)
-    many = scores[:1000].view(10, 100)
-    slope = [(w * (1 - w)).mean() for w in (many.softmax(-1), (many / 8).softmax(-1))]
-    assert slope[0] < slope[1] / 2  # nearly one-hot: nearly no gradient
-
-
-def test_quiz_a_row_without_keys():
-    hidden = torch.zeros(4, dtype=torch.bool)
-    scores = torch.randn(4)
-    assert torch.equal(scores.masked_fill(~hidden, -1e9).softmax(-1), torch.full((4,), 0.25))
-    assert scores.masked_fill(~hidden, -math.inf).softmax(-1).isnan().all()
-    weights = attention.scaled_dot_product_attention(*torch.randn(3, 4, 8), mask=hidden)[1]
-    assert (weights == 0).all()
-
-
-def test_quiz_masks_are_the_other_way_round():
-    hidden = torch.rand(5, 5) < 0.5
-    hidden.fill_diagonal_(False)  # no row without a key, either way
-    hidden[torch.arange(5), torch.arange(5).roll(1)] = True
-    x = torch.randn(1, 5, 8)
-    weights = nn.MultiheadAttention(8, 1, batch_first=True)(x, x, x, attn_mask=hidden)[1]
-    assert (weights[0][hidden] == 0).all() and (weights[0][~hidden] > 0).all()
-    output, weights = attention.scaled_dot_product_attention(x, x, x, hidden)
-    assert (weights[0][hidden] > 0).all() and (weights[0][~hidden] == 0).all()
-    check_close(F.scaled_dot_product_attention(x, x, x, hidden), output, 1e-5)
-
-
-def test_quiz_torch_triangle_is_top_left():
-    q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
-    check_close(F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., 0, :], v[..., 0, :], 1e-6)
-    weights = attention.scaled_dot_product_attention(q, k, v, causal=True)[1]
-    assert (weights > 0).all() and attention.causal_mask(1, 6).all()
-
-
-def test_quiz_sizes():
-    def size(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    q = torch.empty(8, 8192, 64, device="meta")
-    assert attention.scaled_dot_product_attention(q, q, q)[1].nbytes == 2 * 2**30
-    assert (
-        size(attention.MultiHeadAttention(512, 8)) == size(attention.MultiHeadAttention(512, 16)) == 1_050_624
-    )
-    layer = encoder.EncoderLayer(encoder.EncoderConfig(vocab_size=1, d_model=128, d_ff=512))
-    assert size(layer) == 198_272 and size(layer.attention) == 66_048 and size(layer.ffn) == 131_712
-    with torch.device("meta"):
-        assert size(transformer.Transformer(transformer.TransformerConfig())) == 63_082_496
-        assert size(transformer.Transformer(transformer.TransformerConfig(tied=False))) == 100_970_496
-    weight = nn.Parameter(torch.ones(1000))
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
-    moments = [v for v in optimizer.state[weight].values() if v.numel() > 1]
-    assert sum(t.nbytes for t in (weight, weight.grad, *moments)) == 16 * 1000
-
-
-def test_quiz_attention_sees_a_set():
-    q, k, v = torch.randn(3, 5, 8, dtype=torch.float64)
-    order = torch.tensor([3, 1, 4, 0, 2])
-    plain = attention.scaled_dot_product_attention(q, k, v)[0]
-    check_close(attention.scaled_dot_product_attention(q, k[order], v[order])[0], plain, 1e-12)
-    check_close(attention.scaled_dot_product_attention(q[order], k, v)[0], plain[order], 1e-12)
-
-
-def test_quiz_wavelengths():
-    longest = 2 * math.pi * 10_000 ** (126 / 128)
-    assert round(longest) == 54_410
-    encoding = encoder.sinusoidal_positional_encoding(54_411, 128).double()
-    check_close(encoding[54_410, -2:], encoding[0, -2:], 1e-3)
-    assert (encoding[300:54_000, -1] < 1).all(), "no earlier return"
-    check_close(encoding[:100, 0], (torch.arange(100.0).double()).sin(), 1e-6)
-
-
-def test_quiz_layer_norm_is_biased():
-    x = torch.randn(100, 4, dtype=torch.float64)
-    wrong = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
-    check_close(wrong / F.layer_norm(x, (4,), eps=0), torch.full_like(x, math.sqrt(3 / 4)), 1e-9)
-    assert round(1 - math.sqrt(3 / 4), 2) == 0.13
-
-
-def test_quiz_noam_peak():
-    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 8000)]
-    assert rates.index(max(rates)) + 1 == 4000 and round(max(rates), 6) == 0.000699
-
-
-def test_quiz_smoothing_floor():
-    target = torch.tensor([0.925, 0.025, 0.025, 0.025], dtype=torch.float64)
-    floor = losses.label_smoothing_cross_entropy(target.log()[None], torch.tensor([0]), 0.1).item()
-    assert round(floor, 3) == 0.349
-    for _ in range(100):
-        z = torch.randn(1, 4, dtype=torch.float64) * 5
-        assert losses.label_smoothing_cross_entropy(z, torch.tensor([0]), 0.1).item() >= floor
-
-
-def test_quiz_length_penalty():
-    def score(log_probability: float, n: int) -> float:
-        return log_probability / ((5 + n) / 6) ** 0.6
-
-    assert round(score(-4.0, 5), 2) == -2.94 and round(score(-4.6, 8), 2) == -2.89
-
-
 class DrawnModel(nn.Module):
     """After each beginning another distribution of the next token, drawn at random."""
 
@@ -9374,119 +9292,10 @@ class DrawnModel(nn.Module):
         return self.logits[numbers][:, None]  # (B, 1, V)
 
 
-def test_quiz_a_wider_beam_may_find_less():
-    gains, _ = [], torch.manual_seed(0)
-    for _ in range(150):
-        model = DrawnModel()
-        narrow, wide = (transformer.beam_search(model, torch.ones(1, 1), 6, beam, 0.0)[1] for beam in (2, 3))
-        gains.append((wide - narrow).item())
-    assert min(gains) < -1 and statistics.fmean(gains) > 0.5
-
-
-def test_quiz_decay_within_adam_spares_large_gradients():
-    left = {}
-    for name in ("adam", "adamw"):
-        weights = nn.Parameter(torch.ones(2, 1))
-        (optimizer,) = losses.make_optimizers(name, [weights], [], lr=0.001, weight_decay=0.1)
-        for step in range(400):
-            weights.grad = torch.tensor([[0.01], [10.0]]) * (-1) ** step
-            optimizer.step()
-        left[name] = weights.flatten().tolist()
-    assert left["adam"][0] < 0.9 < 0.99 < left["adam"][1]
-    assert left["adamw"][0] == pytest.approx(left["adamw"][1], abs=1e-3)
-
-
-def test_quiz_zeros_are_multiplied_too():
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, x = export.Classifier(30).eval(), torch.randint(1, 30, (2, 16))
-    heads = {name: torch.rand(4) for name in export.attentions(model)}
-    neurons = {name: torch.rand(256) for name in export.feed_forwards(model)}
-    halved = export.prune_neurons(export.prune_heads(model, heads, keep=2), neurons, keep=128)
-    counts = []
-    for candidate in (model, export.prune_unstructured(model, 0.5), halved):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            candidate(x)
-        counts.append(counter.get_total_flops())
-    assert counts[1] == counts[0] and counts[2] == pytest.approx(counts[0] / 2, rel=0.01)
-
-
-def test_quiz_focal_weights():
-    for p, weight in ((0.9, 0.01), (0.1, 0.81)):
-        logits = torch.tensor([[p, 1 - p]], dtype=torch.float64).log()
-        target = torch.tensor([0])
-        ratio = losses.focal_loss(logits, target, gamma=2.0) / F.cross_entropy(logits, target)
-        assert ratio.item() == pytest.approx(weight)
-
-
-def test_quiz_scalar_alpha():
-    logits, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 0])
-    gradients = []
-    for alpha in (None, torch.full((3,), 0.25).double()):
-        z = logits.clone().requires_grad_()
-        losses.focal_loss(z, targets, alpha=alpha, reduction="sum").backward()
-        gradients.append(z.grad)
-    check_close(gradients[1], 0.25 * gradients[0], 1e-12)
-    weights = [nn.Parameter(logits.clone()) for _ in gradients]
-    for weight, weight.grad in zip(weights, gradients, strict=True):
-        torch.optim.Adam([weight], eps=0.0).step()
-    check_close(weights[0].detach(), weights[1].detach(), 1e-12)
-
-
-def test_quiz_collapsed_nt_xent():
-    z = torch.ones(256, 16, dtype=torch.float64)
-    loss = losses.nt_xent_loss(z, z.clone()).item()
-    assert loss == pytest.approx(math.log(511)) and round(loss, 2) == 6.24
-
-
-def test_quiz_mean_of_means():
-    tokens = torch.cat((torch.full((12,), 1.0), torch.full((4,), 3.0)))
-    assert tokens.mean() == 1.5 and (tokens[:12].mean() + tokens[12:].mean()) / 2 == 2.0
-    shares = [train_ddp.share_of_mean(part.sum(), 16, world=2) for part in (tokens[:12], tokens[12:])]
-    assert sum(shares) / 2 == 1.5  # what DDP's average makes of them
-
-
-def test_quiz_half_precision():
-    tiny = torch.tensor(1e-8)
-    assert tiny.half() == 0 and (tiny * 65_536).half().item() == pytest.approx(6.55e-4, rel=1e-2)
-    smallest = torch.finfo(torch.float16).smallest_normal / 1024
-    assert smallest == pytest.approx(6e-8, rel=0.01) and torch.tensor(smallest).half() > 0
-    assert torch.tensor(1 + 1 / 256).bfloat16() == 1 and torch.tensor(1 + 1 / 128).bfloat16() > 1
-
-
-def test_quiz_clipping_scaled_gradients():
-    weight = nn.Parameter(torch.zeros(4))
-    weight.grad = torch.full((4,), 0.25) * 65_536  # a gradient of norm 0.5, scaled
-    nn.utils.clip_grad_norm_([weight], 1.0)
-    assert (weight.grad / 65_536).norm().item() == pytest.approx(1.5e-5, rel=0.02)
-
-
-def test_quiz_int8():
-    assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
-    assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
-    rows = torch.stack((torch.linspace(-1, 1, 101), torch.linspace(-100, 100, 101)))  # (2, 101)
-    for scales, expected in ((rows.abs().max() / 127, 0.39), (rows.abs().amax(1, keepdim=True) / 127, 0.004)):
-        assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(expected, rel=0.1)
-
-
-def test_quiz_confidence():
-    for n, points in ((25_000, 0.37), (2_500, 1.18)):
-        assert round(100 * 1.96 * math.sqrt(0.9 * 0.1 / n), 2) == points
-
-
-def test_quiz_distributed_sampler_repeats():
-    from torch.utils.data import DistributedSampler
-
-    seen = [i for rank in range(4) for i in DistributedSampler(range(10), 4, rank, shuffle=False)]
-    assert len(seen) == 12 and len(set(seen)) == 10
-
-
-def test_quiz_no_sync_holds_forward(tmp_path):
-    """DDP's exchange of gradients, counted: no_sync around backward alone does not stop it."""
-    code = f"""
-import os, torch, torch.distributed as dist
+QUIZ_NO_SYNC = """
+import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 1), rank=0, world_size=1)
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
 exchanges = []
 def hook(state, bucket):
     exchanges.append(1)
@@ -9505,472 +9314,505 @@ with model.no_sync():
 print(len(exchanges), flush=True)
 os._exit(0)
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout.split() == ["1", "1"], result
+
+
+class TestQuiz:
+    def test_quiz_scores_spread_with_the_root_of_the_width(self):
+        q, k = torch.randn(2, 100_000, 64, dtype=torch.float64)
+        scores = (q * k).sum(-1)
+        assert scores.std().item() == pytest.approx(8, rel=0.02)
+        many = scores[:1000].view(10, 100)
+        slope = [(w * (1 - w)).mean() for w in (many.softmax(-1), (many / 8).softmax(-1))]
+        assert slope[0] < slope[1] / 2  # nearly one-hot: nearly no gradient
+
+    def test_quiz_a_row_without_keys(self):
+        hidden = torch.zeros(4, dtype=torch.bool)
+        scores = torch.randn(4)
+        assert torch.equal(scores.masked_fill(~hidden, -1e9).softmax(-1), torch.full((4,), 0.25))
+        assert scores.masked_fill(~hidden, -math.inf).softmax(-1).isnan().all()
+        weights = attention.scaled_dot_product_attention(*torch.randn(3, 4, 8), mask=hidden)[1]
+        assert (weights == 0).all()
+
+    def test_quiz_masks_are_the_other_way_round(self):
+        hidden = torch.rand(5, 5) < 0.5
+        hidden.fill_diagonal_(False)  # no row without a key, either way
+        hidden[torch.arange(5), torch.arange(5).roll(1)] = True
+        x = torch.randn(1, 5, 8)
+        weights = nn.MultiheadAttention(8, 1, batch_first=True)(x, x, x, attn_mask=hidden)[1]
+        assert (weights[0][hidden] == 0).all() and (weights[0][~hidden] > 0).all()
+        output, weights = attention.scaled_dot_product_attention(x, x, x, hidden)
+        assert (weights[0][hidden] > 0).all() and (weights[0][~hidden] == 0).all()
+        check_close(F.scaled_dot_product_attention(x, x, x, hidden), output, 1e-5)
+
+    def test_quiz_torch_triangle_is_top_left(self):
+        q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
+        check_close(F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., 0, :], v[..., 0, :], 1e-6)
+        weights = attention.scaled_dot_product_attention(q, k, v, causal=True)[1]
+        assert (weights > 0).all() and attention.causal_mask(1, 6).all()
+
+    def test_quiz_sizes(self):
+        def size(module: nn.Module) -> int:
+            return sum(p.numel() for p in module.parameters())
+
+        q = torch.empty(8, 8192, 64, device="meta")
+        assert attention.scaled_dot_product_attention(q, q, q)[1].nbytes == 2 * 2**30
+        assert (
+            size(attention.MultiHeadAttention(512, 8))
+            == size(attention.MultiHeadAttention(512, 16))
+            == 1_050_624
+        )
+        layer = encoder.EncoderLayer(encoder.EncoderConfig(vocab_size=1, d_model=128, d_ff=512))
+        assert size(layer) == 198_272 and size(layer.attention) == 66_048 and size(layer.ffn) == 131_712
+        with torch.device("meta"):
+            assert size(transformer.Transformer(transformer.TransformerConfig())) == 63_082_496
+            assert size(transformer.Transformer(transformer.TransformerConfig(tied=False))) == 100_970_496
+        weight = nn.Parameter(torch.ones(1000))
+        optimizer = torch.optim.AdamW([weight])
+        weight.sum().backward()
+        optimizer.step()
+        moments = [v for v in optimizer.state[weight].values() if v.numel() > 1]
+        assert sum(t.nbytes for t in (weight, weight.grad, *moments)) == 16 * 1000
+
+    def test_quiz_attention_sees_a_set(self):
+        q, k, v = torch.randn(3, 5, 8, dtype=torch.float64)
+        order = torch.tensor([3, 1, 4, 0, 2])
+        plain = attention.scaled_dot_product_attention(q, k, v)[0]
+        check_close(attention.scaled_dot_product_attention(q, k[order], v[order])[0], plain, 1e-12)
+        check_close(attention.scaled_dot_product_attention(q[order], k, v)[0], plain[order], 1e-12)
+
+    def test_quiz_wavelengths(self):
+        longest = 2 * math.pi * 10_000 ** (126 / 128)
+        assert round(longest) == 54_410
+        encoding = encoder.sinusoidal_positional_encoding(54_411, 128).double()
+        check_close(encoding[54_410, -2:], encoding[0, -2:], 1e-3)
+        assert (encoding[300:54_000, -1] < 1).all(), "no earlier return"
+        check_close(encoding[:100, 0], (torch.arange(100.0).double()).sin(), 1e-6)
+
+    def test_quiz_layer_norm_is_biased(self):
+        x = torch.randn(100, 4, dtype=torch.float64)
+        wrong = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
+        check_close(wrong / F.layer_norm(x, (4,), eps=0), torch.full_like(x, math.sqrt(3 / 4)), 1e-9)
+        assert round(1 - math.sqrt(3 / 4), 2) == 0.13
+
+    def test_quiz_noam_peak(self):
+        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 8000)]
+        assert rates.index(max(rates)) + 1 == 4000 and round(max(rates), 6) == 0.000699
+
+    def test_quiz_smoothing_floor(self):
+        target = torch.tensor([0.925, 0.025, 0.025, 0.025], dtype=torch.float64)
+        floor = losses.label_smoothing_cross_entropy(target.log()[None], torch.tensor([0]), 0.1).item()
+        assert round(floor, 3) == 0.349
+        for _ in range(100):
+            z = torch.randn(1, 4, dtype=torch.float64) * 5
+            assert losses.label_smoothing_cross_entropy(z, torch.tensor([0]), 0.1).item() >= floor
+
+    def test_quiz_length_penalty(self):
+        def score(log_probability: float, n: int) -> float:
+            return log_probability / ((5 + n) / 6) ** 0.6
+
+        assert round(score(-4.0, 5), 2) == -2.94 and round(score(-4.6, 8), 2) == -2.89
+
+    def test_quiz_a_wider_beam_may_find_less(self):
+        gains, _ = [], torch.manual_seed(0)
+        for _ in range(150):
+            model = DrawnModel()
+            narrow, wide = (
+                transformer.beam_search(model, torch.ones(1, 1), 6, beam, 0.0)[1] for beam in (2, 3)
+            )
+            gains.append((wide - narrow).item())
+        assert min(gains) < -1 and statistics.fmean(gains) > 0.5
+
+    def test_quiz_decay_within_adam_spares_large_gradients(self):
+        left = {}
+        for name in ("adam", "adamw"):
+            weights = nn.Parameter(torch.ones(2, 1))
+            (optimizer,) = losses.make_optimizers(name, [weights], [], lr=0.001, weight_decay=0.1)
+            for step in range(400):
+                weights.grad = torch.tensor([[0.01], [10.0]]) * (-1) ** step
+                optimizer.step()
+            left[name] = weights.flatten().tolist()
+        assert left["adam"][0] < 0.9 < 0.99 < left["adam"][1]
+        assert left["adamw"][0] == pytest.approx(left["adamw"][1], abs=1e-3)
+
+    def test_quiz_zeros_are_multiplied_too(self):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        model, x = export.Classifier(30).eval(), torch.randint(1, 30, (2, 16))
+        heads = {name: torch.rand(4) for name in export.attentions(model)}
+        neurons = {name: torch.rand(256) for name in export.feed_forwards(model)}
+        halved = export.prune_neurons(export.prune_heads(model, heads, keep=2), neurons, keep=128)
+        counts = []
+        for candidate in (model, export.prune_unstructured(model, 0.5), halved):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                candidate(x)
+            counts.append(counter.get_total_flops())
+        assert counts[1] == counts[0] and counts[2] == pytest.approx(counts[0] / 2, rel=0.01)
+
+    def test_quiz_focal_weights(self):
+        for p, weight in ((0.9, 0.01), (0.1, 0.81)):
+            logits = torch.tensor([[p, 1 - p]], dtype=torch.float64).log()
+            target = torch.tensor([0])
+            ratio = losses.focal_loss(logits, target, gamma=2.0) / F.cross_entropy(logits, target)
+            assert ratio.item() == pytest.approx(weight)
+
+    def test_quiz_scalar_alpha(self):
+        logits, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 0])
+        gradients = []
+        for alpha in (None, torch.full((3,), 0.25).double()):
+            z = logits.clone().requires_grad_()
+            losses.focal_loss(z, targets, alpha=alpha, reduction="sum").backward()
+            gradients.append(z.grad)
+        check_close(gradients[1], 0.25 * gradients[0], 1e-12)
+        weights = [nn.Parameter(logits.clone()) for _ in gradients]
+        for weight, weight.grad in zip(weights, gradients, strict=True):
+            torch.optim.Adam([weight], eps=0.0).step()
+        check_close(weights[0].detach(), weights[1].detach(), 1e-12)
+
+    def test_quiz_collapsed_nt_xent(self):
+        z = torch.ones(256, 16, dtype=torch.float64)
+        loss = losses.nt_xent_loss(z, z.clone()).item()
+        assert loss == pytest.approx(math.log(511)) and round(loss, 2) == 6.24
+
+    def test_quiz_mean_of_means(self):
+        tokens = torch.cat((torch.full((12,), 1.0), torch.full((4,), 3.0)))
+        assert tokens.mean() == 1.5 and (tokens[:12].mean() + tokens[12:].mean()) / 2 == 2.0
+        shares = [train_ddp.share_of_mean(part.sum(), 16, world=2) for part in (tokens[:12], tokens[12:])]
+        assert sum(shares) / 2 == 1.5  # what DDP's average makes of them
+
+    def test_quiz_half_precision(self):
+        tiny = torch.tensor(1e-8)
+        assert tiny.half() == 0 and (tiny * 65_536).half().item() == pytest.approx(6.55e-4, rel=1e-2)
+        smallest = torch.finfo(torch.float16).smallest_normal / 1024
+        assert smallest == pytest.approx(6e-8, rel=0.01) and torch.tensor(smallest).half() > 0
+        assert torch.tensor(1 + 1 / 256).bfloat16() == 1 and torch.tensor(1 + 1 / 128).bfloat16() > 1
+
+    def test_quiz_clipping_scaled_gradients(self):
+        weight = nn.Parameter(torch.zeros(4))
+        weight.grad = torch.full((4,), 0.25) * 65_536  # a gradient of norm 0.5, scaled
+        nn.utils.clip_grad_norm_([weight], 1.0)
+        assert (weight.grad / 65_536).norm().item() == pytest.approx(1.5e-5, rel=0.02)
+
+    def test_quiz_int8(self):
+        assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
+        assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
+        rows = torch.stack((torch.linspace(-1, 1, 101), torch.linspace(-100, 100, 101)))  # (2, 101)
+        for scales, expected in (
+            (rows.abs().max() / 127, 0.39),
+            (rows.abs().amax(1, keepdim=True) / 127, 0.004),
+        ):
+            assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(
+                expected, rel=0.1
+            )
+
+    def test_quiz_confidence(self):
+        for n, points in ((25_000, 0.37), (2_500, 1.18)):
+            assert round(100 * 1.96 * math.sqrt(0.9 * 0.1 / n), 2) == points
+
+    def test_quiz_distributed_sampler_repeats(self):
+        from torch.utils.data import DistributedSampler
+
+        seen = [i for rank in range(4) for i in DistributedSampler(range(10), 4, rank, shuffle=False)]
+        assert len(seen) == 12 and len(set(seen)) == 10
+
+    def test_quiz_no_sync_holds_forward(self, tmp_path):
+        """DDP's exchange of gradients, counted: no_sync around backward alone does not stop it."""
+        command = [sys.executable, "-c", QUIZ_NO_SYNC, str(tmp_path / "store")]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert result.stdout.split() == ["1", "1"], result
 
 
 # -----------------------------------------------------------------------------
-# All files: pieces that stand in two of them are the same, importing does nothing, README tells the truth
-
-
-def test_copies_positions_and_masks_are_the_same():
-    for length, width in ((1, 1), (7, 5), (33, 16)):
-        ours, theirs = (
-            f(length, width)
-            for f in (encoder.sinusoidal_positional_encoding, transformer.sinusoidal_positions)
-        )
-        check_close(ours, theirs, 1e-7)
-    for q, k in ((1, 1), (3, 3), (2, 5), (5, 2)):
-        assert torch.equal(attention.causal_mask(q, k), transformer.causal_mask(q, k))
-
-
-def test_copies_attention_is_the_same():
-    """transformer.py's and attention.py's, without a key to see, too: values, weights, gradients."""
-    long = attention.MultiHeadAttention(12, 3).double()
-    short = transformer.MultiHeadAttention(12, 3).double()
-    short.load_state_dict(long.state_dict())
-    x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
-    for mask in (
-        torch.rand(2, 1, 4, 6) < 0.6,
-        attention.padding_mask(torch.tensor([6, 0])),
-        torch.tensor(True),
-    ):
-        expected, weights = long.forward_with_weights(x, context, mask)
-        output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
-        check_close(output, expected, 1e-12)
-        check_close(short_weights, weights, 1e-12)
-        for one, other in zip(
-            *(torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)), strict=True
-        ):
-            check_close(one, other, 1e-12)
-
-
-def test_copies_smoothed_loss_is_the_same():
-    logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
-    targets[1, 2:] = 0  # padding
-    for smoothing in (0.0, 0.1, 0.4):
-        long = losses.label_smoothing_cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), smoothing, ignore_index=0
-        )
-        check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
-
+# All files: pieces that stand in two of them are the same, importing does nothing
 
 ALL_FILES = [attention, encoder, transformer, losses, train_ddp, train_fsdp, export, imdb]
 
 
-@pytest.mark.parametrize("module", ALL_FILES)
-def test_all_files_write_atomically(module, tmp_path, monkeypatch):
-    """Flushed to the disk before it is moved over the old file; a full disk leaves the old one whole."""
-    if not hasattr(module, "write_atomically"):
-        pytest.fail(f"{module.__name__} has no write_atomically")
-    path, done = tmp_path / "file", []
-    path.write_bytes(b"old")
-    fsync, move = module.os.fsync, module.os.replace
-
-    def note_fsync(descriptor):
-        done.append(("fsync", path.read_bytes(), os.fstat(descriptor).st_size))
-        fsync(descriptor)
-
-    def note_move(beside, target):
-        done.append(("replace", beside.read_bytes(), beside.parent == target.parent))
-        move(beside, target)
-
-    monkeypatch.setattr(module.os, "fsync", note_fsync)
-    monkeypatch.setattr(module.os, "replace", note_move)
-    module.write_atomically(path, b"new")
-    assert done == [("fsync", b"old", 3), ("replace", b"new", True)] and path.read_bytes() == b"new"
-
-    def full(_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        module.write_atomically(path, b"newer")
-    assert path.read_bytes() == b"new"
+def having(name: str) -> list:
+    """The files that define this name themselves."""
+    return [m for m in ALL_FILES if getattr(getattr(m, name, None), "__module__", "") == m.__name__]
 
 
-@pytest.mark.parametrize("module", [attention, encoder, losses, transformer])
-def test_all_files_know_a_place_that_cannot_be_written_before_the_work(
-    module, read_only, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path)])
-    with pytest.raises(OSError, match="read-only"):
-        module.main()
+def name_of(module) -> str:
+    return module.__name__
 
 
-def test_all_files_do_nothing_when_imported(tmp_path):
-    """No output, no file, no thread or seed set."""
-    names = [module.__name__ for module in ALL_FILES]
-    code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
-    code += f"import {', '.join(names)}\n"
-    code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
-    code += "assert os.listdir() == []"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+LOCK_HOLDER = """
+import importlib, sys, pathlib, time
+sys.path.insert(0, sys.argv[1])
+lock = importlib.import_module(sys.argv[2]).lock_out(pathlib.Path(sys.argv[3]))
+print("held", flush=True)
+time.sleep(100)
+"""
 
 
-def test_all_models_make_their_tensors_where_their_input_is():
-    """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
-    meta = torch.device("meta")
-    q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
-    ids, fold = torch.ones(2, 5, dtype=torch.long, device=meta), torch.zeros(2, dtype=torch.long, device=meta)
-    mask = attention.causal_mask(5, device=meta)
-    many = attention.MultiHeadAttention(16, 2).to(meta)
-    outputs = [
-        attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
-        attention.fused_attention(q, q, q, mask, causal=True),
-        many(x, context, causal=True),
-        many.forward_with_weights(x, causal=True)[1],
-    ]
-    small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
-    for pool in ("mean", "max", "mean+max", "first"):
-        outputs.append(encoder.EncoderClassifier(encoder.EncoderConfig(30, pool=pool, **small)).to(meta)(ids))
-    outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
-    outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
-    outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
-    assert all(output.device == meta for output in outputs) and len(outputs) == 12
+class TestAllFiles:
+    def test_positions_and_masks_are_the_same_in_all_files(self):
+        for length, width in ((1, 1), (7, 5), (33, 16)):
+            first, *others = having("sinusoidal_positional_encoding")
+            expected = first.sinusoidal_positional_encoding(length, width)
+            for other in others:
+                check_close(other.sinusoidal_positional_encoding(length, width), expected, 1e-7)
+        for q, k in ((1, 1), (3, 3), (2, 5), (5, 2)):
+            for module in having("causal_mask"):
+                assert torch.equal(module.causal_mask(q, k), torch.ones(q, k).tril(k - q).bool())
 
+    def test_attention_is_the_same_in_transformer(self):
+        """Without a key to see, too: values, weights, gradients."""
+        long = attention.MultiHeadAttention(12, 3).double()
+        short = transformer.MultiHeadAttention(12, 3).double()
+        short.load_state_dict(long.state_dict())
+        x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
+        lengths = attention.padding_mask(torch.tensor([6, 0]))
+        for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
+            expected, weights = long.forward_with_weights(x, context, mask)
+            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            check_close(output, expected, 1e-12)
+            check_close(short_weights, weights, 1e-12)
+            gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
+            for one, other in zip(*gradients, strict=True):
+                check_close(one, other, 1e-12)
 
-def test_all_requirements_are_pinned():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    lines = [line for line in lines if line]
-    assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and "torch==2.13.0" in lines
+    def test_smoothed_loss_is_the_same_in_transformer(self):
+        logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
+        targets[1, 2:] = 0  # padding
+        for smoothing in (0.0, 0.1, 0.4):
+            flat = logits.flatten(0, 1), targets.flatten()
+            long = losses.label_smoothing_cross_entropy(*flat, smoothing, ignore_index=0)
+            check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
 
+    @pytest.mark.parametrize("module", having("warmup_cosine"), ids=name_of)
+    def test_warmup_cosine(self, module):
+        factors = [module.warmup_cosine(step, 3, 7) for step in range(9)]
+        falling = [0.5 + 0.5 * math.cos(math.pi * part / 4) for part in range(4)]
+        assert factors == pytest.approx([1 / 3, 2 / 3, 1, *falling, 0, 0][:9], abs=1e-12)
+        assert [module.warmup_cosine(step, 10, 2) for step in range(4)] == [0.5, 1, 0, 0]  # cut to the run
+        assert module.warmup_cosine(0, 0, 1) == 1 and module.warmup_cosine(10, 10, 10) == 0
 
-def test_readme_figures_are_the_logged_ones():
-    """IMDB's table against assets/imdb.json: accuracy mean and spread, seconds, parameters, the baseline."""
-    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/imdb.json")
-    runs, best, target, before = log["fast"], log["best"], log["target"], log["best_512"]
-    mended = log["before_20261126"]
-    two, slower, students = log["two_processes"], log["avx2"], log["two_students"]
-    linear, linear_before = log["baseline"], log["baseline_3_grams"]
+    @pytest.mark.parametrize("module", having("write_atomically"), ids=name_of)
+    def test_write_atomically(self, module, tmp_path, monkeypatch):
+        """Flushed to the disk before it is moved over the old file; a full disk leaves the old one alone."""
+        path, done = tmp_path / "file", []
+        fsync, move = os.fsync, os.replace
+        path.write_bytes(b"old")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: done.append(path.read_bytes()) or fsync(fd))
+            patch.setattr(os, "replace", lambda a, b: done.append(Path(a).read_bytes()) or move(a, b))
+            module.write_atomically(path, b"new")
+        assert done == [b"old", b"new"] and path.read_bytes() == b"new"
+        umask = os.umask(0o022)
+        os.umask(umask)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # others may read it, as any file
 
-    def mean(runs: list[dict], name: str = "test_accuracy", spread: bool = True) -> str:
-        values = [100 * run[name] for run in runs]
-        assert len(runs) >= 3 and len({run["seed"] for run in runs}) == len(runs)
-        return f"{statistics.mean(values):.2f}" + spread * f" ± {statistics.stdev(values):.2f}"
+        def full(_):
+            raise OSError("no space left")
 
-    ratios = {size: sorted(row["ratio"] for row in rounds) for size, rounds in two["rounds"].items()}
-    for row in itertools.chain(*two["rounds"].values()):
-        rates = row["1_process_steps_per_second"], row["2_process_steps_per_second"]
-        assert row["ratio"] == pytest.approx(rates[1] / rates[0], abs=1e-3)
-    figures = [
-        f"**{mean(runs)}** % | {runs[0]['train_seconds']:.0f} s | {runs[0]['n_parameters']:,} |",
-        f"{100 * linear['test_accuracy']:.2f} % | {linear['train_seconds']:.0f} s |",
-        f"| {linear['n_parameters']:,} |",
-        f"{100 * linear_before['test_accuracy']:.2f} % | {linear_before['train_seconds']:.0f} s |",
-        f"{100 * log['shuffled']['test_accuracy']:.1f}%",
-        f"{mean(before)} % | {before[0]['train_seconds']:.0f} s (one thread)",
-        f"{mean(before, 'with_linear_test_accuracy')} % | {before[0]['train_seconds']:.0f} s (one thread)",
-        f"**{mean(best)}** % | {best[0]['train_seconds']:,.0f} s (one thread)",
-        f"**{mean(best, 'with_linear_test_accuracy')}** % | {best[0]['train_seconds']:,.0f} s (one thread)",
-        ", ".join(f"{100 * run['dev_accuracy']:.1f}" for run in before)
-        + " % | "
-        + ", ".join(f"{run['history'][-1]['dev_loss']:.3f}" for run in before),
-        ", ".join(f"{100 * run['dev_accuracy']:.1f}" for run in students)
-        + " % | "
-        + ", ".join(f"{run['history'][-1]['dev_loss']:.3f}" for run in students),
-        f"{students[0]['train_seconds']:,.0f} s on two threads, gave {mean(students)} % alone and "
-        f"{mean(students, 'with_linear_test_accuracy')} % with the linear model",
-        "{1:.2f} times the steps a second ({0:.2f} to {2:.2f})".format(*ratios["128"]),
-        "size of 64, {1:.2f} ({0:.2f} to {2:.2f})".format(*ratios["64"]),
-        "default 32, {1:.2f} ({0:.2f} to {2:.2f})".format(*ratios["32"]),
-        f"{mean(two['runs_128'], 'dev_accuracy')} % with the two",
-        f"{mean(two['one_process_128'], 'dev_accuracy')} % with one",
-        f"test {mean(two['runs_128'])} and {mean(two['one_process_128'])} %",
-        f"{mean(runs, 'dev_accuracy', False)} % on dev at 32 with one process",
-        f"takes {slower['fast']['train_seconds']:.0f} s (test {100 * slower['fast']['test_accuracy']:.2f} %)",
-        f"{mean(mended['fast'])} and {mean(mended['best'])} % (with the linear model "
-        f"{mean(mended['best'], 'with_linear_test_accuracy')} %)",
-        f"as AVX2 {100 * mended['avx2']['best']['test_accuracy']:.2f} and "
-        f"{100 * mended['avx2']['best_seed_1']['test_accuracy']:.2f} %, with the linear model "
-        f"{100 * mended['avx2']['best']['with_linear_test_accuracy']:.2f} % both times",
-        f"{runs[0]['gemm_gflops']} GFLOP/s",
-        f"{best[0]['gemm_gflops']} GFLOP/s on one thread",
-    ]
-    for run in (target, slower["target"]):
-        figures.append(f"{run['target']['seconds']} s (training {run['train_seconds']} s)")
-        figures.append(f"{100 * run['test_accuracy']:.2f} %")
-        assert run["test_accuracy"] >= 0.85
-    readme = " ".join(readme.split())  # lines break anywhere
-    for figure in figures:
-        assert figure in readme, figure
-    assert abs(log["shuffled"]["test_accuracy"] - 0.5) < 0.02
-    assert mean(runs) in imdb.__doc__ and mean(best) in imdb.__doc__
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            module.write_atomically(path, b"newer")
+        assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fcntl, so no lock")
+    @pytest.mark.parametrize("module", having("lock_out"), ids=name_of)
+    def test_lock_out(self, module, tmp_path):
+        """Held by another process, it is refused; it dies with that process."""
+        command = [sys.executable, "-c", LOCK_HOLDER, str(ROOT), module.__name__, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match="in use"):
+                module.lock_out(tmp_path, patience=0.2)
+            holder.kill()
+        assert module.lock_out(tmp_path, patience=5)
 
-def test_readme_figures_of_what_was_tried_are_logged():
-    """The matrix instead of the convolution; what best is made of and what didn't help, on 7,500 reviews."""
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    log, rows = json_of(ROOT / "assets/imdb.json"), json_of(ROOT / "assets/imdb_experiments.json")["rows"]
-    fast, best = ([r for r in rows if r.get("name") == name] for name in ("matrix_fast", "matrix_best"))
-    dev = [statistics.mean(100 * r["dev_accuracy"] for r in part) for part in (fast, log["fast"])]
-    assert "{:.1f} against {:.1f} % (three seeds)".format(*dev) in readme
-    parts = best, log["best_512"][:2]
-    loss = [statistics.mean(r["history"][-1]["dev_loss"] for r in part) for part in parts]
-    assert "a loss of {:.3f} against {:.3f} (two)".format(*loss) in readme
-    runs = {r["name"]: r["history"] for r in rows if r.get("name", "").startswith("d30_") and "history" in r}
-    for name in ("d30_base", "d30_T1024", "d30_n4x"):
-        end = runs[name][-1]
-        figures = [100 * end["dev_accuracy"], end["dev_loss"], 100 * end["dev_accuracy_with_linear"]]
-        assert "| {:.1f} % | {:.3f} | {:.1f} % |".format(*figures) in readme, name
-    pairs = (("n4", "n4x"), ("uw", "T1024"), ("tfast", "T1024"), ("rtd", "T1024"), ("adv", "base"))
-    for with_it, without in pairs:
-        last = runs["d30_" + with_it][-1]
-        same = next(row for row in runs["d30_" + without] if row["step"] == last["step"])
-        figures = [f"{100 * row['dev_accuracy']:.1f} %, {row['dev_loss']:.3f}" for row in (last, same)]
-        assert f"| {figures[0]} | {figures[1]} |" in readme, with_it
+    def test_importing_does_nothing(self, tmp_path):
+        """No output, no file, no thread or seed set."""
+        names = [module.__name__ for module in ALL_FILES]
+        code = "import os, torch; threads, state = torch.get_num_threads(), torch.get_rng_state()\n"
+        code += f"import {', '.join(names)}\n"
+        code += "assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)\n"
+        code += "assert os.listdir() == []"
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
+    def test_models_make_their_tensors_where_their_input_is(self):
+        """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
+        meta = torch.device("meta")
+        q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
+        ids = torch.ones(2, 5, dtype=torch.long, device=meta)
+        fold = torch.zeros(2, dtype=torch.long, device=meta)
+        mask = attention.causal_mask(5, device=meta)
+        many = attention.MultiHeadAttention(16, 2).to(meta)
+        outputs = [
+            attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
+            attention.fused_attention(q, q, q, mask, causal=True),
+            many(x, context, causal=True),
+            many.forward_with_weights(x, causal=True)[1],
+        ]
+        small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
+        for pool in ("mean", "max", "mean+max", "first"):
+            config = encoder.EncoderConfig(30, pool=pool, **small)
+            outputs.append(encoder.EncoderClassifier(config).to(meta)(ids))
+        outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
+        outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
+        outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
+        assert all(output.device == meta for output in outputs) and len(outputs) == 12
 
-def test_readme_defaults_are_those_of_the_logged_runs():
-    logged = json_of(ROOT / "assets/multi30k.json")["settings"]
-    command = "--preset multi30k --data multi30k --device cpu".split()
-    now = dataclasses.asdict(transformer.settings_from_command_line(command))
-    assert now | {"out": ""} == logged | {"out": ""}
-    assert dataclasses.asdict(losses.Settings()) == json_of(ROOT / "assets/losses.json")["settings"]
-    s = transformer.Settings()  # of the generated numbers
-    assert (s.vocab_size, s.max_len, s.d_model, s.n_layers, s.d_ff) == (600, 32, 64, 2, 256)
-    assert (s.dropout, s.epochs, s.batch_tokens, s.warmup, s.lr_scale) == (0.0, 5, 1024, 100, 0.4)
-    assert (s.average, s.beam_size) == (2, 4)
-    logged = json_of(ROOT / "assets/imdb.json")["fast"][0]["settings"]
-    now = dataclasses.asdict(imdb.Settings())
-    assert {name: value for name, value in logged.items() if name in now} == {
-        name: value for name, value in now.items() if name in logged
-    }
-
-
-def test_readme_translation_figures_are_the_logged_ones():
-    readme, log = (ROOT / "README.md").read_text(), json.loads((ROOT / "assets/multi30k.json").read_text())
-    for search in log["searches"].values():
-        row = f"{search['bleu']:.1f}", f"{search['log_prob']:.2f}", f"{search['n_tokens']:.1f}"
-        assert re.search(r"\|[ *]*{}[ *]*\| {} \| {} \|".format(*map(re.escape, row)), readme), row
-    for figure in (
-        f"{log['n_parameters']:,}",
-        f"{log['train_seconds']:,.0f} s",
-        f"{log['gemm_gflops']:.0f} GFLOP",
-    ):
-        assert figure in readme, figure
-    assert f"{log['search_gains']} times" in readme and f"{log['search_errors']} times" in readme
-    assert log["signature"] in readme and log["threads"] == 2
-    assert f"{log['greedy']:.1f} BLEU greedy, {log['beam']:.1f} with beam" in transformer.__doc__
-
-
-def test_readme_quiz_names_tests_that_exist():
-    """As functions, or as methods of a class: `TestAttention.test_x` is named by its last part."""
-    questions = re.findall(
-        r"<details>.*?</details>", (ROOT / "assets/quiz.md").read_text(encoding="utf-8"), re.S
-    )
-    tests = set(re.findall(r"^ *def (test_\w+)", Path(__file__).read_text(encoding="utf-8"), re.M))
-    assert len(questions) >= 48
-    for i, question in enumerate(questions, 1):
-        assert f"<summary>{i}. " in question
-        proofs = re.findall(r"`(test_\w+)`", question)
-        assert proofs and tests.issuperset(proofs), (i, proofs)
-
-
-def test_readme_training_figures_are_the_logged_ones():
-    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/ddp.json")
-    speed = log["side_by_side"]
-    assert f"{speed['two_over_one_median']:.2f} times" in readme and "1.90 times" in train_ddp.__doc__
-    ratios = [
-        b["tokens_per_second"] / a["tokens_per_second"]
-        for a, b in zip(speed["runs"]["one"], speed["runs"]["two"], strict=True)
-    ]
-    assert statistics.median(ratios) == pytest.approx(speed["two_over_one_median"], abs=0.005)
-    assert ", ".join(f"{ratio:.2f}" for ratio in ratios) in readme
-    assert f"{100 * speed['accumulation_over_none_median'] - 100:.0f}% faster" in readme
-    for key in ("eight_processes_on_two_cores", "default"):
-        assert f"{log[key]['total_seconds']:.0f} s" in readme
-
-
-def test_readme_export_figures_are_the_logged_ones():
-    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/export_imdb.json")
-    rows, avx2, amx = (
-        {row["name"]: row for row in models}
-        for models in (log["models"], log["avx2"]["models"], log["amx"]["models"])
-    )
-    table = readme.split("## Export")[1].split("## ")[0]
-    speed = r"([\d.]+ ×) \| " * 4  # with AVX-512 and with AVX2 alone, at batch 32 and 1
-    found = re.findall(rf"^\| (.+?) \| {speed}([\d.]+) \| ([\d.]+)% \|$", table, flags=re.MULTILINE)
-    assert len(found) == 11
-    deployed, pruned = log["deployed"], rows["pruned, ONNX int8, embeddings 8 bits"]
-    everywhere = log["accuracy_on_all_25000"]
-    avx2_gained = (
-        100 * (avx2[pruned["name"]]["accuracy"] - avx2["eager"]["accuracy"]),
-        100 * (log["avx2"]["accuracy_on_all_25000"][pruned["name"]] - log["avx2"]["test_accuracy"]),
-    )
-    for figure in (
-        f"differs by {100 * (pruned['accuracy'] - rows['eager']['accuracy']):+.2f} points on these reviews",
-        f"{100 * (everywhere[pruned['name']] - everywhere['eager']):+.2f} on all 25,000.",
-        f'`--predict` uses "{deployed["name"]}"',
-        f"{100 * deployed['test_accuracy']:.2f} % on all 25,000",
-        f"{deployed['size_bytes'] / rows['ONNX']['size_bytes']:.2f} of the ONNX file's size",
-        f"{log['reviews_compared']:,} test reviews",
-        "differs by {:+.2f} points on the 5,000 reviews and {:+.2f} on all 25,000 there".format(*avx2_gained),
-    ):
-        assert figure in " ".join(table.split()), figure
-
-    def gains(rows: dict, name: str) -> list[float]:
-        """Times as fast as eager, at batch 32 and 1."""
-        pairs = (
-            [rows[n]["latency"][case]["p50_ms"] for n in ("eager", name)] for case in ("32 x 256", "1 x 256")
+    @pytest.mark.parametrize("module", ALL_FILES, ids=name_of)
+    def test_help_lists_every_setting(self, module, tmp_path):
+        """With the reason beside it; on a terminal that knows ASCII alone, too."""
+        result = run_script(
+            f"{module.__name__}.py", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="100"
         )
-        return [eager / other for eager, other in pairs]
+        assert result.returncode == 0, result.stderr
+        for field in dataclasses.fields(module.Settings):
+            assert f"--{field.name.replace('_', '-')}" in result.stdout, field.name
+        comments = re.findall(r"^    \w+: .*  # (\w+)", inspect.getsource(module.Settings), re.M)
+        assert len(comments) == len(dataclasses.fields(module.Settings)), "a setting without its reason"
+        assert all(comment in result.stdout for comment in comments)
+        assert f"python {module.__name__}.py" in result.stdout and not list(tmp_path.iterdir())
 
-    bf16 = gains(amx, "torch.export, bf16") + gains(amx, "pruned, torch.export, bf16")
-    figure = "{:.1f} and {:.1f} ×, of the pruned model {:.1f} and {:.1f} ×".format(*bf16)
-    assert figure in " ".join(table.split()), figure
-    for name, *figures in found:
-        row, eager = rows[name if name in rows else "eager"], rows["eager"]
-        assert float(figures[4]) == pytest.approx(row["size_bytes"] / eager["size_bytes"], abs=0.0051)
-        assert float(figures[5]) == pytest.approx(100 * row["accuracy"], abs=0.005)
-        expected = gains(rows, row["name"]) + gains(avx2, row["name"])
-        assert [float(figure[:-2]) for figure in figures[:4]] == pytest.approx(expected, abs=0.051), name
-
-
-def test_readme_memory_figures_are_the_logged_ones():
-    readme, log = (ROOT / "README.md").read_text(encoding="utf-8"), json_of(ROOT / "assets/fsdp_memory.json")
-    for row in log["rows"]:
-        held = round(max(row["weights_gradients_moments_mib"]))
-        assert re.search(rf"{max(row['peak_rss_mib']):,}( MiB)? \({held:,}\)", readme), row
+    def test_requirements_are_pinned(self):
+        lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        lines = [line.split("#")[0].strip() for line in lines]
+        lines = [line for line in lines if line]
+        assert all(re.fullmatch(r"[\w-]+==[\d.]+", line) for line in lines) and "torch==2.13.0" in lines
 
 
-def test_readme_flags_exist():
-    """Every flag after a script's name, in README's commands and in the scripts' own docstrings."""
-    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in ALL_FILES)]
-    commands = [
-        match
-        for text in texts
-        for match in re.findall(r"(\w+)\.py((?: +--?[^\s`]+(?: [^-\s`#]\S*)?)+)", text)
-    ]
-    assert len(commands) > 20
-    for name, arguments in commands:
-        if name in sys.modules and name != "test_all":
-            for flag in re.findall(r"--([\w-]+)", arguments):
-                field = flag.replace("-", "_").removeprefix("no_")
-                assert field in sys.modules[name].Settings.__dataclass_fields__, (name, flag)
+# -----------------------------------------------------------------------------
+# README.md
 
 
-def test_readme_says_where_the_concept_of_a_file_ends():
-    """There a section begins, and what is above needs nothing from below."""
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    found = re.findall(r"`(\w+)\.py` (\d+) of (\d+)", readme)
-    assert len(found) == 7
-    for name, concept, whole in found:
-        lines = (ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()
-        assert len(lines) == int(whole), name
-        assert lines[int(concept) - 1] and "\n".join(lines[int(concept) :]).lstrip().startswith("# ---"), name
-        exec(compile("\n".join(lines[: int(concept)]), name, "exec"), {"__name__": f"first_part_of_{name}"})
+def readme_parts() -> dict[str, str]:
+    """README.md by heading; what stands before the first one is called "top"."""
+    parts = re.split(r"^## (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
+    return dict(zip(["top", *parts[1::2]], parts[::2], strict=True))
 
 
-def test_readme_links_lead_somewhere():
-    """Files exist; anchors are headings, as GitHub writes them."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```", "", readme, flags=re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
-    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    targets = re.findall(r"\]\(([^)]+)\)", readme)
-    assert sum(target.startswith("#") for target in targets) >= 5
-    for target in targets:
-        path, _, anchor = target.partition("#")
-        assert target.startswith("https://") or not path or (ROOT / path).exists(), target
-        assert target.startswith("https://") or not anchor or anchor in anchors, target
+def numbers_in(log) -> set[float]:
+    """All numbers of a log, and what README derives from them.
+
+    Of the same entry in a list of runs: mean and standard deviation. Of the rows of an export table: how many
+    times as fast each is as the first one.
+    """
+    if isinstance(log, dict):
+        found = set().union(*map(numbers_in, log.values())) if log else set()
+        times = [row.get("latency", {}) for row in log.get("models", []) if isinstance(row, dict)]
+        for case in times[0] if times else ():
+            found |= {times[0][case]["p50_ms"] / row[case]["p50_ms"] for row in times}
+        return found
+    if isinstance(log, list):
+        found = set().union(*map(numbers_in, log)) if log else set()
+        if len(log) > 1 and all(isinstance(run, dict) for run in log):
+            for name in set.intersection(*(set(run) for run in log)):
+                values = [run[name] for run in log if type(run[name]) in (int, float)]
+                if len(values) == len(log):
+                    found |= {statistics.mean(values), statistics.stdev(values)}
+        return found
+    return {float(log)} if type(log) in (int, float) else set()
 
 
-def test_readme_public_names_have_these_signatures():
-    """Every row of the tables of public names, against inspect.signature without its annotations."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    parts = readme.split("## Copy: public names")[1].split("\n## ")[0].split("\n### ")[1:]
-    row = re.compile(r"^\| `([\w.]+)(\(.*?\))` \|", re.MULTILINE)
-    rows = {part.split(".py")[0]: row.findall(part) for part in parts}
-    assert set(rows) >= {module.__name__ for module in ALL_FILES if module is not imdb}
-    assert all(len(names) >= 5 for names in rows.values()) and sum(map(len, rows.values())) > 80
-    for file, names in rows.items():
-        for name, text in names:
-            thing = functools.reduce(getattr, name.split("."), sys.modules[file])
-            signature = inspect.signature(thing)
-            parameters = [
-                parameter.replace(annotation=inspect.Parameter.empty)
-                for parameter in signature.parameters.values()
-                if parameter.name != "self"
-            ]
-            bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-            assert text == str(bare), (file, name)
-            assert inspect.isclass(thing) or inspect.getdoc(thing) or name.endswith("forward"), name
+class TestReadme:
+    def test_every_number_of_a_table_is_logged(self):
+        """In a section that links logs, each cell behind the first, at the precision given there.
 
+        As it is, in percent, thousands, millions, MiB or minutes.
+        """
+        checked = 0
+        for title, part in readme_parts().items():
+            links = set(re.findall(r"\]\((assets/\w+\.json)\)", part))
+            logged = set().union(*(numbers_in(json_of(ROOT / link)) for link in links))
+            rows = [line for line in part.splitlines() if line.startswith("|")]
+            for row in rows if links else ():
+                cells = re.sub(r"`[^`]*`|\([^)]*\)|\]\(.*?\)", " ", row).split("|")[2:]
+                for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?", " ".join(cells)):
+                    digits = text.replace(",", "").rstrip(",")
+                    decimals = len(digits.partition(".")[2])
+                    if len(digits) < 3:
+                        continue  # a batch of 32, five seeds
+                    scales = (1, 100, 1e-3, 1e-6, 2**-20, 1 / 60)
+                    error = 0.5001 * 10**-decimals
+                    assert any(abs(x * k - float(digits)) <= error for x in logged for k in scales), (
+                        title, row, text,
+                    )  # fmt: skip
+                    checked += 1
+        assert checked >= 60
 
-def test_readme_commands_parse(tmp_path, monkeypatch):
-    """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
-    import shlex
+    def test_headlines_are_the_logged_ones(self):
+        top, log = readme_parts()["top"], json_of(ROOT / "assets/imdb.json")
+        for preset in ("fast", "best"):
+            values = [100 * run["test_accuracy"] for run in log[preset]]
+            assert len({run["seed"] for run in log[preset]}) >= 3
+            assert f"{statistics.mean(values):.1f}" in top
+        assert f"{json_of(ROOT / 'assets/multi30k.json')['beam']:.1f}" in top
 
-    from torch.distributed.run import parse_args
+    def test_first_commands_are_the_ones_that_ci_runs(self):
+        commands = re.findall(r"^(python3 -m venv .*)$", "\n".join(readme_parts().values()), re.M)
+        ends = [command.split("/")[-1].split()[-1] for command in commands]
+        assert "classify_imdb.py" in ends and ends.count("test_all.py") == 1
 
-    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in ALL_FILES)]
-    command = r"(?:python|torchrun) (?:[^\n`#|;]|\\\n)*\w+\.py(?:[^\n`#|;]|(?<= )#(?!\s))*"
-    found = {c.replace("\\\n", " ") for text in texts for c in re.findall(command, text)}
-    assert len(found) >= 30
-    monkeypatch.chdir(tmp_path)  # nothing is there
-    for line in found:
-        words = [word for word in shlex.split(line) if word not in ("...", "[--out", "DIR]")]
-        if words[0] == "torchrun":
-            words = [re.sub(r"\$\{?\w+\}?", "2", word) for word in words]
-            known = parse_args(words[1:])
-            assert known.training_script.endswith(".py"), line
-            words = ["python", known.training_script, *known.training_script_args]
-        if words[1] in ("test_all.py", "FILE"):
-            continue
-        assert (ROOT / words[1]).exists(), line
-        sys.modules[words[1].removesuffix(".py")].settings_from_command_line(words[2:])
+    def test_commands_parse(self, tmp_path, monkeypatch):
+        """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
+        import shlex
 
+        import tyro
+        from torch.distributed.run import parse_args
 
-@pytest.mark.parametrize("module", ALL_FILES)
-def test_readme_help_is_enough(module, capsys, monkeypatch):
-    """`python FILE --help`: every setting with its reason and default, and the commands to paste."""
-    monkeypatch.setenv("COLUMNS", "1000")  # no word is broken
-    with pytest.raises(SystemExit) as ended:
-        module.settings_from_command_line(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and f"python {module.__name__}.py" in text
-    for name, setting in module.Settings.__dataclass_fields__.items():
-        reason = " ".join(setting.metadata["help"].split())
-        assert f"--{name.replace('_', '-')}" in text and reason in text, name
+        texts = [*readme_parts().values(), *(module.__doc__ for module in ALL_FILES)]
+        command = r"(?:python|torchrun) (?:[^\n`#|;]|\\\n)*\w+\.py(?:[^\n`#|;]|(?<= )#(?!\s))*"
+        found = {c.replace("\\\n", " ") for text in texts for c in re.findall(command, text)}
+        assert len(found) >= 30
+        monkeypatch.chdir(tmp_path)  # nothing is there
+        for line in found:
+            words = shlex.split(line)
+            if words[0] == "torchrun":
+                known = parse_args([re.sub(r"\$\{?\w+\}?", "2", word) for word in words[1:]])
+                words = ["python", known.training_script, *known.training_script_args]
+            if words[1] in ("test_all.py", "FILE"):
+                continue
+            assert (ROOT / words[1]).exists(), line
+            module = sys.modules[words[1].removesuffix(".py")]
+            if hasattr(module, "parse"):  # presets come first
+                module.parse(words[2:])
+            else:
+                tyro.cli(module.Settings, args=words[2:])
 
+    def test_links_lead_somewhere(self):
+        """Files exist; anchors are headings, as GitHub writes them."""
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        prose = re.sub(r"```.*?```", "", readme, flags=re.DOTALL)
+        headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", readme):
+            path, _, anchor = "".join(target).partition("#")
+            assert path.startswith("https://") or not path or (ROOT / path).exists(), target
+            assert not anchor or anchor in anchors, target
 
-def test_readme_other_figures_are_the_logged_ones():
-    """Those with a unit in the sections on copying, training, Multi30k: in the log that the section links."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    log = json_of(ROOT / "assets/attention_benchmark.json")["ratio"]
-    low, high = log["quartiles"]
-    for figure in (f"{log['median']:.2f} times", f"quartiles {low:.2f} to {high:.2f}"):
-        assert figure in " ".join(readme.split()), figure
-    runs = json_of(ROOT / "assets/ddp.json")["side_by_side"]["runs"]
-    one, two = (round(100 * statistics.median(run["mfu"] for run in runs[n])) for n in ("one", "two"))
-    assert f"{one}% and {two}%" in readme
-    log = json_of(ROOT / "assets/multi30k.json")
-    assert f"{100 * log['mfu']:.0f}% of the peak" in " ".join(readme.split())
-    assert f"{log['train_seconds'] / 60:.0f} minutes" in readme
-    assert f"{log['n_parameters'] / 1e6:.0f} million" in readme
-    log = json_of(ROOT / "assets/fsdp_memory.json")
-    assert f"{log['n_parameters'] / 1e6:.0f} million parameters" in readme
-    for row in log["rows"]:
-        if row["processes"] == 4 and "recompute" not in row["script"]:
-            assert str(max(row["peak_rss_mib"])) in train_fsdp.__doc__, row
-    assert f"plants {sum(map(len, MUTANTS.values()))} bugs" in readme
-    log = json_of(ROOT / "assets/ddp.json")["kill -9"]
-    assert f"After {sum(n for n in log.values() if isinstance(n, int))} kill -9" in " ".join(readme.split())
+    def test_names_to_copy_exist(self):
+        """`file.py`: `name`, `name` in the section on copying."""
+        part = next(part for title, part in readme_parts().items() if "opy" in title)
+        found = re.findall(r"^\| `(\w+)\.py` \| (.+?) \|", part, re.M)
+        assert len(found) >= 7
+        for file, names in found:
+            for name in re.findall(r"`([\w.]+)`", names):
+                assert functools.reduce(getattr, name.split("."), sys.modules[file]), (file, name)
 
+    def test_quiz_names_tests_that_exist(self):
+        """As functions or as methods of a class, by their last part."""
+        text = (ROOT / "assets/quiz.md").read_text(encoding="utf-8")
+        questions = re.findall(r"<details>.*?</details>", text, re.S)
+        tests = set(re.findall(r"^ *def (test_\w+)", Path(__file__).read_text(encoding="utf-8"), re.M))
+        assert len(questions) >= 48
+        for i, question in enumerate(questions, 1):
+            assert f"<summary>{i}. " in question
+            proofs = re.findall(r"`(test_\w+)`", question)
+            assert proofs and tests.issuperset(proofs), (i, proofs)
 
-def test_readme_commands_are_the_ones_that_ci_runs():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first, second = re.findall(r"```sh\n(python3 -m venv .*)\n```", readme)[:2]
-    assert first.endswith("classify_imdb.py") and second.endswith("test_all.py")
-    for name in re.findall(r"^python (\w+\.py)", readme, flags=re.MULTILINE):
-        assert (ROOT / name).exists(), name
-    for flag in set(re.findall(r"^python classify_imdb.py.*?(--[\w-]+)", readme, flags=re.MULTILINE)):
-        assert flag.lstrip("-").replace("-", "_") in imdb.Settings.__dataclass_fields__
+    def test_planted_bugs_have_their_place(self):
+        for file, bugs in MUTANTS.items():
+            source = (ROOT / file).read_text(encoding="utf-8")
+            for old, new, _ in bugs:
+                assert source.count(old) == 1 and new != old, (file, old)
 
 
 # -----------------------------------------------------------------------------
@@ -10295,50 +10137,159 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 }
 
 
-def test_readme_planted_bugs_have_their_place():
-    for file, bugs in MUTANTS.items():
-        source = (ROOT / file).read_text(encoding="utf-8")
-        for old, new, _ in bugs:
-            assert source.count(old) == 1 and new != old, (file, old)
+SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
+    "attention.py": "attention", "encoder.py": "encoder", "transformer.py": "transformer",
+    "losses.py": "losses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
+    "export.py": "export", "classify_imdb.py": "imdb",
+}  # fmt: skip
 
 
-def plant(file: str, old: str, new: str, selection: str) -> bool:
-    """True if the tests fail (or pytest dies) with new in the place of old, in a copy of the project."""
-    source = (ROOT / file).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{file}: {old!r} stands there {source.count(old)} times"
+def plant(file: str, source: str, selection: str, limit: float = 600) -> str:
+    """Run the tests selected on a copy of the project in which file holds source.
+
+    Returns "caught" where tests fail (pytest's exit code 1), "SURVIVED" where all pass, else why there is no
+    verdict: an error while the tests are collected isn't a caught bug, nor is a run that never ends.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for path in (*ROOT.glob("*.py"), ROOT / "README.md", ROOT / "requirements.txt"):
             shutil.copy(path, folder)
         shutil.copytree(ROOT / "assets", Path(folder, "assets"))
-        Path(folder, file).write_text(source.replace(old, new), encoding="utf-8")
+        Path(folder, file).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "test_all.py", "-x", "-q", "-p", "no:cacheprovider"]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a bug that never ends is caught too
-            command += ["-k", f"({selection}) and {file.removesuffix('.py').split('_')[-1]}"]
-            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180)
-            assert result.returncode != 5, f"no test is named so: {command}"
-            return result.returncode != 0
-    return True
+        process = subprocess.Popen(
+            [*command, "-k", selection],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = f"no end within {limit:g} s"
+        with contextlib.suppress(ProcessLookupError):  # what the tests had started goes with them
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return {0: "SURVIVED", 1: "caught"}.get(code, f"no verdict: {code}")
 
 
-def plant_all(files: list[str]) -> int:
-    """Every bug, or those of files; control: without any, all the tests named pass."""
-    bugs = [(file, *bug) for file in files or MUTANTS for bug in MUTANTS[file]]
-    for file in files or MUTANTS:
-        old = MUTANTS[file][0][0]
-        if plant(file, old, old, " or ".join(f"({selection})" for *_, selection in MUTANTS[file])):
-            print(f"{file}: its tests fail without a bug")
+def plant_all(bugs: list[tuple[str, str, str, str]], must_be_caught: bool) -> int:
+    """bugs: (file, description, source with the bug, tests). Control: without a bug, all these tests pass."""
+    for file in sorted({bug[0] for bug in bugs}):
+        selection = " or ".join(f"({tests})" for tests in sorted({bug[3] for bug in bugs if bug[0] == file}))
+        if (verdict := plant(file, (ROOT / file).read_text(encoding="utf-8"), selection, 1800)) != "SURVIVED":
+            print(f"{file}: its tests don't pass without a bug ({verdict}): {selection}")
             return 1
-    survivors = []
-    with ThreadPoolExecutor(2) as pool:
-        for (file, old, new, selection), caught in zip(
-            bugs, pool.map(lambda b: plant(*b), bugs), strict=True
+    with ThreadPoolExecutor(int(os.environ.get("MUTANT_PROCESSES", 2))) as pool:
+        verdicts = []
+        for bug, verdict in zip(bugs, pool.map(lambda bug: plant(bug[0], *bug[2:]), bugs), strict=True):
+            print(f"{verdict}  {bug[0]}: {bug[1]} ({bug[3]})", flush=True)
+            verdicts.append(verdict)
+    print(f"{verdicts.count('caught')} caught of {len(verdicts)}")
+    return int(must_be_caught and set(verdicts) != {"caught"})
+
+
+def named_bugs(files: list[str]) -> list[tuple[str, str, str, str]]:
+    bugs = []
+    for file in files:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for old, new, selection in MUTANTS[file]:
+            assert source.count(old) == 1, f"{file}: {old!r} stands there {source.count(old)} times"
+            tests = f"({selection}) and ({SECTIONS[file]})"
+            bugs.append((file, f"{old!r} -> {new!r}", source.replace(old, new), tests))
+    return bugs
+
+
+SWAPS = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or,
+    ast.Or: ast.And, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.Mod: ast.Add, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+NOT_DRAWN = re.compile(r"main|demo|plot|print|show|say|compare|Settings")  # functions and classes of the demo
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """A copy of node with one operator or constant swapped, or without its not; None where there is none."""
+    node = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign) and type(node.op) in SWAPS:
+        node.op = SWAPS[type(node.op)]()
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        node.value = not node.value
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        node.value = node.value + 1 if isinstance(node.value, int) else 2 * node.value + (node.value == 0)
+    elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return ast.Pass()
+    else:
+        return None
+    return node
+
+
+def random_bugs(file: str, n: int, seed: int) -> list[tuple[str, str, str, str]]:
+    """n bugs drawn from the part of file above its demo.
+
+    A comparison, operator, constant or bool is changed; a not, a raise or a call whose result isn't used is
+    dropped. Messages, annotations and plots stay as they are.
+    """
+    source = (ROOT / file).read_text(encoding="utf-8")
+    rule = re.search(r"^# -{70,}\n# (?:The )?(?:[Dd]emo|Extras)", source, re.M)
+    end = source.count("\n", 0, rule.start()) if rule else math.inf
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        name = getattr(node, "name", "") or ""
+        if getattr(node, "lineno", 0) > end or (isinstance(name, str) and NOT_DRAWN.match(name)):
+            return
+        if isinstance(node, ast.JoinedStr | ast.arguments) or ast.unparse(node).startswith(
+            ("print(", "if __")
         ):
-            print(
-                f"{'caught' if caught else 'SURVIVED'}  {file}: {old!r} -> {new!r} ({selection})", flush=True
-            )
-            survivors += [] if caught else [old]
-    print(f"{len(bugs) - len(survivors)}/{len(bugs)} caught")
-    return int(bool(survivors))
+            return
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            return
+        if hasattr(node, "lineno") and changed(node) is not None:
+            found.append(node)
+        for field, value in ast.iter_fields(node):
+            if field in ("annotation", "returns", "exc"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    visit(child)
+
+    visit(ast.parse(source))
+    lines = source.encode().splitlines(keepends=True)  # columns are counted in bytes
+    bugs = []
+    for node in random.Random(seed).sample(found, min(n, len(found))):
+        start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+        stop = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+        new = ast.unparse(changed(node))
+        if isinstance(node, ast.expr):
+            new = f"({new})"  # whatever stands around it
+        text = source.encode()
+        old = " ".join(text[start:stop].decode().split())
+        source_with_bug = (text[:start] + new.encode() + text[stop:]).decode()
+        bugs.append((file, f"line {node.lineno}: {old} -> {new}", source_with_bug, SECTIONS[file]))
+    return bugs
+
+
+def plant_from_command_line(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Plant bugs; see that the tests notice.")
+    parser.add_argument("--mutants", nargs="*", metavar="FILE", help="in these files; without: in all")
+    parser.add_argument(
+        "--random", type=int, metavar="N", help="N bugs a file drawn at random; else the named ones"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    options = parser.parse_args(arguments)
+    files = options.mutants or list(MUTANTS)
+    if options.random is None:
+        return plant_all(named_bugs(files), must_be_caught=True)
+    print(f"seed {options.seed}")
+    bugs = [bug for file in files for bug in random_bugs(file, options.random, options.seed)]
+    return plant_all(bugs, must_be_caught=False)
 
 
 def run_everything() -> int:
@@ -10357,5 +10308,5 @@ def run_everything() -> int:
 if __name__ == "__main__":
     arguments = sys.argv[1:]
     if "--mutants" in arguments:
-        sys.exit(plant_all([name for name in arguments if name != "--mutants"]))
+        sys.exit(plant_from_command_line(arguments))
     sys.exit(pytest.main([__file__, "-rs", "--durations=10", *arguments]) if arguments else run_everything())
