@@ -85,7 +85,7 @@ def class_weights(name: str, weights: Tensor | None, log_p: Tensor) -> Tensor:
     n_classes = log_p.shape[1]
     if weights is None:
         return log_p.new_ones(n_classes)
-    weights = torch.as_tensor(weights).to(log_p)
+    weights = torch.as_tensor(weights, dtype=log_p.dtype, device=log_p.device)
     if weights.shape != (n_classes,) or not ((weights >= 0) & weights.isfinite()).all():
         raise ValueError(f"{name} must be {n_classes} finite values >= 0, got {weights.tolist()}")
     return weights
@@ -583,10 +583,7 @@ def train(lr, k, sets, sizes, loss_of, s, optimizer="adamw", cosine=False, weigh
 
 
 def tune(run, evaluate, chosen: str, s: Settings, rates: tuple = RATES) -> tuple[list, dict]:
-    """Train run(lr, k) at every rate with every seed; the chosen metric's mean on dev decides the rate.
-
-    evaluate(model, k, part) -> {metric: value}. Returns that rate's models, and their row of the table.
-    """
+    """run(lr, k) at every rate and seed -> the models at the rate that is best on dev, their table row."""
     models, dev = {}, {}
     for lr in rates:
         models[lr] = [run(lr, k) for k in range(s.n_seeds)]
@@ -598,7 +595,7 @@ def tune(run, evaluate, chosen: str, s: Settings, rates: tuple = RATES) -> tuple
 
 
 def by_metric(evaluate, models: list, part: str) -> dict[str, list[float]]:
-    """{metric: [one value a seed]}"""
+    """evaluate(model, k, part) -> {metric: value}, of each seed's model: {metric: [a value a seed]}."""
     results = [evaluate(model, k, part) for k, model in enumerate(models)]
     return {metric: [result[metric] for result in results] for metric in results[0]}
 
@@ -608,16 +605,14 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 
 def judge(rows: dict[str, dict]) -> str:
-    """Adds each row's difference from the first, paired by seed: {metric: (mean, standard error, verdict)}.
-
-    Verdict: "better" or "worse" by a t-test at 5%, over all of the table (Bonferroni), else "". Returns them.
-    """
+    """Adds {metric: (mean difference from the first row, standard error, verdict)}; returns the verdicts."""
     from scipy.stats import t
 
     first, *others = rows
     base = rows[first]["values"]
     n_seeds = len(next(iter(base.values())))
-    limit = t.ppf(1 - 0.025 / (len(others) * len(base)), n_seeds - 1)
+    n_tests = len(others) * len(base)  # which share 5% for a false verdict (Bonferroni)
+    limit = t.ppf(1 - 0.025 / n_tests, n_seeds - 1)
     found = []
     for name in others:
         rows[name]["difference"] = {}
@@ -655,8 +650,7 @@ def calibration_error(p: Tensor, y: Tensor, n_bins: int = 15) -> float:
     confidence, guess = p.double().max(-1)
     gaps = confidence - (guess == y).double()  # (N,)
     index = (confidence * n_bins).long().clamp(max=n_bins - 1)
-    sums = torch.zeros(n_bins).double().index_add(0, index, gaps)
-    return sums.abs().sum().item() / len(y)
+    return torch.zeros(n_bins).double().index_add(0, index, gaps).abs().sum().item() / len(y)
 
 
 def best_temperature(logits: Tensor, y: Tensor) -> float:
@@ -704,9 +698,7 @@ def demo_imbalance(s: Settings) -> dict[str, dict]:
     for data in sets:
         for part, n_eights, n_others in (("train", 16, 800), ("dev", 4, 200), ("test", 600, 600)):
             x, y = data[part]
-            eights = (y == 8).nonzero()[:n_eights, 0]
-            others = (y != 8).nonzero()[:n_others, 0]
-            keep = torch.cat((eights, others))
+            keep = torch.cat([(y == 8).nonzero()[:n_eights, 0], (y != 8).nonzero()[:n_others, 0]])
             data[part] = (x[keep], (y[keep] == 8).long())
 
     def evaluate(model: nn.Module, k: int, part: str, threshold: float = 0.0) -> dict[str, float]:
