@@ -37,9 +37,9 @@ def label_smoothing_cross_entropy(
     """Cross-entropy with the target distribution (1 - smoothing) * one-hot + smoothing / K.
 
     logits (N, K, ...), targets (N, ...) integers, weight (K,), reduction "mean", "sum" or "none".
-    The mean divides by the sum of the targets' weights; over no rows it is 0, gradient 0 (torch: NaN).
-    Half precision is computed in float32. In production: F.cross_entropy. As all losses here, it raises
-    ValueError for what would be silently wrong. Szegedy et al. 2016, arXiv:1512.00567, section 7.
+    The mean divides by the sum of the targets' weights; over no rows it is 0 (torch: NaN).
+    Half precision is computed in float32. In production: F.cross_entropy(label_smoothing=...).
+    What would be silently wrong is a ValueError, in all losses here. Szegedy et al. 2016, arXiv:1512.00567.
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
@@ -53,7 +53,7 @@ def label_smoothing_cross_entropy(
 
 
 def class_rows(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, K, ...) and (N, ...) -> rows: log-probabilities (R, K), targets (R,), kept, not ignored (R,)."""
+    """Rows, one a prediction: log-probabilities (R, K), targets (R,), kept (R,): True unless ignored."""
     targets = integers("targets", targets, logits.shape[:1] + logits.shape[2:]).reshape(-1)
     n_classes = logits.shape[1]
     kept = targets != ignore_index
@@ -98,7 +98,7 @@ def reduce(rows: Tensor, kept: Tensor, reduction: str, shape: tuple, weights=1.0
         return rows.reshape(shape)
     if reduction == "sum":
         return rows.sum()
-    if reduction == "mean":  # over nothing: divided by infinity, value and gradient are 0, not 0 / 0
+    if reduction == "mean":  # over nothing: divided by infinity it is 0, not 0 / 0
         divisor = (kept * weights).sum().to(rows)
         return rows.sum() / divisor.masked_fill(divisor == 0, math.inf)
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -128,7 +128,7 @@ def focal_loss(
 
 
 def log_sum(log_p: Tensor, mask: Tensor) -> Tensor:
-    """log of the sum of the probabilities where mask is True: (..., K) -> (...). Never rounds to log 0."""
+    """log of the sum of the probabilities where mask is True: (..., K) -> (...)."""
     lowest = torch.finfo(log_p.dtype).min  # a logsumexp over -inf alone has NaN for a gradient
     return log_p.clamp(min=lowest).masked_fill(~mask, lowest).logsumexp(-1)
 
@@ -175,7 +175,7 @@ def zeros_and_ones(name: str, values: Tensor, shape: tuple) -> Tensor:
 
 
 def contrastive_loss(x1: Tensor, x2: Tensor, same: Tensor, margin: float = 1.0) -> Tensor:
-    """Mean over pairs of d^2 / 2 where same, max(0, margin - d)^2 / 2 elsewhere; d the Euclidean distance.
+    """Mean over pairs of d^2 / 2 where same, else max(0, margin - d)^2 / 2; d: Euclidean distance.
 
     x1, x2 (N, D), same (N,) boolean or 0 / 1. At d = 0 the gradient is 0.
     Hadsell et al. 2006, "Dimensionality reduction by learning an invariant mapping", eq. 4.
@@ -200,7 +200,7 @@ def embeddings(least: int, **named: Tensor) -> list[Tensor]:
 def info_nce_loss(query: Tensor, keys: Tensor, temperature: float = 0.07) -> Tensor:
     """Cross-entropy of finding key i for query i among all keys, by cosine / temperature.
 
-    Both (N, D), N >= 2; normalised here. CLIP's loss is the mean of this and of info_nce_loss(keys, query).
+    Both (N, D), N >= 2; normalised here. CLIP's loss is the mean of both directions.
     Van den Oord et al. 2018, arXiv:1807.03748.
     """
     query, keys = embeddings(2, query=query, keys=keys)
@@ -212,7 +212,7 @@ def similarity(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     """Cosines of the rows of a (N, D) and b (M, D), over the temperature: (N, M)."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
-    with torch.autocast(a.device.type, enabled=False):  # at 0.07, bfloat16's last digit is 0.05 of a logit
+    with torch.autocast(a.device.type, enabled=False):  # bfloat16 is too coarse at 0.07
         return F.normalize(a, dim=1) @ F.normalize(b, dim=1).mT / temperature
 
 
@@ -232,8 +232,8 @@ def nt_xent_loss(z1: Tensor, z2: Tensor, temperature: float = 0.5) -> Tensor:
 def supervised_contrastive_loss(z: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """L_out: each anchor finds each of its class among all others; mean over those, then over anchors.
 
-    z (N, D), N >= 2, normalised here; labels (N,) integers. An anchor without another of its class is left
-    out. Every label twice: nt_xent_loss. Without the authors' factor temperature / base_temperature.
+    z (N, D), N >= 2, normalised here; labels (N,) integers. An anchor alone in its class is left out.
+    Every label twice: nt_xent_loss. Without the authors' factor temperature / base_temperature.
     Khosla et al. 2020, arXiv:2004.11362, eq. 2.
     """
     (z,) = embeddings(2, z=z)
@@ -259,7 +259,7 @@ def triplet_loss(anchor: Tensor, positive: Tensor, negative: Tensor, margin: flo
 
 
 def hinge(x: Tensor, margin: float | str) -> Tensor:
-    """max(0, x + margin), or with margin "soft" log(1 + e^x), which never stops pulling (Hermans 2017)."""
+    """max(0, x + margin); "soft": log(1 + e^x), which never stops pulling (Hermans 2017)."""
     if margin == "soft":
         return F.softplus(x)
     check_not_negative("margin", margin)
@@ -282,7 +282,7 @@ def batch_hard_triplet_loss(
     d = torch.cdist(z, z, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N)
     same = labels[:, None] == labels  # (N, N)
     positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-    if mining == "hard":  # amax and amin share the gradient among ties, whatever their order in the batch
+    if mining == "hard":  # amax and amin share the gradient among ties
         farthest = d.masked_fill(~positive, -math.inf).amax(1)  # (N,)
         nearest = d.masked_fill(same, math.inf).amin(1)  # (N,)
         gaps = farthest - nearest
@@ -301,13 +301,13 @@ def batch_hard_triplet_loss(
 
 
 def has_collapsed(z: Tensor, threshold: float = 0.01) -> bool:
-    """True where the embeddings z (N, D) have shrunk to a point: their mean distance is below threshold."""
+    """True where the embeddings z (N, D) are about one point: mean distance below threshold."""
     (z,) = embeddings(2, z=z)
     return torch.pdist(z).mean().item() < threshold
 
 
 # Design your own. Idea: star ratings. 5 for a true 4 is a smaller mistake than 1.
-# 1. Write what must be 0 at best: K stars are K - 1 questions, "more than k?"; pay -log p of the answers.
+# 1. Write what is 0 at best. K stars are K - 1 questions, "more than k?": pay -log p of the answers.
 # 2. Name a limit that is known: K = 2 leaves one question, which is cross-entropy.
 # 3. Compute in log space: sums of probabilities are logsumexps of log-probabilities.
 # 4. Then try to refute it: check_loss does, for any loss.
@@ -339,7 +339,7 @@ def check_loss(loss, start: Tensor, best: Tensor, limits: dict | None = None) ->
     loss: tensor -> scalar. start: an input as training begins with; best: one that should cost about 0.
     limits: {claim: (a, b, x)}, two losses that must agree at x, values and gradients.
     """
-    start = start.double() + 0.1 * torch.randn(start.shape)  # no kink or symmetry is to hide anything
+    start = start.double() + 0.1 * torch.randn(start.shape)  # not on a kink
     best = best.double()
     value, gradient = value_and_gradient(loss, start)
     near = [start + torch.randn_like(start) for _ in range(10)]
@@ -372,7 +372,7 @@ def value_and_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_balanced_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
-    """Weights (K,), in proportion (1 - beta) / (1 - beta^n), sum K; counts (K,): n samples a class, >= 1.
+    """Weights (K,) as (1 - beta) / (1 - beta^n), sum K; counts (K,): n samples a class, >= 1.
 
     beta = 0 weighs all alike, beta = 1 by inverse frequency; between them n samples count as the
     (1 - beta^n) / (1 - beta) that are no near-copies of others. Cui et al. 2019, arXiv:1901.05555, eq. 4.
@@ -392,10 +392,10 @@ def class_balanced_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
 
 
 class UncertaintyWeighting(nn.Module):
-    """Sum over tasks of (exp(-s_i) L_i + s_i) / 2, s_i = log sigma_i^2 learned with the model (start: 0).
+    """Sum over tasks of (exp(-s_i) L_i + s_i) / 2, s_i = log sigma_i^2 learned with the model.
 
-    At the optimum s_i = log L_i: every task pulls with weight 1 / (2 L_i), whatever its unit. A loss that
-    can reach 0 drives s_i to -infinity. No decay on s. Kendall et al. 2018, arXiv:1705.07115, eq. 7-10.
+    At the optimum s_i = log L_i: every task pulls with weight 1 / (2 L_i), whatever its unit. A loss
+    that can reach 0 drives s_i to -infinity. Kendall et al. 2018, arXiv:1705.07115, eq. 7-10.
     """
 
     def __init__(self, n_tasks: int):
@@ -414,9 +414,8 @@ class GradNorm(nn.Module):
     """Learns weights w_i under which the gradient norms G_i = |w_i dL_i/dW| reach mean(G) r_i^alpha.
 
     W: weights that all tasks share. r_i: how much of its first loss task i still has, relative to the
-    mean of all; alpha = 0 makes all norms equal. w = n_tasks * softmax(log_weights) stays positive (the
-    paper's, renormalised after each step, may not). Give it an optimizer group of its own without decay,
-    e.g. Adam's at lr 0.025. Chen et al. 2018, arXiv:1711.02257, eq. 1-2.
+    mean of all; alpha = 0 makes all norms equal. w is a softmax, so positive (the paper renormalises).
+    Optimize it without decay, e.g. by Adam at lr 0.025. Chen et al. 2018, arXiv:1711.02257, eq. 1-2.
     """
 
     def __init__(self, n_tasks: int, alpha: float = 1.5):
@@ -430,7 +429,7 @@ class GradNorm(nn.Module):
         return len(self.log_weights) * self.log_weights.softmax(0)  # (n_tasks,)
 
     def forward(self, losses: Tensor, shared) -> Tensor:
-        """losses (n_tasks,), shared: the last weights that all tasks use, a tensor or several -> scalar.
+        """losses (n_tasks,), shared: the last weights that all tasks use, one or several -> scalar.
 
         Its value is sum w_i L_i. backward() gives the model that sum's gradient with w held fixed, and
         log_weights that of sum |G_i - target_i| with the model held fixed.
@@ -446,7 +445,7 @@ class GradNorm(nn.Module):
             self.first_losses.copy_(losses.detach())
         shared = [shared] if isinstance(shared, Tensor) else list(shared)
         norms = []
-        for loss in losses:  # G_i is linear in w_i: the norms may be constants, without second derivatives
+        for loss in losses:  # G_i is linear in w_i: no second derivatives
             gradients = torch.autograd.grad(loss, shared, retain_graph=True)
             norms.append(torch.cat([g.flatten() for g in gradients]).norm())
         pulls = weights * torch.stack(norms)  # (n_tasks,) G_i
@@ -459,11 +458,10 @@ class GradNorm(nn.Module):
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """Joins the rows of all processes by rank: (N, ...) -> (world * N, ...). Without a process group: x.
+    """Joins the rows of all processes: (N, ...) -> (world * N, ...). Without a process group: x.
 
-    Gradients flow back to a row's process, summed over the processes' losses (plain dist.all_gather drops
-    them): with the joined batch's loss on each, and DDP's mean, parameters get what one process gives them.
-    Raises ValueError, on all processes, where N differs.
+    Gradients flow back to a row's process (plain dist.all_gather drops them), summed over the losses:
+    with the joined batch's loss on each, and DDP's mean, it is as if one process did it all.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x
@@ -480,7 +478,7 @@ def gather_batch(x: Tensor) -> Tensor:
 
 
 def parameter_groups(parameters, weight_decay: float) -> list[dict]:
-    """Two optimizer groups: matrices, embeddings, convolutions decay; biases and norms (vectors) don't."""
+    """Two optimizer groups: matrices, embeddings, convolutions decay; biases and norms don't."""
     parameters = [p for p in parameters if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -507,7 +505,7 @@ def make_optimizers(name: str, hidden, others, lr: float, weight_decay: float) -
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor on the learning rate at step 0, 1, ...: up to 1 in warmup steps, a cosine down to 0 at total."""
+    """Factor on the learning rate at step 0, 1, ...: up to 1 in warmup steps, a cosine to 0 at total."""
     warmup = min(warmup, total)
     if step >= total:
         return 0.0
@@ -517,8 +515,8 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 # -----------------------------------------------------------------------------
-# Demo: five comparisons. All rows of a table have the same labels, starts, batches and steps, and each its
-# own learning rate: of one grid, the best on dev (mean over seeds). Test images are read with that alone.
+# Demo: five comparisons. Rows of a table have the same labels, starts, batches and steps, and each its
+# own learning rate: of one grid, the best on dev (mean over seeds). The test counts for nothing there.
 
 
 @dataclass
@@ -534,14 +532,14 @@ LESS_IS_BETTER = ("ECE", "NLL", "collapsed")
 
 
 def digits(s: Settings, n_train: int, n_dev: int) -> list[dict]:
-    """scikit-learn's 8 x 8 digits: for each seed {"train": (x, y), "dev": ..., "test": ...}, x (N, 64)."""
+    """scikit-learn's digits, for each seed {"train": (x, y), "dev": ..., "test": ...}; x (N, 64)."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     x = torch.tensor(data.data, dtype=torch.float32) / 16
     y = torch.tensor(data.target)
     generator = torch.Generator().manual_seed(s.seed)
-    order = torch.randperm(len(x), generator=generator)  # its first 600 are the test images of all seeds
+    order = torch.randperm(len(x), generator=generator)  # the first 600 are all seeds' test
     sets = []
     for _ in range(s.n_seeds):
         drawn = order[600:][torch.randperm(len(x) - 600, generator=generator)]
@@ -551,7 +549,7 @@ def digits(s: Settings, n_train: int, n_dev: int) -> list[dict]:
 
 
 def train(lr, k, sets, sizes, loss_of, s, optimizer="adamw", cosine=False, weighting=None) -> nn.Module:
-    """The k-th seed's network, trained. weighting: a class, where loss_of returns the losses of two tasks."""
+    """The k-th seed's network, trained. weighting: a class, if loss_of returns two tasks' losses."""
     torch.manual_seed(s.seed + k)
     batches = torch.Generator().manual_seed(s.seed + k)  # the same whatever the sizes
     model = nn.Sequential()
@@ -583,7 +581,7 @@ def train(lr, k, sets, sizes, loss_of, s, optimizer="adamw", cosine=False, weigh
 
 
 def tune(run, evaluate, chosen: str, s: Settings, rates: tuple = RATES) -> tuple[list, dict]:
-    """run(lr, k) at every rate and seed -> the models at the rate that is best on dev, their table row."""
+    """run(lr, k) at every rate and seed -> the models at the rate that is best on dev, their row."""
     models, dev = {}, {}
     for lr in rates:
         models[lr] = [run(lr, k) for k in range(s.n_seeds)]
@@ -595,7 +593,7 @@ def tune(run, evaluate, chosen: str, s: Settings, rates: tuple = RATES) -> tuple
 
 
 def by_metric(evaluate, models: list, part: str) -> dict[str, list[float]]:
-    """evaluate(model, k, part) -> {metric: value}, of each seed's model: {metric: [a value a seed]}."""
+    """evaluate(model, k, part) -> {metric: value} of all seeds: {metric: [a value a seed]}."""
     results = [evaluate(model, k, part) for k, model in enumerate(models)]
     return {metric: [result[metric] for result in results] for metric in results[0]}
 
@@ -605,7 +603,7 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 
 def judge(rows: dict[str, dict]) -> str:
-    """Adds {metric: (mean difference from the first row, standard error, verdict)}; returns the verdicts."""
+    """Adds {metric: (mean difference from the first row, standard error, verdict)}, says verdicts."""
     from scipy.stats import t
 
     first, *others = rows
@@ -629,7 +627,7 @@ def judge(rows: dict[str, dict]) -> str:
 
 
 def print_table(title: str, rows: dict[str, dict], conclusion: str) -> None:
-    """Means, differences from the first row +- standard errors (* beyond chance), and what they show."""
+    """Means, differences from the first row +- standard errors (* beyond chance), the conclusion."""
     metrics = next(iter(rows.values()))["values"]
     print(f"\n{title}\n{'':28}{'rate':>7}" + "".join(f"{metric:>25}" for metric in metrics))
     for name, row in rows.items():
@@ -641,12 +639,12 @@ def print_table(title: str, rows: dict[str, dict], conclusion: str) -> None:
         print(line + row.get("note", ""))
     edges = [name for name, row in rows.items() if row["at_edge"]]
     if edges:
-        print(f"-> the best rate is on the grid's edge, a better one may lie beyond: {', '.join(edges)}")
+        print(f"-> the best rate is on the grid's edge: {', '.join(edges)}")
     print(f"-> {conclusion}", flush=True)
 
 
 def calibration_error(p: Tensor, y: Tensor, n_bins: int = 15) -> float:
-    """ECE: how far confidence and accuracy lie apart, mean over samples by bin (Guo et al. 2017, eq. 3)."""
+    """ECE: how far confidence and accuracy lie apart, by bins (Guo et al. 2017, eq. 3)."""
     confidence, guess = p.double().max(-1)
     gaps = confidence - (guess == y).double()  # (N,)
     index = (confidence * n_bins).long().clamp(max=n_bins - 1)
@@ -721,7 +719,7 @@ def demo_imbalance(s: Settings) -> dict[str, dict]:
     for name, loss in losses.items():
         run = partial(train, sets=sets, sizes=(64, 64, 2), loss_of=loss, s=s)
         models, rows[name] = tune(run, evaluate, "PR-AUC", s, (*RATES, 0.3))
-        if name == "cross-entropy":  # the plain remedy: a threshold at the classes' share, not at one half
+        if name == "cross-entropy":  # the plain remedy: threshold at the classes' share
             values = by_metric(partial(evaluate, threshold=-math.log(50)), models, "test")
             rows["threshold 1 : 50"] = rows[name] | {"values": values}
     return rows
@@ -807,8 +805,8 @@ def demo_optimizers(s: Settings) -> dict[str, dict]:
     rows = {}
     for optimizer in ("adamw", "adam", "sgd", "muon"):
         for cosine in (False, True):
-            network = {"sets": sets, "sizes": (64, 64, 64, 10), "loss_of": F.cross_entropy, "s": s}
-            run = partial(train, optimizer=optimizer, cosine=cosine, **network)
+            run = partial(train, sets=sets, sizes=(64, 64, 64, 10), loss_of=F.cross_entropy, s=s)
+            run = partial(run, optimizer=optimizer, cosine=cosine)
             name = optimizer + (", warm-up and cosine" if cosine else "")
             _, rows[name] = tune(run, evaluate, "accuracy", s, (*RATES[2:], 0.3, 1.0))
     return rows
@@ -816,7 +814,7 @@ def demo_optimizers(s: Settings) -> dict[str, dict]:
 
 def plot(tables: dict[str, dict], path: Path) -> None:
     """Above: the score on dev at every rate. Below: its difference on test, with standard errors."""
-    from matplotlib.figure import Figure  # only the demo draws: the functions above need torch alone
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(20, 8), layout="constrained")
     for (title, rows), (upper, lower) in zip(tables.items(), figure.subplots(2, 5).T, strict=True):

@@ -2986,50 +2986,53 @@ def losses_three(n=6):
 
 
 LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
-smooth, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
-partial = functools.partial
-# name: (the loss of (*inputs, targets), its oracle, sampler)
-LOSSES = {
-    "smoothing": (smooth, partial(F.cross_entropy, label_smoothing=0.1), losses_logits),
-    "smoothing_weight": (
-        partial(smooth, smoothing=0.3, weight=LOSSES_WEIGHT),
-        partial(F.cross_entropy, label_smoothing=0.3, weight=LOSSES_WEIGHT),
-        losses_logits,
-    ),
-    "focal": (losses.focal_loss, losses_focal, losses_logits),
-    "focal_alpha": (
-        partial(losses.focal_loss, gamma=0.5, alpha=LOSSES_WEIGHT),
-        partial(losses_focal, gamma=0.5, alpha=LOSSES_WEIGHT),
-        losses_logits,
-    ),
-    "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
-    "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
-    "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
-    "contrastive_3": (
-        partial(losses.contrastive_loss, margin=3.0), partial(losses_contrastive, margin=3.0), losses_two
-    ),
-    "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
-    "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
-    "nt_xent_cold": (
-        lambda a, b, _: losses.nt_xent_loss(a, b, 0.1), partial(losses_nt_xent, temperature=0.1), losses_two
-    ),
-    "supervised_contrastive": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
-    "triplet": (
-        lambda a, p, n, _: losses.triplet_loss(a, p, n),
-        lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
-        losses_three,
-    ),
-    "triplet_soft": (
-        lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
-        lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
-        losses_three,
-    ),
-    "batch_hard": (mined, losses_mined, losses_labelled),
-}  # fmt: skip
-for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
-    options = {"mining": mining, "margin": margin}
-    row = (partial(mined, **options), partial(losses_mined, **options), losses_labelled)
-    LOSSES[f"batch_{mining}_{margin}"] = row
+
+
+def losses_table() -> dict[str, tuple]:
+    """name: (the loss of (*inputs, targets), its oracle, sampler)"""
+    partial, weight = functools.partial, LOSSES_WEIGHT
+    smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
+    smoothed, weighted = {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "weight": weight}
+    focal = {"gamma": 0.5, "alpha": weight}
+    table = {
+        "smoothing": (smoothing, partial(F.cross_entropy, **smoothed), losses_logits),
+        "weight": (
+            partial(smoothing, smoothing=0.3, weight=weight),
+            partial(F.cross_entropy, **weighted),
+            losses_logits,
+        ),
+        "focal": (losses.focal_loss, losses_focal, losses_logits),
+        "alpha": (partial(losses.focal_loss, **focal), partial(losses_focal, **focal), losses_logits),
+        "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
+        "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
+        "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
+        "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
+        "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
+        "supcon": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
+        "triplet": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n),
+            lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
+            losses_three,
+        ),
+        "soft": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
+            lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
+            losses_three,
+        ),
+        "batch_hard": (mined, losses_mined, losses_labelled),
+    }
+    margin, cold = {"margin": 3.0}, {"temperature": 0.2}
+    for name, options in (("contrastive", margin), ("supcon", cold)):
+        loss, oracle, sampler = table[name]
+        table[f"{name}_option"] = (partial(loss, **options), partial(oracle, **options), sampler)
+    for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
+        options = {"mining": mining, "margin": margin}
+        pair = (partial(mined, **options), partial(losses_mined, **options))
+        table[f"batch_{mining}_{margin}"] = (*pair, losses_labelled)
+    return table
+
+
+LOSSES = losses_table()
 LOSSES_ON = {
     sampler: {name: row[0] for name, row in LOSSES.items() if row[2] is sampler}
     for sampler in (losses_logits, losses_labelled, losses_two)
@@ -3110,12 +3113,15 @@ def losses_refused():
         yield lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
     yield lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
     for bad in (-1.0, nan, math.inf, "hard"):
-        yield lambda b=bad: losses.focal_loss(z, y, gamma=b), ("gamma", str(bad))
-        yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, b), ("gamma", str(bad))
-        yield lambda b=bad: losses.contrastive_loss(z, z, bits, b), ("margin", str(bad))
-        yield lambda b=bad: losses.triplet_loss(z, z, z, b), ("margin", str(bad))
-        yield lambda b=bad: losses.batch_hard_triplet_loss(z, y, b), ("margin", str(bad))
-        yield lambda b=bad: losses.GradNorm(2, b), ("alpha", str(bad))
+        for name, call in (
+            ("gamma", functools.partial(losses.focal_loss, z, y)),
+            ("gamma", functools.partial(losses.binary_focal_loss, z[:, 0], bits)),
+            ("margin", functools.partial(losses.contrastive_loss, z, z, bits)),
+            ("margin", functools.partial(losses.triplet_loss, z, z, z)),
+            ("margin", functools.partial(losses.batch_hard_triplet_loss, z, y)),
+            ("alpha", functools.partial(losses.GradNorm, 2)),
+        ):
+            yield functools.partial(call, bad), (name, str(bad))
     for bad in (-0.1, 1.1, nan):
         yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b), ("alpha", "[0, 1]")
         yield lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
@@ -3247,17 +3253,19 @@ class TestLosses:
             check_close(losses_results(loss, [x.float() for x in inputs], y)[0], expected, 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_at_extremes_is_finite(self, name):
-        """Rows of 1e4, 1e-20 and 0, and equal rows: no NaN, no infinite gradient."""
+    def test_loss_at_extremes(self, name):
+        """Rows of 1e4, 1e-20 and 0, and equal rows: as float64 has it, with finite gradients."""
         loss, _, sampler = LOSSES[name]
         inputs, y = sampler(12)
-        for dtype in (torch.float32, torch.float64):
-            for x in inputs:
-                x[:3] = 1e4 * x[:3].sign()
-                x[3:6] *= 1e-20
-                x[6:10] = 0.0
+        for x in inputs:
+            x[:3] = 1e4 * x[:3].sign()
+            x[3:6] *= 1e-20
+            x[6:10] = 0.0
+        for dtype in (torch.float64, torch.float32):
             results = losses_results(loss, [x.to(dtype) for x in inputs], y)
             assert all(result.isfinite().all() and result.dtype == dtype for result in results)
+            if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
+                check_close(results[0].double(), loss(*inputs, y), 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
@@ -3308,25 +3316,12 @@ class TestLosses:
     def test_loss_with_classes_ruled_out(self, name):
         """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
         loss = LOSSES_ON[losses_logits][name]
-        if "smoothing" in name:
+        if name in ("smoothing", "weight"):
             loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
         logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
         logits[0, 0] = logits[1, 1] = 1.0
         value, gradient = losses_results(loss, [logits], torch.tensor([0, 1]))
         assert value == 0 and (gradient == 0).all()
-
-    @pytest.mark.parametrize("name", LOSSES_ON[losses_logits])
-    def test_loss_of_extreme_logits(self, name):
-        """Logits of +-1e4, right and wrong, in each precision: as float64 has it."""
-        loss = LOSSES_ON[losses_logits][name]
-        signs = [[1, -1, -1, -1, -1], [-1, 1, -1, -1, -1], [0, 0, 0, 0, 0], [-1, -1, 1, -1, -1]]
-        logits, y = 1e4 * torch.tensor(signs), torch.tensor([0, 0, 1, 2])
-        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            value, gradient = losses_results(loss, [logits.to(dtype)], y)
-            check_close(value.double(), loss(logits.to(dtype).double(), y), 1e-6)
-            assert gradient.isfinite().all()
-        rows = loss(logits.double(), y, reduction="none")
-        assert "smoothing" in name or (rows[0] == 0 and rows[3] == 0 and rows[1] > 1e3)
 
     @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
     def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
@@ -3343,33 +3338,17 @@ class TestLosses:
         expected = math.exp(-30 * gamma) * F.cross_entropy(z, torch.tensor([0]))
         assert losses.focal_loss(z, torch.tensor([0]), gamma) / expected == pytest.approx(1, abs=1e-6)
 
-    def test_distance_0_has_gradient_0(self):
-        x = torch.randn(3, 4, dtype=torch.float64)
-        for same, cost in ((torch.zeros(3), 0.5), (torch.ones(3), 0.0)):
-            value, gradient = losses_results(lambda a, y: losses.contrastive_loss(a, x, y), [x], same)
-            assert value == cost and (gradient == 0).all()
-        value, gradient = losses_results(lambda a, _: losses.triplet_loss(a, x, x, 0.7), [x], None)
-        assert value == pytest.approx(0.7) and (gradient == 0).all()
-
     def test_batch_without_pairs_or_triplets_is_0(self):
         z = torch.randn(4, 3)
         for name, loss in LOSSES_ON[losses_labelled].items():
             for y in (torch.arange(4), torch.zeros(4).long()):
-                if "contrastive" not in name or y[3]:  # one class: every anchor has positives
+                if "supcon" not in name or y[3]:  # one class: every anchor has positives
                     value, gradient = losses_results(loss, [z], y)
                     assert value == 0 and (gradient == 0).all(), name
             assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
         semihard = functools.partial(losses.batch_hard_triplet_loss, mining="semihard")
         value, gradient = losses_results(semihard, [torch.zeros(6, 3)], torch.arange(6) % 2)
         assert value == 0 and (gradient == 0).all()  # among ties no negative is farther
-
-    def test_batch_hard_triplet_loss_shares_the_gradient_among_ties(self):
-        """Two samples at one point are the farthest positives, two at another the nearest negatives."""
-        z = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
-        loss = functools.partial(losses.batch_hard_triplet_loss, margin=5.0)
-        _, gradient = losses_results(loss, [z], torch.tensor([0, 0, 0, 1, 1]))
-        assert torch.equal(gradient[1], gradient[2]) and torch.equal(gradient[3], gradient[4])
-        assert (gradient.norm(dim=1) > 0.01).all()
 
     def test_batch_hard_triplet_loss_of_near_duplicates(self):
         """Beyond 25 rows cdist goes by matrix products, which lose distances of 1e-4 at 100."""
@@ -3462,23 +3441,11 @@ class TestLosses:
             check_close(losses.class_balanced_weights(given, 1.0), inverse.float(), 1e-6)
         assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
 
-    def test_uncertainty_weighting_by_hand(self):
-        weighting = losses.UncertaintyWeighting(2).double()
-        tasks = torch.tensor([3.0, 0.5], dtype=torch.float64, requires_grad=True)
-        assert weighting(tasks) == 1.75  # s = 0: half the sum
-        with torch.no_grad():
-            weighting.log_variances.copy_(torch.tensor([math.log(2.0), 1.0]))
-        total = weighting(tasks)
-        total.backward()
-        assert total.item() == pytest.approx((3 / 2 + math.log(2) + 0.5 / math.e + 1) / 2, abs=1e-7)
-        check_close(tasks.grad, torch.tensor([0.25, 0.5 / math.e]).double(), 1e-7)
-        expected = torch.tensor([-0.25, (1 - 0.5 / math.e) / 2]).double()
-        check_close(weighting.log_variances.grad, expected, 1e-7)
-
     def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
         """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i, and sum L_i' / L_i = 0 puts x half-way."""
         x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
         weighting = losses.UncertaintyWeighting(2).double()
+        assert weighting(torch.tensor([3.0, 0.5])) == 1.75  # s = 0: half the sum
         parameters = [x, *weighting.parameters()]
         optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
@@ -3491,6 +3458,8 @@ class TestLosses:
         optimizer.step(closure)
         check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
         check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
+        by_hand = (1 + math.log(1.25) + 1 + math.log(125)) / 2
+        assert closure().item() == pytest.approx(by_hand, abs=1e-6)
 
     def test_gradnorm_by_hand(self):
         """Two linear tasks with gradient norms 3 and 4 on the shared weights: d w_i / d s_j is
@@ -3539,33 +3508,6 @@ class TestLosses:
             gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
             check_close(gradient, torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
 
-    def test_gradnorm_reaches_its_targets(self):
-        """Two regressions on shared weights, in units 1 : 30."""
-        for alpha in (0.0, 1.0):
-            x = torch.randn(64, 6, dtype=torch.float64)
-            trunk = nn.Linear(6, 8).double()
-            heads = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1)]).double()
-            goals = [unit * (x @ torch.randn(6, 1, dtype=torch.float64)).tanh() for unit in (1.0, 30.0)]
-            gradnorm = losses.GradNorm(2, alpha).double()
-            model = {"params": [*trunk.parameters(), *heads.parameters()], "lr": 1e-4}
-            optimizer = torch.optim.Adam([model, {"params": gradnorm.parameters(), "lr": 0.025}])
-            for _ in range(400):
-                hidden = trunk(x).tanh()
-                tasks = torch.stack(
-                    [F.mse_loss(h(hidden), goal) for h, goal in zip(heads, goals, strict=True)]
-                )
-                optimizer.zero_grad()
-                gradnorm(tasks, trunk.weight).backward()
-                optimizer.step()
-            hidden = trunk(x).tanh()
-            tasks = [F.mse_loss(h(hidden), goal) for h, goal in zip(heads, goals, strict=True)]
-            norms = [torch.autograd.grad(task, trunk.weight, retain_graph=True)[0].norm() for task in tasks]
-            pulls = gradnorm.weights().detach() * torch.stack(norms)
-            progress = torch.stack(tasks).detach() / gradnorm.first_losses
-            progress = progress / progress.mean()
-            assert alpha == 0 or (progress - 1).abs().max() > 0.2  # else the targets were those of alpha 0
-            check_close(pulls / pulls.mean(), progress**alpha, 0.1, f"alpha {alpha}")
-
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
         model = losses_gather_model()
@@ -3605,27 +3547,18 @@ class TestLosses:
         check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4)
         check_close(head.detach(), torch.full((2, 3), expected), 1e-4)
         assert torch.equal(bias.detach(), torch.full((3,), 2.0))
-        kinds = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "muon": "Muon"}
-        assert type(optimizers[0]).__name__ == kinds[name]
-        assert name != "sgd" or optimizers[0].param_groups[0]["momentum"] == 0.9
+        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
+        assert kinds == [name, "adamw"][: len(kinds)] and (len(kinds) == 2) == (name == "muon")
         if name == "muon":
-            assert [p.shape for group in optimizers[0].param_groups for p in group["params"]] == [(3, 3)]
-            assert isinstance(optimizers[1], torch.optim.AdamW)
+            assert [len(group["params"]) for group in optimizers[0].param_groups] == [1]
             assert optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+        assert optimizers[0].param_groups[0].get("momentum", 0.9) == (0.95 if name == "muon" else 0.9)
 
-    def test_warmup_cosine_under_lambda_lr(self):
-        """LambdaLR asks for the step behind the last one, too."""
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        factor = functools.partial(losses.warmup_cosine, warmup=4, total=12)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        rates = []
-        for _ in range(13):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[8] == pytest.approx(0.5)
-        assert rates[6] == pytest.approx((1 + math.sqrt(0.5)) / 2) and rates[12] == 0
-        assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+    def test_warmup_cosine_by_hand(self):
+        factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
+        falling = [(1 + math.cos(math.pi * part / 8)) / 2 for part in range(8)]
+        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling, 0.0, 0.0], abs=1e-12)
+        assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]  # cut to the run
 
     # The demo
 
@@ -9340,55 +9273,51 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
     ],
     "losses.py": [
+        ("remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)", "remaining.mean()", "gradnorm"),
+        ("smoothing / log_p.shape[1] * weighted", "smoothing / (log_p.shape[1] - 1) * weighted", "equals"),
+        ("divisor = (kept * weights).sum()", "divisor = (kept + 0 * weights + 1).sum()", "ignored_rows"),
+        ("rows = rows.masked_fill(~kept[:, None], 0.0)", "pass", "ignored_rows"),
+        ("focus = (gamma * log_sum(log_p, ~is_target)).exp()", "focus = gamma * 0 + 1.0", "focal"),
+        ("rows = -alpha[y] * focus", "rows = -alpha[0] * focus", "focal"),
+        ("(1 - alpha) * (~positive)", "alpha * (~positive)", "focal"),
+        ("F.pairwise_distance(x1, x2, eps=0)", "(x1 - x2).square().sum(1).sqrt()", "extremes"),
         (
-            "remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)",
-            "remaining.mean()",
-            "losses_gradnorm",
+            "F.pairwise_distance(x1, x2, eps=0)).square()",
+            "F.pairwise_distance(x1, x2, eps=0).square())",
+            "oracle",
         ),
-        (
-            "smoothing / log_p.shape[1] * weighted",
-            "smoothing / (log_p.shape[1] - 1) * weighted",
-            "label_smoothing_is",
-        ),
-        (
-            "divisor = counts.sum() if weight is None",
-            "divisor = torch.tensor(len(y)) if weight is None",
-            "ignored_row",
-        ),
-        ("rows = -(gamma * log_p_rest).exp()", "rows = -((1 - log_p_rest.exp()) * gamma).exp()", "focal_is"),
-        ("rows = rows * alpha[y]", "rows = rows * alpha[0]", "focal_is"),
-        ("(1 - alpha) * (1 - positive)", "alpha * (1 - positive)", "binary_focal_is"),
-        ("return squared.where(apart, 1.0).sqrt() * apart", "return squared.sqrt()", "distance_0"),
-        (
-            "F.relu(margin - distance(x1, x2)).square()",
-            "F.relu(margin - distance(x1, x2).square())",
-            "hadsells",
-        ),
+        ("F.normalize(a, dim=1)", "(a / a.square().sum(1, keepdim=True).sqrt())", "extremes"),
         (
             "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
             "similarity(z, z, temperature)",
-            "simclrs",
+            "oracle",
         ),
-        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "khoslas"),
+        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "oracle"),
         (
             "d.masked_fill(~positive, -math.inf).amax(1)",
             "d.masked_fill(positive, -math.inf).amax(1)",
-            "brute_force",
+            "oracle",
         ),
         (
             "torch.expm1(n * math.log(beta)) / (beta - 1)",
             "torch.expm1(math.log(beta)) / (beta - 1)",
-            "class_balanced",
+            "balanced",
         ),
-        ("self.log_variances / 2).sum()", "self.log_variances).sum()", "uncertainty"),
+        ("((-s).exp() * losses + s).sum() / 2", "((-s).exp() * losses + 2 * s).sum() / 2", "uncertainty"),
         ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
-        ("        dist.all_reduce(gradient)  #", "        #", "two_processes"),
+        (
+            "torch.distributed.nn.functional.all_gather(x)",
+            "torch.distributed.nn.functional.all_gather(x.detach())",
+            "two_processes",
+        ),
         (
             'if p.ndim < 2], "weight_decay": 0.0',
             'if p.ndim < 2], "weight_decay": weight_decay',
             "parameter_groups",
         ),
-        ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
+        ("best = max(rates", "best = min(rates", "tune"),
+        ('by_metric(evaluate, models[lr], "dev")', 'by_metric(evaluate, models[lr], "test")', "dev_alone"),
+        ("limit = t.ppf(1 - 0.025 / n_tests", "limit = 0 * t.ppf(1 - 0.025 / n_tests", "judge"),
     ],
     "train_ddp.py": [
         ("if s.clip:", "if True:", "train_ddp_clip_0"),
