@@ -1,8 +1,10 @@
 """Losses in log space, how to weigh classes, tasks and processes, and which optimizer: each tried fairly.
 
-RESULT
+Logged (10 seeds, AMD EPYC, torch 2.13.0; +- standard error): where a fifth of the labels is wrong, smoothing
+0.1 lowers the NLL by 0.046 +- 0.005 and raises the calibration error by 0.040 +- 0.002; at 1 : 50 a moved
+threshold raises mean recall by 0.27 +- 0.03, inverse-frequency weights by 0.23 +- 0.03.
 
-    python losses.py                 # five comparisons: tables, a picture, a line of JSON
+    python losses.py                 # five comparisons: tables, a picture; 41 s of one core
     python losses.py --n-seeds 10    # as logged in assets/losses.json; --help lists every setting
 
 Papers stand with the functions. Copy what is above "Demo": it needs torch alone.
@@ -822,14 +824,14 @@ def plot(tables: dict[str, dict], path: Path) -> None:
         metric = rows[others[0]]["chosen"]
         for i, (name, row) in enumerate(rows.items()):
             scores = [at_rate[metric] for at_rate in row["dev"].values()]
-            upper.semilogx(list(row["dev"]), scores, "o-", color=f"C{i}")
+            upper.semilogx(list(row["dev"]), scores, "o-", color=f"C{i}", zorder=-i)
             if name in others:
                 mean, error, _ = row["difference"][metric]
                 lower.errorbar(mean, name, xerr=error, fmt="o", color=f"C{i}", capsize=3)
         lower.axvline(0, color="black", linewidth=0.8)
         lower.invert_yaxis()
         upper.set(title=title, xlabel="learning rate", ylabel=f"{metric} on dev")
-        lower.set(xlabel=f"{metric} on test: difference from {first} (black)")
+        lower.set(xlabel=f"{metric} on test:\ndifference from {first}")
     figure.savefig(path, dpi=80)
 
 
