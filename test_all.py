@@ -3033,10 +3033,8 @@ def losses_table() -> dict[str, tuple]:
 
 
 LOSSES = losses_table()
-LOSSES_ON = {
-    sampler: {name: row[0] for name, row in LOSSES.items() if row[2] is sampler}
-    for sampler in (losses_logits, losses_labelled, losses_two)
-}
+LOSSES_ON_LOGITS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_logits}
+LOSSES_ON_LABELS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_labelled}
 
 
 def losses_results(loss, inputs: list, y) -> list[Tensor]:
@@ -3093,7 +3091,7 @@ def losses_gather_worker(rank: int, folder: str) -> None:
 def losses_refused():
     """(call, words of its ValueError)"""
     z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    bits, one, w, nan = (y > 0).long(), z[:1], torch.ones(3, requires_grad=True), math.nan
+    bits, one, nan = (y > 0).long(), z[:1], math.nan
     for loss in (losses.label_smoothing_cross_entropy, losses.focal_loss, losses.ordinal_loss):
         for bad, words in (
             (y + 1, ("targets", "0 .. 2", "3")),
@@ -3148,6 +3146,10 @@ def losses_refused():
     yield lambda: losses.contrastive_loss(z, z, bits[:, None]), ("same", "(6, 1)")
     yield lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"), ("mining", "easy", "semihard")
     yield lambda: losses.has_collapsed(one), ("z", "2")
+
+
+def losses_refused_by_weighting():
+    w = torch.ones(3, requires_grad=True)
     for bad in ([3, 0], [], [[2, 2]], 3):
         yield lambda b=bad: losses.class_balanced_weights(torch.tensor(b)), ("counts", str(bad))
     for bad in (torch.ones(3), torch.ones(1)):
@@ -3276,9 +3278,9 @@ class TestLosses:
             value = loss(*inputs, y)
         assert value.device.type == "cpu" and value == loss(*inputs, y)
 
-    @pytest.mark.parametrize("name", LOSSES_ON[losses_logits])
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_ignored_rows_change_nothing(self, name):
-        loss = LOSSES_ON[losses_logits][name]
+        loss = LOSSES_ON_LOGITS[name]
         logits, y = 3 * torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 5
         value, gradient = losses_results(loss, [logits], y)
         ignored = torch.cat((y, torch.tensor([-100, -100])))
@@ -3299,9 +3301,9 @@ class TestLosses:
         for dtype in (torch.uint8, torch.uint16, torch.int32):
             assert torch.equal(loss(logits, y.to(dtype)), value)
 
-    @pytest.mark.parametrize("name", LOSSES_ON[losses_logits])
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_over_no_rows_is_0(self, name):
-        loss = LOSSES_ON[losses_logits][name]
+        loss = LOSSES_ON_LOGITS[name]
         for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
             y = torch.full((len(logits),), -100)
             for reduction in ("mean", "sum"):
@@ -3312,10 +3314,10 @@ class TestLosses:
         value, gradient = losses_results(of_class_0, [torch.randn(4, 5)], torch.zeros(4).long())
         assert value == 0 and (gradient == 0).all()
 
-    @pytest.mark.parametrize("name", LOSSES_ON[losses_logits])
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_with_classes_ruled_out(self, name):
         """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
-        loss = LOSSES_ON[losses_logits][name]
+        loss = LOSSES_ON_LOGITS[name]
         if name in ("smoothing", "weight"):
             loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
         logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
@@ -3340,7 +3342,7 @@ class TestLosses:
 
     def test_batch_without_pairs_or_triplets_is_0(self):
         z = torch.randn(4, 3)
-        for name, loss in LOSSES_ON[losses_labelled].items():
+        for name, loss in LOSSES_ON_LABELS.items():
             for y in (torch.arange(4), torch.zeros(4).long()):
                 if "supcon" not in name or y[3]:  # one class: every anchor has positives
                     value, gradient = losses_results(loss, [z], y)
@@ -3421,7 +3423,7 @@ class TestLosses:
     # Refusals
 
     def test_losses_refuse_what_would_be_silently_wrong(self):
-        for i, (call, words) in enumerate(losses_refused()):
+        for i, (call, words) in enumerate([*losses_refused(), *losses_refused_by_weighting()]):
             with pytest.raises(ValueError) as error:
                 call()
             assert all(word in str(error.value) for word in words), (i, words, str(error.value))
@@ -3618,12 +3620,7 @@ class TestLosses:
         """Same seed, same weights; each option gives others; the batches don't depend on the sizes."""
         s = losses.Settings(n_seeds=1, steps=12)
         sets = losses.digits(s, 200, 50)
-        runs = {
-            "plain": {},
-            "cosine": {"cosine": True},
-            "sgd": {"optimizer": "sgd"},
-            "muon": {"optimizer": "muon"},
-        }
+        runs = {"plain": {}, "cosine": {"cosine": True}, "sgd": {"optimizer": "sgd"}}
         weights, seen = {}, []
 
         def loss_of(z, y):
