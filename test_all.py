@@ -9337,7 +9337,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
     "attention.py": "attention", "encoder.py": "TestEncoder", "transformer.py": "transformer",
-    "losses.py": "losses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
+    "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
     "export.py": "export", "classify_imdb.py": "imdb",
 }  # fmt: skip
 
