@@ -110,8 +110,8 @@ def scaled_dot_product_attention(
     else:
         # Rows without any key: -inf would give NaN; the lowest number gives equal weights, then 0.
         hidden = ~allowed_pairs(q, k, mask, causal)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+        lowest = scores.new_full([], -math.inf).nan_to_num()  # finfo.min, which TorchScript lacks
+        weights = scores.masked_fill(hidden, lowest).softmax(dim=-1).masked_fill(hidden, 0.0)
     return F.dropout(weights, dropout_p) @ v, weights
 
 
