@@ -153,6 +153,7 @@ ATTENTION_WAYS = {
 ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
 ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
 ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
 
 
 def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
@@ -167,39 +168,21 @@ def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None
 def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
     """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
     allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    tq, tk = shape[-2:]
-    for i, j in itertools.product(range(tq), range(tk)):
-        if causal and j - tk > i - tq:  # counted from the end: bottom-right
+    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
+        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
             allowed[..., i, j] = False
     return allowed
 
 
 ATTENTION_PEAK = """
-import os, sys, threading, time
-import torch
-sys.path.insert(0, sys.argv[1])
-import attention
+import resource, sys, torch, attention
 torch.set_num_threads(1)
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-def run(T):
+def peak(T):
     q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
-    before = resident()
-    attention.WAYS[sys.argv[2]](q, k, v).sum().backward()
-    return before
-run(200)  # loads the libraries, starts the autograd thread
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-before = run(8192)
-done = True
-thread.join()
-print((peak - before) / 2**20)
+    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak(200)  # loads the libraries, starts the autograd thread
+print(peak(8192) - before)
 """
 
 
@@ -215,10 +198,13 @@ class AttentionCall(nn.Module):
         return self.attention(query, context, mask, self.causal)
 
     @staticmethod
-    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> tuple:
-        context = torch.randn(b, tk, 10) if cross else None
-        mask = torch.rand(b, 1, 1, tk if cross else tq) < 0.7 if masked else None
-        return torch.randn(b, tq, 12), context, mask
+    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
+        example = {"query": torch.randn(b, tq, 12)}
+        if cross:
+            example["context"] = torch.randn(b, tk, 10)
+        if masked:
+            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+        return example
 
 
 class TestAttention:
@@ -228,17 +214,11 @@ class TestAttention:
     def test_all_ways_agree_with_torch(self, dtype, tolerance):
         """Values, gradients and weights, over random sizes, masks and strides."""
         draw = random.Random(1)
-        kinds = ["none", "padding", "square", "keys", "queries", "heads", "full", "one", "scalar"]
         for case in range(220):
-            b, h, tq, tk = (
-                draw.randint(1, 3),
-                draw.randint(1, 3),
-                draw.choice([1, 1, 2, 5, 7, 8]),
-                draw.randint(1, 9),
-            )
+            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
             d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
             tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
-            mask = attention_mask(draw.choice(kinds), b, h, tq, tk)
+            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
             inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
             if draw.random() < 0.5:  # as heads that were split off a projection
                 inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
@@ -303,16 +283,11 @@ class TestAttention:
 
     @ATTENTION_EVERY_WAY
     def test_large_logits_stay_finite(self, name):
-        way = ATTENTION_WAYS[name]
-        q, k, v = (
-            torch.tensor([[1e4], [-1e4]]),
-            torch.tensor([[1.0], [-1.0], [0.5]]),
-            torch.tensor([[1.0], [2.0], [4.0]]),
-        )
-        inputs = [x.requires_grad_() for x in (q, k, v)]  # D = 1: the logits are q k
-        output = way(*inputs)
+        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+        output = way(q, k, v)  # D = 1: the logits are q k
         assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), inputs))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
         only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
         assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
         low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
@@ -335,59 +310,57 @@ class TestAttention:
     def test_all_ways_make_tensors_where_their_input_is(self):
         """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
         q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-        for way in ATTENTION_WAYS.values():
+        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
             with torch.device("meta"):
-                outputs = [way(q, k, k, None, causal) for causal in (False, True)]
+                outputs = [way(q, k, k, None, causal)]
             torch.set_default_dtype(torch.float64)
             try:
-                other = [way(q, k, k, None, causal) for causal in (False, True)]
+                outputs.append(way(q, k, k, None, causal))
             finally:
                 torch.set_default_dtype(torch.float32)
-            for causal in (False, True):
-                for output in (outputs[causal], other[causal]):
-                    check_close(output, way(q, k, k, None, causal), 1e-6)
+            for output in outputs:
+                check_close(output, way(q, k, k, None, causal), 1e-6)
 
     # ---- blockwise
 
-    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
     def test_blockwise_memory(self, tmp_path):
         """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
         megabytes = {}
         for name in ("blockwise", "written out"):
-            command = [sys.executable, "-c", ATTENTION_PEAK, str(ROOT), name]
-            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+            command, environment = [sys.executable, "-c", ATTENTION_PEAK, name], {"PYTHONPATH": str(ROOT)}
+            result = subprocess.run(
+                command,
+                cwd=tmp_path,
+                env=os.environ | environment,
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
             assert result.returncode == 0, result.stderr
             megabytes[name] = float(result.stdout)
         assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
 
-    def test_blockwise_never_visits_the_future(self):
-        def visited(tq: int, tk: int, causal: bool) -> list[tuple[int, int]]:
-            found = attention.blocks(torch.zeros(tq, 1), torch.zeros(tk, 1), None, causal, 3)
-            return [(i.start, j.start) for i, j, _ in found]
-
-        assert visited(6, 9, True) == [(0, 0), (0, 3), (3, 0), (3, 3), (3, 6)]
-        assert visited(6, 8, True) == [(0, 0), (0, 3), (3, 0), (3, 3), (3, 6)]
-        assert visited(6, 2, True) == [(3, 0)]  # more queries than keys: the first see none
-        assert visited(4, 4, False) == [(0, 0), (0, 3), (3, 0), (3, 3)]
+    @pytest.mark.parametrize("tk,causal,expected", [
+        (9, True, ["00", "03", "30", "33", "36"]), (8, True, ["00", "03", "30", "33", "36"]),
+        (2, True, ["30"]), (4, False, ["00", "03", "30", "33"]),
+    ])  # fmt: skip
+    def test_blockwise_never_visits_the_future(self, tk, causal, expected):
+        found = attention.blocks(torch.zeros(6, 1), torch.zeros(tk, 1), None, causal, 3)
+        assert [f"{i.start}{j.start}" for i, j, _ in found] == expected
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_blockwise_sums_in_float32(self, dtype):
         """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
         q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-        assert (
-            attention.blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype), block_size=1).item() == 0.5
-        )
+        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
         q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
         (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
         assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-        q, k, v = (torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]]))
-        q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
-        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), (q, k, v))
+        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
         assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-        k = torch.cat((torch.ones(500, 1), -torch.ones(500, 1))).to(dtype)
-        q = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
-        output = attention.blockwise_attention(q, k, k, block_size=1)
-        assert torch.autograd.grad(output.sum(), q)[0].item() == 1.0
 
     def test_blockwise_is_exact_under_autocast(self):
         inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
@@ -419,18 +392,11 @@ class TestAttention:
         assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
         assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
         assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
-        for dtype in (
-            torch.uint8,
-            torch.uint16,
-            torch.uint32,
-            torch.uint64,
-            torch.int8,
-            torch.int16,
-            torch.int32,
-        ):
-            assert torch.equal(attention.padding_mask(torch.tensor([0, 2, 3], dtype=dtype)), padding), dtype
+        for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
+            lengths = torch.tensor([0, 2, 3], dtype=getattr(torch, kind))
+            assert torch.equal(attention.padding_mask(lengths), padding), kind
+            assert torch.equal(attention.padding_mask(np.array([0, 2, 3], dtype=kind)), padding), kind
         assert torch.equal(attention.padding_mask([0, 2, 3]), padding)
-        assert torch.equal(attention.padding_mask(np.array([0, 2, 3], dtype=np.uint16)), padding)
 
     # ---- MultiHeadAttention
 
@@ -439,17 +405,11 @@ class TestAttention:
         """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
         draw = random.Random(2)
         for case in range(200):
-            heads, b, tq, tk = (
-                draw.choice([1, 2, 3]),
-                draw.randint(1, 3),
-                draw.randint(1, 6),
-                draw.randint(1, 7),
-            )
+            heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
             c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
             kv_dim = draw.choice([None, 6, 7]) if cross else None
-            theirs = nn.MultiheadAttention(
-                c, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True
-            ).to(dtype)
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, **sizes)
             if bias:  # torch starts them at 0, which would hide a mix-up
                 nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
             ours = attention.MultiHeadAttention.from_torch(theirs)
@@ -472,16 +432,13 @@ class TestAttention:
             check_close(weights, expected_weights, tolerance, what)
             assert torch.equal(output, ours(query, context, mask, causal)), what
 
-            towards = torch.randn_like(output)
-            tensors = [query] if context is None else [query, context]
-            names = [name for name, _ in ours.named_parameters()]
+            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
             got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-            their_names = [name for name, _ in theirs.named_parameters()]
             want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
             for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
                 check_close(one, other, tolerance, what)
-            got = dict(zip(names, got[len(tensors) :], strict=True))
-            for name, gradient in zip(their_names, want[len(tensors) :], strict=True):
+            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
+            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
                 if name.startswith("in_proj_"):
                     packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
                     check_close(torch.cat(packed), gradient, tolerance, what)
@@ -506,15 +463,10 @@ class TestAttention:
 
     def test_multi_head_attention_parameters(self):
         module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        assert shapes == {f"{x}_proj.bias": (24,) for x in ("q", "k", "v", "out")} | {
-            "q_proj.weight": (24, 24), "k_proj.weight": (24, 10), "v_proj.weight": (24, 10),
-            "out_proj.weight": (24, 24),
-        }  # fmt: skip
-        assert all((p == 0).all() for name, p in module.named_parameters() if name.endswith("bias"))
-        for p in (module.q_proj.weight, module.k_proj.weight, module.v_proj.weight, module.out_proj.weight):
-            limit = math.sqrt(6 / sum(p.shape))
-            assert 0.9 * limit < p.abs().max() <= limit  # Glorot, uniform
+        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
+            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
+            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
+            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
         names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
         assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
 
@@ -542,51 +494,33 @@ class TestAttention:
     @ATTENTION_FUSED_OR_NOT
     def test_causality(self, fused):
         """A later token moves no earlier output; it moves its own and the later ones."""
-        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-        x = torch.randn(3, 6, 12, dtype=torch.float64)
-        altered = x.clone()
-        altered[:, 4] += 1
+        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        altered = x + (torch.arange(6) == 4)[:, None]
         moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
         assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
     def test_second_derivatives(self):
-        """fused=False has them; torch's fused kernel says that it hasn't."""
         module = attention.MultiHeadAttention(6, 2, fused=False).double()
         x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
         assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
-        module.fused = True
-        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="not implemented"):
-            torch.autograd.grad(first.sum(), x)
 
     @ATTENTION_FUSED_OR_NOT
-    def test_dropout_only_in_training(self, fused):
-        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-        plain = attention.MultiHeadAttention(8, 2)
-        plain.load_state_dict(module.state_dict())
-        x = torch.randn(2, 7, 8)
-        check_close(module.eval()(x), plain(x), 1e-6)
-        check_close(module(x, causal=True), plain(x, causal=True), 1e-6)
-        module.train()
-        for causal in (False, True):
-            torch.manual_seed(1)
-            first, weights = module.forward_with_weights(x, causal=causal)
-            torch.manual_seed(1)
-            assert torch.equal(first, module(x, causal=causal))
-            assert not torch.equal(first, module(x, causal=causal))
-            expected, expected_weights = plain.forward_with_weights(x, causal=causal)
-            check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
-            mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
-            assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
-
     @pytest.mark.parametrize("causal", [False, True])
-    def test_functions_drop_weights(self, causal):
-        """Equal weights, values of 1: every output is 1 without dropout, and 1 on average with it."""
-        q, v = torch.zeros(400, 1), torch.ones(400, 1)
-        output, weights = attention.scaled_dot_product_attention(q, q, v, None, causal, 0.25)
-        for late in (output[200:], attention.fused_attention(q, q, v, None, causal, 0.25)[200:]):
-            assert 0.95 < late.mean() < 1.05 and 0.01 < late.std() < 0.1  # late queries see many keys
-        assert (weights[-1] > 0).all()
+    def test_dropout_only_in_training(self, fused, causal):
+        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
+        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain.load_state_dict(module.state_dict())
+        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
+        check_close(module.eval()(x, causal=causal), expected, 1e-6)
+        module.train()
+        torch.manual_seed(1)
+        first, weights = module.forward_with_weights(x, causal=causal)
+        torch.manual_seed(1)
+        assert torch.equal(first, module(x, causal=causal))
+        assert not torch.equal(first, module(x, causal=causal))
+        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
+        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
+        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
 
     @ATTENTION_FUSED_OR_NOT
     def test_cache_equals_one_shot(self, fused):
@@ -616,10 +550,9 @@ class TestAttention:
         module = attention.MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
-        bad_masks = torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 3, dtype=torch.bool)
-        for query, mask in [(x[:, 3:], bad_masks[0]), (x[:, 3:], bad_masks[1]), (x[:1, 3:], None)]:
+        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
             with pytest.raises((ValueError, RuntimeError)):
-                module.forward_cached(query, cache, mask)
+                module.forward_cached(query[:, 3:], cache, mask)
             assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
         check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
@@ -651,22 +584,22 @@ class TestAttention:
             call()
 
     @ATTENTION_EVERY_WAY
-    def test_all_ways_refuse_what_does_not_fit(self, name):
-        way, (q, k, v) = (
-            ATTENTION_WAYS[name],
-            (torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 7, 6)),
-        )
-        for mask in (torch.zeros(5, 7), torch.ones(5, 7, dtype=torch.int64)):
-            with pytest.raises(ValueError, match="boolean"):
-                way(q, k, v, mask)
-        # Masks of other sizes; the last two would make the output larger.
-        for size in ((7, 5), (5, 6), (2, 7), (1, 2, 1, 5, 7), (2, 3, 5, 7)):
-            with pytest.raises(RuntimeError):
-                way(q, k, v, torch.ones(size, dtype=torch.bool))
+    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
+        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
+        "215 217 219 57", "215 217 216 57",
+    ])  # fmt: skip
+    def test_all_ways_refuse_shapes(self, name, shapes):
+        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
+        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
+        inputs = [torch.randn(*size, 4) for size in inputs]
         with pytest.raises((RuntimeError, IndexError)):
-            way(q, k, torch.randn(2, 1, 9, 6))  # more values than keys
-        with pytest.raises(RuntimeError):
-            way(q, torch.randn(2, 1, 7, 5), v)
+            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
+        with pytest.raises(ValueError, match="mask.*boolean"):
+            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
 
     # ---- it leaves Python
 
@@ -679,27 +612,23 @@ class TestAttention:
             combinations = [(True, True, False, False), (True, True, True, True), (True, False, True, False)]
         for causal, fused, cross, masked in combinations:
             module = AttentionCall(causal, fused, cross)
-            same_length = causal and way == "trace"  # a trace must not rely on Tq = Tk
-            example = AttentionCall.example(2, 5, 5 if same_length else 7, cross, masked)
-            given = [x for x in zip(("query", "context", "mask"), example, strict=True) if x[1] is not None]
+            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
+            example = AttentionCall.example(2, 5, tk, cross, masked)
             if way == "trace":
-                converted = torch.jit.trace(module, example_kwarg_inputs=dict(given))
+                converted = torch.jit.trace(module, example_kwarg_inputs=example)
             elif way == "script":
                 converted = torch.jit.script(module)
             elif way == "export":
-                free = ({0: 2, 1: 2}, {0: 2, 1: 2} if cross else None, {0: 2, 3: 2} if masked else None)
-                auto = [{dim: torch.export.Dim.AUTO for dim in dims} if dims else None for dims in free]
-                converted = torch.export.export(module, example, dynamic_shapes=tuple(auto)).module()
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
+                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
             else:
                 torch._dynamo.reset()
                 converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
             for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
-                query, context, mask = AttentionCall.example(*sizes, cross, masked)
-                given = {"query": query, "context": context, "mask": mask}
-                given = {name: x for name, x in given.items() if x is not None}
-                got = converted(query, context, mask) if way == "export" else converted(**given)
+                given = AttentionCall.example(*sizes, cross, masked)
                 what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
-                check_close(got, module(query, context, mask), 1e-6, what)
+                check_close(converted(**given), module(**given), 1e-6, what)
 
     def test_traced_fused_attention_fits_other_lengths(self):
         q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
@@ -718,31 +647,25 @@ class TestAttention:
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
-    def test_plot_attention(self, shape, tmp_path):
+    def test_plot_attention(self, shape, tmp_path, monkeypatch):
         """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
         from matplotlib.figure import Figure
 
-        texts = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"]
-        tokens = (texts * 200)[: max(shape[-2:])]
-        figures, weights = [], self.weights(*shape)
-        with pytest.MonkeyPatch.context() as patch:
-            savefig = Figure.savefig
-            patch.setattr(
-                Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k)
-            )
-            path = attention.plot_attention(
-                weights, tokens[: shape[-2]], tokens[: shape[-1]], tmp_path / "a.png"
-            )
+        tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
+        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
+        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
+        savefig = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", keep)
+        path = tmp_path / "a.png"
+        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
         assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
         maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
         for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
-            shown = picture.get_array().filled(0)
-            np.testing.assert_allclose(shown, expected, rtol=1e-6)
+            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
             assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
             assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-        last = figures[0].axes[len(maps) - 1]
-        labels = [x.get_text() for x in last.get_xticklabels()]
-        assert len(labels) == len(last.get_xticks()) <= 40 and max(map(len, labels)) <= 12
+        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
+        assert len(labels) <= 40 and max(map(len, labels)) <= 12
         if shape == (2, 5, 7):
             assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
 
@@ -778,9 +701,6 @@ class TestAttention:
         half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
         page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
         assert '"weights":[[[[10000]]]]' in page
-        tokens = ["t"] * 100
-        page = attention.attention_html(self.weights(4, 12, 100, 100), tokens, tokens, tmp_path / "c.html")
-        assert page.stat().st_size < 2.5e6  # small enough to open at once
 
     # ---- the demo
 
@@ -799,9 +719,7 @@ class TestAttention:
         shutil.copy(ROOT / "attention.py", tmp_path)
         arguments = "--max-len", "1024", "--seed", "3"
         environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
-        result = run_script(
-            "attention.py", *arguments, cwd=tmp_path, folder=tmp_path, timeout=120, **environment
-        )
+        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
         headline = last_json(result)
         assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
         report = json_of(tmp_path / headline["report"])
@@ -815,13 +733,10 @@ class TestAttention:
         assert names == ["heads.html", "heads.png", "report.json"]
 
     def test_logged_benchmark(self):
-        """The figure that README shows is one of a logged run."""
         log = json_of(ROOT / "assets/attention_benchmark.json")
         assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
-        assert log["ratio"]["quartiles"][0] <= log["ratio"]["median"] <= log["ratio"]["quartiles"][1]
-        assert log["ratio"]["median"] > 1 and all(
-            log[key] for key in ("cpu", "threads", "torch", "date", "command")
-        )
+        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
+        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
