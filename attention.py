@@ -337,7 +337,7 @@ def plot_attention(weights: Tensor, q_tokens, k_tokens, path: str | Path) -> Pat
         axes.set_yticks(range(0, q_len, step), y_labels, fontsize=7, parse_math=False)
     fig.supxlabel("key: looked at", fontsize=9)
     fig.supylabel("query: looks", fontsize=9)
-    fig.colorbar(picture, ax=grid, label="weight", fraction=0.3 / fig.get_figwidth())
+    fig.colorbar(picture, ax=grid, label="weight (grey: masked)", fraction=0.3 / fig.get_figwidth())
     fig.savefig(path, format="png")
     return Path(path)
 
@@ -414,7 +414,7 @@ weights.forEach(layer => {
   const line = add("div", $("heads"));
   layer.forEach(rows => addHead(rows, line));
 });
-look(document.querySelector("canvas"), 0);
+look(document.querySelector("canvas"), queries.length - 1);
 </script></html>
 """
 
@@ -592,7 +592,7 @@ def main(s: Settings) -> None:
         "mha_speedup": report["benchmark"]["ratio"]["median"],
         "command": " ".join(["python", Path(__file__).name, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "settings": asdict(s),
