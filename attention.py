@@ -323,7 +323,7 @@ def plot_attention(weights: Tensor, q_tokens, k_tokens, path: str | Path) -> Pat
     n_layers, n_heads, q_len, k_len = weights.shape
     longest = max(q_len, k_len)
     size = max(1.2, min(0.15 * longest, 5, 30 / max(n_layers, n_heads)))  # inches
-    step = math.ceil(0.14 * longest / size)  # a label needs 0.14 inches
+    step = math.ceil(0.14 * longest / size)  # 0.14 inches a label
     x_labels = [repr(token)[1:-1][:12] for token in k_tokens[::step]]
     y_labels = [repr(token)[1:-1][:12] for token in q_tokens[::step]]
     cells = weights.masked_fill(weights == 0, math.nan).flatten(0, 1).numpy()
@@ -355,7 +355,7 @@ def checked_weights(weights: Tensor, q_tokens, k_tokens) -> Tensor:
 def attention_html(weights: Tensor, q_tokens, k_tokens, path: str | Path) -> Path:
     """One page that needs no network: point at a head and a token, read what it looks at."""
     weights = checked_weights(weights, q_tokens, k_tokens)
-    # In ten-thousandths. 0, shown as masked, stays 0; nothing else becomes 0.
+    # Ten-thousandths. 0, shown as masked, stays 0; nothing else becomes 0.
     stored = (weights * 10_000).round().clamp(min=1).masked_fill(weights == 0, 0).int()
     data = {"queries": list(q_tokens), "keys": list(k_tokens), "weights": stored.tolist()}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no token ends the script
@@ -425,7 +425,7 @@ look(document.querySelector("canvas"), queries.length - 1);
 
 @dataclass
 class Settings:
-    steps: int = 300  # of training; the induction model answers right after about 100
+    steps: int = 300  # of training; it answers right after about 100
     max_len: int = 4096  # memory and time are measured at T = 256, 512, ... up to here
     device: str = "auto"  # auto: cuda where there is one, else cpu
     out: str = "out/attention"  # pictures, the page and report.json go here
@@ -463,7 +463,7 @@ N_SEEN = 12  # different words in a sequence
 
 
 def induction_batch(n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """n sequences: N_SEEN different words, then all but the last again, in another order.
+    """n sequences: N_SEEN different words, then all but the last again, shuffled.
 
     Also, for each word of the second half, place and id of what followed it in the first.
     """
@@ -496,7 +496,7 @@ class InductionModel(nn.Module):
 
 
 def induction(s: Settings) -> dict[str, float]:
-    """Train the model, then test its answers and maps on fresh sequences."""
+    """Train the model, test its answers and maps on fresh sequences."""
     print(f"induction: {N_SEEN} words, then again in another order: what followed each before?")
     model = InductionModel()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -328,26 +328,12 @@ class TestAttention:
         """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
         megabytes = {}
         for name in ("blockwise", "written out"):
-            command, environment = [sys.executable, "-c", ATTENTION_PEAK, name], {"PYTHONPATH": str(ROOT)}
-            result = subprocess.run(
-                command,
-                cwd=tmp_path,
-                env=os.environ | environment,
-                capture_output=True,
-                text=True,
-                timeout=240,
+            command, where = (
+                [sys.executable, "-c", ATTENTION_PEAK, name],
+                os.environ | {"PYTHONPATH": str(ROOT)},
             )
-            assert result.returncode == 0, result.stderr
-            megabytes[name] = float(result.stdout)
+            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
         assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
-
-    @pytest.mark.parametrize("tk,causal,expected", [
-        (9, True, ["00", "03", "30", "33", "36"]), (8, True, ["00", "03", "30", "33", "36"]),
-        (2, True, ["30"]), (4, False, ["00", "03", "30", "33"]),
-    ])  # fmt: skip
-    def test_blockwise_never_visits_the_future(self, tk, causal, expected):
-        found = attention.blocks(torch.zeros(6, 1), torch.zeros(tk, 1), None, causal, 3)
-        assert [f"{i.start}{j.start}" for i, j, _ in found] == expected
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_blockwise_sums_in_float32(self, dtype):
@@ -384,19 +370,13 @@ class TestAttention:
     def test_padding_mask(self):
         x, o = True, False
         padding = attention.padding_mask(torch.tensor([0, 2, 3]))
-        assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [
-            [o, o, o],
-            [x, x, o],
-            [x, x, x],
-        ]
-        assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
-        assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
+        assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
         assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
         for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
-            lengths = torch.tensor([0, 2, 3], dtype=getattr(torch, kind))
-            assert torch.equal(attention.padding_mask(lengths), padding), kind
-            assert torch.equal(attention.padding_mask(np.array([0, 2, 3], dtype=kind)), padding), kind
-        assert torch.equal(attention.padding_mask([0, 2, 3]), padding)
+            lengths = np.array([0, 2, 3], dtype=kind)
+            for given in (lengths, torch.from_numpy(lengths)):
+                assert torch.equal(attention.padding_mask(given), padding), kind
 
     # ---- MultiHeadAttention
 
@@ -485,10 +465,8 @@ class TestAttention:
         altered = x.detach().clone()
         altered[0, 4:] = 1e3
         check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-        longer = module(
-            F.pad(x.detach()[:1], (0, 0, 0, 5)), mask=attention.padding_mask(torch.tensor([4]), 11)
-        )
-        check_close(longer[0, :4], output[0, :4], 1e-12)
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
+        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
         check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
     @ATTENTION_FUSED_OR_NOT
@@ -558,30 +536,27 @@ class TestAttention:
 
     # ---- refusals: what would be silently wrong
 
-    REFUSED = [  # call, the argument's name and what was given
-        (lambda: attention.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
-        (lambda: attention.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
-        (lambda: attention.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
-        (lambda: attention.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
-        (lambda: attention.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
-        (lambda: attention.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
-        (lambda: attention.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
-        (lambda: attention.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
-        (lambda: attention.MultiHeadAttention(8, 0), "n_heads.*0"),
-        (lambda: attention.MultiHeadAttention(8, -2), "n_heads.*-2"),
-        (lambda: attention.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
-        (lambda: attention.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
-        (lambda: attention.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
-        *[
-            (lambda a=a: attention.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, **a)), [*a][0])
-            for a in ({"kdim": 4, "vdim": 6}, {"add_bias_kv": True}, {"add_zero_attn": True})
-        ],
-    ]  # fmt: skip
-
-    @pytest.mark.parametrize("call,words", REFUSED)
+    @pytest.mark.parametrize("call,words", [
+        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
+        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
+        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
+        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
+        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
+        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
+        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
+        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
+        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
+    ])  # fmt: skip
     def test_refused(self, call, words):
         with pytest.raises(ValueError, match=words):
-            call()
+            call(attention)
 
     @ATTENTION_EVERY_WAY
     @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
@@ -688,12 +663,8 @@ class TestAttention:
         weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
         page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
         assert not re.findall(r"https?:|src=|url\(|import ", page)
-        assert (
-            len(re.findall("<script", page)) == len(re.findall("</script>", page)) == 2 and "<!--" not in page
-        )
-        data = json.loads(
-            re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1]
-        )
+        assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+        data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
         assert data["queries"] == queries and data["keys"] == keys
         stored = np.array(data["weights"])
         assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
