@@ -584,7 +584,7 @@ class TestAttention:
         """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
         combinations = list(itertools.product([False, True], repeat=4))
         if way in ("export", "compile"):  # seconds each
-            combinations = [(True, True, False, False), (True, True, True, True), (True, False, True, False)]
+            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
         for causal, fused, cross, masked in combinations:
             module = AttentionCall(causal, fused, cross)
             tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
@@ -9590,6 +9590,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
         ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
+        ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
         ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
         ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
         ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
