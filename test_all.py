@@ -8682,7 +8682,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
-    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "transformer",
+    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "TestTransformer",
     "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
     "export.py": "export", "classify_imdb.py": "imdb",
 }  # fmt: skip
