@@ -9,7 +9,6 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
 
 import argparse
 import ast
-import base64
 import collections
 import contextlib
 import copy
@@ -31,7 +30,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -148,19 +146,23 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_RUNGS = {
+ATTENTION_WAYS = {
     "loop": attention.attention_loop,
-    "written-out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
+    "written out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
     "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
     "fused": attention.fused_attention,
 }
+ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
+ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
+ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
 
 
-def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
+def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
     """Every shape that a mask may have; about a third of the pairs may not attend."""
     shapes = {
         "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
-        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,),
+        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,), "scalar": (),
     }  # fmt: skip
     return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
 
@@ -168,463 +170,22 @@ def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor
 def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
     """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
     allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    tq, tk = shape[-2:]
-    for i, j in itertools.product(range(tq), range(tk)):
-        if causal and j - tk > i - tq:  # counted from the end: bottom-right
+    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
+        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
             allowed[..., i, j] = False
     return allowed
 
 
-def attention_random_inputs(dtype: torch.dtype, b, h, tq, tk, d, dv, strided: bool) -> list[Tensor]:
-    inputs = [torch.randn(b, h, t, width, dtype=dtype) for t, width in ((tq, d), (tk, d), (tk, dv))]
-    if strided:  # as heads that were split off a projection: (B, T, H, D) seen as (B, H, T, D)
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    return [x.requires_grad_() for x in inputs]
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_four_ways_agree_with_torch(dtype, tolerance):
-    draw = random.Random(1)
-    for case in range(220):
-        b, h, tq, tk = (
-            draw.randint(1, 3),
-            draw.randint(1, 3),
-            draw.choice([1, 1, 2, 5, 7, 8]),
-            draw.randint(1, 9),
-        )
-        d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
-        kind = draw.choice(["none", "padding", "square", "keys", "queries", "heads", "full", "one"])
-        tk = (
-            tq if draw.random() < 0.3 else tk
-        )  # the square case, where the fused path takes torch's own triangle
-        mask = attention_random_mask(kind, b, h, tq, tk)
-        inputs = attention_random_inputs(dtype, b, h, tq, tk, d, dv, strided=draw.random() < 0.5)
-        allowed = attention_allowed(mask, causal, (b, h, tq, tk))
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
-        towards = torch.randn_like(expected)
-        expected_gradients = torch.autograd.grad(expected, exact, towards)
-        for name, rung in ATTENTION_RUNGS.items():
-            what = f"{name}, case {case}: {kind} causal={causal} {[tuple(x.shape) for x in inputs]}"
-            output = rung(*inputs, mask, causal)
-            assert output.dtype == dtype
-            check_close(output.double(), expected, tolerance, what)
-            empty = ~allowed.any(dim=-1)
-            assert (output[empty] == 0).all(), what
-            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-            for got, want in zip(gradients, expected_gradients, strict=True):
-                check_close(got.double(), want, tolerance, what)
-        weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
-        assert (weights[~allowed] == 0).all()
-        check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
-
-
-def test_attention_other_numbers_of_leading_dimensions():
-    for shape in [(), (4,), (2, 3, 2)]:
-        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
-        mask = torch.rand(*shape, 3, 5) < 0.6
-        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
-        for name, rung in ATTENTION_RUNGS.items():
-            check_close(rung(q, k, v, mask, True), expected, 1e-12, name)
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_attention_nothing_to_attend_to():
-    """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
-    for name, rung in ATTENTION_RUNGS.items():
-        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
-        assert torch.equal(rung(q, k, v), torch.zeros(2, 3, 5)), name
-        assert rung(q[:, :0], q, q).shape == (2, 0, 4), name
-        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
-        output = rung(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
-        assert torch.equal(output, torch.zeros(2, 3, 4)), name
-        gradients = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients), name
-        with torch.autograd.detect_anomaly():  # no NaN on the way, either
-            torch.autograd.grad(output.sum(), inputs)
-
-
-def test_attention_masks():
-    x, o = True, False
-    assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
-    assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
-    assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
-    assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
-    padding = attention.padding_mask(torch.tensor([0, 2, 3]))
-    assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [[o, o, o], [x, x, o], [x, x, x]]
-    assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
-    assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
-    assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
-    assert torch.equal(attention.padding_mask([1, 2]), attention.padding_mask(torch.tensor([1, 2])))
-    for lengths, max_len, words in [
-        (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
-        (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
-        (torch.tensor([1.5]), None, ("float32",)),
-        (torch.tensor([[1]]), None, ("[1, 1]",)),
-        (torch.tensor(3), None, ("[] of",)),
-        (torch.tensor([True, False]), None, ("bool",)),  # a mask
-    ]:
-        with pytest.raises(ValueError, match="lengths") as error:
-            attention.padding_mask(lengths, max_len)
-        assert all(word in str(error.value) for word in words), error.value
-
-
-def test_attention_blockwise_gradients_are_summed_in_float32():
-    """Sums that half precision can't hold: they would stall, or lose the digits of log-sum-exp."""
-    for dtype in (torch.float16, torch.bfloat16):
-        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
-        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
-        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-    q, k, v = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
-    _, dk, dv = torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), (q, k, v))
-    assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-    q, k = torch.zeros(1, 1), torch.cat((torch.ones(500, 1), -torch.ones(500, 1)))
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, k.clone()))
-    assert torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), q)[0].item() == 1.0
-
-
-def test_attention_blockwise_with_very_low_scores():
-    """Scores far below 0: what is kept of the blocks before must start lower still."""
-    q, k, v = torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]])
-    for block_size in (1, 2):
-        assert attention.blockwise_attention(q, k, v, block_size=block_size) == 1
-
-
-def test_attention_fused_takes_the_kernel_s_triangle_where_it_fits(monkeypatch):
-    """It skips the future, which a mask doesn't. Not in a trace: that has to fit other lengths."""
-    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-    with warnings.catch_warnings(action="ignore"):  # deprecated
-        traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
-    for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
-        check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
-    asked, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *a, **kw: asked.append(kw.get("is_causal", False)) or kernel(*a, **kw),
-    )
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    for key, given in ((q, None), (q, mask), (k, None)):
-        attention.fused_attention(q, key, key, given, causal=True)
-    assert asked == [True, False, False]
-
-
-def test_attention_cache_refuses_other_shapes():
-    for shape in ((1, 3, 2, 5), (1, 2, 2, 4), (2, 3, 2, 4)):
-        cache = attention.KVCache()
-        cache.append(*torch.randn(2, 1, 3, 2, 4))
-        with pytest.raises(ValueError, match="the cache holds"):
-            cache.append(*torch.randn(2, *shape))
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-def test_attention_large_logits_and_short_floats(name):
-    rung = ATTENTION_RUNGS[name]
-    q = torch.tensor([[1e4], [-1e4]]).requires_grad_()  # D = 1: the logits are q k
-    k, v = (
-        torch.tensor([[1.0], [-1.0], [0.5]]).requires_grad_(),
-        torch.tensor([[1.0], [2.0], [4.0]]).requires_grad_(),
-    )
-    output = rung(q, k, v)
-    assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
-    only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
-    assert rung(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked score of +1e4 doesn't drown it
-    for dtype in (torch.float16, torch.bfloat16):
-        inputs = [(30 * torch.randn(1, 2, 9, 64)).to(dtype).requires_grad_() for _ in range(3)]
-        inputs[1] = inputs[0].detach().clone().requires_grad_()
-        assert (inputs[0] @ inputs[1].transpose(-2, -1)).isinf().any() or dtype == torch.bfloat16
-        mask = torch.rand(9, 9) < 0.5
-        output = rung(*inputs, mask, False)
-        assert output.dtype == dtype and output.isfinite().all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
-        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
-        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
-        check_close(rung(*small, mask, False).double(), exact, 2e-2, name)
-
-
-def test_attention_blockwise_sums_short_floats_in_float32():
-    """5,000 equal weights, the first half of the values 0, the second 1: bfloat16 itself counts to 256."""
-    q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-    for dtype in (torch.float16, torch.bfloat16):
-        output = attention.blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype), block_size=1)
-        assert output.tolist() == [[0.5]]
-
-
-def test_attention_blockwise_is_exact_under_autocast():
-    inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
-    expected = attention.blockwise_attention(*inputs, block_size=4)
-    expected_gradients = torch.autograd.grad(expected.sum(), inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = attention.blockwise_attention(*inputs, block_size=4)
-        gradients = torch.autograd.grad(output.sum(), inputs)
-    for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_gradcheck(name, causal):
-    rung = ATTENTION_RUNGS[name]
-    mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
-    sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
-    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
-    assert torch.autograd.gradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name in ("loop", "written-out"):
-        assert torch.autograd.gradgradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name == "written-out":  # the weights are differentiable as well
-        assert torch.autograd.gradcheck(
-            lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1], inputs
-        )
-    if name == "blockwise":
-        with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
-            torch.autograd.grad(rung(*inputs).sum(), inputs, create_graph=True)
-
-
 ATTENTION_PEAK = """
-import os, sys, threading, time
-import torch
-sys.path.insert(0, sys.argv[1])
-import attention
+import resource, sys, torch, attention
 torch.set_num_threads(1)
-def run(T, D):
-    q, k, v = (torch.randn(1, 1, T, D, requires_grad=True) for _ in range(3))
-    before = resident()
-    output = attention.blockwise_attention(q, k, v) if sys.argv[2] == "blockwise" else \\
-        attention.scaled_dot_product_attention(q, k, v)[0]
-    output.sum().backward()
-    return before
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-run(200, 64)  # loads the libraries, starts the autograd thread
-before, peak, done = 0, 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-before = run(8192, 64)
-done = True
-thread.join()
-print((peak - before) / 2**20)
+def peak(T):
+    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
+    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak(200)  # loads the libraries, starts the autograd thread
+print(peak(8192) - before)
 """
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
-def test_attention_blockwise_memory(tmp_path):
-    """T = 8192 forward and backward: under 64 MB above the inputs, where the written-out form takes 500."""
-    megabytes = {}
-    for name in ("blockwise", "written-out"):
-        command = [sys.executable, "-c", ATTENTION_PEAK, str(ROOT), name]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        megabytes[name] = float(result.stdout)
-    assert megabytes["blockwise"] < 64 and megabytes["written-out"] > 500, megabytes
-
-
-def test_attention_blockwise_never_visits_the_future():
-    grid = attention.block_grid(q_len=6, k_len=9, causal=True, size=3)
-    assert [(rows.start, [columns.stop for columns in key_blocks]) for rows, key_blocks in grid] == [
-        (0, [3, 6]),
-        (3, [3, 6, 9]),
-    ]
-    assert attention.block_grid(6, 2, True, 3)[0] == (
-        slice(0, 3),
-        [],
-    )  # more queries than keys: the first see none
-
-
-def attention_inverted(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else ~mask
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_multi_head_agrees_with_torch(dtype, tolerance):
-    draw = random.Random(2)
-    for case in range(200):
-        heads, b, tq, tk = draw.choice([1, 2, 3]), draw.randint(1, 3), draw.randint(1, 6), draw.randint(1, 7)
-        c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
-        kv_dim = draw.choice([None, 6, 7]) if cross else None
-        torch_module = nn.MultiheadAttention(
-            c, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True
-        ).to(dtype)
-        if bias:  # torch starts them at 0, which would hide a mix-up
-            nn.init.normal_(torch_module.in_proj_bias), nn.init.normal_(torch_module.out_proj.bias)
-        ours = attention.MultiHeadAttention.from_torch(torch_module)
-        ours.fused = draw.random() < 0.5
-        query = torch.randn(b, tq, c, dtype=dtype).requires_grad_()
-        context = torch.randn(b, tk, kv_dim or c, dtype=dtype).requires_grad_() if cross else None
-        source = query if context is None else context
-        tk = source.size(1)
-        causal = draw.random() < 0.4 and tk >= tq
-        padding = torch.rand(b, tk) < 0.7 if draw.random() < 0.6 else None
-        if padding is not None:
-            padding[:, 0] = True  # torch gives NaN where nothing may be attended to
-        triangle = torch.ones(tq, tk).tril(tk - tq).bool() if causal else None
-        expected, expected_weights = torch_module(
-            query, source, source, attention_inverted(padding), attn_mask=attention_inverted(triangle),
-            average_attn_weights=False,
-        )  # fmt: skip
-        mask = None if padding is None else padding[:, None, None, :]
-        output, weights = ours.forward_with_weights(query, context, mask, causal)
-        what = f"case {case}: heads {heads}, C {c}, Tq {tq}, Tk {tk}, cross {cross}, {causal=}, {bias=}"
-        check_close(output, expected, tolerance, what)
-        check_close(weights, expected_weights, tolerance, what)
-        assert torch.equal(output, ours(query, context, mask, causal)), what
-        towards = torch.randn_like(output)
-        tensors = [query] if context is None else [query, context]
-        theirs = dict(torch_module.named_parameters())
-        got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-        want = torch.autograd.grad(expected, [*tensors, *theirs.values()], towards)
-        for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
-            check_close(one, other, tolerance, what)
-        mine = dict(zip([name for name, _ in ours.named_parameters()], got[len(tensors) :], strict=True))
-        others = dict(zip(theirs, want[len(tensors) :], strict=True))
-        for kind in ("weight", "bias") if bias else ("weight",):
-            packed = [mine[f"{x}_proj.{kind}"] for x in "qkv"]
-            if f"in_proj_{kind}" in others:
-                check_close(torch.cat(packed), others[f"in_proj_{kind}"], tolerance, what)
-            else:
-                for x, gradient in zip("qkv", packed, strict=True):
-                    check_close(gradient, others[f"{x}_proj_weight"], tolerance, what)
-            check_close(mine[f"out_proj.{kind}"], others[f"out_proj.{kind}"], tolerance, what)
-
-
-def test_attention_from_torch_keeps_everything():
-    source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
-    ours = attention.MultiHeadAttention.from_torch(source)
-    assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
-    assert attention.MultiHeadAttention.from_torch(source.train()).training
-    assert (
-        torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
-        and ours.k_proj.weight.dtype == torch.float64
-    )
-    with torch.no_grad():
-        source.out_proj.weight.zero_()
-    assert ours.out_proj.weight.abs().sum() > 0  # a copy
-    for arguments, words in [
-        ({"kdim": 4, "vdim": 6}, ("kdim=4", "vdim=6")),
-        ({"add_bias_kv": True}, ("add_bias_kv",)),
-        ({"add_zero_attn": True}, ("add_zero_attn",)),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, **arguments))
-        assert all(word in str(error.value) for word in words)
-
-
-def test_attention_module_parameters():
-    module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes == {
-        "q_proj.weight": (24, 24), "q_proj.bias": (24,), "k_proj.weight": (24, 10), "k_proj.bias": (24,),
-        "v_proj.weight": (24, 10), "v_proj.bias": (24,), "out_proj.weight": (24, 24), "out_proj.bias": (24,),
-    }  # fmt: skip
-    assert all((p == 0).all() for name, p in module.named_parameters() if name.endswith("bias"))
-    limit = math.sqrt(6 / (24 + 24))
-    assert 0.9 * limit < module.q_proj.weight.abs().max() <= limit  # Glorot, uniform
-    assert [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()] == [
-        f"{x}_proj.weight" for x in ("q", "k", "v", "out")
-    ]
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_module_empty_rows_padding_and_causality(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    nn.init.normal_(module.out_proj.bias)
-    x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([4, 0, 6]))
-    output, weights = module.forward_with_weights(x, mask=mask)
-    check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the output bias")
-    assert (weights[1] == 0).all()
-    output.sum().backward()
-    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
-    # What stands in the padding changes nothing, nor do more padding and the other sequences of the batch.
-    altered = x.detach().clone()
-    altered[0, 4:] = 1e3
-    check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-    longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
-    check_close(
-        module(longer, mask=attention.padding_mask(torch.tensor([4]), 11))[0, :4], output[0, :4], 1e-12
-    )
-    check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
-    # A later token moves no earlier output; the last token moves the last output.
-    causal = module(x, causal=True)
-    altered = x.detach().clone()
-    altered[:, 4] += 1
-    moved = (module(altered, causal=True) - causal).abs().amax(dim=(0, 2))
-    assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
-
-
-def test_attention_module_second_derivatives():
-    """fused=False has them; torch's fused kernel says that it hasn't."""
-    module = attention.MultiHeadAttention(6, 2, fused=False).double()
-    x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
-    module.fused = True
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(first.sum(), x)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_dropout_only_in_training(fused):
-    module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-    x = torch.randn(2, 7, 8)
-    plain = attention.MultiHeadAttention(8, 2)
-    plain.load_state_dict(module.state_dict())
-    module.eval()
-    check_close(module(x), plain(x), 1e-6)
-    module.train()
-    torch.manual_seed(1)
-    first, weights = module.forward_with_weights(x)
-    torch.manual_seed(1)
-    assert torch.equal(first, module(x)) and not torch.equal(first, module(x))
-    check_close(weights, plain.forward_with_weights(x)[1], 1e-6, "weights are those before dropout")
-    mean = torch.stack([module(x) for _ in range(3000)]).mean(dim=0)
-    assert (mean - plain(x)).abs().max() < 0.1  # unbiased: what is kept is scaled up
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_functional_dropout(causal):
-    """Equal weights, values of 1: every output is 1 without dropout, and 1 on average with it."""
-    q, v = torch.zeros(400, 1), torch.ones(400, 1)
-    for rung in (lambda *a: attention.scaled_dot_product_attention(*a)[0], attention.fused_attention):
-        output = rung(q, q, v, None, causal, 0.25)[200:]  # late queries see many keys
-        assert 0.95 < output.mean() < 1.05 and 0.01 < output.std() < 0.1
-    weights = attention.scaled_dot_product_attention(q, q, v, None, causal, 0.25)[1]
-    assert (weights[-1] > 0).all()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_cache_equals_one_shot(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([9, 9])).clone()
-    mask[0, ..., :2] = False  # left padding
-    expected = module(x, mask=mask, causal=True)
-    for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-        cache, outputs, seen = attention.KVCache(), [], 0
-        for piece in x.split(pieces, dim=1):
-            seen += piece.size(1)
-            outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
-        assert cache.k.shape == (2, 3, 9, 4)
-        output = torch.cat(outputs, dim=1)
-        check_close(output, expected, 1e-12, str(pieces))
-        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
-        check_close(
-            gradient, torch.autograd.grad(expected.sum(), x, retain_graph=True)[0], 1e-12, str(pieces)
-        )
-    cache = attention.KVCache()
-    module.forward_cached(x[:, :5], cache)
-    cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
-    check_close(
-        module.forward_cached(x[[1, 1], 5:6], cache), module(x[[1, 1], :6], causal=True)[:, 5:], 1e-12
-    )
-    with pytest.raises(ValueError, match=r"\[2, 3, 6, 4\].*\[1, 3, 1, 4\]"):
-        module.forward_cached(x[:1, :1], cache)
 
 
 class AttentionCall(nn.Module):
@@ -638,316 +199,517 @@ class AttentionCall(nn.Module):
     def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return self.attention(query, context, mask, self.causal)
 
+    @staticmethod
+    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
+        example = {"query": torch.randn(b, tq, 12)}
+        if cross:
+            example["context"] = torch.randn(b, tk, 10)
+        if masked:
+            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+        return example
 
-def attention_example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> tuple:
-    context = torch.randn(b, tk, 10) if cross else None
-    mask = torch.rand(b, 1, 1, tk if cross else tq) < 0.7 if masked else None
-    return torch.randn(b, tq, 12), context, mask
 
+class TestAttention:
+    # ---- the four ways against torch, in all the cases
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
-def test_attention_leaves_python(way):
-    """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there at the time."""
-    combinations = list(itertools.product([False, True], repeat=4))
-    if way in ("export", "compile"):  # seconds each
-        combinations = [(True, True, False, False), (True, True, True, True), (False, False, True, True)]
-    for causal, fused, cross, masked in combinations:
-        module = AttentionCall(causal, fused, cross)
-        example = attention_example(
-            2, 5, 5 if causal else 7, cross, masked
-        )  # Tq = Tk: a trace must not rely on it
-        if way == "trace":
-            keywords = {
-                k: x for k, x in zip(("query", "context", "mask"), example, strict=True) if x is not None
-            }
-            with warnings.catch_warnings():
-                if not (
-                    fused and causal and not cross and not masked
-                ):  # there Tq = Tk is asked, and is certain
-                    warnings.simplefilter("error", torch.jit.TracerWarning)  # no size may be frozen
-                converted = torch.jit.trace(module, example_kwarg_inputs=keywords)
-        elif way == "script":
-            converted = torch.jit.script(module)
-        elif way == "export":
-            auto = torch.export.Dim.AUTO
-            dynamic = (
-                {0: auto, 1: auto},
-                {0: auto, 1: auto} if cross else None,
-                {0: auto, 3: auto} if masked else None,
+    @ATTENTION_DTYPES
+    def test_all_ways_agree_with_torch(self, dtype, tolerance):
+        """Values, gradients and weights, over random sizes, masks and strides."""
+        draw = random.Random(1)
+        for case in range(220):
+            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
+            d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
+            tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
+            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
+            inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
+            if draw.random() < 0.5:  # as heads that were split off a projection
+                inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+            inputs = [x.requires_grad_() for x in inputs]
+            allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
+            towards = torch.randn_like(expected)
+            expected_gradients = torch.autograd.grad(expected, exact, towards)
+            empty = ~allowed.any(dim=-1)
+            for name, way in ATTENTION_WAYS.items():
+                what = f"{name}, case {case}: {causal=} {mask=} {[tuple(x.shape) for x in inputs]}"
+                output = way(*inputs, mask, causal)
+                assert output.dtype == dtype and (output[empty] == 0).all(), what
+                check_close(output.double(), expected, tolerance, what)
+                gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+                for got, want in zip(gradients, expected_gradients, strict=True):
+                    check_close(got.double(), want, tolerance, what)
+            weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
+            assert (weights[~allowed] == 0).all()
+            check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)])
+    def test_all_ways_take_any_leading_dimensions(self, name, shape):
+        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
+        mask = torch.rand(*shape, 3, 5) < 0.6
+        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
+        check_close(ATTENTION_WAYS[name](q, k, v, mask, True), expected, 1e-12)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_all_ways_pass_gradcheck(self, name, causal):
+        way = ATTENTION_WAYS[name]
+        mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
+        sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
+        inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        assert torch.autograd.gradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name in ("loop", "written out"):
+            assert torch.autograd.gradgradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name == "written out":  # the weights are differentiable as well
+            weights = lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1]  # noqa: E731
+            assert torch.autograd.gradcheck(weights, inputs)
+        if name == "blockwise":
+            with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
+                torch.autograd.grad(way(*inputs).sum(), inputs, create_graph=True)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+    def test_nothing_to_attend_to(self, name):
+        """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
+        way = ATTENTION_WAYS[name]
+        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
+        assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
+        assert way(q[:, :0], q, q).shape == (2, 0, 4)
+        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
+        output = way(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
+        assert torch.equal(output, torch.zeros(2, 3, 4))
+        with torch.autograd.detect_anomaly():  # no NaN on the way, either
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients)
+
+    @ATTENTION_EVERY_WAY
+    def test_large_logits_stay_finite(self, name):
+        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+        output = way(q, k, v)  # D = 1: the logits are q k
+        assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+        only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
+        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
+        low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
+        assert low.item() == 1  # scores far below 0
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, name, dtype):
+        way, mask = ATTENTION_WAYS[name], torch.rand(9, 9) < 0.5
+        q, v = (30 * torch.randn(1, 2, 9, 64)).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
+        inputs = [q.requires_grad_(), q.detach().clone().requires_grad_(), v.requires_grad_()]
+        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # scaled afterwards, it would overflow
+        output = way(*inputs, mask, False)
+        assert output.dtype == dtype and output.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
+        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
+        check_close(way(*small, mask, False).double(), exact, 2e-2)
+
+    def test_all_ways_make_tensors_where_their_input_is(self):
+        """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
+        q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
+        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
+            with torch.device("meta"):
+                outputs = [way(q, k, k, None, causal)]
+            torch.set_default_dtype(torch.float64)
+            try:
+                outputs.append(way(q, k, k, None, causal))
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for output in outputs:
+                check_close(output, way(q, k, k, None, causal), 1e-6)
+
+    # ---- blockwise
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+    def test_blockwise_memory(self, tmp_path):
+        """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
+        megabytes = {}
+        for name in ("blockwise", "written out"):
+            command, where = (
+                [sys.executable, "-c", ATTENTION_PEAK, name],
+                os.environ | {"PYTHONPATH": str(ROOT)},
             )
-            example = attention_example(2, 5, 7, cross, masked)
-            converted = torch.export.export(module, example, dynamic_shapes=dynamic).module()
-        else:
-            torch._dynamo.reset()
-            converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
-        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6)):
-            query, context, mask = attention_example(*sizes, cross, masked)
-            given = {
-                k: x for k, x in (("query", query), ("context", context), ("mask", mask)) if x is not None
-            }
-            arguments = (query, context, mask) if way == "export" else ()
-            got = converted(*arguments) if arguments else converted(**given)
-            what = f"{way} causal={causal} fused={fused} cross={cross} masked={masked} {sizes}"
-            check_close(got, module(query, context, mask), 1e-6, what)
+            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
+        assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_blockwise_sums_in_float32(self, dtype):
+        """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
+        q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
+        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
+        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
+        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
+        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
+        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
+        assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
 
-def test_attention_errors_name_what_is_wrong():
-    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
-    bad_inputs = [
-        ((q, torch.randn(2, 3, 7, 5), v), ("q [2, 3, 5, 4]", "k [2, 3, 7, 5]")),  # D
-        ((q, k, v[:, :, :6]), ("v [2, 3, 6, 6]",)),  # Tk
-        ((q, k[:1], v[:1]), ("k [1, 3, 7, 4]",)),  # B
-        ((q, k, v[:, :2]), ("v [2, 2, 7, 6]",)),  # H
-        ((torch.randn(4), k, v), ("q [4]",)),
-        ((q, k.double(), v), ("float64", "dtype")),
-        ((q, k, v.double()), ("float64", "dtype")),
-        ((q.long(), k.long(), v.long()), ("int64", "floating")),
-        ((q, k, v, torch.zeros(5, 7)), ("boolean", "float32")),
-        ((q, k, v, torch.ones(5, 7, dtype=torch.int64)), ("boolean", "int64")),
-        ((q, k, v, torch.ones(7, 5, dtype=torch.bool)), ("[7, 5]", "[2, 3, 5, 7]")),
-        ((q, k, v, torch.ones(5, 6, dtype=torch.bool)), ("[5, 6]", "[2, 3, 5, 7]")),
-        ((torch.randn(4),) * 3, ("q [4]", "v [4]")),
-        ((q, k, v, torch.ones(2, 7, dtype=torch.bool)), ("[2, 7]",)),  # a (B, T) padding mask
-        ((q, k, v, torch.ones(1, 2, 3, 5, 7, dtype=torch.bool)), ("[1, 2, 3, 5, 7]",)),
-    ]
-    for (arguments, words), (name, rung) in itertools.product(bad_inputs, ATTENTION_RUNGS.items()):
-        with pytest.raises(ValueError) as error:
-            rung(*arguments, causal=True) if name != "written-out" and name != "blockwise" else rung(
-                *arguments
+    def test_blockwise_is_exact_under_autocast(self):
+        inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
+        expected = attention.blockwise_attention(*inputs, block_size=4)
+        expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = attention.blockwise_attention(*inputs, block_size=4)
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+            assert torch.equal(got, want)
+
+    # ---- masks
+
+    def test_causal_mask(self):
+        x, o = True, False
+        assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
+        assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
+        assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
+        assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+
+    def test_padding_mask(self):
+        x, o = True, False
+        padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+        assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+        for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
+            lengths = np.array([0, 2, 3], dtype=kind)
+            for given in (lengths, torch.from_numpy(lengths)):
+                assert torch.equal(attention.padding_mask(given), padding), kind
+
+    # ---- MultiHeadAttention
+
+    @ATTENTION_DTYPES
+    def test_multi_head_attention_agrees_with_torch(self, dtype, tolerance):
+        """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
+        draw = random.Random(2)
+        for case in range(200):
+            heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
+            c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+            kv_dim = draw.choice([None, 6, 7]) if cross else None
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, **sizes)
+            if bias:  # torch starts them at 0, which would hide a mix-up
+                nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
+            ours = attention.MultiHeadAttention.from_torch(theirs)
+            ours.fused = draw.random() < 0.5
+            query = torch.randn(b, tq, c, dtype=dtype, requires_grad=True)
+            context = torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True) if cross else None
+            source = query if context is None else context
+            tk = source.size(1)
+            causal = draw.random() < 0.4 and tk >= tq
+            hidden = torch.rand(b, tk) < 0.3 if draw.random() < 0.6 else torch.zeros(b, tk, dtype=torch.bool)
+            hidden[:, 0] = False  # torch gives NaN where nothing may be attended to
+            future = torch.ones(tq, tk).triu(tk - tq + 1).bool() if causal else None
+            expected, expected_weights = theirs(
+                query, source, source, hidden, attn_mask=future, average_attn_weights=False
             )
-        assert all(word in str(error.value) for word in words), (name, error.value)
-    with pytest.raises(ValueError, match="block_size.*0"):
-        attention.blockwise_attention(q, k, v, block_size=0)
-    for arguments, words in [
-        ({"d_model": 10, "n_heads": 4}, ("d_model=10", "n_heads=4")),
-        ({"d_model": 8, "n_heads": 0}, ("n_heads=0",)),
-        ({"d_model": 0, "n_heads": 1}, ("d_model=0",)),
-        ({"d_model": 8, "n_heads": 2, "dropout": 1.0}, ("dropout", "1.0")),
-        ({"d_model": 8, "n_heads": 2, "dropout": -0.1}, ("dropout", "-0.1")),
-        ({"d_model": 8, "n_heads": 2, "kv_dim": 0}, ("kv_dim", "0")),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention(**arguments)
-        assert all(word in str(error.value) for word in words), error.value
-    module = attention.MultiHeadAttention(8, 2, kv_dim=6)
-    x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
-    for arguments, words in [
-        ((x[0], y), ("query", "d_model=8", "[5, 8]")),
-        ((torch.randn(2, 5, 9), y), ("query", "[2, 5, 9]")),
-        ((x, torch.randn(2, 7, 8)), ("context", "kv_dim=6", "[2, 7, 8]")),
-        ((x, y[0]), ("context", "[7, 6]")),
-        ((x, y[:1]), ("context", "B=2", "[1, 7, 6]")),
-        ((x,), ("context", "kv_dim=6", "[2, 5, 8]")),
-        ((x, y, torch.ones(2, 5)), ("mask", "boolean")),
-        ((x, y, torch.ones(2, 7, dtype=torch.bool)), ("mask", "[2, 7]", "[2, 2, 5, 7]")),
-    ]:
-        for call in (module, module.forward_with_weights):
-            with pytest.raises(ValueError) as error:
-                call(*arguments)
-            assert all(word in str(error.value) for word in words), error.value
+            mask = ~hidden[:, None, None, :] if hidden.any() else None
+            output, weights = ours.forward_with_weights(query, context, mask, causal)
+            what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
+            check_close(output, expected, tolerance, what)
+            check_close(weights, expected_weights, tolerance, what)
+            assert torch.equal(output, ours(query, context, mask, causal)), what
 
+            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
+            got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
+            want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
+            for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
+                check_close(one, other, tolerance, what)
+            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
+            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
+                if name.startswith("in_proj_"):
+                    packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
+                    check_close(torch.cat(packed), gradient, tolerance, what)
+                else:
+                    check_close(got[name.replace("_proj_weight", "_proj.weight")], gradient, tolerance, what)
 
-def attention_example_weights(*shape: int) -> Tensor:
-    weights = torch.rand(shape).softmax(dim=-1)
-    weights[..., -1] = 0.0
-    return weights
+    def test_from_torch_keeps_everything(self):
+        source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
+        source.in_proj_weight.requires_grad_(False)
+        source.out_proj.bias.requires_grad_(False)
+        with torch.no_grad():  # grad mode has no say in it
+            ours = attention.MultiHeadAttention.from_torch(source)
+        assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
+        assert attention.MultiHeadAttention.from_torch(source.train()).training
+        frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+        assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
+        assert {p.dtype for p in ours.parameters()} == {torch.float64}
+        assert torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
+        for name, p in source.named_parameters():  # a copy
+            nn.init.constant_(p, 7)
+            assert not any((q == 7).any() for q in ours.parameters()), name
 
+    def test_multi_head_attention_parameters(self):
+        module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
+            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
+            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
+            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
+        names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
+        assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
 
-def test_attention_plot(tmp_path):
-    for shape in [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)]:
-        tokens = [
-            ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"][i % 6] for i in range(max(shape[-2:]))
-        ]
-        path = tmp_path / "heads.png"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            got = attention.plot_attention(
-                attention_example_weights(*shape), tokens[: shape[-2]], tokens[: shape[-1]], path
-            )
-        assert got == path and path.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-        path.unlink()
-    assert (
-        attention.label("a\nb") == "a\\nb"
-        and len(attention.label("x" * 50)) == 12
-        and attention.label("été") == "été"
-    )
+    @ATTENTION_FUSED_OR_NOT
+    def test_padding_and_empty_rows(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        nn.init.normal_(module.out_proj.bias)
+        x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+        output, weights = module.forward_with_weights(x, mask=mask)
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the bias")
+        assert (weights[1] == 0).all()
+        output.sum().backward()
+        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+        # What stands in the padding changes nothing, nor do more padding and the other sequences.
+        altered = x.detach().clone()
+        altered[0, 4:] = 1e3
+        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
+        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_causality(self, fused):
+        """A later token moves no earlier output; it moves its own and the later ones."""
+        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        altered = x + (torch.arange(6) == 4)[:, None]
+        moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
+        assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
-def test_attention_plot_shows_queries_down_keys_across_and_masked_ones_grey(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+    def test_second_derivatives(self):
+        module = attention.MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
 
-    shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: shown.append((x, kw)) or imshow(self, x, **kw))
-    weights = attention_example_weights(1, 2, 4, 6).masked_fill(torch.arange(6) == 5, 0.0)
-    figures, save_figure = [], attention.save_figure
-    monkeypatch.setattr(
-        attention, "save_figure", lambda fig, path: figures.append(fig) or save_figure(fig, path)
-    )
-    attention.plot_attention(weights, list("abcd"), list("uvwxyz"), tmp_path / "a.png")
-    (left, right, _) = figures[0].axes
-    assert "".join(x.get_text() for x in left.get_xticklabels()) == "uvwxyz"
-    assert "".join(x.get_text() for x in left.get_yticklabels()) == "abcd"
-    assert [axes.get_title() for axes in (left, right)] == ["layer 1 head 1", "layer 1 head 2"]
-    assert figures[0].get_supxlabel().startswith("key") and figures[0].get_supylabel().startswith("query")
-    assert len(shown) == 2
-    for head, (cells, how) in enumerate(shown):
-        expected = weights[0, head].masked_fill(weights[0, head] == 0, math.nan)
-        np.testing.assert_allclose(cells, expected.numpy(), rtol=1e-6)
-        assert how["extent"] == (-0.5, 5.5, 3.5, -0.5) and how["vmax"] == pytest.approx(weights.max().item())
-        assert how["cmap"].get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-    line = torch.zeros(1, 1, 600, 600)
-    line[..., 300] = 1.0
-    attention.plot_attention(line, ["q"] * 600, ["k"] * 600, tmp_path / "a.png")
-    cells = shown[-1][0]
-    assert cells.shape == (256, 256) and np.nanmax(cells) == 1.0 and (cells == 1.0).any(axis=1).all()
-    assert attention.label("x" * 12) == "x" * 12 and attention.label("x" * 13) == "x" * 11 + "…"
+    @ATTENTION_FUSED_OR_NOT
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_dropout_only_in_training(self, fused, causal):
+        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
+        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain.load_state_dict(module.state_dict())
+        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
+        check_close(module.eval()(x, causal=causal), expected, 1e-6)
+        module.train()
+        torch.manual_seed(1)
+        first, weights = module.forward_with_weights(x, causal=causal)
+        torch.manual_seed(1)
+        assert torch.equal(first, module(x, causal=causal))
+        assert not torch.equal(first, module(x, causal=causal))
+        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
+        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
+        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_cache_equals_one_shot(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([9, 9])).clone()
+        mask[0, ..., :2] = False  # left padding
+        expected = module(x, mask=mask, causal=True)
+        expected_gradient = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+            cache, outputs, seen = attention.KVCache(), [], 0
+            for piece in x.split(pieces, dim=1):
+                seen += piece.size(1)
+                outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
+            assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
+            output = torch.cat(outputs, dim=1)
+            check_close(output, expected, 1e-12, str(pieces))
+            check_close(torch.autograd.grad(output.sum(), x)[0], expected_gradient, 1e-12, str(pieces))
+        cache = attention.KVCache()
+        module.forward_cached(x[:, :5], cache)
+        cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
+        expected = module(x[[1, 1], :6], causal=True)[:, 5:]
+        check_close(module.forward_cached(x[[1, 1], 5:6], cache), expected, 1e-12)
 
-def test_attention_pictures_refuse_what_is_no_weights(tmp_path):
-    tokens = ["a", "b"]
-    for weights, words in [
-        (torch.rand(2, 2), ("[2, 2]",)),
-        (torch.rand(1, 2, 3), ("Tk=2", "[1, 2, 3]")),
-        (torch.rand(1, 3, 2), ("Tq=2", "[1, 3, 2]")),
-        (torch.rand(0, 2, 2), ("[0, 2, 2]",)),
-        (torch.full((1, 2, 2), 1.5), ("1.5",)),
-        (torch.full((1, 2, 2), -0.5), ("-0.5",)),
-        (torch.full((1, 2, 2), math.nan), ("nan",)),
-    ]:
-        for draw in (attention.plot_attention, attention.attention_html):
-            with pytest.raises(ValueError, match="weights") as error:
-                draw(weights, tokens, tokens, tmp_path / "x")
-            assert all(word in str(error.value) for word in words), error.value
-    assert not list(tmp_path.iterdir())
+    def test_cache_survives_what_is_refused(self):
+        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+        module = attention.MultiHeadAttention(12, 3)
+        cache, x = attention.KVCache(), torch.randn(2, 4, 12)
+        module.forward_cached(x[:, :3], cache)
+        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
+            with pytest.raises((ValueError, RuntimeError)):
+                module.forward_cached(query[:, 3:], cache, mask)
+            assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
+        check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
+    # ---- refusals: what would be silently wrong
 
-def test_attention_page(tmp_path):
-    queries, keys = (
-        ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"],
-        ["<!--", "&amp;", "x"],
-    )
-    weights = attention_example_weights(2, 3, 5, 3)
-    weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
-    page = attention.attention_html(weights, queries, keys, tmp_path / "heads.html").read_text(
-        encoding="utf-8"
-    )
-    assert (
-        re.findall(r"(?:https?:|src=|url\(|import )", page.replace("default-src", "").replace("-src", ""))
-        == []
-    )
-    assert len(re.findall("<script", page)) == len(re.findall("</script>", page)) == 2 and "<!--" not in page
-    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
-    assert data["queries"] == queries and data["keys"] == keys and data["shape"] == [2, 3, 5, 3]
-    stored = np.frombuffer(base64.b64decode(data["weights"]), dtype="<u2").reshape(2, 3, 5, 3)
-    assert np.abs(stored / 65535 - weights.numpy()).max() < 2e-5
-    assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [65535, 1, 0]
-    assert len(attention.PAGE.strip().splitlines()) < 80
-    # 100 x 100 tokens x 48 heads stay small enough to open at once
-    page = attention.attention_html(
-        attention_example_weights(4, 12, 100, 100), ["t"] * 100, ["t"] * 100, tmp_path / "x"
-    )
-    assert page.stat().st_size < 1.4e6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.html", "x"]
-
-
-def test_attention_demo_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "attention.py", tmp_path)
-    command = [sys.executable, "attention.py", "--max-len", "1024"]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    report = last_json(result)
-    assert result.stderr == ""
-    assert (
-        report["share_on_right_key"] >= 0.9
-        and report["exact_match"] >= 0.99
-        and report["share_one_back"] > 0.5
-    )
-    differences = [x for by_name in report["largest_difference"].values() for x in by_name.values()]
-    assert len(differences) == 12 and max(differences) < 1e-12
-    slopes = report["scaling"]["memory_slopes"]
-    assert slopes["written-out"] > 1.8 and slopes["blockwise"] < 1.2 and slopes["fused"] < 1.2
-    for key in ("settings", "seconds", "cpu", "threads", "gemm_gflops", "torch", "device", "command", "date"):
-        assert report[key], key
-    assert json.loads((tmp_path / "out/attention/report.json").read_text()) == report
-    names = sorted(path.name for path in (tmp_path / "out/attention").iterdir())
-    assert names == ["heads.html", "heads.png", "report.json", "scaling.png"]
-    assert "padding_mask([2, 4]) & causal_mask(4)" in result.stdout
-
-
-def test_attention_weights_to_draw_are_plain_numbers():
-    weights = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
-    drawn = attention.checked_weights(weights, ["a"], ["b"])
-    assert not drawn.requires_grad and drawn.dtype == torch.float32 and drawn.max() == 1
-
-
-def test_attention_page_takes_the_row_of_a_query():
-    """The page's script: which of the flat (L, H, Tq, Tk) weights belong to layer l, head h, query q."""
-    start, stop = re.search(r"weights\.subarray\((.*), (.*)\);", attention.PAGE).groups()
-    flat, shape = np.arange(120), (2, 3, 4, 5)
-    for index in itertools.product(*map(range, shape[:3])):
-        names = dict(zip("lhqHQK", (*index, *shape[1:]), strict=True))
-        assert (flat[eval(start, names) : eval(stop, names)] == flat.reshape(shape)[index]).all()
-
-
-def test_attention_induction_task():
-    """The answer is the word that followed the asked one, and it stands where `places` says."""
-    tokens, *_ = attention.induction_batch(500, torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
-    batch = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    (tokens, places, answers), seen = batch, attention.N_SEEN
-    assert tokens.shape == (7, 2 * seen - 1) and places.shape == answers.shape == (7, seen - 1)
-    for n in range(7):
-        first, asked = tokens[n, :seen].tolist(), tokens[n, seen:].tolist()
-        assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
-        for i, word in enumerate(asked):
-            assert places[n, i] == first.index(word) + 1 and answers[n, i] == first[places[n, i]]
-    again = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
-
-
-def test_attention_script_errors(tmp_path, capsys):
-    (tmp_path / "taken").write_text("a file")
-    check_one_line_error(run_script("attention.py", "--out", "taken", cwd=tmp_path), "attention.py", "taken")
-    for arguments, words in ((["--max-len", "100"], "max_len.*512.*100"), (["--steps", "0"], "steps.*0")):
+    @pytest.mark.parametrize("call,words", [
+        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
+        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
+        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
+        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
+        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
+        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
+        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
+        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
+        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
+    ])  # fmt: skip
+    def test_refused(self, call, words):
         with pytest.raises(ValueError, match=words):
-            attention.settings_from_command_line(arguments)
-    for name in ("abacus", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device.*{name}"):
-            attention.usable_device(name)
-    (tmp_path / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")")
-    (tmp_path / "out/attention").mkdir(parents=True)  # of an earlier run: no reason to stop
-    result = run_script("attention.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(result, "matplotlib")
-    for arguments, code, words in ((["--no-such-flag"], 2, "--no-such-flag"), (["--help"], 0, "default")):
-        with pytest.raises(SystemExit) as leaving:
-            attention.settings_from_command_line(arguments)
-        assert leaving.value.code == code and words in "".join(capsys.readouterr())
+            call(attention)
 
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
+        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
+        "215 217 219 57", "215 217 216 57",
+    ])  # fmt: skip
+    def test_all_ways_refuse_shapes(self, name, shapes):
+        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
+        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
+        inputs = [torch.randn(*size, 4) for size in inputs]
+        with pytest.raises((RuntimeError, IndexError)):
+            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
 
-def test_attention_import_does_nothing(tmp_path):
-    code = (
-        "import sys, torch; seed, threads = torch.get_rng_state(), torch.get_num_threads(); import attention;"
-        "assert torch.equal(seed, torch.get_rng_state()) and threads == torch.get_num_threads();"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
+        with pytest.raises(ValueError, match="mask.*boolean"):
+            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
 
+    # ---- it leaves Python
 
-def test_attention_logged_benchmark():
-    """The figures that README shows are those of a run of its command."""
-    log = json.loads((ROOT / "assets/attention_benchmark.json").read_text())
-    assert log["command"] == "python attention.py --benchmark" and log["threads"] == 2
-    assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8}
-    assert log["ratio"]["median"] >= 1.0 and log["rounds"] >= 20
-    assert all(log[key] for key in ("cpu", "gemm_gflops", "torch", "date"))
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
+    def test_multi_head_attention_leaves_python(self, way):
+        """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
+        combinations = list(itertools.product([False, True], repeat=4))
+        if way in ("export", "compile"):  # seconds each
+            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
+        for causal, fused, cross, masked in combinations:
+            module = AttentionCall(causal, fused, cross)
+            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
+            example = AttentionCall.example(2, 5, tk, cross, masked)
+            if way == "trace":
+                converted = torch.jit.trace(module, example_kwarg_inputs=example)
+            elif way == "script":
+                converted = torch.jit.script(module)
+            elif way == "export":
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
+                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
+            else:
+                torch._dynamo.reset()
+                converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+                given = AttentionCall.example(*sizes, cross, masked)
+                what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
+                check_close(converted(**given), module(**given), 1e-6, what)
+
+    def test_traced_fused_attention_fits_other_lengths(self):
+        q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
+        with warnings.catch_warnings(action="ignore"):  # deprecated
+            traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
+        for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
+            check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+
+    # ---- pictures
+
+    @staticmethod
+    def weights(*shape: int) -> Tensor:
+        weights = torch.rand(shape).softmax(dim=-1)
+        weights[..., 1:2] = 0.0  # masked
+        return weights
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
+    def test_plot_attention(self, shape, tmp_path, monkeypatch):
+        """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
+        from matplotlib.figure import Figure
+
+        tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
+        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
+        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
+        savefig = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", keep)
+        path = tmp_path / "a.png"
+        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
+        assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
+        maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
+        for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
+            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
+            assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
+            assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
+        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
+        assert len(labels) <= 40 and max(map(len, labels)) <= 12
+        if shape == (2, 5, 7):
+            assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
+
+    @pytest.mark.parametrize("weights,words", [
+        (torch.rand(2, 2), "2, 2"), (torch.rand(1, 2, 3), "1, 2, 3"), (torch.rand(1, 3, 2), "1, 3, 2"),
+        (torch.rand(1, 1, 1, 2, 2), "1, 1, 1, 2, 2"), (torch.full((1, 2, 2), 1.02), "1.02"),
+        (torch.full((1, 2, 2), -0.5), "-0.5"), (torch.full((1, 2, 2), math.nan), "nan"),
+    ])  # fmt: skip
+    def test_pictures_refuse_what_is_no_weights(self, weights, words, tmp_path):
+        for draw in (attention.plot_attention, attention.attention_html):
+            with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
+                draw(weights, ["a", "b"], ["a", "b"], tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+
+    def test_attention_html(self, tmp_path):
+        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is shown as masked."""
+        queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
+        keys = ["<!--", "&amp;", "x"]
+        weights = self.weights(2, 3, 5, 3)
+        weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+        page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
+        assert not re.findall(r"https?:|src=|url\(|import ", page)
+        assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+        data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
+        assert data["queries"] == queries and data["keys"] == keys
+        stored = np.array(data["weights"])
+        assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
+        assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [10_000, 1, 0]
+        half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
+        page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
+        assert '"weights":[[[[10000]]]]' in page
+
+    # ---- the demo
+
+    def test_induction_batch(self):
+        """The answer is the word that followed the asked one, and it stands where `places` says."""
+        tokens, places, answers = attention.induction_batch(300)
+        assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
+        seen = attention.N_SEEN
+        for row, where, what in zip(tokens.tolist(), places.tolist(), answers.tolist(), strict=True):
+            first, asked = row[:seen], row[seen:]
+            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1]) and len(where) == seen - 1
+            for word, place, answer in zip(asked, where, what, strict=True):
+                assert place == first.index(word) + 1 and answer == first[place]
+
+    def test_demo_alone_in_an_empty_folder(self, tmp_path):
+        shutil.copy(ROOT / "attention.py", tmp_path)
+        arguments = "--max-len", "1024", "--seed", "3"
+        environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
+        headline = last_json(result)
+        assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
+        report = json_of(tmp_path / headline["report"])
+        assert headline["weight_on_answer"] >= 0.9 and headline["exact_match"] >= 0.99
+        assert len(report["largest_difference"]) == 3 and max(report["largest_difference"].values()) < 1e-12
+        kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
+        grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
+        assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
+        assert all(report[key] for key in ("settings", "cpu", "threads", "torch", "command", "date"))
+        names = sorted(os.listdir(tmp_path / "out/attention"))
+        assert names == ["heads.html", "heads.png", "report.json"]
+
+    def test_logged_benchmark(self):
+        log = json_of(ROOT / "assets/attention_benchmark.json")
+        assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
+        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
+        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
@@ -1328,329 +1090,54 @@ class TestEncoder:
 
 def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = dict(
-        vocab_size=11, max_len=24, d_model=12, n_heads=3, n_layers=2, d_ff=20, dropout=0.0, tied=False
-    )
-    model = transformer.Transformer(
-        transformer.TransformerConfig(**(config | {"norm_first": norm_first} | changes))
-    )
+    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
+    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**config))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
     return model.to(dtype)
 
 
-def transformer_sentences(n=6, longest=9, vocab=11, with_eos=True):
-    """Rows of random tokens of different lengths, padded on the right; the first is the longest."""
+def transformer_sentences(n=6, longest=9, vocab=11):
+    """Rows of random tokens with EOS, padded on the right; the first is the longest."""
     lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.randint(3, vocab, (length,)) for length in lengths]
-    if with_eos:
-        rows = [torch.cat((row[:-1], torch.tensor([2]))) for row in rows]
+    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-def transformer_copy_attention(ours, theirs):
-    """Weights of ours into an nn.MultiheadAttention."""
-    parts = (ours.q_proj, ours.k_proj, ours.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
-        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-
-
 def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with copies of the model's weights."""
+    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
     c = model.config
-    settings = dict(d_model=c.d_model, nhead=c.n_heads, dim_feedforward=c.d_ff, dropout=0.0, batch_first=True)
-    settings |= {"norm_first": c.norm_first, "dtype": next(model.parameters()).dtype}
+    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
+    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
     norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(**settings), c.n_layers, norms[0], enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**settings), c.n_layers, norms[1])
-    for stack, layers in ((encoder, model.encoder), (decoder, model.decoder)):
-        for theirs, ours in zip(stack.layers, layers, strict=True):
-            transformer_copy_attention(ours.self_attention, theirs.self_attn)
-            theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
-            theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
-            theirs.norm1.load_state_dict(ours.norm1.state_dict())
-            theirs.norm2.load_state_dict(ours.norm2.state_dict())
-            if stack is decoder:
-                transformer_copy_attention(ours.cross_attention, theirs.multihead_attn)
-                theirs.norm3.load_state_dict(ours.norm3.state_dict())
-    for norm, ours in zip(norms, (model.encoder_norm, model.decoder_norm), strict=True):
-        if norm is not None:
-            norm.load_state_dict(ours.state_dict())
-    return encoder, decoder
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-def test_transformer_equals_torch(norm_first, dtype, tolerance, d_model, n_heads):
-    model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-    encoder, decoder = transformer_to_torch(model)
-    src, _ = transformer_sentences()
-    tgt = F.pad(transformer_sentences(longest=7, with_eos=False)[0], (1, 0), value=1)
-    positions = transformer.sinusoidal_positions(24, d_model).to(dtype)
-
-    def embed(embedding, tokens):
-        return embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-
-    memory, memory_mask = model.encode(src)
-    assert memory_mask.shape == (6, 1, 1, 9)
-    expected_memory = encoder(embed(model.src_embedding, src), src_key_padding_mask=src == 0)
-    real = (src != 0)[..., None]
-    check_close(memory * real, expected_memory * real, tolerance, "encoder")
-
-    causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-    x = embed(model.tgt_embedding, tgt)
-    expected = decoder(x, expected_memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
-    expected = F.linear(expected, model.output.weight)
-    logits = model(src, tgt)
-    real = (tgt != 0)[..., None]
-    check_close(logits * real, expected * real, tolerance, "model")
-
-    upstream = torch.randn_like(logits) * real
-    ours = torch.autograd.grad((logits * upstream).sum(), list(model.parameters()))
-    ours = dict(zip([name for name, _ in model.named_parameters()], ours, strict=True))
-    names = [name for name, _ in model.named_parameters() if "embedding" in name or name == "output.weight"]
-    shared = torch.autograd.grad(
-        (expected * upstream).sum(), [model.get_parameter(n) for n in names], retain_graph=True
-    )
-    for name, grad in zip(names, shared, strict=True):
-        check_close(ours[name], grad, tolerance * 10, name)
-    (expected * upstream).sum().backward()
-    for i, theirs in enumerate(decoder.layers):
-        for mine, torchs in (
-            ("self_attention", theirs.self_attn),
-            ("cross_attention", theirs.multihead_attn),
-        ):
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.weight"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_weight.grad, tolerance * 10, f"{mine} weight {i}")
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.bias"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_bias.grad, tolerance * 10, f"{mine} bias {i}")
-        check_close(ours[f"decoder.{i}.norm3.weight"], theirs.norm3.weight.grad, tolerance * 10, f"norm3 {i}")
-    for i, theirs in enumerate(encoder.layers):
-        stacked = torch.cat([ours[f"encoder.{i}.self_attention.{p}_proj.weight"] for p in "qkv"])
-        check_close(stacked, theirs.self_attn.in_proj_weight.grad, tolerance * 10, f"encoder weight {i}")
-        check_close(
-            ours[f"encoder.{i}.feed_forward.0.weight"], theirs.linear1.weight.grad, tolerance * 10, f"ffn {i}"
-        )
-
-
-def test_transformer_parameter_counts():
-    def count(**changes):
-        with torch.device("meta"):
-            model = transformer.Transformer(transformer.TransformerConfig(**changes))
-        return sum(p.numel() for p in model.parameters())
-
-    assert count() == 63_082_496
-    assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-    assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-    assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
-
-
-def test_transformer_tying_and_initial_scale():
-    config = transformer.TransformerConfig(vocab_size=300, d_model=64, n_heads=4, n_layers=1, d_ff=64)
-    model = transformer.Transformer(config)
-    assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-    assert abs(model.src_embedding.weight.std().item() * 8 - 1) < 0.05  # 1 / sqrt(d_model)
-    for layer in (model.encoder[0], model.decoder[0]):
-        weight = layer.self_attention.q_proj.weight
-        assert abs(weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier, uniform
-        assert layer.self_attention.q_proj.bias.abs().max() == 0
-    untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
-    matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-    assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-    assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)
-    assert "positions" not in untied.state_dict()
-    s = transformer.Settings(tied=False, norm_first=False, dropout=0.25)
-    made = vars(transformer.model_config(s, 300))
-    assert all(
-        made[name] == value for name, value in vars(s).items() if name in made and name != "vocab_size"
-    )
-
-
-def test_transformer_positions():
-    table = transformer.sinusoidal_positions(50, 7)
-    for position, feature in itertools.product((0, 1, 49), range(7)):
-        angle = position / 10_000 ** (2 * (feature // 2) / 7)
-        expected = math.cos(angle) if feature % 2 else math.sin(angle)
-        assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
-    assert table.dtype == torch.float32 and table.shape == (50, 7)
-
-
-def test_transformer_attention_with_nothing_to_see():
-    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
-    mask = torch.rand(2, 5, 5) < 0.5
-    mask[0, 2] = False
-    output, weights = transformer.attention(q, k, v, mask)
-    assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-    check_close(output, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
-    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum()
-    for grad, other in zip(grads, torch.autograd.grad(expected, (q, k, v)), strict=True):
-        check_close(grad, other, 1e-12)
-    low = transformer.attention(60 * q, -60 * q, v, mask)[
-        0
-    ]  # what may be seen scores lower than any fill value
-    check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
-    big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-    assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-    model = transformer_tiny()
-    logits = model(
-        torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    )  # sources all padding
-    assert logits.isfinite().all()
-
-
-def test_transformer_causal_mask():
-    assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-    assert transformer.causal_mask(3, 3).tolist() == torch.ones(3, 3).tril().bool().tolist()
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_no_look_ahead(norm_first):
-    model = transformer_tiny(norm_first)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 8))
-    before = model(src, tgt)
-    for t in range(8):
-        changed = tgt.clone()
-        changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-        after = model(src, changed)
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
-
-
-def test_transformer_padding_changes_nothing():
-    model = transformer_tiny()
-    src, lengths = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    together = model(src, tgt)
-    wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-    check_close(wider, together, 1e-12, "more padding")
-    for row, length in enumerate(lengths):
-        alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-        check_close(alone[0], together[row], 1e-12, "alone")
-
-
-def test_transformer_every_layer_drops_by_itself():
-    """In both orders of norm and sublayer; the embedding's dropout is off."""
-    for norm_first in (True, False):
-        model = transformer_tiny(norm_first, dropout=0.5).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            assert not torch.equal(layer(x, mask), layer(x, mask))
-        causal = transformer.causal_mask(5, 5)
-        for layer in model.decoder:
-            assert not torch.equal(layer(x, causal, x, mask, {}), layer(x, causal, x, mask, {}))
-
-
-def test_transformer_dev_loss_has_no_dropout(tmp_path):
-    s = transformer.Settings(d_model=16, n_heads=2, d_ff=16, n_layers=1, dropout=0.5, device="cpu", amp="off")
-    s.out = str(tmp_path)
-    corpus = transformer.number_corpus(0, 40, 10, 5)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    dev = [tuple(tokenizer.encode(text, s.max_len) for text in pair) for pair in corpus.dev]
-    training = transformer.Training(s, tokenizer, dev, dev)
-    training.model.train()
-    assert training.dev_loss() == training.dev_loss() and training.model.training
-    training.save()
-    other = transformer.Training(s, tokenizer, dev[:-1], dev)
-    with pytest.raises(ValueError, match="other sentences"):  # another folder under --data
-        other.restore(transformer.load(tmp_path / "checkpoint.pt", "checkpoint"))
-
-
-def test_transformer_decode_refuses_a_mask_of_another_shape():
-    model, (src, _) = transformer_tiny(), transformer_sentences(n=5, longest=5)
-    memory, mask = model.encode(src)
-    for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-        with pytest.raises(ValueError, match="memory_mask"):
-            model.decode(src, memory, wrong)
-
-
-def test_transformer_settings_and_what_may_change():
-    for name in "epochs batch-tokens warmup average save-every beam-size lr-scale clip".split():
-        with pytest.raises(ValueError, match=f"--{name} must be above 0, got 0"):
-            transformer.settings_from_command_line([f"--{name}", "0"])
-    may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-    assert set(transformer.MAY_CHANGE) == may
-
-
-def test_transformer_load_names_a_damage_without_a_message(tmp_path, monkeypatch):
-    transformer.save(tmp_path / "a.pt", {"kind": "model"})
-    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError()))
-    with pytest.raises(ValueError, match="a.pt is damaged or isn't a model: EOFError"):
-        transformer.load(tmp_path / "a.pt", "model")
-
-
-def test_transformer_dropout_only_while_training():
-    model = transformer_tiny(dropout=0.5)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    assert not torch.equal(model(src, tgt), model(src, tgt))
-    decoded = [transformer.greedy_decode(model, src, 12) for _ in range(2)]
-    found = [transformer.beam_search(model, src, 12)[0] for _ in range(2)]
-    assert torch.equal(*decoded) and torch.equal(*found) and model.training
-    model.eval()
-    assert torch.equal(model(src, tgt), model(src, tgt))
-    transformer.greedy_decode(model, src, 3)
-    assert not model.training
-    # Dropout acts on the embeddings and on each sublayer's output: with p near 1 nothing is left of a token.
-    nothing = transformer_tiny(dropout=0.999999)
-    assert (nothing.encode(src)[0].std(0) < 1e-9).all()
-
-
-def test_transformer_loss():
-    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(1, 11, (3, 5))
-    targets[0, 3:] = targets[1, 1:] = 0
-    loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-    terms = []
-    for row, position in itertools.product(range(3), range(5)):
-        if targets[row, position] != 0:
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-    assert len(terms) == 9
-    check_close(loss, torch.stack(terms).mean(), 1e-12)
-    for wrong, smoothing in ((11, 0.1), (-1, 0.1), (5, 1.0), (5, -0.1), (5, math.nan)):
-        words = "targets must lie in 0 .. 10" if smoothing == 0.1 else "smoothing"
-        with pytest.raises(ValueError, match=words):
-            transformer.label_smoothed_loss(logits, targets.masked_fill(targets == 3, wrong), 0, smoothing)
-    grad = torch.autograd.grad(loss, logits)[0]
-    assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-    low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-    assert low.dtype == torch.float32
-    check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
-
-
-def test_transformer_main_translates_the_empty_text_and_finds_multi30k_by_its_variable(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(transformer, "translate_command", lambda s: asked.append(s.translate))
-    monkeypatch.setattr(sys, "argv", ["transformer.py", "--translate", "", "--out", str(tmp_path / "a")])
-    transformer.main()
-    assert asked == [""] and not (tmp_path / "a").exists()
-    monkeypatch.setenv("MULTI30K_DATA", "there")
-    monkeypatch.setattr(transformer, "multi30k_corpus", lambda folder: asked.append(folder) or 1 / 0)
-    for given in ([], ["--data", "here"]):
-        with pytest.raises(ZeroDivisionError):
-            transformer.prepare(transformer.settings_from_command_line(["--preset", "multi30k", *given]))
-    assert asked == ["", "there", "here"]
-
-
-def test_transformer_noam():
-    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-    assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-    assert abs(rates[0] - rates[3999] / 4000) < 1e-12  # a straight line up to there
-    assert abs(rates[15_999] - rates[3999] / 2) < 1e-12  # and half at four times the steps
-    for step, warmup in ((0, 10), (1, 0)):
-        with pytest.raises(ValueError, match="step and warmup"):
-            transformer.noam_lr(step, 512, warmup)
-
-
-# ---- search
+    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
+    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
+    same = []  # modules: ours, theirs
+    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
+        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
+        same += [(ours.ffn_norm, theirs.norm2)]
+    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
+        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
+        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
+        same += [(ours.ffn_norm, theirs.norm3)]
+    if c.norm_first:
+        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
+    pairs = []  # lists of our parameters, and theirs that holds them one below the other
+    for ours, theirs in same:
+        if isinstance(theirs, nn.MultiheadAttention):
+            projections = ours.q_proj, ours.k_proj, ours.v_proj
+            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
+            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
+            ours, theirs = ours.out_proj, theirs.out_proj
+        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(torch.cat(ours))
+    return encoder, decoder, pairs
 
 
 def transformer_greedy_oracle(model, src_row, max_len):
@@ -1667,116 +1154,6 @@ def transformer_log_prob(model, src_row, tokens):
     return sum(logits[i, token].item() for i, token in enumerate(tokens))
 
 
-def transformer_rows(tokens):
-    """Rows up to their EOS; all after it must be padding."""
-    rows = []
-    for row in tokens.tolist():
-        end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
-        rows.append(row[:end])
-    return rows
-
-
-@pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: still unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=32, d_ff=64, n_layers=1, epochs=2, average=1, seed=1
-    )
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    train, dev = (
-        [tuple(tokenizer.encode(text, 32) for text in pair) for pair in pairs]
-        for pairs in (corpus.train, corpus.dev)
-    )
-    training = transformer.Training(s, tokenizer, train, dev)
-    torch.set_num_threads(1)
-    training.run()
-    return training.model.double().eval(), tokenizer, corpus, training
-
-
-@pytest.fixture
-def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    return [(model, src)] + [
-        (transformer_tiny(bool(i)).eval(), transformer_sentences(n=5)[0]) for i in range(2)
-    ]
-
-
-@torch.no_grad()
-def test_transformer_greedy_equals_the_plain_loop(transformer_searched):
-    lengths, cut_off = set(), 0
-    for model, src in transformer_searched:
-        tokens = transformer.greedy_decode(model, src, 12)
-        rows = transformer_rows(tokens)
-        assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
-        assert torch.equal(tokens, transformer.greedy_decode(model, src, 12, use_cache=False))
-        assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
-        assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-        for i in range(len(src)):
-            assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-        lengths |= {len(row) for row in rows}
-        cut_off += sum(row[-1] != 2 for row in rows)
-    assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
-
-
-def test_transformer_cache_gives_the_same_logits():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 10))
-    memory, memory_mask = model.encode(src)
-    whole = model.decode(tgt, memory, memory_mask)
-    cache = {}
-    pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), dim=1)]
-    check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-    with pytest.raises(ValueError, match="max_len=24"):
-        model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-
-
-def test_transformer_the_memory_is_projected_once():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    counts = {"encoder": 0, "memory": 0}
-
-    def count(name):
-        return lambda *_: counts.__setitem__(name, counts[name] + 1)
-
-    model.encoder[0].register_forward_hook(count("encoder"))
-    model.decoder[0].cross_attention.k_proj.register_forward_hook(count("memory"))
-    for use_cache, projections in ((True, 1), (False, 6)):
-        counts.update(encoder=0, memory=0)
-        with torch.no_grad():
-            model.output.weight[2] = 0.0  # next to never EOS
-        assert transformer.greedy_decode(model, src, 6, use_cache).shape[1] == 6
-        assert counts == {"encoder": 1, "memory": projections}
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_transformer_full_beam_equals_brute_force(length_penalty):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        model = transformer_tiny(vocab_size=4, n_layers=1).eval()
-        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-        tokens, scores = transformer.beam_search(model, src, 4, beam_size=4**4, length_penalty=length_penalty)
-        for row in range(2):
-            best, best_score = None, -math.inf
-            for n in range(1, 5):
-                for sequence in itertools.product(range(4), repeat=n):
-                    if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                        continue  # EOS ends, and nothing else but max_len does
-                    with torch.no_grad():
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                    score /= ((5 + n) / 6) ** length_penalty
-                    if score > best_score:
-                        best, best_score = list(sequence), score
-            assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-            assert abs(scores[row].item() - best_score) < 1e-10
-        assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
-
-
 def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
     beams = [([], 0.0)]
@@ -1791,689 +1168,20 @@ def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     return max(scored, key=lambda beam: beam[1])
 
 
-@pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-@torch.no_grad()
-def test_transformer_beam_equals_lists(transformer_searched, beam_size, length_penalty):
-    lengths = set()
-    for model, src in transformer_searched:
-        src = src[:20]
-        tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-        assert scores.dtype == torch.float64
-        for row, found in enumerate(transformer_rows(tokens)):
-            best, score = transformer_beam_oracle(
-                model, src[row][src[row] != 0], 10, beam_size, length_penalty
-            )
-            assert found == best and abs(scores[row].item() - score) < 1e-10
-            alone, alone_score = transformer.beam_search(
-                model, src[row : row + 1], 10, beam_size, length_penalty
-            )
-            assert transformer_rows(alone) == [found] and abs(alone_score.item() - score) < 1e-10
-            lengths.add(len(found))
-        wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-        assert torch.equal(wider[0], tokens)
-        check_close(wider[1], scores, 1e-12)
-    assert len(lengths) > 4, lengths
-
-
-@torch.no_grad()
-def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_trained):
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    found = transformer.greedy_decode(model, src, 16)
-    greedy, n_tokens, finished = transformer.sequence_log_probs(model, src, found)
-    for row, tokens in enumerate(transformer_rows(found)):
-        assert abs(greedy[row].item() - transformer_log_prob(model, src[row][src[row] != 0], tokens)) < 1e-10
-        assert n_tokens[row] == len(tokens) and finished[row] == (tokens[-1] == 2)
-    lengths = []
-    for penalty in (0.0, 1.0, 3.0):
-        tokens, scores = transformer.beam_search(model, src, 16, 4, penalty)
-        log_prob, n_tokens, _ = transformer.sequence_log_probs(model, src, tokens)
-        check_close(scores, log_prob / ((5 + n_tokens) / 6) ** penalty, 1e-6)  # the divisor here is float32
-        lengths.append(n_tokens.double().mean().item())
-        if penalty == 0:
-            assert log_prob.mean() > greedy.mean() + 0.5
-    assert lengths[0] < lengths[1] < lengths[2], lengths
-
-
-@torch.no_grad()
-def test_transformer_translate_loses_no_text(transformer_half_trained):
-    model, tokenizer, _, _ = transformer_half_trained
-    texts = [transformer.english_number(n) for n in range(130)]
-    found = transformer.translate(
-        model, tokenizer, texts, lambda src: transformer.greedy_decode(model, src, 3)
-    )
-    assert min(t.n_tokens for t in found) >= 1
-    blank = transformer.Translation("", 0.0, 0, True)
-    assert transformer.translate(model, tokenizer, ["", "   "], None) == [blank, blank]
-
-
-def test_transformer_search_of_no_sentence():
-    model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-    assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
-    tokens, scores = transformer.beam_search(model, none, 5)
-    assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-
-def test_transformer_log_probs_of_a_bf16_model_are_float32():
-    model = transformer_tiny(dtype=torch.bfloat16).eval()
-    src, _ = transformer_sentences()
-    log_probs, n_tokens, _ = transformer.sequence_log_probs(
-        model, src, transformer.greedy_decode(model, src, 9)
-    )
-    assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
-    scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-    with torch.no_grad():
-        logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
-    check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
-
-
-def test_transformer_search_leaves_the_model_as_it_was():
-    """Every submodule's mode; and no hook of cross_attention_weights."""
-    model = transformer_tiny().train()
-    model.encoder.eval()
-    modes = [module.training for module in model.modules()]
-    transformer.greedy_decode(model, torch.full((1, 3), 3), 2)
-    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
-    transformer.cross_attention_weights(model, *torch.full((2, 2, 4), 3))
-    assert not any(layer.cross_attention._forward_pre_hooks for layer in model.decoder)
-
-
-def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
-    rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
-    monkeypatch.setattr(transformer, "translate", lambda *_: rows)
-    corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    searches = report["searches"]
-    assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
-    assert all(row["cut_off"] == 1 for row in searches.values())
-    texts = iter("xabb")  # of greedy, and penalties 0, 0.6, 2
-    monkeypatch.setattr(transformer, "translate", lambda *_: [transformer.Translation(next(texts))] * 3)
-    corpus.test = [("x", "a")] * 3
-    report = transformer.evaluate(None, None, corpus, transformer.Settings(length_penalty=0.0))
-    assert report["beam"] == 1 and report["greedy"] == 0
-    texts = iter("xbab")
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    assert report["beam"] == 1 and report["greedy"] == 0
-
-
-def test_transformer_beam_ends_with_the_last_hypothesis(monkeypatch):
-    model, calls = transformer_tiny(), []
-
-    def decode(tgt, memory, memory_mask, cache):
-        calls.append(tgt.shape)
-        cache[0] = {"self": (memory, memory)}
-        logits = torch.zeros(len(tgt), 1, 11)
-        logits[..., 2] = 20.0  # EOS
-        return logits
-
-    monkeypatch.setattr(model, "decode", decode)
-    transformer.beam_search(model, torch.tensor([[3, 4, 2]]), 20, beam_size=2)
-    assert len(calls) == 2  # the second hypothesis needs another token for its EOS
-
-
-def test_transformer_translates_with_the_search_asked_for(tmp_path, monkeypatch, capsys):
-    tokenizer, asked = transformer.Tokenizer.train(["one two"], 259), []
-    model = transformer_tiny(dtype=torch.float32, vocab_size=259)
-    content = {"kind": "model", "config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    transformer.save(tmp_path / "model.pt", content | {"vocabulary": tokenizer.vocabulary})
-    search = transformer.beam_search
-    monkeypatch.setattr(transformer, "beam_search", lambda *a: asked.append(a[2:]) or search(*a))
-    s = transformer.Settings(
-        translate="one", out=str(tmp_path), device="cpu", beam_size=3, length_penalty=0.9
-    )
-    transformer.translate_command(s)
-    assert asked == [(24, 3, 0.9)] and json.loads(capsys.readouterr().out)["source"] == "one"
-
-
-def test_transformer_missing_sacrebleu_is_known_before_the_training(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(transformer, "prepare", lambda s: 1 / 0)
-    with pytest.raises(ImportError, match="sacrebleu"):
-        transformer.train_and_evaluate(transformer.Settings(preset="multi30k"))
-    with pytest.raises(ZeroDivisionError):
-        transformer.train_and_evaluate(transformer.Settings())
-
-
-def test_transformer_a_run_goes_on_with_its_own_sentences_alone(tmp_path):
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    tokenizer, pair, other = transformer.Tokenizer.train(["one"], 259), ([5, 2], [6, 2]), ([7, 2], [6, 2])
-    training = transformer.Training(s, tokenizer, [pair] * 3, [pair])
-    for train, dev in (([pair] * 3, [other]), ([pair, pair, other], [pair])):
-        with pytest.raises(ValueError, match="a run on other sentences"):
-            transformer.Training(s, tokenizer, train, dev).restore({"corpus": training.corpus})
-
-
-def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / "transformer.py"), run_name="__main__")
-    assert leaving.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_transformer_decoding_has_no_reference_to_see():
-    """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    read = []
-    model.tgt_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].clone()))
-    expected = transformer.greedy_decode(model, src, 10)
-    assert torch.equal(torch.cat(read, dim=1)[:, 1:], expected[:, :-1]) and (read[0] == 1).all()
-    # A poisoned reference: translate() has no access to the corpus's target side
-    corpus = transformer.number_corpus(0, 20, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    poisoned = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=40).eval()
-    s = transformer.Settings(beam_size=2, max_len=40)
-    found = []
-    for targets in (["eins"] * 2, ["tausend und"] * 2):
-        test = [(source, target) for (source, _), target in zip(corpus.test, targets, strict=True)]
-        found.append(
-            transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
-        )
-    assert found[0]["searches"] == found[1]["searches"]
-    ways = (
-        lambda src: transformer.greedy_decode(poisoned, src, 40),
-        transformer.beam_of(poisoned, 40, 2, 0.0),
-    )
-    texts = [source for source, _ in corpus.test]
-    greedy, beam = (transformer.translate(poisoned, tokenizer, texts, way) for way in ways)
-    gains = [b.log_prob - g.log_prob for g, b in zip(greedy, beam, strict=True)]
-    expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-    assert (found[0]["search_gains"], found[0]["search_errors"]) == expected
-
-
-def test_transformer_a_step_is_the_sum_of_its_sentences():
-    """64 sentences of mixed lengths: the batch's gradient is the token-weighted sum of the single ones."""
-    corpus = transformer.number_corpus(1, 64, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    pairs = [tuple(tokenizer.encode(text, 64) for text in pair) for pair in corpus.train]
-    assert len({len(target) for _, target in pairs}) > 5
-    s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    got = []
-    hook = training.model.register_forward_hook(lambda module, inputs, output: got.append(output.dtype))
-    for s.amp in ("bf16", "off"):
-        training.loss(pairs[:4], 0.0)
-    hook.remove()
-    assert got == [torch.bfloat16, torch.float32]
-    model = training.model.double()
-
-    def gradient(batch):
-        loss, n_tokens = training.loss(batch, 0.1)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]), n_tokens
-
-    whole, n_all = gradient(pairs)
-    singles = [gradient([pair]) for pair in pairs]
-    assert n_all == sum(n for _, n in singles) == sum(len(target) for _, target in pairs)
-    check_close(whole, sum(g * n for g, n in singles) / n_all, 1e-10)
-
-
-def test_transformer_rejects():
-    config = transformer.TransformerConfig
-    for changes, words in (
-        ({"d_model": 10, "n_heads": 3}, "n_heads"),
-        ({"n_layers": 0}, "n_layers"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"vocab_size": 2}, "eos_id"),
-        ({"eos_id": 1}, "eos_id"),
-        ({"pad_id": -1}, "pad_id"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            config(**changes)
-    model = transformer_tiny()
-    src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    for bad_src, bad_tgt in (
-        (src[0], tgt),
-        (src.float(), tgt),
-        (src, tgt[:1]),
-        (src.repeat(1, 7), tgt),
-        (src, tgt[0]),
-    ):
-        with pytest.raises(ValueError, match="tokens|max_len|batches"):
-            model(bad_src, bad_tgt)
-    assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-    assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
-    for max_len in (0, 25):
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.greedy_decode(model, src, max_len)
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.beam_search(model, src, max_len)
-    with pytest.raises(ValueError, match="beam_size"):
-        transformer.beam_search(model, src, 5, beam_size=0)
-    assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
-
-
-# ---- data
-
-
-def test_transformer_numbers():
-    for n, english, german in (
-        (0, "zero", "null"),
-        (1, "one", "eins"),
-        (16, "sixteen", "sechzehn"),
-        (21, "twenty-one", "ein und zwanzig"),
-        (30, "thirty", "dreißig"),
-        (100, "one hundred", "einhundert"),
-        (101, "one hundred and one", "einhundert eins"),
-        (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-        (1_000, "one thousand", "ein tausend"),
-        (1_001, "one thousand and one", "ein tausend eins"),
-        (1_100, "one thousand one hundred", "ein tausend einhundert"),
-        (101_000, "one hundred and one thousand", "einhundert ein tausend"),
-        (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
-        (
-            999_999,
-            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
-            "neunhundert neun und neunzig tausend neunhundert neun und neunzig",
-        ),
-    ):
-        assert transformer.english_number(n) == english and transformer.german_number(n) == german
-    sample = [*range(2000), *range(2000, 1_000_000, 997)]
-    assert len({transformer.english_number(n) for n in sample}) == len(sample)
-    assert len({transformer.german_number(n) for n in sample}) == len(sample)
-
-
-def test_transformer_number_corpus():
-    corpus = transformer.number_corpus(0)
-    parts = [corpus.train, corpus.dev, corpus.test]
-    assert [len(part) for part in parts] == [8_000, 500, 1_000]
-    assert len({source for part in parts for source, _ in part}) == 9_500  # no number is in two parts
-    assert len({target for part in parts for _, target in part}) == 9_500
-    short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
-    assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
-    assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
-    assert max(source.count("thousand") for part in parts for source, _ in part) == 1
-    assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
-
-
-def test_transformer_tokenizer():
-    texts = [transformer.english_number(n) for n in range(2000)]
-    tokenizer = transformer.Tokenizer.train(texts, 400)
-    assert 259 < tokenizer.vocab_size <= 400
-    for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
-        ids = tokenizer.encode(text, 99)
-        assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-        assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-    assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
-    assert tokenizer.decode([3 + 0xFF]) == "\ufffd" if tokenizer.vocabulary[0xFF] == b"\xff" else True
-    again = transformer.Tokenizer.train(texts, 400)
-    assert again.vocabulary == tokenizer.vocabulary == transformer.Tokenizer(tokenizer.vocabulary).vocabulary
-    with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
-        tokenizer.encode("forty-two", 3)
-    assert len(tokenizer.encode("forty-two", 4)) == 4
-    with pytest.raises(ValueError, match="vocab_size"):
-        transformer.Tokenizer.train(texts, 258)
-
-
-def test_transformer_token_batches():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-    batches = transformer.token_batches(lengths, 120, "0 0")
-    assert sorted(i for batch in batches for i in batch) == list(range(501))
-    assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.06 * sum(lengths)  # similar lengths meet
-    assert len(batches) < sum(lengths) / 120 * 1.3  # and batches are full
-    assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
-    assert transformer.token_batches(lengths, 120, "0 0") == batches
-    other = transformer.token_batches(lengths, 120, "0 1")
-    assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
-    assert transformer.pad([[5], [6, 7]], 0, "cpu").tolist() == [[5, 0], [6, 7]]
-
-
-def transformer_small_multi30k(folder, n=40, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for name in transformer.MULTI30K:
-        line = german if name.endswith("de") else english
-        text = changes.get(name.replace(".", "_"), "".join(f"{line.format(i)}\n" for i in range(n)))
-        if text is not None:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
-
-
-def test_transformer_multi30k_files(tmp_path):
-    folder = transformer_small_multi30k(tmp_path / "good")
-    corpus = transformer.multi30k_corpus(str(folder))
-    assert (
-        corpus.name == "own" and [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [40] * 3
-    )
-    assert corpus.train[7] == ("ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7")
-    (folder / "val.de").write_bytes(gzip.decompress((folder / "val.de.gz").read_bytes()))
-    (folder / "val.de.gz").unlink()  # unpacked files do as well
-    assert transformer.multi30k_corpus(str(folder)) == corpus
-    german = "ein hund auf der wiese\n"
-    for i, (changes, words) in enumerate(
-        (
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog on the meadow\n" * 39}, "train: 40 lines in German, 39 in English"),
-            ({"train_de": "a dog on the meadow\n" * 40}, "train.de isn't in its language"),
-            ({"val_en": german * 40}, "val.en isn't in its language"),
-            (
-                {"test_2016_flickr_de": german * 3 + "\n" + german * 36},
-                "test_2016_flickr.de: line 4 is empty",
-            ),
-            ({"train_de": ""}, "train.de: line 1 is empty"),
-            ({"test_2016_flickr_de": german * 1000}, "was altered: 1000 lines"),
-            ({"test_2016_flickr_de": german * 999 + german[:9]}, "was altered: 1000 lines"),
-        )
-    ):
-        with pytest.raises(ValueError, match=words):
-            transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-    with pytest.raises(ValueError, match="nowhere has neither train.de.gz nor train.de"):
-        transformer.multi30k_corpus(str(tmp_path / "nowhere"))
-    whole = (folder / "train.de.gz").read_bytes()
-    latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
-    for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-        (folder / "train.de.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="train.de.gz is damaged"):
-            transformer.multi30k_corpus(str(folder))
-
-
-@pytest.fixture
-def transformer_server():
-    """A server on 127.0.0.1 that answers with what `files` holds: bytes, or an int that is a status."""
-    files, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.rsplit("/", 1)[-1]
-            asked.append(name)
-            answer = files.get(name, 404)
-            self.send_response(200 if isinstance(answer, bytes) else answer)
-            if isinstance(answer, bytes):
-                self.send_header("Content-Length", str(len(answer) + (100 if name in cut else 0)))
-            self.end_headers()
-            if isinstance(answer, bytes):
-                self.wfile.write(answer)
-
-        def log_message(self, *_):
-            pass
-
-    cut = set()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", files, asked, cut
-    server.shutdown()
-
-
-def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
-    url, files, asked, cut = transformer_server
-    text = b"ein mann auf der wiese\n" * 3
-    entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K_URL", url)
-    monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-    cached = tmp_path / "new/cache/multi30k/train.de.gz"
-    with pytest.raises(ValueError, match="404"):
-        transformer.read_multi30k("train.de", "")
-    for altered in (text.replace(b"mann", b"frau"), text * 2):
-        files["train.de.gz"] = gzip.compress(altered)
-        with pytest.raises(ValueError, match="was altered"):
-            transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)[:-10]
-    with pytest.raises(ValueError, match="damaged"):
-        transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)
-    cut.add("train.de.gz")  # breaks off
-    with pytest.raises(ValueError, match="train.de.gz"):
-        transformer.read_multi30k("train.de", "")
-    assert not cached.exists()  # nothing wrong was kept
-    cut.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True)
-    asked.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
-    cached.unlink()
-    assert transformer.read_multi30k("train.de", "") == (text, True)  # into a folder that is there
-    monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
-    cached.unlink()
-    with pytest.raises(ValueError, match="--data"):
-        transformer.read_multi30k("train.de", "")
-
-
-def test_transformer_multi30k_official():
-    folder = os.environ.get("MULTI30K_DATA")
-    if not folder:
-        pytest.skip("MULTI30K_DATA is not set")
-    corpus = transformer.multi30k_corpus(folder)
-    assert corpus.name == "multi30k" and [len(p) for p in (corpus.train, corpus.dev, corpus.test)] == [
-        29_000,
-        1_014,
-        1_000,
-    ]
-    assert corpus.test[0][1].startswith("A man in an orange hat")
-
-
-# ---- training
-
-
-def test_transformer_parameter_groups():
-    model = transformer_tiny(tied=True)
-    decayed, plain = transformer.parameter_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
-    names = {id(p): name for name, p in model.named_parameters()}
-    for group, ends in (
-        (decayed, ("weight",)),
-        (plain, ("bias", "norm1.weight", "norm2.weight", "norm3.weight", "norm.weight")),
-    ):
-        assert all(names[id(p)].endswith(ends) for p in group["params"])
-    assert len(decayed["params"] + plain["params"]) == len(names)
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
-
-
-def test_transformer_training_step(transformer_half_trained, monkeypatch):
-    """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=16, d_ff=16, clip=0.1, warmup=7, lr_scale=3.0, weight_decay=0.2
-    )
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    training.model.double()  # in float32 Adam would make steps of rounding errors: k_proj.bias has gradient 0
-    expected = transformer.Transformer(training.model.config).double()
-    expected.load_state_dict(training.model.state_dict())
-    optimizer = torch.optim.AdamW(transformer.parameter_groups(expected, 0.2), betas=(0.9, 0.98), eps=1e-9)
-    losses = []
-    for step in (1, 2, 3):
-        training.step(pairs)
-        src = nn.utils.rnn.pad_sequence([torch.tensor(source) for source, _ in pairs], batch_first=True)
-        tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *target]) for _, target in pairs], batch_first=True)
-        logits = expected(src, tgt[:, :-1])
-        loss = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:], ignore_index=0, label_smoothing=0.1)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = 3.0 * transformer.noam_lr(step, 16, 7)
-        optimizer.step()
-    for ours, theirs in zip(training.model.parameters(), expected.parameters(), strict=True):
-        check_close(ours, theirs, 1e-8)
-    n_tokens = sum(len(target) for _, target in pairs)
-    assert abs(training.progress["loss"] - sum(losses) * n_tokens) < 1e-6
-    assert (
-        training.progress["step"] == training.progress["batch"] == 3
-        and training.progress["tokens"] == 3 * n_tokens
-    )
-    model, training.progress["seconds"] = training.model, 1e-6
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", itertools.count().__next__)  # every product takes 1 s
-        report = transformer.cost(training)
-    n_encoder, n_decoder = (sum(p.numel() for p in x.parameters()) for x in (model.encoder, model.decoder))
-    n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    flops = 6 * (n_encoder * n_src + (n_decoder + model.output.weight.numel()) * n_tgt)
-    assert report["gemm_gflops"] == 2.1
-    assert report["mfu"] == pytest.approx(flops * 1e6 / (2 * 1024**3), rel=1e-6, abs=1e-3)
-    seeds, training.s.seed = [], 1
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    for _ in range(3):
-        training.step(pairs)
-    assert seeds == [1_000_003 + step for step in (3, 4, 5)], "dropout of its own in every step"
-
-
-def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
-    """The final weights are the mean over the last epochs' ends; dev and train losses are per token."""
-    _, tokenizer, corpus, trained = transformer_half_trained
-    assert len(trained.history) == 2 and trained.history[1]["dev_loss"] < trained.history[0]["dev_loss"]
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:60]]
-    changes = dict(
-        amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, out=str(tmp_path), batch_tokens=200
-    )
-    for epochs, average, expected in ((4, 2, [2, 3]), (2, 5, [0, 1])):
-        s = transformer.Settings(**changes, epochs=epochs, average=average)
-        training = transformer.Training(s, tokenizer, pairs, pairs[:9])
-        ends, end_epoch = [], training.end_epoch
-
-        def recorded(ends=ends, end_epoch=end_epoch, model=training.model):
-            ends.append({name: w.clone() for name, w in model.state_dict().items()})
-            end_epoch()
-
-        training.end_epoch = recorded
-        training.run()
-        for name, weight in training.model.state_dict().items():
-            check_close(weight, torch.stack([ends[i][name] for i in expected]).mean(0), 1e-6, name)
-    with torch.no_grad():
-        losses = [(training.loss([pair], 0.0)[0].item(), len(pair[1])) for pair in pairs[:9]]
-    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-    training.s.batch_tokens = 25  # several batches, of unequal numbers of tokens
-    assert abs(training.dev_loss() - expected) < 1e-5
-    training.progress |= {"epoch": 1, "loss": math.nan, "tokens": 1}
-    with pytest.raises(ValueError, match="lr-scale"):
-        end_epoch()
-
-
-def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, tmp_path):
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tuple(tokenizer.encode(text, 32)) for text in pair) for pair in corpus.train[:60]]
-    s = transformer.Settings(amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, epochs=3)
-    s.out, s.batch_tokens = str(tmp_path), 100
-    training = transformer.Training(s, tokenizer, [tuple(map(list, pair)) for pair in pairs], pairs[:2])
-    epochs, step = [[], [], []], training.step
-
-    def recorded(batch):
-        epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
-        step(batch)
-
-    seen, loss = [], training.loss
-
-    def noted(batch, smoothing):
-        value, n = loss(batch, smoothing)
-        if smoothing:  # a training batch
-            seen.append((training.progress["epoch"] + 1, value.item() * n, n))
-        return value, n
-
-    training.step, training.loss = recorded, noted
-    training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
-    training.run()
-    for row in training.history:
-        sums, counts = zip(*((x, n) for epoch, x, n in seen if epoch == row["epoch"]), strict=True)
-        assert abs(row["train_loss"] - sum(sums) / sum(counts)) < 1e-6
-    for batch in itertools.chain(*epochs):
-        assert len(batch) * max(len(side) for pair in batch for side in pair) <= 100 or len(batch) == 1
-    assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
-    for batches in epochs:
-        assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
-    assert training.progress["step"] == sum(map(len, epochs)) and len(training.history) == 3
-
-
-def test_transformer_bf16_only_where_native(monkeypatch):
-    def chosen(amp):
-        return transformer.precision(transformer.Settings(device="cpu", amp=amp))
-
-    for native, auto in ((False, "float32"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert chosen("auto") == "float32"
-
-    def auto(device):
-        return transformer.precision(transformer.Settings(device=device))
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert auto("cuda:1") == "float32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert (auto("cuda:1"), auto("mps")) == ("bf16", "float32")
-
-
-def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
-    folder, known = transformer_small_multi30k(tmp_path / "data"), {}
-    for name in transformer.MULTI30K:
-        text = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K", known)
-    assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
-    blanks = transformer_small_multi30k(tmp_path / "crlf", 41, val_en="a dog on the meadow\r\n" * 41)
-    assert transformer.multi30k_corpus(str(blanks)).dev[0][1] == "a dog on the meadow"
-    for name in list(known):
-        monkeypatch.setitem(known, name, (41, 0, ""))
-        assert transformer.multi30k_corpus(str(folder)).name == "own"
-        monkeypatch.undo()
-        monkeypatch.setattr(transformer, "MULTI30K", known)
-
-
-def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
-    corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-    monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    training = transformer.prepare(s)[1]
-    assert [training.tokenizer.decode(side) for pair in training.dev for side in pair] == ["two", "zwei"]
-
-
-def test_transformer_edges():
-    """What is just allowed, and just not."""
-    assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary  # learns what encode makes
-    assert [n for n, *_ in transformer.MULTI30K.values()] == [29_000, 29_000, 1_014, 1_014, 1_000, 1_000]
-    assert transformer.noam_lr(1, 512, 1) == 512**-0.5
-    assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
-    assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
-    assert transformer.settings_from_command_line(["--smoothing", "0"]).smoothing == 0
-    transformer.check_lines("x", ["hund"], "de", "en")  # no frequent word at all: no reason to refuse
-    with pytest.raises(ValueError, match="language"):
-        transformer.check_lines("x", ["A DOG ON THE MEADOW"], "de", "en")
-    with pytest.raises(ValueError, match="dropout"):
-        transformer.TransformerConfig(dropout=-0.5)
-    for flag in ("--lr-scale", "--length-penalty"):
-        with pytest.raises(ValueError, match=f"{flag} .*nan"):
-            transformer.settings_from_command_line([flag, "nan"])
-
-
-def test_transformer_checkpoint_files(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    content = {"kind": "model", "weights": torch.arange(1000.0), "vocabulary": [b"a", b"\xff"]}
-    transformer.save(path, content)
-    loaded = transformer.load(path, "model")
-    assert torch.equal(loaded.pop("weights"), content["weights"]) and loaded == {
-        "kind": "model",
-        "vocabulary": [b"a", b"\xff"],
-    }
-    with pytest.raises(ValueError, match="isn't a checkpoint"):
-        transformer.load(path, "checkpoint")
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
-    for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="x.pt"):
-            transformer.load(path, "model")
-
-    class Code:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "was run"),))
-
-    torch.save({"kind": "model", "code": Code()}, path)
-    with pytest.raises(ValueError, match="x.pt"):
-        transformer.load(path, "model")
-    assert not (tmp_path / "was run").exists()
-
-    path.write_bytes(whole)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        transformer.save(path, content)
-    assert path.read_bytes() == whole
-
+def transformer_rows(tokens):
+    """Rows up to their EOS; all after it must be padding."""
+    rows = []
+    for row in tokens.tolist():
+        end = row.index(2) + 1 if 2 in row else len(row)
+        assert all(token == 0 for token in row[end:]), row
+        rows.append(row[:end])
+    return rows
+
+
+TRANSFORMER_SMALL = {
+    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
+    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+}  # fmt: skip
 
 TRANSFORMER_KILLED = """
 import os, signal, sys
@@ -2481,7 +1189,7 @@ import torch, transformer
 
 corpus = transformer.number_corpus
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv.pop(1), int(sys.argv.pop(1))  # kill -9 at the n-th call of place
+place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
 places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
 owner, name = places[place]
 original, calls = getattr(owner, name), 0
@@ -2494,410 +1202,919 @@ def counted(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, name, counted)
-transformer.main()
+transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-TRANSFORMER_SMALL = (
-    "--epochs 3 --d-model 16 --d-ff 16 --n-layers 1 --dropout 0.2 --save-every 3 --vocab-size 400"
-)
-TRANSFORMER_SMALL += " --batch-tokens 400 --amp off"
+def transformer_run(out, **changes):
+    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
+    corpus = transformer.number_corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
+        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
-def transformer_run(monkeypatch, out, *arguments):
-    """What the script does, in this process and on a small corpus. Returns the report."""
-    out.mkdir(exist_ok=True)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(out), *arguments])
-    corpus = transformer.number_corpus(s.seed, 300, 20, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        return transformer.train_and_evaluate(s)
+def transformer_stop(out, **changes):
+    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    try:
+        transformer_run(out, **changes)
+    except SystemExit as stop:
+        return stop.code
+    raise AssertionError("it ran to its end")
 
 
-def test_transformer_kill_and_go_on(tmp_path, monkeypatch, capsys):
-    undisturbed = transformer_run(monkeypatch, tmp_path / "a")
-    assert undisturbed["steps"] > 12
-    out = tmp_path / "b"
-    # in the 5th step, 2 after a checkpoint; while the next one is written; before one is moved into place
-    for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-        command = [
-            sys.executable,
-            "-c",
-            TRANSFORMER_KILLED,
-            place,
-            str(n),
-            "--out",
-            str(out),
-            *TRANSFORMER_SMALL.split(),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-        assert not (out / "model.pt").exists() and (out / "checkpoint.pt").exists()
-        if place != "step":
-            assert (out / "checkpoint.pt.part").exists()  # what was in the making, beside the good one
-    resumed = transformer_run(monkeypatch, out)
-    assert "going on after step 6" in capsys.readouterr().out
-    models = [transformer.load(folder / "model.pt", "model")["model"] for folder in (tmp_path / "a", out)]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for key in ("history", "searches", "steps"):
-        assert undisturbed[key] == resumed[key]
-    again = transformer_run(monkeypatch, out, "--save-every", "50")  # a setting that may change
-    assert (
-        "training was finished after step" in capsys.readouterr().out
-        and again["searches"] == resumed["searches"]
-    )
-    with pytest.raises(ValueError, match="lr_scale=0.4, not 0.7"):
-        transformer_run(monkeypatch, out, "--lr-scale", "0.7")
-    different = transformer_run(monkeypatch, tmp_path / "c", "--seed", "1", "--epochs", "1")
-    assert different["history"][0] != undisturbed["history"][0]
+def transformer_pairs(n, max_len=32, seed=1):
+    """A tokenizer, and n pairs of ids."""
+    corpus = transformer.number_corpus(seed, n, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
 
 
-# ---- the script
+def transformer_state():
+    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
 
 
-def test_transformer_settings(capsys):
-    def read(*argv):
-        return transformer.settings_from_command_line(list(argv))
+def transformer_small_multi30k(folder, n=12, **changes):
+    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
+    folder.mkdir(exist_ok=True)
+    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
+    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
+        line = german if language == "de" else english
+        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+        if text is not None:
+            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
 
-    assert read().preset == "numbers" and read().d_model == transformer.Settings().d_model
-    multi30k = read("--preset", "multi30k", "--epochs", "3", "--no-tied")
-    assert (multi30k.epochs, multi30k.dropout, multi30k.tied) == (
-        3,
-        0.3,
-        False,
-    ) and multi30k.out != read().out
-    for argv, words in (
-        (("--epochs", "0"), "--epochs"),
-        (("--lr-scale", "-1"), "--lr-scale"),
-        (("--smoothing", "1"), "--smoothing"),
-        (("--data", "x"), "--preset multi30k"),
-        (("--device", "nonsense"), "--device nonsense"),
-        (("--device", "meta"), "--device meta"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read(*argv)
-    assert math.copysign(1, read("--length-penalty", "-0.0").length_penalty) == 1  # its name in the table
-    for argv in (
-        ("--epoch", "3"),
-        ("--wrong", "1"),
-        ("--preset", "french"),
-        ("--amp", "fp8"),
-        ("--epochs", "many"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            read(*argv)
-        assert exit.value.code == 2
-    with pytest.raises(SystemExit):
-        read("--preset", "multi30k", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(
-        f"(default: {value})" in text for value in (transformer.PRESETS["multi30k"]["vocab_size"], 0.3)
-    )
+
+@pytest.fixture(scope="module")
+def transformer_half_trained(tmp_path_factory):
+    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
+    corpus = transformer.number_corpus(3, 2500, 20, 40)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
+    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
+    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
+    model, state = transformer.Transformer(config), transformer_state()
+    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
+    transformer.train(s, model, *encoded, state)
+    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
+    return model.double().eval(), tokenizer, corpus
+
+
+@pytest.fixture
+def transformer_searched(transformer_half_trained):
+    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    model, tokenizer, corpus = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
+    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
+    return [(model, src), *random_ones]
+
+
+@pytest.fixture(scope="module")
+def transformer_undisturbed(tmp_path_factory):
+    """A small run without interruption: its folder, report and weights."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, *transformer_run(out)
 
 
 @pytest.fixture(scope="module")
 def transformer_demo(tmp_path_factory):
-    """The default run, as a user starts it."""
+    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_script("transformer.py", cwd=folder, timeout=240)
+    shutil.copy(ROOT / "transformer.py", folder)
+    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
-def test_transformer_demo(transformer_demo):
-    folder, result = transformer_demo
-    report = last_json(result)
-    out = folder / "out" / "transformer"
-    assert report == json.loads((out / "report.json").read_text())
-    first = result.stdout.splitlines()[:2]
-    assert "seed=0" in first[0] and "precision=" in first[0] and first[1].startswith("torch=")
-    assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
-    for key in (
-        "seconds",
-        "train_seconds",
-        "torch",
-        "threads",
-        "cpu",
-        "gemm_gflops",
-        "mfu",
-        "settings",
-        "search_errors",
-    ):
-        assert key in report
-    assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
-    assert 0 < report["train_seconds"] < report["seconds"] < 240 and report["cache_speedup"] > 1
-    assert report["searches"]["greedy"]["cut_off"] <= 20
-    assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-    rows = list(report["searches"].values())
-    assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
+class TestTransformer:
+    # ---- the model
 
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
+    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
+        """Values and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
+        encoder, decoder, pairs = transformer_to_torch(model)
+        src, _ = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
+        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
+        x, y = (
+            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
+            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
+        )
+        memory, memory_mask = model.encode(src)
+        assert memory_mask.shape == (6, 1, 1, 9)
+        expected = encoder(x, src_key_padding_mask=src == 0)
+        real = (src != 0)[..., None]
+        check_close(memory * real, expected * real, tolerance, "encoder")
 
-def test_transformer_alignment_swaps_tens_and_units(transformer_demo):
-    """In the demo's model, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-    last_json(transformer_demo[1])
-    saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt", "model")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    tokenizer = transformer.Tokenizer(saved["vocabulary"])
-    right = total = 0
-    for units, tens in itertools.product(range(2, 10), range(2, 10)):
-        n = 517_000 + 10 * tens + units
-        source = tokenizer.encode(transformer.english_number(n), 32)
-        target = tokenizer.encode(transformer.german_number(n), 32)
-        src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-        weights = transformer.cross_attention_weights(model, src, tgt)
-        assert weights.shape == (2, 1, 4, len(target), len(source))
-        check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-        looked_at = weights[-1, 0].mean(0).argmax(-1)  # (Tt,)
-        at_units, at_tens = looked_at[-4].item(), looked_at[-2].item()  # ... units und tens EOS
-        right += at_units > at_tens
-        total += 1
-    assert right / total > 0.9, right / total
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
+        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
+        expected = F.linear(expected, model.output.weight)
+        logits = model(src, tgt)
+        real = (tgt != 0)[..., None]
+        check_close(logits * real, expected * real, tolerance, "model")
 
+        upstream = torch.randn_like(logits) * real
+        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+        theirs = [*shared, *(their for _, their in pairs)]
+        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
+        (logits * upstream).sum().backward()
+        ours = [[p] for p in shared] + [our for our, _ in pairs]
+        assert sum(map(len, ours)) == len(list(model.parameters()))
+        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
 
-def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
-    last_json(transformer_demo[1])
-    folder = transformer_demo[0]
-    one = run_script("transformer.py", "--translate", "Three hundred and forty-two thousand", cwd=folder)
-    row = last_json(one)
-    assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-    assert (
-        row["source"] == "Three hundred and forty-two thousand"
-        and row["n_tokens"] == 6
-        and -3 < row["log_prob"] < 0
-    )
-    lines = "one hundred thousand\n\nfive thousand and seventeen\n東京\n"
-    command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
-    assert "fünf tausend siebzehn" in many.stdout
-    rows = [json.loads(line) for line in many.stdout.splitlines()]
-    assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
-        rows
-    ) == 4
-    monkeypatch.chdir(folder)
-    for text, words in (("nine " * 40, "max_len=32"), ("nine " * 31, None), ("", None)):
-        s = transformer.settings_from_command_line(["--translate", text])
-        if words:
+    def test_transformer_parameter_counts(self):
+        def count(**changes):
+            with torch.device("meta"):
+                model = transformer.Transformer(transformer.TransformerConfig(**changes))
+            return sum(p.numel() for p in model.parameters())
+
+        assert count() == 63_082_496
+        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
+        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
+        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+
+    def test_transformer_tying_and_initial_scale(self):
+        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
+        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
+        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
+        for layer in (model.encoder[0], model.decoder[0]):
+            projection = layer.self_attention.q_proj
+            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
+            assert projection.bias.abs().max() == 0
+        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
+        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
+        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+
+    def test_sinusoidal_positional_encoding_is_the_formula(self):
+        table = transformer.sinusoidal_positional_encoding(50, 7)
+        for position, feature in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (feature // 2) / 7)
+            expected = math.cos(angle) if feature % 2 else math.sin(angle)
+            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        assert table.dtype == torch.float32 and table.shape == (50, 7)
+
+    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
+        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        with torch.device("meta"):
+            other = transformer.Transformer(model.config)
+        other.to_empty(device="cpu").load_state_dict(model.state_dict())
+        assert torch.equal(other(src, src), model(src, src))
+
+    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
+        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        mask = torch.rand(2, 5, 5) < 0.5
+        mask[0, 2] = False
+        output, weights = transformer.attention(q, k, v, mask)
+        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        check_close(output, expected, 1e-12)
+        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
+        for grad, other in zip(*grads, strict=True):
+            check_close(grad, other, 1e-12)
+        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
+        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
+        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        assert transformer_tiny()(padding, bos).isfinite().all()
+
+    def test_causal_mask_is_aligned_bottom_right(self):
+        assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_no_look_ahead(self, norm_first):
+        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 8))
+        before = model(src, tgt)
+        for t in range(8):
+            changed = tgt.clone()
+            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
+            after = model(src, changed)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+
+    def test_transformer_padding_changes_nothing(self):
+        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        together = model(src, tgt)
+        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        check_close(wider, together, 1e-12, "more padding")
+        for row, length in enumerate(lengths):
+            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
+            check_close(alone[0], together[row], 1e-12, "alone")
+
+    def test_decode_cache_gives_the_same_logits(self):
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 10))
+        memory, memory_mask = model.encode(src)
+        whole = model.decode(tgt, memory, memory_mask)
+        cache = {}
+        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
+        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
+        for _ in range(2):  # what is refused leaves the cache as it was
+            with pytest.raises(ValueError, match="max_len=24"):
+                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
+        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
+            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
+
+    def test_decode_projects_the_memory_once(self):
+        """With a cache, a memory of NaN in later calls changes nothing."""
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 2))
+        memory, memory_mask = model.encode(src)
+        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
+        model.decode(tgt[:, :1], memory, memory_mask, cache)
+        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
+        check_close(second, expected, 1e-12)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+        """Loss and every gradient as without, the encoder's too."""
+        model, (src, _) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        for layer in (*model.encoder, *model.decoder):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        model(src, tgt).sin().sum().backward()
+        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            check_close(p.grad, grad, 1e-12, name)
+
+    def test_transformer_dropout_only_while_training(self):
+        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        assert not torch.equal(model(src, tgt), model(src, tgt))
+        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
+            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
+        model.eval()
+        assert torch.equal(model(src, tgt), model(src, tgt))
+        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
+        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_drops_at_every_sublayer(self, norm_first):
+        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
+        model = transformer_tiny(norm_first, dropout=0.999999).train()
+        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+        for layer in model.encoder:
+            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
+            check_close(layer(x, mask), expected, 1e-12)
+        for layer in model.decoder:
+            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
+            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
+
+    def test_evaluating_puts_every_mode_back(self):
+        model = transformer_tiny().train()
+        model.encoder.eval()
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
+            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+    def test_label_smoothed_loss_is_the_formula(self):
+        logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+        targets = torch.randint(1, 11, (3, 5))
+        targets[0, 3:] = targets[1, 1:] = 0
+        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
+        terms = []
+        for row, position in (targets != 0).nonzero().tolist():
+            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
+            q[targets[row, position]] += 0.8
+            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
+        assert len(terms) == 9
+        check_close(loss, torch.stack(terms).mean(), 1e-12)
+        grad = torch.autograd.grad(loss, logits)[0]
+        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
+        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
+        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
+        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
+        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
+        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+
+    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
+        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
+        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+
+    # ---- search
+
+    @torch.no_grad()
+    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
+        """And a beam of 1; alone and in a batch."""
+        lengths, cut_off = set(), 0
+        for model, src in transformer_searched:
+            tokens = transformer.greedy_decode(model, src, 12)
+            rows = transformer_rows(tokens)
+            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
+            assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+            assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
+            for i in range(0, len(src), 4):
+                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
+            lengths |= {len(row) for row in rows}
+            cut_off += sum(row[-1] != 2 for row in rows)
+        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+
+    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+    @torch.no_grad()
+    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
+            for row in range(2):
+                candidates = []
+                for n in range(1, 5):
+                    for sequence in itertools.product(range(4), repeat=n):
+                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
+                            continue  # EOS ends, and nothing else but max_len does
+                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
+                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
+                best_score, best = max(candidates)
+                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
+                assert abs(scores[row].item() - best_score) < 1e-10
+            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+
+    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+    @torch.no_grad()
+    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
+        lengths = set()
+        for model, src in transformer_searched:
+            src = src[:12]
+            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
+            assert scores.dtype == torch.float64
+            for row, found in enumerate(transformer_rows(tokens)):
+                real = src[row][src[row] != 0]
+                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
+                assert found == best and abs(scores[row].item() - score) < 1e-10
+                lengths.add(len(found))
+            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
+            assert torch.equal(wider[0], tokens)
+            check_close(wider[1], scores, 1e-12)
+        assert len(lengths) > 4, lengths
+
+    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        sources = [source for source, _ in corpus.test]
+        found = {
+            name: transformer.translate(model, tokenizer, sources, *search)
+            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
+        }
+        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
+            src = transformer.pad([tokenizer.encode(source, 32)], model)
+            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
+            with torch.no_grad():
+                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
+            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
+            assert row["text"] == tokenizer.decode(tokens)
+
+        def mean(name, key):
+            return statistics.fmean(row[key] for row in found[name])
+
+        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
+        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
+
+    def test_search_of_no_sentence(self):
+        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
+        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+        tokens, scores = transformer.beam_search(model, none, 5)
+        assert tokens.shape == (0, 0) and scores.shape == (0,)
+
+    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
+        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
+        with torch.no_grad():
+            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
+        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
+        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
+        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
+        s, tables = transformer.Settings(), []
+        for targets in ("eins", "tausend und"):  # a poisoned reference
+            test = [(source, targets) for source, _ in corpus.test[:9]]
+            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
+        assert tables[0] == tables[1]
+        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        for key in ("log_prob", "n_tokens", "finished"):
+            mean = statistics.fmean(row[key] for row in both[1])
+            assert report["searches"]["greedy"][key] == pytest.approx(mean)
+        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
+        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
+        assert (report["search_gains"], report["search_errors"]) == expected
+
+    # ---- bad input
+
+    def test_transformer_config_refuses(self):
+        for changes, words in (
+            ({"d_model": 10, "n_heads": 3}, "n_heads"),
+            ({"vocab_size": 2}, "eos_id"),
+            ({"eos_id": 1}, "eos_id"),
+            ({"pad_id": -1}, "pad_id"),
+            ({"bos_id": 37_000}, "bos_id"),
+        ):
             with pytest.raises(ValueError, match=words):
-                transformer.translate_command(s)
-        else:
-            transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == ""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train first"):
-        transformer.translate_command(s)
+                transformer.TransformerConfig(**changes)
 
+    def test_transformer_refuses(self):
+        model = transformer_tiny()
+        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        for bad_src, bad_tgt in (
+            (src[0], tgt),
+            (src.float(), tgt),
+            (src, tgt[:1]),
+            (src.repeat(1, 7), tgt),
+            (src, tgt[0]),
+        ):
+            with pytest.raises(ValueError, match="tokens|max_len|batch"):
+                model(bad_src, bad_tgt)
+        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
+        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+        memory, mask = model.encode(src)
+        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
+            with pytest.raises(ValueError, match="memory_mask"):
+                model.decode(src, memory, wrong)
+        model.output.weight.data[2] = 0.0
+        model.output.weight.data[3] = 9.0  # EOS hardly ever
+        assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
+        for smoothing in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match="smoothing"):
+                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
 
-def test_transformer_script_errors(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("transformer.py", "--out", "file/below", cwd=tmp_path), "file/below")
-    (tmp_path / "out" / "transformer").mkdir(parents=True)
-    (tmp_path / "out" / "transformer" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    check_one_line_error(run_script("transformer.py", cwd=tmp_path), "checkpoint.pt", "damaged")
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    missing = run_script("transformer.py", "--out", "new", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(missing, "matplotlib is missing")  # before any work
-    assert "pairs; vocabulary" not in missing.stdout
+    # ---- data
 
+    def test_numbers_in_words(self):
+        for n, english, german in (
+            (0, "zero", "null"),
+            (21, "twenty-one", "ein und zwanzig"),
+            (30, "thirty", "dreißig"),
+            (100, "one hundred", "einhundert"),
+            (101, "one hundred and one", "einhundert eins"),
+            (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
+            (1_000, "one thousand", "ein tausend"),
+            (1_001, "one thousand and one", "ein tausend eins"),
+            (1_100, "one thousand one hundred", "ein tausend einhundert"),
+            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+        ):
+            assert transformer.english_number(n) == english and transformer.german_number(n) == german
+        sample = [*range(2000), *range(2000, 1_000_000, 997)]
+        for words in (transformer.english_number, transformer.german_number):
+            assert len({words(n) for n in sample}) == len(sample)
 
-def test_transformer_multi30k_run(tmp_path, capsys):
-    """The Multi30k path from files to BLEU and --translate, on a corpus that can be learned by heart."""
-    data = transformer_small_multi30k(tmp_path / "data", n=12)
-    settings = (
-        "--preset multi30k --epochs 30 --d-model 32 --d-ff 32 --n-layers 1 --dropout 0 --vocab-size 400"
-    )
-    arguments = [
-        *settings.split(),
-        "--warmup",
-        "40",
-        "--amp",
-        "off",
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-    ]
-    report = transformer.train_and_evaluate(transformer.settings_from_command_line(arguments))
-    assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-    assert report["beam"] > 50, report["beam"]
-    s = transformer.settings_from_command_line(
-        ["--out", str(tmp_path), "--translate", "EIN MANN mit dem Hund"]
-    )
-    transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("a man")
+    def test_number_corpus_parts_share_nothing(self):
+        corpus = transformer.number_corpus(0)
+        parts = [corpus.train, corpus.dev, corpus.test]
+        assert [len(part) for part in parts] == [8_000, 500, 1_000]
+        for side in (0, 1):
+            assert len({pair[side] for part in parts for pair in part}) == 9_500
+        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+        assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
+        assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
+
+    def test_tokenizer_keeps_every_text(self):
+        texts = [transformer.english_number(n) for n in range(2000)]
+        tokenizer = transformer.Tokenizer.train(texts, 400)
+        assert 259 < tokenizer.vocab_size <= 400
+        for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
+            ids = tokenizer.encode(text, 99)
+            assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
+            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+        assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
+        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
+        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
+        assert len(tokenizer.encode("forty-two", 4)) == 4
+        with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
+            tokenizer.encode("forty-two", 3)
+
+    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+        rng = random.Random(0)
+        lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
+        batches = transformer.token_batches(lengths, 120, "0 0")
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
+        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+        assert transformer.token_batches(lengths, 120, "0 0") == batches
+        other = transformer.token_batches(lengths, 120, "0 1")
+        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        assert len(other) == len(batches)  # train counts on it
+        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
+
+    def test_lines_of_ends_lines_as_people_do(self):
+        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
+        for encoding in ("utf-8", "utf-8-sig"):
+            lines = transformer.lines_of(text.encode(encoding))
+            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        with pytest.raises(UnicodeDecodeError):
+            transformer.lines_of("one".encode("utf-16"))
+
+    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
+        folder = transformer_small_multi30k(tmp_path / "good")
+        corpus = transformer.multi30k_corpus(str(folder))
+        assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
+        german, english = corpus.train[7]
+        assert german.endswith("auf der wiese 7") and english.endswith("on the meadow 7")
+        text = "\n".join([german for german, _ in corpus.train] + [english for _, english in corpus.train])
+        known = dict.fromkeys(transformer.MULTI30K, (12, hashlib.sha256(text.encode()).hexdigest()))
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+        for i, (changes, words) in enumerate((
+            ({"val_en": None}, "val.en"),
+            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
+            ({"train_de": "", "train_en": ""}, "train: 0 German"),
+            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
+        )):  # fmt: skip
+            with pytest.raises(ValueError, match=words):
+                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
+        whole = (folder / "train.de.gz").read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
+            (folder / "train.de.gz").write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(str(folder))
+        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
+        lines = "\ufeff" + "".join(f"{english}\r\n" for _, english in corpus.train)
+        folder = transformer_small_multi30k(tmp_path / "crlf", val_en=lines)
+        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+        for part in known:
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, known[part][1])})
+            assert transformer.multi30k_corpus(str(folder)).name == "own"
+
+    def test_multi30k_corpus_of_the_official_files(self):
+        folder = os.environ.get("MULTI30K_DATA")
+        if not folder:
+            pytest.skip("MULTI30K_DATA is not set")
+        corpus = transformer.multi30k_corpus(folder)
+        assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
+        assert corpus.test[0][1].startswith("A man in an orange hat")
+
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+        good = gzip.compress(b"ein mann auf der wiese\n" * 3)
+        answers = [None, good[:-10], b"<html>", good[:20], good]  # the fourth breaks off
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer = answers.pop(0)
+                self.send_response(200 if answer else 404)
+                self.send_header("Content-Length", str(len(good if answer == good[:20] else answer or b"")))
+                self.end_headers()
+                self.wfile.write(answer or b"")
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+        while len(answers) > 1:
+            with pytest.raises(ValueError, match="train.de.gz.*--data"):
+                transformer.read_lines("train.de", "")
+        assert not (tmp_path / "new/cache/multi30k/train.de.gz").exists()  # nothing wrong was kept
+        for _ in range(2):  # the second time, from the cache
+            assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
+        server.shutdown()
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(good)
+        with pytest.raises(ValueError, match="train.* altered"):
+            transformer.multi30k_corpus("")
+
+    # ---- files
+
+    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.pt"
+        content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
+        transformer.save(path, content)
+        loaded = transformer.load(path)
+        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+        assert loaded["vocabulary"] == content["vocabulary"] == torch.load(path)["vocabulary"]
+        whole = path.read_bytes()
+        place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="x.pt"):
+                transformer.load(path)
+
+        class Code:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "was run"),))
+
+        transformer.save(path, {"model": {}, "code": Code()})
+        with pytest.raises(pickle.UnpicklingError):
+            transformer.load(path)
+        assert not (tmp_path / "was run").exists()
+
+        path.write_bytes(whole)
+        for bad in (math.nan, math.inf):
+            with pytest.raises(FloatingPointError):
+                transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            transformer.save(path, content)
+        assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+    def test_main_waits_for_another_run_and_gives_up(self, tmp_path, monkeypatch, capsys):
+        lock = transformer.lock_out(tmp_path)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
+        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
+        lock.close()
+
+    # ---- training
+
+    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
+        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
+        tokenizer, pairs = transformer_pairs(64, max_len=64)
+        assert len({len(target) for _, target in pairs}) > 5
+        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
+
+        def gradient(batch):
+            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+        counts = [len(target) for _, target in pairs]
+        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
+        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
+
+    def test_batch_loss_autocasts_to_bf16(self):
+        tokenizer, pairs = transformer_pairs(4)
+        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
+        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for bf16 in (True, False):
+            assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
+        assert dtypes == [torch.bfloat16, torch.float32]
+
+    def test_use_bf16_where_it_is_native(self, monkeypatch):
+        for native in (True, False):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+            chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
+            assert chosen == [native, True, False]
+        assert not transformer.use_bf16("auto", torch.device("mps"))
+
+    def test_train_steps_written_out(self, tmp_path):
+        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
+        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
+        tokenizer, pairs = transformer_pairs(40)
+        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
+        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
+        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
+        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        transformer.train(s, model, pairs, pairs[:9], state)
+
+        names = dict(expected.named_parameters())
+        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
+        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
+        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
+
+        def loss_of(batch, smoothing):
+            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
+            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
+            logits = expected(src, tgt[:, :-1]).transpose(1, 2)
+            return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
+
+        for epoch in range(4):
+            lengths = [max(map(len, pair)) for pair in pairs]
+            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
+            for batch in batches:
+                torch.manual_seed(5 * 1_000_003 + step)  # dropout
+                step += 1
+                optimizer.zero_grad()
+                loss_of([pairs[i] for i in batch], 0.1).backward()
+                assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
+                for group in optimizer.param_groups:
+                    group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
+                optimizer.step()
+            ends.append({name: p.detach().clone() for name, p in names.items()})
+            with torch.no_grad(), transformer.evaluating(expected):
+                dev_losses.append(loss_of(pairs[:9], 0.0).item())
+        assert len(batches) > 4 and state["step"] == step
+        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
+        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
+        for name, p in model.named_parameters():
+            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
+        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
+        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
+            command = [
+                sys.executable,
+                "-c",
+                TRANSFORMER_KILLED,
+                place,
+                str(n),
+                "--out",
+                str(tmp_path),
+                *flags,
+            ]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
+            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
+        report, weights = transformer_run(tmp_path)
+        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for key in ("history", "searches"):
+            assert transformer_undisturbed[1][key] == report[key]
+
+    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
+        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
+        lock = transformer.lock_out(out)
+        report, weights = transformer_run(out, save_every=50, beam_size=2)
+        assert list(report["searches"])[1] == "beam 2, penalty 0"
+        assert report["history"] == transformer_undisturbed[1]["history"]
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
+        assert set(transformer.MAY_CHANGE) == may
+        capsys.readouterr()
+        assert transformer_stop(out, lr_scale=0.7) == 2
+        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
+        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+            corpus = transformer.number_corpus(0, 300, 20, 10)
+            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
+            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
+        assert "sentences" in capsys.readouterr().err
+        lock.close()
+
+    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
+        """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
+        batch_loss, calls = transformer.batch_loss, itertools.count(1)
+
+        def overflow(*arguments):
+            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "batch_loss", overflow)
+            stop = str(transformer_stop(tmp_path))
+        assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
+        assert not (tmp_path / "model.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
+        _, weights = transformer_run(tmp_path)
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
+            out = tmp_path / str(changes)
+            stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
+            assert "--lr-scale" in str(stop)
+            assert {path.name for path in out.iterdir()} == {"lock"}
+
+    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
+            raised = error("no space left")
+            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+            assert code in str(transformer_stop(tmp_path / code))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
+        capsys.readouterr()
+        (tmp_path / "file").touch()
+        for changes, words in (
+            ({"out": tmp_path / "file/below"}, "file"),
+            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": -1}, "--seed"),
+            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
+            ({"max_len": 3}, "max_len=3"),
+            ({"d_model": 18}, "n_heads"),
+        ):
+            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            lines = capsys.readouterr().err.splitlines()
+            assert code == 2 and len(lines) == 1 and words in lines[0], lines
+
+    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
+        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
+        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
+        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
+        lock.close()
+
+    # ---- the command line and the demo
+
+    def test_parse_lets_a_flag_override_its_preset(self, capsys):
+        assert transformer.parse([]) == transformer.Settings()
+        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
+            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
+            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
+            assert s.out != transformer.Settings().out
+        assert transformer.parse(["--translate", ""]).translate == ""
+        for argv in (["--wrong", "1"], ["--preset", "french"], ["--amp", "fp8"], ["--epochs", "many"]):
+            with pytest.raises(SystemExit) as leaving:
+                transformer.parse(argv)
+            assert leaving.value.code == 2
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            transformer.parse(["--preset", "multi30k", "--help"])
+        assert "4000" in capsys.readouterr().out
+
+    def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
+        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
+        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
+        data = tmp_path / "data"
+        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
+        texts = {"de": german, "en": english}
+        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
+        transformer_small_multi30k(data, **texts)
+        monkeypatch.setenv("MULTI30K_DATA", str(data))
+        s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
+        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
+        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        transformer.main(s)
+        report = json_of(tmp_path / "out/report.json")
+        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
+        assert report["beam"] > 50, report["beam"]
+        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        transformer.main(dataclasses.replace(s, translate="-"))
+        rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+        assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
+        assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
+
+    def test_demo_gets_every_number_right(self, transformer_demo):
+        folder, result = transformer_demo
+        summary, out = last_json(result), folder / "out" / "transformer"
+        report = json_of(folder / summary["report"])
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
+        assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
+        assert report["settings"] == dataclasses.asdict(transformer.Settings())
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
+        rows = list(report["searches"].values())
+        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+
+    def test_demo_swaps_tens_and_units(self, transformer_demo):
+        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
+        last_json(transformer_demo[1])
+        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
+        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
+        for units, tens in itertools.product(range(2, 10), range(2, 10)):
+            n = 517_000 + 10 * tens + units
+            source = tokenizer.encode(transformer.english_number(n), 32)
+            target = tokenizer.encode(transformer.german_number(n), 32)
+            src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
+            weights = transformer.cross_attention_weights(model, src, tgt)
+            assert weights.shape == (1, 4, len(target), len(source))
+            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
+            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
+            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+        assert sum(right) / len(right) > 0.9
+        assert not model.decoder[-1].cross_attention._forward_pre_hooks
+
+    def test_demo_translates(self, transformer_demo):
+        last_json(transformer_demo[1])
+        text = "Three hundred and forty-two thousand"
+        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
+        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
+        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        long = run_script("transformer.py", "--translate", "nine " * 40, cwd=transformer_demo[0])
+        check_one_line_error(long, "max_len=32")
 
 
 # -----------------------------------------------------------------------------
-# losses.py: what its tests share
+# losses.py: a table of all losses, each with an oracle and a sampler, drives most of the class
 
 
-def losses_check(loss, oracle, *inputs: Tensor, tolerance: float = 1e-10) -> None:
-    """Value and gradients of loss(*inputs) against oracle(*inputs), by autograd in float64."""
-    results = []
-    for function in (loss, oracle):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        value = function(*leaves)
-        gradients = torch.autograd.grad(value.sum(), leaves)
-        results.append((value.detach(), *gradients))
-    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
-        check_close(actual, expected, tolerance, "value" if i == 0 else f"gradient of input {i - 1}")
+def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
 
 
-def losses_check_numpy(loss, formula, *inputs: Tensor) -> None:
-    """Value against the published formula in numpy; gradients against its central differences."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*leaves)
-    gradients = torch.autograd.grad(value, leaves)
-    arrays = [x.detach().numpy().copy() for x in inputs]
-    check_close(value.detach(), torch.tensor(formula(*arrays), dtype=torch.float64), 1e-10, "value")
-    for array, gradient in zip(arrays, gradients, strict=True):
-        numeric = np.zeros_like(array)
-        for index in np.ndindex(array.shape):
-            kept = array[index]
-            array[index] = kept + 1e-6
-            above = formula(*arrays)
-            array[index] = kept - 1e-6
-            numeric[index] = (above - formula(*arrays)) / 2e-6
-            array[index] = kept
-        check_close(gradient, torch.from_numpy(numeric), 1e-7, "gradient")
+def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
+    p = z.softmax(1)
+    kept = y != -100
+    p_y = p.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[y.clamp(min=0)])
+    rows = torch.where(kept, rows, 0.0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
 
 
-def losses_gradcheck(loss, *inputs: Tensor) -> None:
-    assert torch.autograd.gradcheck(loss, [x.detach().clone().requires_grad_() for x in inputs], atol=1e-7)
-
-
-def losses_value_and_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    value = loss(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-
-def losses_class_data(n=17, k=5, *, ignored: bool = True, dtype=torch.float64):
-    logits, targets = 3 * torch.randn(n, k, dtype=dtype), torch.randint(k, (n,))
-    if ignored:
-        targets[::4] = -100
-    return logits, targets, torch.rand(k, dtype=dtype) + 0.1
-
-
-# the four losses on class logits, as functions (logits, targets, **keywords)
-LOSSES_ON_LOGITS = {
-    "smoothing": losses.label_smoothing_cross_entropy,
-    "focal": losses.focal_loss,
-    "focal_half": lambda z, y, **kw: losses.focal_loss(z, y, gamma=0.5, **kw),
-    "ordinal": losses.ordinal_loss,
-}
-# losses on embeddings with labels, and with two views
-LOSSES_ON_LABELS = {
-    "supcon": losses.supervised_contrastive_loss,
-    **{
-        f"{mining}_{margin}": lambda z, y, mining=mining, margin=margin: losses.batch_hard_triplet_loss(
-            z, y, margin, mining
-        )
-        for mining in ("hard", "semihard", "all")
-        for margin in (0.7, "soft")
-    },
-}
-LOSSES_ON_PAIRS = {"nt_xent": losses.nt_xent_loss, "info_nce": losses.info_nce_loss}
-
-# -----------------------------------------------------------------------------
-# losses.py: against independent oracles
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_losses_label_smoothing_is_torchs(smoothing, weighted, reduction):
-    for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
-        logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
-        targets = torch.randint(k, shape)
-        targets.view(-1)[::4] = -1
-        weight = torch.rand(k, dtype=torch.float64) if weighted else None
-        kw = {"ignore_index": -1, "weight": weight, "reduction": reduction}
-        losses_check(
-            lambda z, y=targets, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
-            lambda z, y=targets, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
-            logits,
-        )
-
-
-def test_losses_label_smoothing_with_an_ignored_class_and_a_forbidden_one():
-    """ignore_index may be a class (a pad id); a logit of -inf is harmless without smoothing."""
-    logits, targets, weight = losses_class_data(ignored=False)
-    targets[:2] = torch.tensor([0, 3])
-    for ignore_index, smoothing in ((0, 0.0), (3, 0.2)):
-        kw = {"ignore_index": ignore_index, "weight": weight}
-        losses_check(
-            lambda z, kw=kw, s=smoothing: losses.label_smoothing_cross_entropy(z, targets, s, **kw),
-            lambda z, kw=kw, s=smoothing: F.cross_entropy(z, targets, label_smoothing=s, **kw),
-            logits,
-        )
-    logits[:, 1], targets[targets == 1] = -math.inf, 2
-    losses_check(
-        lambda z: losses.label_smoothing_cross_entropy(z, targets, 0.0),
-        lambda z: F.cross_entropy(z, targets),
-        logits,
-    )
-    value, gradient = losses_value_and_gradient(lambda z: losses.focal_loss(z, targets), logits)
-    assert value.isfinite() and gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_only_the_target_allowed(name):
-    """Logits of -inf for all other classes: p = 1 exactly, a logsumexp over -inf alone (gradient NaN)."""
-    logits = torch.tensor([[0.0, -math.inf, -math.inf], [-math.inf, 1.0, -math.inf]], dtype=torch.float64)
-    kw = {"smoothing": 0.0} if name == "smoothing" else {}
-    value, gradient = losses_value_and_gradient(
-        lambda z: LOSSES_ON_LOGITS[name](z, torch.tensor([0, 1]), **kw), logits
-    )
-    assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
-
-
-def losses_focal_formula(logits, targets, gamma, alpha, ignore_index, reduction):
-    p = logits.softmax(1)
-    counts = targets != ignore_index
-    p_y = p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[targets.clamp(min=0)])
-    rows = torch.where(counts, rows, 0.0)
-    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counts.sum()}[reduction]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
-def test_losses_focal_is_the_formula(gamma, reduction):
-    for weighted in (False, True):
-        logits, targets, alpha = losses_class_data()
-        alpha = alpha if weighted else None
-        losses_check(
-            lambda z, a=alpha, y=targets: losses.focal_loss(z, y, gamma, a, -100, reduction),
-            lambda z, a=alpha, y=targets: losses_focal_formula(z, y, gamma, a, -100, reduction),
-            logits,
-        )
-
-
-def test_losses_focal_defaults_and_gamma_0():
-    logits, targets, _ = losses_class_data()
-    losses_check(
-        lambda z: losses.focal_loss(z, targets),
-        lambda z: losses_focal_formula(z, targets, 2.0, None, -100, "mean"),
-        logits,
-    )
-    for reduction in ("mean", "sum", "none"):
-        losses_check(
-            lambda z, r=reduction: losses.focal_loss(z, targets, gamma=0.0, reduction=r),
-            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
-            logits,
-        )
-    images, wanted = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 4, 5))
-    losses_check(
-        lambda z: losses.focal_loss(z, wanted, gamma=0.0, reduction="none"),
-        lambda z: F.cross_entropy(z, wanted, reduction="none"),
-        images,
-    )
-
-
-def losses_torchvision_focal(logits, targets, alpha, gamma, reduction):
+def losses_torchvision_focal(logits, targets, alpha=0.25, gamma=2.0, reduction="mean"):
     """torchvision.ops.sigmoid_focal_loss, line by line (0.20)."""
+    targets = targets.to(logits)
     p = torch.sigmoid(logits)
     ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     p_t = p * targets + (1 - p) * (1 - targets)
@@ -2907,830 +2124,153 @@ def losses_torchvision_focal(logits, targets, alpha, gamma, reduction):
     return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_losses_binary_focal_is_torchvisions(reduction):
-    logits, targets = 3 * torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4)).double()
-    for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0)):
-        losses_check(
-            lambda z, g=gamma, a=alpha: losses.binary_focal_loss(z, targets, g, a, reduction),
-            lambda z, g=gamma, a=alpha: losses_torchvision_focal(z, targets, a, g, reduction),
-            logits,
-        )
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets.bool(), 0.0, None, reduction),
-        lambda z: F.binary_cross_entropy_with_logits(z, targets, reduction=reduction),
-        logits,
-    )
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets.long()),
-        lambda z: losses_torchvision_focal(z, targets, 0.25, 2.0, "mean"),
-        logits,
-    )
+def losses_ordinal(z, y):
+    terms = []
+    for row, target in zip(z.softmax(1), y.tolist(), strict=True):
+        for k in range(len(row) - 1 if target >= 0 else 0):
+            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log() / (len(row) - 1))
+    return sum(terms) / (y >= 0).sum()
 
 
-def test_losses_binary_focal_is_the_two_class_focal():
-    z, targets = torch.randn(9, dtype=torch.float64), torch.randint(2, (9,))
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets, 1.5, 0.3),
-        lambda z: losses.focal_loss(
-            torch.stack((torch.zeros_like(z), z), 1),
-            targets,
-            1.5,
-            torch.tensor([0.7, 0.3], dtype=torch.float64),
-        ),
-        z,
-    )
+def losses_contrastive(a, b, same, margin=1.0):
+    rows = []
+    for x1, x2, together in zip(a, b, same.tolist(), strict=True):
+        d = (x1 - x2).square().sum().sqrt()
+        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
+    return sum(rows) / len(rows)
 
 
-def test_losses_contrastive_is_hadsells():
-    x1, x2 = torch.randn(2, 11, 4, dtype=torch.float64)
-    same = torch.rand(11) < 0.4
-
-    def formula(a, b, margin):
-        total = 0.0
-        for i in range(len(a)):
-            d = np.sqrt(((a[i] - b[i]) ** 2).sum())
-            total += d**2 / 2 if same[i] else max(0.0, margin - d) ** 2 / 2
-        return total / len(a)
-
-    for margin in (1.0, 3.0):
-        losses_check_numpy(
-            lambda a, b, m=margin: losses.contrastive_loss(a, b, same, m),
-            lambda a, b, m=margin: formula(a, b, m),
-            x1,
-            x2,
-        )
-    losses_check(
-        lambda a, b: losses.contrastive_loss(a, b, same.long()),
-        lambda a, b: losses.contrastive_loss(a, b, same, margin=1.0),
-        x1,
-        x2,
-    )
+def losses_info_nce(query, keys, _=None, temperature=0.07):
+    rows = []
+    for i, q in enumerate(query):
+        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
+        rows.append(-(scores[i] / sum(scores)).log())
+    return sum(rows) / len(rows)
 
 
-def losses_numpy_unit(z):
-    return z / np.sqrt((z**2).sum(-1, keepdims=True))
+def losses_supcon(z, y, temperature=0.1):
+    """Khosla et al., eq. 2, as loops over anchors and positives."""
+    rows = []
+    for i in range(len(z)):
+        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
+        positives = [j for j in scores if y[j] == y[i]]
+        if positives:
+            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
+    return sum(rows) / len(rows)
 
 
-def test_losses_nt_xent_is_simclrs():
-    z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64)
-
-    def formula(a, b, temperature):  # Chen et al., eq. 1 and algorithm 1, with loops
-        z = losses_numpy_unit(np.concatenate((a, b)))
-        n, total = len(a), 0.0
-        for i in range(2 * n):
-            partner = i + n if i < n else i - n
-            others = sum(np.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
-            total += -np.log(np.exp(z[i] @ z[partner] / temperature) / others)
-        return total / (2 * n)
-
-    losses_check_numpy(losses.nt_xent_loss, lambda a, b: formula(a, b, 0.5), z1, z2)
-    losses_check_numpy(lambda a, b: losses.nt_xent_loss(a, b, 0.1), lambda a, b: formula(a, b, 0.1), z1, z2)
+def losses_nt_xent(z1, z2, _=None, temperature=0.5):
+    return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), temperature)
 
 
-def test_losses_info_nce_is_the_formula():
-    query, keys = torch.randn(2, 5, 3, dtype=torch.float64)
-
-    def formula(q, k, temperature):
-        q, k = losses_numpy_unit(q), losses_numpy_unit(k)
-        rows = [
-            np.exp(q[i] @ k[i] / temperature) / np.exp(k @ q[i] / temperature).sum() for i in range(len(q))
-        ]
-        return -np.mean(np.log(rows))
-
-    losses_check_numpy(losses.info_nce_loss, lambda q, k: formula(q, k, 0.07), query, keys)
-    losses_check_numpy(
-        lambda q, k: losses.info_nce_loss(q, k, 1.0), lambda q, k: formula(q, k, 1.0), query, keys
-    )
-
-
-def test_losses_supervised_contrastive_is_khoslas_l_out():
-    z, labels = (
-        torch.randn(8, 3, dtype=torch.float64),
-        torch.tensor([0, 1, 0, 2, 1, 0, 7, 1]),
-    )  # 2 and 7 stand alone
-
-    def formula(z, temperature):
-        z, anchors = losses_numpy_unit(z), []
-        for i in range(len(z)):
-            others = [a for a in range(len(z)) if a != i]
-            positives = [p for p in others if labels[p] == labels[i]]
-            if positives:
-                total = sum(np.exp(z[i] @ z[a] / temperature) for a in others)
-                anchors.append(
-                    -np.mean([np.log(np.exp(z[i] @ z[p] / temperature) / total) for p in positives])
-                )
-        return np.mean(anchors)
-
-    losses_check_numpy(lambda z: losses.supervised_contrastive_loss(z, labels), lambda z: formula(z, 0.1), z)
-    losses_check_numpy(
-        lambda z: losses.supervised_contrastive_loss(z, labels, 0.7), lambda z: formula(z, 0.7), z
-    )
-
-
-def test_losses_supervised_contrastive_with_pair_labels_is_nt_xent():
-    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
-    labels = torch.arange(6).repeat(2)
-    losses_check(
-        lambda a, b: losses.supervised_contrastive_loss(torch.cat((a, b)), labels, 0.3),
-        lambda a, b: losses.nt_xent_loss(a, b, 0.3),
-        z1,
-        z2,
-    )
-
-
-def test_losses_triplet_is_torchs():
-    a, p, n = torch.randn(3, 12, 4, dtype=torch.float64)
-    for margin in (0.1, 0.5, 2.0):
-        losses_check(
-            lambda a, p, n, m=margin: losses.triplet_loss(a, p, n, m),
-            lambda a, p, n, m=margin: F.triplet_margin_loss(a, p, n, margin=m, eps=0),
-            a, p, n,
-        )  # fmt: skip
-    losses_check(
-        losses.triplet_loss, lambda a, p, n: F.triplet_margin_loss(a, p, n, margin=1.0, eps=0), a, p, n
-    )
-    losses_check(
-        lambda a, p, n: losses.triplet_loss(a, p, n, "soft"),
-        lambda a, p, n: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
-        a, p, n,
-    )  # fmt: skip
-
-
-def losses_mined(z: Tensor, labels: Tensor, margin, mining: str) -> Tensor:
-    """Brute force over Python loops, with torch's norm: what the docstring says of each mining."""
+def losses_mined(z, y, margin=0.2, mining="hard"):
+    """Loops, with torch's norm: what the docstring says of each mining."""
     n, terms = len(z), []
     d = [[(z[i] - z[j]).norm() if i != j else torch.tensor(0.0) for j in range(n)] for i in range(n)]
-    cost = lambda x: F.softplus(x) if margin == "soft" else F.relu(x + margin)  # noqa: E731
+
+    def cost(x):
+        return F.softplus(x) if margin == "soft" else F.relu(x + margin)
+
     for a in range(n):
-        positives = [p for p in range(n) if p != a and labels[p] == labels[a]]
-        negatives = [k for k in range(n) if labels[k] != labels[a]]
+        positives = [p for p in range(n) if p != a and y[p] == y[a]]
+        negatives = [k for k in range(n) if y[k] != y[a]]
         if mining == "hard" and positives and negatives:
             terms.append(cost(max(d[a][p] for p in positives) - min(d[a][k] for k in negatives)))
-        if mining == "semihard":
-            for p in positives:
-                farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
-                if farther:
-                    terms.append(cost(d[a][p] - min(farther)))
+        for p in positives if mining == "semihard" else []:
+            farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
+            terms += [cost(d[a][p] - min(farther))] if farther else []
         if mining == "all":
             terms += [cost(d[a][p] - d[a][k]) for p in positives for k in negatives]
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
-@pytest.mark.parametrize("margin", [0.0, 0.2, 1.5, "soft"])
-def test_losses_batch_mined_triplet_is_brute_force(mining, margin):
-    for n, classes in ((9, 3), (12, 5), (7, 2)):
-        z, labels = torch.randn(n, 3, dtype=torch.float64), torch.randint(classes, (n,))
-        labels[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
-        losses_check(
-            lambda z, y=labels: losses.batch_hard_triplet_loss(z, y, margin, mining),
-            lambda z, y=labels: losses_mined(z, y, margin, mining),
-            z,
-        )
-
-
-def test_losses_semihard_has_no_triplet_among_ties():
-    """Collapsed: no negative is farther than a positive, so nothing is to be paid."""
-    z = torch.zeros(6, 3, requires_grad=True)
-    loss = losses.batch_hard_triplet_loss(z, torch.arange(6) % 2, mining="semihard")
-    loss.backward()
-    assert loss.item() == 0 and (z.grad == 0).all()
-
-
-def test_losses_nearest_accuracy_by_hand():
-    labels = torch.arange(10).repeat(5)[None]  # (1, 50)
-    z = F.one_hot(labels, 10).float() + 0.01 * torch.randn(1, 50, 10)
-    others, truth = F.one_hot(torch.arange(10), 10).float()[None], torch.arange(10)[None]
-    assert losses.nearest_accuracy(z, labels, others, truth).tolist() == [1.0]
-    assert losses.nearest_accuracy(z, labels, others, truth.roll(1, 1)).tolist() == [0.0]
-
-
-def test_losses_batch_hard_defaults():
-    z, labels = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 3
-    losses_check(
-        lambda z: losses.batch_hard_triplet_loss(z, labels), lambda z: losses_mined(z, labels, 0.2, "hard"), z
-    )
-
-
-def test_losses_ordinal_is_the_formula():
-    logits, targets, _ = losses_class_data(n=6, k=5)
-
-    def formula(z):
-        p, total, counted = np.exp(z) / np.exp(z).sum(1, keepdims=True), 0.0, 0
-        for i, y in enumerate(targets.tolist()):
-            if y >= 0:
-                counted += 1
-                for k in range(4):
-                    low = p[i, : k + 1].sum()
-                    total += -np.log(low if y <= k else 1 - low) / 4
-        return total / counted
-
-    losses_check_numpy(lambda z: losses.ordinal_loss(z, targets), formula, logits)
-
-
-@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
-def test_losses_gradcheck_mined(mining):
-    z, labels = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
-    for margin in (0.3, "soft"):
-        losses_gradcheck(lambda z, m=margin: losses.batch_hard_triplet_loss(z, labels, m, mining), z)
-
-
-def test_losses_gradcheck():
-    logits, targets, weight = losses_class_data(n=7, k=4)
-    for name, loss in LOSSES_ON_LOGITS.items():
-        kw = {"smoothing": {"weight": weight}, "ordinal": {}}.get(name, {"alpha": weight})
-        for reduction in ("mean", "none"):
-            losses_gradcheck(lambda z, f=loss, kw=kw, r=reduction: f(z, targets, reduction=r, **kw), logits)
-    binary = (targets > 0).long()
-    losses_gradcheck(lambda z: losses.binary_focal_loss(z, binary, 0.5), logits[:, 0])
-    a, b, c = torch.randn(3, 6, 3, dtype=torch.float64)
-    losses_gradcheck(lambda a, b: losses.contrastive_loss(a, b, torch.arange(6) % 2, 4.0), a, b)
-    losses_gradcheck(losses.nt_xent_loss, a, b)
-    losses_gradcheck(losses.info_nce_loss, a, b)
-    losses_gradcheck(lambda z: losses.supervised_contrastive_loss(z, torch.tensor([0, 1, 0, 1, 1, 2])), a)
-    losses_gradcheck(losses.triplet_loss, a, b, c)
-    losses_gradcheck(lambda a, b, c: losses.triplet_loss(a, b, c, "soft"), a, b, c)
-
-
-# -----------------------------------------------------------------------------
-# losses.py: properties
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_permutation_of_rows_changes_nothing(name):
-    logits, targets, _ = losses_class_data()
-    order = torch.randperm(len(targets))
-    value, gradient = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets), logits)
-    permuted = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets[order]), logits[order])
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[order], 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LABELS)
-def test_losses_permutation_and_duplicates(name):
-    """Duplicates tie for the hardest: their gradients are shared, not given to whoever comes first."""
-    loss = LOSSES_ON_LABELS[name]
-    z, labels = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3
-    z[3], z[4], labels[11] = (
-        z[0],
-        z[0],
-        5,
-    )  # a duplicate of its class, one of another class, a class of one sample
-    order = torch.randperm(12)
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, labels), z)
-    permuted = losses_value_and_gradient(lambda z: loss(z, labels[order]), z[order])
-    assert value > 0 and gradient.isfinite().all()
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[order], 1e-12)
-
-
-def test_losses_hard_mining_shares_the_gradient_among_ties():
-    """Two samples at one point are the farthest positives, two at another the nearest negatives."""
-    z = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
-    labels = torch.tensor([0, 0, 0, 1, 1])
-    _, gradient = losses_value_and_gradient(lambda z: losses.batch_hard_triplet_loss(z, labels, 5.0), z)
-    assert torch.equal(gradient[1], gradient[2]) and torch.equal(gradient[3], gradient[4])
-    assert (gradient.norm(dim=1) > 0.01).all()
-
-
-@pytest.mark.parametrize("name", [*LOSSES_ON_PAIRS, "contrastive", "triplet"])
-def test_losses_permutation_of_pairs_changes_nothing(name):
-    z, order, same = torch.randn(3, 8, 4, dtype=torch.float64), torch.randperm(8), torch.arange(8) < 3
-    z[1, 2] = z[0, 2]  # a pair at distance 0
-    z[:, 5] = z[:, 4]  # and a pair that occurs twice
-    loss = {
-        "contrastive": lambda z, i: losses.contrastive_loss(z[0], z[1], same[i], 3.0),
-        "triplet": lambda z, i: losses.triplet_loss(z[0], z[1], z[2]),
-    }.get(name, lambda z, i: LOSSES_ON_PAIRS[name](z[0], z[1]))
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, torch.arange(8)), z)
-    permuted = losses_value_and_gradient(lambda z: loss(z, order), z[:, order])
-    assert gradient.isfinite().all()
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[:, order], 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_an_ignored_row_changes_nothing(name):
-    loss = LOSSES_ON_LOGITS[name]
-    logits, targets, _ = losses_class_data(ignored=False)
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, targets), logits)
-    for junk in (0.0, 1e4, math.inf, math.nan):
-        more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
-        ignored = torch.cat((targets, torch.tensor([-100, -100])))
-        value_more, gradient_more = losses_value_and_gradient(lambda z, y=ignored: loss(z, y), more)
-        assert torch.equal(value_more, value)
-        assert torch.equal(gradient_more, torch.cat((gradient, torch.zeros(2, 5, dtype=torch.float64))))
-    rows = loss(more, ignored, reduction="none")
-    assert rows.shape == (19,) and torch.equal(rows[-2:], torch.zeros(2, dtype=torch.float64))
-    for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
-        marked = torch.cat((targets.masked_fill(targets == 3, other), torch.tensor([other, other])))
-        kept = marked[:-2] != other
-        expected, _ = losses_value_and_gradient(lambda z, k=kept: loss(z[k], targets[k]), logits)
-        value, _ = losses_value_and_gradient(lambda z, y=marked, i=other: loss(z, y, ignore_index=i), more)
-        check_close(value, expected, 1e-12, f"ignore_index {other}")
-    volume, grid = logits[:16].view(2, 8, 5).movedim(-1, 1), targets[:16].view(2, 8)  # (2, 5, 8), (2, 8)
-    rows = loss(logits[:16], targets[:16], reduction="none")
-    check_close(loss(volume, grid, reduction="none"), rows.view(2, 8), 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_all_rows_ignored_is_0(name):
-    loss = LOSSES_ON_LOGITS[name]
-    kw = {"weight": torch.rand(5)} if name == "smoothing" else {}
-    for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
-        for reduction in ("mean", "sum"):
-            targets = torch.full((len(logits),), -100)
-            value, gradient = losses_value_and_gradient(
-                lambda z, y=targets, r=reduction: loss(z, y, reduction=r, **kw), logits
-            )
-            assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
-    assert F.cross_entropy(logits, targets).isnan()  # what the docstring says of torch
-
-
-def test_losses_weights_of_0_give_0():
-    logits, targets = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
-    value, gradient = losses_value_and_gradient(
-        lambda z: losses.label_smoothing_cross_entropy(z, targets, weight=torch.tensor([0.0, 1.0])), logits
-    )
-    assert value == 0 and torch.equal(gradient, torch.zeros(3, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_extreme_logits(name, dtype):
-    """Logits of +-1e4, right and wrong, in every precision: as float64 has it, finite gradients, no NaN."""
-    loss = LOSSES_ON_LOGITS[name]
-    logits = (1e4 * torch.tensor([[1, -1, -1], [-1, 1, -1], [1, 1, -1], [0, 0, 0], [-1, -1, 1]])).to(dtype)
-    targets = torch.tensor([0, 0, 2, 1, 2])
-    for reduction in ("mean", "sum", "none"):
-        value, gradient = losses_value_and_gradient(
-            lambda z, r=reduction: loss(z, targets, reduction=r), logits
-        )
-        expected, _ = losses_value_and_gradient(
-            lambda z, r=reduction: loss(z, targets, reduction=r), logits.double()
-        )
-        assert value.dtype == (dtype if dtype in (torch.float32, torch.float64) else torch.float32)
-        assert gradient.dtype == dtype and gradient.isfinite().all()
-        check_close(value.double(), expected, 1e-6)
-    rows, _ = losses_value_and_gradient(lambda z: loss(z, targets, reduction="none"), logits.double())
-    if name != "smoothing":  # sure and right costs 0, sure and wrong 2e4
-        assert rows[0] == 0 and rows[4] == 0
-        check_close(rows[2], (1 if name == "ordinal" else 2) * logits.double().max(), 1e-3)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 0.99, 1.0, 2.0, 5.0])
-def test_losses_focal_gradient_at_p_1(gamma):
-    """p rounds to 1 from a logit gap of 37 (float64), 17 (float32): the plain power has no slope there."""
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
-            z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
-            targets = torch.tensor([0, 1, 1])
-            for loss, x in (
-                (lambda z, y=targets: losses.focal_loss(z, y, gamma), z),
-                (lambda z, y=targets: losses.binary_focal_loss(z, y, gamma), z[:, 1] - z[:, 0]),
-            ):
-                value, gradient = losses_value_and_gradient(loss, x)
-                assert value.isfinite() and gradient.isfinite().all(), (dtype, gap)
-    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    naive = torch.autograd.grad(((1 - p) ** 0.5 * -p.log()).sum(), p)[0]
-    assert not naive.isfinite()  # the trap is there
-
-
-def test_losses_focal_near_p_1_keeps_its_digits():
-    """(1 - p)^gamma at a gap of 30 is e^(-30 gamma): 1 - p in float32 would have said 0."""
-    z, target = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
-    expected = torch.tensor(math.exp(-15.0)) * F.cross_entropy(z.double(), target).float()
-    actual = losses.focal_loss(z.double(), target, 0.5).float()
-    assert abs(actual / expected - 1) < 1e-6 and actual > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_losses_on_embeddings_in_half_precision(dtype):
-    """Computed in float32 from the rounded inputs, under autocast too; no float16 overflow."""
-    z1, z2, z3 = (100 * torch.randn(3, 8, 16)).to(dtype)
-    labels, same = torch.arange(8) % 3, torch.arange(8) % 2 == 0
-    for name, loss in {
-        "contrastive": lambda a, b, c: losses.contrastive_loss(a, b, same, 500.0),
-        "triplet": lambda a, b, c: losses.triplet_loss(a, b, c),
-        **{name: lambda a, b, c, f=f: f(a, b) for name, f in LOSSES_ON_PAIRS.items()},
-        **{name: lambda a, b, c, f=f: f(a, labels) for name, f in LOSSES_ON_LABELS.items()},
-    }.items():
-        expected = loss(z1.float(), z2.float(), z3.float())
-        leaf = z1.clone().requires_grad_()
-        value = loss(leaf, z2, z3)
-        check_close(value.detach(), expected, 1e-6, name)
-        assert torch.autograd.grad(value, leaf)[0].isfinite().all(), name
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_close(loss(z1.float(), z2.float(), z3.float()), expected, 1e-6, f"{name} under autocast")
-
-
-def test_losses_embeddings_at_extremes():
-    z = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [1e-4, 0], [0, 0], [0, 0.0]])
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    for name, loss in LOSSES_ON_LABELS.items():
-        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z, labels), z)
-        assert value.isfinite() and gradient.isfinite().all(), name
-    for name, loss in LOSSES_ON_PAIRS.items():
-        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z[:3], z[3:]), z)
-        assert value.isfinite() and gradient.isfinite().all(), name
-
-
-def test_losses_distance_0_has_gradient_0():
-    x = torch.randn(3, 4, dtype=torch.float64)
-    for same in (torch.zeros(3), torch.ones(3)):
-        value, gradient = losses_value_and_gradient(lambda a, s=same: losses.contrastive_loss(a, x, s), x)
-        assert value == (0.5 if same[0] == 0 else 0) and torch.equal(gradient, torch.zeros_like(x))
-    value, gradient = losses_value_and_gradient(lambda a: losses.triplet_loss(a, x, x, 0.7), x)
-    check_close(value, torch.tensor(0.7, dtype=torch.float64), 1e-12)
-    assert torch.equal(gradient, torch.zeros_like(x))
-    bare = torch.autograd.grad((x.requires_grad_() - x.detach()).square().sum(1).sqrt().sum(), x)[0]
-    assert bare.isnan().all()  # the trap is there
-
-
-def test_losses_inputs_are_normalised_by_the_three_that_say_so():
-    z1, z2, scale = (
-        *torch.randn(2, 6, 4, dtype=torch.float64),
-        10 * torch.rand(6, 1, dtype=torch.float64) + 0.1,
-    )
-    labels = torch.arange(6) % 2
-    for loss in LOSSES_ON_PAIRS.values():
-        check_close(loss(scale * z1, z2 / scale), loss(z1, z2), 1e-12)
-    check_close(
-        losses.supervised_contrastive_loss(scale * z1, labels),
-        losses.supervised_contrastive_loss(z1, labels),
-        1e-12,
-    )
-    assert losses.batch_hard_triplet_loss(10 * z1, labels) > 2 * losses.batch_hard_triplet_loss(z1, labels)
-
-
-def test_losses_temperature_limits():
-    """Hot: every candidate is alike, log of their number. Cold: 0 if the partner is nearest, else gap / t."""
-    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
-    labels = torch.arange(6) % 2
-    hot = 1e9
-    check_close(losses.nt_xent_loss(z1, z2, hot), torch.tensor(math.log(11)).double(), 1e-7)
-    check_close(losses.info_nce_loss(z1, z2, hot), torch.tensor(math.log(6)).double(), 1e-7)
-    check_close(losses.supervised_contrastive_loss(z1, labels, hot), torch.tensor(math.log(5)).double(), 1e-7)
-    near = torch.eye(6, dtype=torch.float64)
-    for cold in (1e-2, 1e-4):
-        assert (
-            losses.nt_xent_loss(near, near, cold) < 1e-10 and losses.info_nce_loss(near, near, cold) < 1e-10
-        )
-        wrong = losses.info_nce_loss(near, near.roll(1, 0), cold)
-        check_close(wrong * cold, torch.tensor(1.0).double(), 1e-6)
-
-
-def test_losses_a_batch_without_pairs_or_triplets_is_0():
-    z = torch.randn(4, 3)
-    for labels in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
-        for name, loss in LOSSES_ON_LABELS.items():
-            if name == "supcon" and labels[3] == 0:
-                continue  # one class: every anchor has positives
-            value, gradient = losses_value_and_gradient(lambda z, y=labels, f=loss: f(z, y), z)
-            assert value == 0 and torch.equal(gradient, torch.zeros_like(z)), name
-
-
-def test_losses_collapse_is_the_margin_and_detected():
-    point = torch.randn(1, 5).expand(8, 5)
-    labels = torch.arange(8) % 2
-    for mining in ("hard", "all"):
-        check_close(losses.batch_hard_triplet_loss(point, labels, 0.2, mining), torch.tensor(0.2), 1e-6)
-        check_close(
-            losses.batch_hard_triplet_loss(point, labels, "soft", mining), torch.tensor(0.6931472), 1e-6
-        )
-    for margin in (0.2, 5.0, "soft"):
-        size = 1.0 if margin == "soft" else margin
-        assert losses.has_collapsed(point, margin)
-        spread = torch.randn(8, 5)
-        spread = spread / torch.pdist(spread).mean()
-        assert losses.has_collapsed(0.04 * size * spread, margin)
-        assert not losses.has_collapsed(0.06 * size * spread, margin)
-
-
-def test_losses_ordinal_passes_the_checklist():
-    logits, targets, _ = losses_class_data(n=40, k=5, ignored=False)
-    rows = losses.ordinal_loss(logits, targets, reduction="none")
-    assert (rows > 0).all()  # lower bound, approached when sure and right
-    sure = 50.0 * F.one_hot(targets, 5).double()
-    assert losses.ordinal_loss(sure, targets) < 1e-20 + 1e-12
-    # direction: the true class's logit always rises; a mistake farther off costs more and pulls harder
-    _, gradient = losses_value_and_gradient(lambda z: losses.ordinal_loss(z, targets), logits)
-    assert (gradient.gather(1, targets[:, None]) < 0).all()
-    wrong = 5.0 * torch.eye(5, dtype=torch.float64)  # row j is sure of class j; the truth is class 0
-    costs = losses.ordinal_loss(wrong, torch.zeros(5, dtype=torch.long), reduction="none")
-    assert (costs.diff() > 0.5).all()
-    _, gradient = losses_value_and_gradient(
-        lambda z: losses.ordinal_loss(z, torch.zeros(5, dtype=torch.long), reduction="sum"), wrong
-    )
-    assert (gradient[:, 0].diff() < 0).all()
-    # scale: between 0.5 and 1 at the start, whatever K
-    for k in (2, 5, 50):
-        targets = torch.arange(k)
-        rows = losses.ordinal_loss(torch.zeros(k, k), targets, reduction="none")
-        assert 0.25 < rows.min() and 0.5 < rows.mean() < 0.7 and rows.max() < 1
-    # limit: two classes are cross-entropy
-    logits, targets, _ = losses_class_data(k=2)
-    for reduction in ("mean", "sum", "none"):
-        losses_check(
-            lambda z, r=reduction: losses.ordinal_loss(z, targets, reduction=r),
-            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
-            logits,
-        )
-    # a proper score: the expected cost under a truth q is least where the softmax is q
-    q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
-    z = q.log().requires_grad_()
-    expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
-    assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
-
-
-# -----------------------------------------------------------------------------
-# losses.py: bad input
-
-
-def losses_bad_calls():
-    z, y, one = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(1, 3)
-    nan = math.nan
-    for name, loss in {
-        "smoothing": losses.label_smoothing_cross_entropy,
-        "focal": losses.focal_loss,
-        "ordinal": losses.ordinal_loss,
-    }.items():
-        yield f"{name} target K", lambda f=loss: f(z, y + 1), ("targets", "0 .. 2", "3")
-        yield f"{name} target -1", lambda f=loss: f(z, y - 1), ("targets", "0 .. 2", "-1")
-        yield f"{name} target 100", lambda f=loss: f(z, torch.full((6,), 100)), ("targets", "100")
-        yield f"{name} float targets", lambda f=loss: f(z, y.float()), ("targets", "integers", "float32")
-        yield f"{name} bool targets", lambda f=loss: f(z, y > 0), ("targets", "integers", "bool")
-        yield f"{name} fewer targets", lambda f=loss: f(z, y[:5]), ("targets", "(6,)", "(5,)")
-        yield f"{name} one-hot targets", lambda f=loss: f(z, F.one_hot(y)), ("targets", "(6,)", "(6, 3)")
-        yield f"{name} flat logits", lambda f=loss: f(z[0], y[0]), ("logits", "(3,)")
-        yield f"{name} integer logits", lambda f=loss: f(z.long(), y), ("logits", "int64")
-        yield f"{name} reduction", lambda f=loss: f(z, y, reduction="avg"), ("reduction", "avg", "none")
-    for bad in (-0.1, 1.0, 1.5, nan):
-        yield (
-            f"smoothing {bad}",
-            lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b),
-            ("smoothing", "[0, 1)"),
-        )
-    for bad in (torch.ones(2), torch.ones(3, 1), 0.5):
-        yield "weight", lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
-        yield "alpha", lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
-    yield "negative alpha", lambda: losses.focal_loss(z, y, alpha=-torch.ones(3)), ("alpha", "-1")
-    yield "1 class", lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
-    bits = (y > 0).long()
-    for bad in (-1.0, nan, math.inf):
-        yield f"gamma {bad}", lambda b=bad: losses.focal_loss(z, y, gamma=b), ("gamma", str(bad))
-        yield (
-            f"binary gamma {bad}",
-            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, b),
-            ("gamma", str(bad)),
-        )
-        yield f"margin {bad}", lambda b=bad: losses.contrastive_loss(z, z, bits, b), ("margin", str(bad))
-        yield f"triplet margin {bad}", lambda b=bad: losses.triplet_loss(z, z, z, b), ("margin", str(bad))
-        yield (
-            f"mined margin {bad}",
-            lambda b=bad: losses.batch_hard_triplet_loss(z, y, b),
-            ("margin", str(bad)),
-        )
-        yield f"GradNorm alpha {bad}", lambda b=bad: losses.GradNorm(2, b), ("alpha", str(bad))
-    for bad in (-0.1, 1.1):
-        yield (
-            f"binary alpha {bad}",
-            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b),
-            ("alpha", "[0, 1]"),
-        )
-    yield "binary target 2", lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
-    yield "binary target 0.5", lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
-    yield "binary integers", lambda: losses.binary_focal_loss(bits, bits), ("logits", "int64")
-    yield "no class", lambda: losses.focal_loss(z[:, :0], y), ("logits", "(6, 0)")
-    yield "complex targets", lambda: losses.focal_loss(z, y + 0j), ("targets", "complex64")
-    yield "dtypes", lambda: losses.triplet_loss(z, z.double(), z), ("positive", "float64")
-    yield "binary shapes", lambda: losses.binary_focal_loss(z, bits), ("targets", "(6, 3)", "(6,)")
-    yield (
-        "binary reduction",
-        lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None),
-        ("reduction", "None"),
-    )
-    for bad in (0.0, -1.0, nan):
-        yield f"temperature {bad}", lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
-        yield f"temperature {bad}", lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
-        yield (
-            f"temperature {bad}",
-            lambda b=bad: losses.supervised_contrastive_loss(z, y, b),
-            ("temperature", str(bad)),
-        )
-    yield "1 pair", lambda: losses.nt_xent_loss(one, one), ("z1", "2", "1")
-    yield "1 query", lambda: losses.info_nce_loss(one, one), ("query", "2", "1")
-    yield "1 anchor", lambda: losses.supervised_contrastive_loss(one, y[:1]), ("z", "2", "1")
-    yield "1 sample", lambda: losses.batch_hard_triplet_loss(one, y[:1]), ("z", "2", "1")
-    yield "no triplet", lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "1", "0")
-    yield "no pair", lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "1", "0")
-    for name, loss in LOSSES_ON_PAIRS.items():
-        yield f"{name} shapes", lambda f=loss: f(z, z[:5]), ("(6, 3)", "(5, 3)")
-        yield f"{name} dimensions", lambda f=loss: f(z[0], z[0]), ("(3,)",)
-        yield f"{name} integers", lambda f=loss: f(z.long(), z.long()), ("int64",)
-    for name, loss in LOSSES_ON_LABELS.items():
-        yield f"{name} labels", lambda f=loss: f(z, y[:5]), ("labels", "(6,)", "(5,)")
-        yield f"{name} float labels", lambda f=loss: f(z, y.float()), ("labels", "float32")
-        yield f"{name} dimensions", lambda f=loss: f(z[None], y), ("z", "(1, 6, 3)")
-    yield "same values", lambda: losses.contrastive_loss(z, z, y), ("same",)
-    yield "same shape", lambda: losses.contrastive_loss(z, z, bits[:5]), ("same", "(5,)")
-    yield "triplet shapes", lambda: losses.triplet_loss(z, z, z[:, :2]), ("negative", "(6, 2)")
-    yield "margin hard", lambda: losses.triplet_loss(z, z, z, "hard"), ("margin", "hard", "soft")
-    yield (
-        "mining",
-        lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"),
-        ("mining", "easy", "semihard"),
-    )
-    for bad in (-0.1, 1.1, nan):
-        yield f"beta {bad}", lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
-    yield "an empty class", lambda: losses.class_balanced_weights(torch.tensor([3, 0])), ("counts", "0")
-    yield "no classes", lambda: losses.class_balanced_weights(torch.tensor([])), ("counts", "[]")
-    yield "no tasks", lambda: losses.UncertaintyWeighting(0), ("n_tasks", "0")
-    yield "no tasks", lambda: losses.GradNorm(0), ("n_tasks", "0")
-    yield "3 losses", lambda: losses.UncertaintyWeighting(2)(torch.ones(3)), ("losses", "(2,)", "(3,)")
-    w = torch.ones(3, requires_grad=True)
-    yield "3 losses", lambda: losses.GradNorm(2)(w * 1, w), ("losses", "(2,)", "(3,)")
-    yield "first loss 0", lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
-
-
-def test_losses_bad_input_is_a_value_error():
-    names = []
-    for name, call, words in losses_bad_calls():
-        with pytest.raises(ValueError) as error:
-            call()
-        for word in words:
-            assert word in str(error.value), (name, word, str(error.value))
-        names.append(name)
-    assert len(names) > 100
-
-
-# -----------------------------------------------------------------------------
-# losses.py: weighting
-
-
-def test_losses_class_balanced_weights_by_hand():
-    counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
-    for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
-        effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series, summed up
-        expected = torch.tensor(
-            [3 / e / sum(1 / e for e in effective) for e in effective], dtype=torch.float64
-        )
-        check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
-    check_close(losses.class_balanced_weights(counts), losses.class_balanced_weights(counts, 0.999), 0)
-    inverse = 3 / counts / (1 / counts).sum()
-    check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
-    check_close(losses.class_balanced_weights([1000, 50, 1], 1.0), inverse.float(), 1e-6)
-    assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
-    for wrong in (torch.ones(2, 2), torch.ones(0), torch.tensor(3)):
-        with pytest.raises(ValueError, match="counts must be"):
-            losses.class_balanced_weights(wrong)
-
-
-def test_losses_uncertainty_weighting_by_hand():
-    weighting = losses.UncertaintyWeighting(2).double()
-    task_losses = torch.tensor([3.0, 0.5], dtype=torch.float64, requires_grad=True)
-    assert weighting(task_losses) == 1.75  # s = 0: half the sum
-    with torch.no_grad():
-        weighting.log_variances.copy_(torch.tensor([math.log(2.0), 1.0]))
-    total = weighting(task_losses)
-    total.backward()
-    expected = (3 / 2 + math.log(2) + 0.5 / math.e + 1) / 2
-    check_close(total.detach(), torch.tensor(expected).double(), 1e-7)
-    check_close(task_losses.grad, torch.tensor([0.25, 0.5 / math.e]).double(), 1e-7)
-    check_close(weighting.log_variances.grad, torch.tensor([-0.25, (1 - 0.5 / math.e) / 2]).double(), 1e-7)
-
-
-def test_losses_uncertainty_weighting_reaches_the_analytic_optimum():
-    """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i there, and sum L_i' / L_i = 0 puts x half-way."""
-    x, weighting = (
-        torch.zeros(1, dtype=torch.float64, requires_grad=True),
-        losses.UncertaintyWeighting(2).double(),
-    )
-
-    def tasks():
-        return torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1)))
-
-    optimizer = torch.optim.LBFGS([x, *weighting.parameters()], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        total = weighting(tasks())
-        total.backward()
-        return total
-
-    optimizer.step(closure)
-    check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
-    check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
-
-
-def test_losses_gradnorm_by_hand():
-    """Two linear tasks with gradient norms 3 and 4 on the shared weights; see the numbers in the comments."""
-    gradnorm = losses.GradNorm(2, alpha=1.5).double()
-    w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
-    tasks = torch.stack((3 * w[0], 4 * w[1]))
-    total = gradnorm(tasks, w)
-    assert total == 7.0  # weights 1, 1
-    gradient_w, gradient_s = torch.autograd.grad(total, (w, gradnorm.log_weights), retain_graph=True)
-    check_close(gradient_w, torch.tensor([3.0, 4.0]).double(), 1e-12)
-    # G = 3, 4, targets 3.5 each: signs -, +; d w_i / d s_j = w_i (delta_ij - w_j / 2): -1.5 - 2
-    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
-    # task 0 has done half its way, task 1 nothing: r = 2/3, 4/3; targets 3.5 r^1.5 = 1.905, 5.389: signs +, -
-    moved = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    check_close(gradient_s, torch.tensor([3.5, -3.5]).double(), 1e-12)
-    # with alpha = 0 progress plays no part
-    gradnorm.alpha = 0.0
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
-    # weights 2 softmax(log 3, 0) = 1.5, 0.5: the total, and what the model's weights get
-    with torch.no_grad():
-        gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())
-    total = gradnorm(moved, w)
-    check_close(total.detach(), torch.tensor(1.5 * 1.5 + 0.5 * 4).double(), 1e-12)
-    check_close(torch.autograd.grad(total, w, retain_graph=True)[0], torch.tensor([4.5, 2.0]).double(), 1e-12)
-    # alpha = 1, weights 1.5, 0.5: G = 4.5, 2, mean 3.25, r = 2/3, 4/3, targets 2.17, 4.33: signs +, -
-    gradnorm.alpha = 1.0
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    # d G_0 / d s_0 = 3 * 1.5 * (1 - 0.75) = 1.125, d G_1 / d s_0 = 4 * 0.5 * -0.75 = -1.5: 1.125 + 1.5
-    check_close(gradient_s, torch.tensor([2.625, -2.625]).double(), 1e-12)
-    assert losses.GradNorm(2).alpha == 1.5
-
-
-def test_losses_gradnorm_of_losses_that_reached_0_and_of_several_weights():
-    for tasks in (1, 2):
-        gradnorm, w = losses.GradNorm(tasks), torch.ones(tasks, requires_grad=True)
-        gradnorm(2 * w, w)
-        for later in (torch.zeros(tasks), -torch.ones(tasks), torch.tensor([0.0, 1.0][:tasks])):
-            total = gradnorm(later * w, w)
-            gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
-            assert total == later.sum() and gradient.isfinite().all(), later
-    a, b = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (1.0, 1.0))
-    tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
-    gradients = []
-    for shared in ([a, b], (b, a)):
-        gradnorm = losses.GradNorm(2).double()
-        total = gradnorm(tasks, shared)
-        gradients.append(torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0])
-    check_close(gradients[0], torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
-    check_close(gradients[1], gradients[0], 1e-12)
-
-
-@torch.no_grad()
-def test_losses_gradnorm_without_gradients_is_the_weighted_sum():
-    """Of a validation's losses."""
-    weighting, shared = losses.GradNorm(2), torch.ones(3)
-    weighting.log_weights.copy_(torch.tensor([1.0, 0.0]))
-    values = torch.tensor([2.0, 3.0])
-    check_close(weighting(values, shared), (weighting.weights() * values).sum(), 1e-6)
-
-
-def test_losses_gradnorm_keeps_its_first_losses():
-    gradnorm, w = losses.GradNorm(2), torch.ones(2, requires_grad=True)
-    gradnorm(2 * w, w)
-    gradnorm(5 * w, w)
-    copy = losses.GradNorm(2)
-    copy.load_state_dict(gradnorm.state_dict())
-    copy(3 * w, w)
-    assert torch.equal(copy.first_losses, torch.tensor([2.0, 2.0]))
-    check_close(copy.weights().sum().detach(), torch.tensor(2.0), 1e-6)
-
-
-def losses_gradnorm_pulls(alpha: float, scales: tuple, steps: int = 400):
-    """Two regressions on shared weights, in units 1 : 100 or so; returns G_i and r_i at the end."""
-    x = torch.randn(64, 6, dtype=torch.float64)
-    trunk, heads = nn.Linear(6, 8).double(), nn.ModuleList(nn.Linear(8, 1) for _ in scales).double()
-    goals = [scale * (x @ torch.randn(6, 1, dtype=torch.float64)).tanh() for scale in scales]
-    gradnorm = losses.GradNorm(len(scales), alpha).double()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [*trunk.parameters(), *heads.parameters()], "lr": 1e-4},
-            {"params": gradnorm.parameters(), "lr": 0.025},
-        ]
-    )
-    for _ in range(steps):
-        hidden = trunk(x).tanh()
-        task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
-        optimizer.zero_grad()
-        gradnorm(task_losses, trunk.weight).backward()
-        optimizer.step()
-    hidden = trunk(x).tanh()
-    task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
-    norms = [torch.autograd.grad(loss, trunk.weight, retain_graph=True)[0].norm() for loss in task_losses]
-    progress = task_losses.detach() / gradnorm.first_losses
-    return gradnorm.weights().detach() * torch.stack(norms), progress / progress.mean()
-
-
-def test_losses_gradnorm_reaches_its_targets():
-    pulls, _ = losses_gradnorm_pulls(0.0, (1.0, 30.0))
-    check_close(pulls / pulls.mean(), torch.ones(2).double(), 0.1, "alpha 0: equal norms")
-    pulls, r = losses_gradnorm_pulls(1.0, (1.0, 30.0))
-    assert (r - 1).abs().max() > 0.2  # the tasks don't learn at one pace: the target isn't that of alpha 0
-    check_close(pulls / pulls.mean(), r, 0.1, "alpha 1")
-
-
-# -----------------------------------------------------------------------------
-# losses.py: across processes
+def losses_logits(n=9, k=5):
+    y = torch.randint(k, (n,))
+    y[::4] = -100
+    return [3 * torch.randn(n, k, dtype=torch.float64)], y
+
+
+def losses_bits(n=9):
+    return [3 * torch.randn(n, dtype=torch.float64)], torch.arange(n) % 2
+
+
+def losses_labelled(n=9):
+    y = torch.randint(3, (n,))
+    y[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
+    return [torch.randn(n, 3, dtype=torch.float64)], y
+
+
+def losses_two(n=6):
+    return list(torch.randn(2, n, 4, dtype=torch.float64)), torch.arange(n) % 2
+
+
+def losses_three(n=6):
+    return list(torch.randn(3, n, 4, dtype=torch.float64)), torch.arange(n)
+
+
+LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
+
+
+def losses_table() -> dict[str, tuple]:
+    """name: (the loss of (*inputs, targets), its oracle, sampler)"""
+    partial, weight = functools.partial, LOSSES_WEIGHT
+    smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
+    smoothed, weighted = {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "weight": weight}
+    focal = {"gamma": 0.5, "alpha": weight}
+    table = {
+        "smoothing": (smoothing, partial(F.cross_entropy, **smoothed), losses_logits),
+        "weight": (
+            partial(smoothing, smoothing=0.3, weight=weight),
+            partial(F.cross_entropy, **weighted),
+            losses_logits,
+        ),
+        "focal": (losses.focal_loss, losses_focal, losses_logits),
+        "alpha": (partial(losses.focal_loss, **focal), partial(losses_focal, **focal), losses_logits),
+        "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
+        "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
+        "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
+        "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
+        "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
+        "supcon": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
+        "triplet": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n),
+            lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
+            losses_three,
+        ),
+        "soft": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
+            lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
+            losses_three,
+        ),
+        "batch_hard": (mined, losses_mined, losses_labelled),
+    }
+    margin, cold = {"margin": 3.0}, {"temperature": 0.2}
+    for name, options in (("contrastive", margin), ("supcon", cold)):
+        loss, oracle, sampler = table[name]
+        table[f"{name}_option"] = (partial(loss, **options), partial(oracle, **options), sampler)
+    for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
+        options = {"mining": mining, "margin": margin}
+        pair = (partial(mined, **options), partial(losses_mined, **options))
+        table[f"batch_{mining}_{margin}"] = (*pair, losses_labelled)
+    return table
+
+
+LOSSES = losses_table()
+LOSSES_ON_LOGITS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_logits}
+LOSSES_ON_LABELS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_labelled}
+
+
+def losses_results(loss, inputs: list, y) -> list[Tensor]:
+    """Value, and the gradient of each input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = loss(*leaves, y)
+    return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
+
+
+def losses_check(loss, oracle, inputs: list, y=None, tolerance: float = 1e-10) -> None:
+    results = zip(losses_results(loss, inputs, y), losses_results(oracle, inputs, y), strict=True)
+    for i, (actual, expected) in enumerate(results):
+        check_close(actual, expected, tolerance, f"gradient of input {i - 1}" if i else "value")
 
 
 def losses_gather_model():
@@ -3744,9 +2284,6 @@ def losses_gather_batch():
 
 def losses_gather_worker(rank: int, folder: str) -> None:
     """One of two processes with half of the batch: writes its loss and the averaged gradients."""
-    import os
-    import sys
-
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -3758,17 +2295,8 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= 2
-    a, b, weight = torch.ones(2, 3).requires_grad_(), torch.ones(2, 3).requires_grad_(), torch.arange(12.0)
-    ((losses.gather_batch(a) + losses.gather_batch(b)) * weight.view(4, 3)).sum().backward()
-    for x in (a, b):  # one gradient tensor goes to both gathers
-        assert torch.equal(x.grad, 2 * weight.view(2, 2, 3)[rank])
-    cubed = losses.gather_batch(a).sum() ** 3
-    (first,) = torch.autograd.grad(cubed, a, create_graph=True)
-    try:
-        first.sum().backward()
-        raise AssertionError("a second derivative without the other process's part")
-    except RuntimeError as error:
-        assert "differentiate twice" in str(error)
+    a, weight = torch.ones(2, 3).requires_grad_(), torch.arange(12.0).view(4, 3)
+    (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # a loss of its own on each process
     labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
     try:
         losses.gather_batch(torch.ones(2 + rank, 3))
@@ -3776,407 +2304,596 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     except ValueError as error:
         message = str(error)
     result = {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()], "labels": labels}
-    torch.save(result | {"message": message}, f"{folder}/{rank}.pt")
+    torch.save(result | {"message": message, "sum": a.grad}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
 
 
-def test_losses_targets_of_any_integer_type_and_the_dtype_of_results():
-    logits, targets, _ = losses_class_data(ignored=False)
-    for loss, dtype in itertools.product(LOSSES_ON_LOGITS.values(), (torch.uint8, torch.int32)):
-        assert torch.equal(loss(logits, targets.to(dtype)), loss(logits, targets))
-    z, y = torch.randn(6, 3), torch.arange(6) % 3
-    assert losses.focal_loss(z, y, alpha=torch.ones(3).double()).dtype == torch.float32
-    assert losses.binary_focal_loss(z[:, 0].bfloat16(), y % 2).dtype == torch.float32
+def losses_refused():
+    """(call, words of its ValueError)"""
+    z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    bits, one, nan = (y > 0).long(), z[:1], math.nan
+    for loss in (losses.label_smoothing_cross_entropy, losses.focal_loss, losses.ordinal_loss):
+        for bad, words in (
+            (y + 1, ("targets", "0 .. 2", "3")),
+            (y - 1, ("targets", "0 .. 2", "-1")),
+            (y.float(), ("targets", "integers", "float32")),
+            (y > 0, ("targets", "integers", "bool")),
+            (y + 0j, ("targets", "complex64")),
+            (y[:5], ("targets", "(6,)", "(5,)")),
+            (F.one_hot(y), ("targets", "(6,)", "(6, 3)")),
+        ):
+            yield functools.partial(loss, z, bad), words
+        yield functools.partial(loss, z, y, reduction="avg"), ("reduction", "avg", "none")
+    for bad in (-0.1, 1.0, nan):
+        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b), ("smoothing", "[0, 1)")
+    for bad in (torch.ones(2), torch.ones(3, 1), 0.5, -torch.ones(3), torch.tensor([1, math.inf, 1])):
+        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
+        yield lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
+    yield lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
+    for bad in (-1.0, nan, math.inf, "hard"):
+        for name, call in (
+            ("gamma", functools.partial(losses.focal_loss, z, y)),
+            ("gamma", functools.partial(losses.binary_focal_loss, z[:, 0], bits)),
+            ("margin", functools.partial(losses.contrastive_loss, z, z, bits)),
+            ("margin", functools.partial(losses.triplet_loss, z, z, z)),
+            ("margin", functools.partial(losses.batch_hard_triplet_loss, z, y)),
+            ("alpha", functools.partial(losses.GradNorm, 2)),
+        ):
+            yield functools.partial(call, bad), (name, str(bad))
+    for bad in (-0.1, 1.1, nan):
+        yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b), ("alpha", "[0, 1]")
+        yield lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
+    yield lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
+    yield lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
+    yield lambda: losses.binary_focal_loss(z[:, :1], bits), ("targets", "(6, 1)", "(6,)")
+    yield lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None), ("reduction", "None")
+    for bad in (0.0, -1.0, nan, math.inf):
+        yield lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
+        yield lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
+        yield lambda b=bad: losses.supervised_contrastive_loss(z, y, b), ("temperature", str(bad))
+    for loss in (losses.nt_xent_loss, losses.info_nce_loss):
+        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
+            yield functools.partial(loss, *pair), ("(N, D)", str(tuple(pair[1].shape)))
+    for loss in (losses.supervised_contrastive_loss, losses.batch_hard_triplet_loss):
+        yield functools.partial(loss, z, y[:1]), ("labels", "(6,)", "(1,)")
+        yield functools.partial(loss, z, y.float()), ("labels", "float32")
+        yield functools.partial(loss, z[None], y), ("z", "(1, 6, 3)")
+        yield functools.partial(loss, one, y[:1]), ("z", "2", "(1, 3)")
+    yield lambda: losses.triplet_loss(z, z, one), ("negative", "(1, 3)")
+    yield lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "(0, 3)")
+    yield lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "(0, 3)")
+    yield lambda: losses.contrastive_loss(z, z, y), ("same", "0 or 1", "2")
+    yield lambda: losses.contrastive_loss(z, z, bits[:, None]), ("same", "(6, 1)")
+    yield lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"), ("mining", "easy", "semihard")
+    yield lambda: losses.has_collapsed(one), ("z", "2")
 
 
-def test_losses_edges():
-    """What is just allowed, and just not."""
-    z, one = torch.randn(6), torch.randn(1, 3)
-    assert losses.binary_focal_loss(z, (z > 0).long(), 2.0, 1.0).isfinite()
-    check_close(losses.contrastive_loss(one, one + 1, torch.ones(1)), torch.tensor(1.5), 1e-6)
-    assert losses.settings_from_command_line(["--batch-size", "4"]).batch_size == 4
-    assert losses.has_collapsed(torch.zeros(2, 2).bfloat16(), 0.2)
-    assert losses.GradNorm(1).weights() == 1 and losses.UncertaintyWeighting(1).weights() == 0.5
-    for call in (
-        lambda: losses.nt_xent_loss(torch.eye(3), torch.eye(3), math.inf),
-        lambda: losses.has_collapsed(one, 0.2),
-        lambda: losses.has_collapsed(torch.eye(3), "hard"),
-        lambda: losses.has_collapsed(torch.eye(3), -0.2),
-        lambda: losses.focal_loss(torch.eye(3), torch.arange(3), alpha=torch.tensor([1.0, math.inf, 1.0])),
-    ):
-        with pytest.raises(ValueError):
-            call()
+def losses_refused_by_weighting():
+    w = torch.ones(3, requires_grad=True)
+    for bad in ([3, 0], [], [[2, 2]], 3):
+        yield lambda b=bad: losses.class_balanced_weights(torch.tensor(b)), ("counts", str(bad))
+    for bad in (torch.ones(3), torch.ones(1)):
+        yield lambda b=bad: losses.UncertaintyWeighting(2)(b), ("losses", "(2,)", str(tuple(bad.shape)))
+        yield lambda b=bad: losses.GradNorm(2)(b * w[0], w), ("losses", "(2,)", str(tuple(bad.shape)))
+    yield lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
+    yield lambda: losses.make_optimizers("lion", [w], [], 0.1, 0.1), ("name", "lion", "muon")
+    yield lambda: losses.main(losses.Settings(n_seeds=1)), ("n_seeds", "2", "1")
 
 
-def test_losses_nt_xent_on_two_processes_is_one(tmp_path):
-    torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
-    model = losses_gather_model()
-    loss = losses.nt_xent_loss(
-        *(losses.gather_batch(model(x)) for x in losses_gather_batch())
-    )  # one process: as is
-    loss.backward()
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        check_close(result["loss"], loss.detach(), 1e-12)
-        for actual, p in zip(result["gradients"], model.parameters(), strict=True):
-            check_close(actual, p.grad, 1e-12)
-        assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1]
-        assert "2 to 3" in result["message"]
+class TestLosses:
+    # Oracles
 
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_equals_its_oracle(self, name):
+        """Values and gradients, float64, 1e-10."""
+        loss, oracle, sampler = LOSSES[name]
+        for n in (6, 9, 12):
+            losses_check(loss, oracle, *sampler(n))
 
-# -----------------------------------------------------------------------------
-# losses.py: optimization strategies and the demo's own parts
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_gradcheck(self, name):
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(7)
+        leaves = [x.requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(lambda *x: loss(*x, y), leaves, atol=1e-7)
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+    def test_label_smoothing_cross_entropy_equals_torch(self, smoothing, weighted, reduction):
+        for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
+            for ignore_index in (-1, 0):  # a class may be ignored, too: a pad id
+                logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
+                y = torch.randint(k, shape)
+                y.view(-1)[0] = k - 1
+                y.view(-1)[1::4] = ignore_index
+                weight = torch.rand(k, dtype=torch.float64) if weighted else None
+                kw = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
+                if k > 1 or ignore_index < 0:
+                    losses_check(
+                        lambda z, y, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
+                        lambda z, y, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
+                        [logits], y,
+                    )  # fmt: skip
 
-def test_losses_parameter_groups():
-    model = nn.Sequential(
-        nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_focal_losses_equal_their_formulas(self, reduction):
+        inputs, y = losses_logits(17)
+        for gamma in (0.0, 0.5, 1.0, 3.5):
+            for alpha in (None, LOSSES_WEIGHT):
+                losses_check(
+                    lambda z, y, g=gamma, a=alpha: losses.focal_loss(z, y, g, a, reduction=reduction),
+                    lambda z, y, g=gamma, a=alpha: losses_focal(z, y, g, a, reduction),
+                    inputs, y,
+                )  # fmt: skip
+        losses_check(
+            lambda z, y: losses.focal_loss(z, y, 0.0, reduction=reduction),
+            lambda z, y: F.cross_entropy(z, y, reduction=reduction), inputs, y,
+        )  # fmt: skip
+        z, bits = torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4))
+        for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0), (2.0, 1.0)):
+            for y in (bits, bits.bool(), bits.double(), bits.to(torch.uint16)):
+                losses_check(
+                    lambda z, y, g=gamma, a=alpha: losses.binary_focal_loss(z, y, g, a, reduction),
+                    lambda z, y, g=gamma, a=alpha: losses_torchvision_focal(z, y, a, g, reduction),
+                    [z], y,
+                )  # fmt: skip
+
+    # Properties
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_permutation_of_rows(self, name):
+        """Duplicates tie for the hardest; their gradients are shared, whoever comes first."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(12)
+        for x in inputs:
+            x[8] = x[1]
+        if sampler is losses_labelled:
+            y[8:10] = torch.tensor([0, 1])
+            inputs[0][9] = inputs[0][0]
+        order = torch.randperm(12)
+        value, *gradients = losses_results(loss, inputs, y)
+        permuted, *others = losses_results(loss, [x[order] for x in inputs], y[order])
+        check_close(permuted, value, 1e-12)
+        for gradient, other in zip(gradients, others, strict=True):
+            check_close(other, gradient[order], 1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_in_half_precision(self, name, dtype):
+        """Computed, and returned, in float32 from the rounded inputs, under autocast too."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(8)
+        inputs = [(100 * x).to(dtype) for x in inputs]
+        value, *gradients = losses_results(loss, inputs, y)
+        expected, *_ = losses_results(loss, [x.float() for x in inputs], y)
+        assert value.dtype == torch.float32
+        check_close(value, expected, 1e-6)
+        for gradient in gradients:
+            assert gradient.dtype == dtype and gradient.isfinite().all()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            check_close(losses_results(loss, [x.float() for x in inputs], y)[0], expected, 1e-6)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_at_extremes(self, name):
+        """Rows of 1e4, 1e-20 and 0, and equal rows: as float64 has it, with finite gradients."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(12)
+        for x in inputs:
+            x[:3] = 1e4 * x[:3].sign()
+            x[3:6] *= 1e-20
+            x[6:10] = 0.0
+        for dtype in (torch.float64, torch.float32):
+            results = losses_results(loss, [x.to(dtype) for x in inputs], y)
+            assert all(result.isfinite().all() and result.dtype == dtype for result in results)
+            if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
+                check_close(results[0].double(), loss(*inputs, y), 1e-6)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
+        """Where new tensors would go elsewhere by default: as on a GPU."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(8)
+        with torch.device("meta"):
+            value = loss(*inputs, y)
+        assert value.device.type == "cpu" and value == loss(*inputs, y)
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_ignored_rows_change_nothing(self, name):
+        loss = LOSSES_ON_LOGITS[name]
+        logits, y = 3 * torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 5
+        value, gradient = losses_results(loss, [logits], y)
+        ignored = torch.cat((y, torch.tensor([-100, -100])))
+        for junk in (0.0, 1e4, math.inf, math.nan):
+            more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
+            value_more, gradient_more = losses_results(loss, [more], ignored)
+            assert torch.equal(value_more, value)
+            assert torch.equal(gradient_more, torch.cat((gradient, 0 * gradient[:2])))
+        rows = loss(more, ignored, reduction="none")
+        assert rows.shape == (19,) and (rows[-2:] == 0).all()
+        check_close(loss(more, ignored, reduction="sum"), rows.sum(), 1e-12)
+        for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
+            marked = y.masked_fill(y == 3, other)
+            expected = loss(logits[y != 3], y[y != 3])
+            check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
+        volume = logits[:16].view(2, 8, 5).movedim(-1, 1)  # (2, 5, 8)
+        check_close(loss(volume, y[:16].view(2, 8), reduction="none"), rows[:16].view(2, 8), 1e-12)
+        for dtype in (torch.uint8, torch.uint16, torch.int32):
+            assert torch.equal(loss(logits, y.to(dtype)), value)
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_over_no_rows_is_0(self, name):
+        loss = LOSSES_ON_LOGITS[name]
+        for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
+            y = torch.full((len(logits),), -100)
+            for reduction in ("mean", "sum"):
+                value, gradient = losses_results(functools.partial(loss, reduction=reduction), [logits], y)
+                assert value == 0 and (gradient == 0).all()
+        weight = torch.tensor([0.0, 1, 1, 1, 1])  # rows that count, of weight 0
+        of_class_0 = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
+        value, gradient = losses_results(of_class_0, [torch.randn(4, 5)], torch.zeros(4).long())
+        assert value == 0 and (gradient == 0).all()
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_with_classes_ruled_out(self, name):
+        """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
+        loss = LOSSES_ON_LOGITS[name]
+        if name in ("smoothing", "weight"):
+            loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
+        logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
+        logits[0, 0] = logits[1, 1] = 1.0
+        value, gradient = losses_results(loss, [logits], torch.tensor([0, 1]))
+        assert value == 0 and (gradient == 0).all()
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
+    def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
+        """p rounds to 1 from a logit gap of 37 (float64), 17 (float32)."""
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
+                z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
+                y = torch.tensor([0, 1, 1])
+                two = losses_results(functools.partial(losses.focal_loss, gamma=gamma), [z], y)
+                binary = functools.partial(losses.binary_focal_loss, gamma=gamma)
+                one = losses_results(binary, [z[:, 1] - z[:, 0]], y)
+                assert all(result.isfinite().all() for result in (*two, *one)), (dtype, gap)
+        z = torch.tensor([[30.0, 0.0]]).double()  # and digits: 1 - p in float32 would be 0
+        expected = math.exp(-30 * gamma) * F.cross_entropy(z, torch.tensor([0]))
+        assert losses.focal_loss(z, torch.tensor([0]), gamma) / expected == pytest.approx(1, abs=1e-6)
+
+    def test_batch_without_pairs_or_triplets_is_0(self):
+        z = torch.randn(4, 3)
+        for name, loss in LOSSES_ON_LABELS.items():
+            for y in (torch.arange(4), torch.zeros(4).long()):
+                if "supcon" not in name or y[3]:  # one class: every anchor has positives
+                    value, gradient = losses_results(loss, [z], y)
+                    assert value == 0 and (gradient == 0).all(), name
+            assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
+        semihard = functools.partial(losses.batch_hard_triplet_loss, mining="semihard")
+        value, gradient = losses_results(semihard, [torch.zeros(6, 3)], torch.arange(6) % 2)
+        assert value == 0 and (gradient == 0).all()  # among ties no negative is farther
+
+    def test_batch_hard_triplet_loss_of_near_duplicates(self):
+        """Beyond 25 rows cdist goes by matrix products, which lose distances of 1e-4 at 100."""
+        z = 100 + 1e-4 * torch.randn(60, 8)
+        y = torch.arange(60) % 3
+        for mining in ("hard", "semihard", "all"):
+            actual = losses.batch_hard_triplet_loss(z, y, 0.0, mining)
+            expected = losses.batch_hard_triplet_loss(z.double(), y, 0.0, mining)
+            assert actual.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
+
+    def test_has_collapsed_where_the_loss_is_the_margin(self):
+        point, y = torch.randn(1, 5).expand(8, 5), torch.arange(8) % 2
+        assert losses.has_collapsed(point) and losses.has_collapsed(torch.zeros(2, 2).bfloat16())
+        for mining in ("hard", "all"):
+            for margin, stands_at in ((0.2, 0.2), ("soft", 0.6931472)):
+                loss = losses.batch_hard_triplet_loss(point, y, margin, mining)
+                assert loss.item() == pytest.approx(stands_at, abs=1e-6)
+        spread = torch.randn(8, 5)
+        spread = spread / torch.pdist(spread).mean()
+        assert losses.has_collapsed(0.009 * spread) and not losses.has_collapsed(0.011 * spread)
+        assert losses.has_collapsed(0.4 * spread, 0.5) and not losses.has_collapsed(0.6 * spread, 0.5)
+
+    def test_ordinal_loss_far_mistakes_cost_more(self):
+        wrong, zeros = 5.0 * torch.eye(5, dtype=torch.float64), torch.zeros(5).long()
+        costs = losses.ordinal_loss(wrong, zeros, reduction="none")
+        _, gradient = losses_results(losses.ordinal_loss, [wrong], zeros)
+        assert (costs.diff() > 0.5).all() and (gradient[:, 0].diff() < 0).all()
+        for k in (2, 5, 50):  # at the start it costs about the same whatever K
+            assert 0.5 < losses.ordinal_loss(torch.zeros(k, k), torch.arange(k)) < 0.7
+        # a proper score: the expected cost under a truth q is least where the softmax is q
+        q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+        z = q.log().requires_grad_()
+        expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
+        assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
+
+    @pytest.mark.parametrize(
+        ("bug", "claim"),
+        [
+            (lambda z, y: losses.ordinal_loss(z, y), None),
+            (lambda z, y: F.cross_entropy(z, y), "limit"),
+            (lambda z, y: losses.ordinal_loss(z, y) - 5, "never negative"),
+            (lambda z, y: losses.ordinal_loss(z, y) + 0.1, "0 at best"),
+            (lambda z, y: losses.ordinal_loss(z, 4 - y), "downhill"),
+            (lambda z, y: losses.ordinal_loss(z, y) * losses.ordinal_loss(z, y).detach(), "gradcheck"),
+            (lambda z, y: 2 * losses.ordinal_loss(z, y).detach() - losses.ordinal_loss(z, y), "small step"),
+            (lambda z, y: 20 * losses.ordinal_loss(z, y), "scale"),
+            (lambda z, y: 0.01 * losses.ordinal_loss(z, y), "scale"),
+            (lambda z, y: losses_ordinal(z.float(), y), "float32"),
+            (lambda z, y: losses_ordinal(z, y), "float16"),
+        ],
     )
-    model[1].weight.requires_grad_(False)
-    decayed, free = losses.parameter_groups(model.parameters(), 0.1)
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
-    assert sorted(p.shape[0] for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+    def test_check_loss_refutes(self, bug, claim):
+        """Each planted bug fails its claim; the loss itself passes all."""
+        y = torch.arange(5).repeat(4)
+        best = 50.0 * F.one_hot(y, 5)
+        limits = {"as ordinal_loss": (lambda z: losses.ordinal_loss(z, y), lambda z: bug(z, y), best / 30)}
+        holds = losses.check_loss(lambda z: bug(z, y), 0 * best, best, limits)
+        failed = [name for name, held in holds.items() if not held]
+        assert any(claim in name for name in failed) if claim else not failed, failed
+        assert len(holds) == 11 and all(type(held) is bool for held in holds.values())
 
+    def test_check_loss_takes_embedding_losses(self):
+        y = torch.arange(12) % 3
+        best = F.one_hot(y, 3).double()
+        loss = functools.partial(losses.batch_hard_triplet_loss, labels=y, margin=0.2)
+        assert all(losses.check_loss(loss, torch.randn(12, 3), best).values())
+        collapsed = losses.check_loss(loss, torch.randn(12, 3), 0 * best)
+        assert not collapsed["lower bound: about 0 at best"]
 
-def test_losses_make_their_own_tensors_on_their_input_s_device():
-    """Real inputs where new tensors would go elsewhere by default: as on a GPU."""
-    z, y = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
-    calls = [
-        lambda: losses.label_smoothing_cross_entropy(z, y), lambda: losses.focal_loss(z, y),
-        lambda: losses.ordinal_loss(z, y), lambda: losses.contrastive_loss(z, z.flip(0), y == 0),
-        lambda: losses.info_nce_loss(z, z.flip(0)), lambda: losses.nt_xent_loss(z, z.flip(0)),
-        lambda: losses.supervised_contrastive_loss(z, y),
-        lambda: losses.triplet_loss(z, z.flip(0), z.roll(1, 0)),
-        *[lambda m=m: losses.batch_hard_triplet_loss(z, y, mining=m) for m in ("hard", "semihard", "all")],
-    ]  # fmt: skip
-    for call in calls:
-        with torch.device("meta"):
-            loss = call()
-        assert loss.device.type == "cpu" and loss == call()
-    q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-    for rung in (attention.attention_loop, *attention.RUNGS.values()):
-        with torch.device("meta"):
-            output = rung(q, k, k, None, True)
-        check_close(output, rung(q, k, k, None, True), 1e-6)
+    # Refusals
 
+    def test_losses_refuse_what_would_be_silently_wrong(self):
+        for i, (call, words) in enumerate([*losses_refused(), *losses_refused_by_weighting()]):
+            with pytest.raises(ValueError) as error:
+                call()
+            assert all(word in str(error.value) for word in words), (i, words, str(error.value))
 
-def test_losses_the_demo_knows_at_once_that_a_library_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(losses, "ProcessPoolExecutor", lambda *_: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["losses.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    with pytest.raises(ImportError, match="matplotlib"):
-        losses.main()
+    # Weighting
 
+    def test_class_balanced_weights_by_hand(self):
+        counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
+        for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
+            effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series
+            shares = torch.tensor([1 / e for e in effective], dtype=torch.float64)
+            expected = 3 * shares / shares.sum()
+            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
+        inverse = 3 / counts / (1 / counts).sum()
+        check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
+        for given in ([1000, 50, 1], counts.to(torch.uint16)):
+            check_close(losses.class_balanced_weights(given, 1.0), inverse.float(), 1e-6)
+        assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
 
-def test_losses_warmup_cosine_at_its_ends():
-    """LambdaLR asks for the step behind the last one, too."""
-    for warmup, total in ((4, 4), (0, 1), (2, 10)):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        factor = functools.partial(losses.warmup_cosine, warmup=warmup, total=total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        for _ in range(total):
-            optimizer.step()
-            schedule.step()
-        assert losses.warmup_cosine(total + 8, warmup, total) <= (1 if warmup == total else 1e-9)
-    assert losses.warmup_cosine(18, 2, 10) == pytest.approx(0, abs=1e-9)
+    def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
+        """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i, and sum L_i' / L_i = 0 puts x half-way."""
+        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        weighting = losses.UncertaintyWeighting(2).double()
+        assert weighting(torch.tensor([3.0, 0.5])) == 1.75  # s = 0: half the sum
+        parameters = [x, *weighting.parameters()]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
+        def closure():
+            optimizer.zero_grad()
+            total = weighting(torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1))))
+            total.backward()
+            return total
 
-def test_losses_warmup_cosine():
-    factors = [losses.warmup_cosine(step, 4, 12) for step in range(12)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
-    assert abs(factors[8] - 0.5) < 1e-12 and abs(factors[6] - (1 + math.sqrt(0.5)) / 2) < 1e-12
-    assert all(a > b > 0 for a, b in itertools.pairwise(factors[4:]))
+        optimizer.step(closure)
+        check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
+        check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
+        by_hand = (1 + math.log(1.25) + 1 + math.log(125)) / 2
+        assert closure().item() == pytest.approx(by_hand, abs=1e-6)
 
+    def test_gradnorm_by_hand(self):
+        """Two linear tasks with gradient norms 3 and 4 on the shared weights: d w_i / d s_j is
+        w_i (delta_ij - w_j / 2)."""
+        gradnorm = losses.GradNorm(2).double()
+        w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        tasks = torch.stack((3 * w[0], 4 * w[1]))
+        half_way = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
 
-def test_losses_optimizers_decay_and_their_parameters():
-    """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
-    for name, expected in (("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 2 - 0.1 * 0.2)):
+        def check(tasks, of_weights, total, alpha=1.5):
+            gradnorm.alpha = alpha
+            value = gradnorm(tasks, w)
+            gradients = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
+            assert value.item() == pytest.approx(total)
+            model = gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double()
+            check_close(gradients[0], model, 1e-12)
+            check_close(gradients[1], torch.tensor([of_weights, -of_weights]).double(), 1e-12)
+
+        assert gradnorm.alpha == 1.5
+        check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
+        check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
+        check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
+        with torch.no_grad():
+            gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())  # weights 1.5, 0.5
+        check(half_way, 2.625, 1.5 * 1.5 + 0.5 * 4, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
+        with torch.no_grad():  # a validation's losses: the weighted sum alone
+            assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
+
+    def test_gradnorm_of_losses_that_reached_0_and_of_several_weights(self):
+        for n in (1, 2):
+            gradnorm, w = losses.GradNorm(n), torch.ones(n, requires_grad=True)
+            gradnorm(2 * w, w)
+            for later in (torch.zeros(n), -torch.ones(n), torch.tensor([0.0, 1.0][:n])):
+                total = gradnorm(later * w, w)
+                gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
+                assert total == later.sum() and gradient.isfinite().all(), later
+            copied = losses.GradNorm(n)
+            copied.load_state_dict(gradnorm.state_dict())
+            copied(3 * w, w)
+            assert torch.equal(copied.first_losses, torch.full((n,), 2.0))
+        a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
+        for shared in ([a, b], (b, a), iter([a, b])):
+            gradnorm = losses.GradNorm(2).double()
+            total = gradnorm(tasks, shared)
+            gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
+            check_close(gradient, torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
+
+    def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
+        torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
+        model = losses_gather_model()
+        z1, z2 = (losses.gather_batch(model(x)) for x in losses_gather_batch())  # one process: as it is
+        loss = losses.nt_xent_loss(z1, z2)
+        loss.backward()
+        for rank in range(2):
+            result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+            check_close(result["loss"], loss.detach(), 1e-12)
+            for actual, p in zip(result["gradients"], model.parameters(), strict=True):
+                check_close(actual, p.grad, 1e-12)
+            assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1] and "2 to 3" in result["message"]
+            assert torch.equal(result["sum"], 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+
+    # Optimization strategies
+
+    def test_parameter_groups_decay_matrices_alone(self):
+        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
+        model = nn.Sequential(*layers)
+        model[1].weight.requires_grad_(False)
+        decayed, free = losses.parameter_groups(model.parameters(), 0.1)
+        assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+        assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
+        assert sorted(len(p) for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 1.98)]
+    )
+    def test_make_optimizers_decay(self, name, expected):
+        """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
         hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in ((3, 3), (2, 3), (3,)))
-        optimizers = losses.make_optimizers(name, [hidden], [head, bias], lr=0.1, weight_decay=0.1)
+        optimizers = losses.make_optimizers(name, iter([hidden]), iter([head, bias]), 0.1, 0.1)
         for p in (hidden, head, bias):
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4, name)
-        check_close(head.detach(), torch.full((2, 3), expected), 1e-4, name)
-        assert torch.equal(bias.detach(), torch.full((3,), 2.0)), name
-    muon, adamw = losses.make_optimizers("muon", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
-    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(3, 3)]
-    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    (sgd,) = losses.make_optimizers("sgd", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
-    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.9
-    with pytest.raises(ValueError, match="lion"):
-        losses.make_optimizers("lion", [hidden], [head], lr=0.1, weight_decay=0.1)
+        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4)
+        check_close(head.detach(), torch.full((2, 3), expected), 1e-4)
+        assert torch.equal(bias.detach(), torch.full((3,), 2.0))
+        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
+        assert kinds == [name, "adamw"][: len(kinds)] and (len(kinds) == 2) == (name == "muon")
+        if name == "muon":
+            assert [len(group["params"]) for group in optimizers[0].param_groups] == [1]
+            assert optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+        assert optimizers[0].param_groups[0].get("momentum", 0.9) == (0.95 if name == "muon" else 0.9)
 
+    def test_warmup_cosine_by_hand(self):
+        factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
+        falling = [(1 + math.cos(math.pi * part / 8)) / 2 for part in range(8)]
+        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling, 0.0, 0.0], abs=1e-12)
+        assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]  # cut to the run
 
-def test_losses_calibration_by_hand():
-    p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
-    y = torch.tensor([0, 1, 1, 1, 0])
-    shares, confidence, right = losses.calibration_bins(p, y, 10)
-    check_close(shares, torch.tensor([0, 0, 0, 0, 0, 0, 0.4, 0, 0, 0.6]), 1e-6)
-    check_close(confidence[[6, 9]], torch.tensor([0.61, 2.86 / 3]).double(), 1e-6)
-    check_close(right[[6, 9]], torch.tensor([0.5, 2 / 3]).double(), 1e-6)
-    # of 15 bins: 0.95, 0.91 and 1.0 share [14/15, 1] but for 0.91; 0.6 and 0.62 share [9/15, 10/15)
-    expected = 0.4 * 0.11 + 0.4 * (0.975 - 1) * -1 + 0.2 * 0.91
-    check_close(losses.calibration_error(p, y), torch.tensor(expected).double(), 1e-6)
+    # The demo
 
+    def test_calibration_error_and_best_temperature_by_hand(self):
+        p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
+        y = torch.tensor([0, 1, 1, 1, 0])
+        # of 15 bins: 0.95 and 1.0 share the last, 0.91 is in the one before, 0.6 and 0.62 share another
+        expected = 0.4 * 0.11 + 0.4 * (1 - 0.975) + 0.2 * 0.91
+        assert losses.calibration_error(p, y) == pytest.approx(expected, abs=1e-6)
+        truth = torch.randn(20_000, 4)
+        drawn = truth.softmax(1).multinomial(1)[:, 0]
+        assert losses.best_temperature(3 * truth, drawn) == pytest.approx(3, rel=0.1)
 
-def test_losses_side_by_side_is_each_network_alone():
-    s = losses.Settings(n_seeds=3)
-    model, x = losses.SideBySide((5, 4, 4, 2), s), torch.randn(3, 6, 5)
-    for k, out in enumerate(model(x)):
-        first, second, last = (layer[k] for layer in model.layers)
-        check_close(out, last(second(first(x[k]).relu()).relu()), 1e-6)
-    assert not torch.equal(model.layers[0][0].weight, model.layers[0][1].weight)
-    again = losses.SideBySide((5, 4, 4, 2), s)
-    assert torch.equal(again(x), model(x))
+    def test_digits_parts_share_no_image(self):
+        sets = losses.digits(losses.Settings(n_seeds=3), 957, 240)
+        for data in sets:
+            assert [len(data[part][1]) for part in ("train", "dev", "test")] == [957, 240, 600]
+            assert len(torch.cat([x for x, _ in data.values()]).unique(dim=0)) == 1797
+            assert torch.equal(data["test"][0], sets[0]["test"][0])  # no seed trains on another's test
+        assert not torch.equal(sets[0]["train"][1], sets[1]["train"][1])
 
+    def test_judge_by_hand(self):
+        """Paired: a constant difference in noisy rows is found; noise is not. Less is better for some."""
+        base = [0.5, 0.9, 0.1, 0.7, 0.3]
+        up = [0.61, 1.0, 0.2, 0.79, 0.4]
+        noise = [0.6, 0.8, 0.2, 0.6, 0.4]
+        rows = {
+            name: {"values": {"accuracy": values, "NLL": values}}
+            for name, values in (("base", base), ("up", up), ("noise", noise))
+        }
+        sentence = losses.judge(rows)
+        mean, error, verdict = rows["up"]["difference"]["accuracy"]
+        assert mean == pytest.approx(0.1) and verdict == "better"
+        assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / math.sqrt(5))
+        assert rows["up"]["difference"]["NLL"][2] == "worse" and rows["noise"]["difference"]["NLL"][2] == ""
+        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
+        del rows["up"]
+        assert "beyond chance" in losses.judge(rows)
 
-def test_losses_digits_splits_share_no_image():
-    s = losses.Settings(n_seeds=3)
-    data = losses.digits(s)
-    assert [data[part][0].shape[1] for part in ("train", "dev", "test")] == [1000, 297, 500]
-    for k in range(3):
-        rows = torch.cat([data[part][0][k] for part in data])
-        labels = torch.cat([data[part][1][k] for part in data])
-        assert len(rows.unique(dim=0)) == 1797 and labels.bincount().min() > 170
-        assert torch.equal(
-            data["test"][0][k], data["test"][0][0]
-        )  # no seed trains or tunes on another's test
-    assert not torch.equal(data["train"][1][0], data["train"][1][1])
+    def test_tune_takes_the_rate_that_is_best_on_dev(self):
+        """On average, though not for seed 1; the test counts for nothing; an edge is told."""
+        dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
 
+        def evaluate(model, k, part):
+            lr = model
+            return {"score": dev[lr][k] if part == "dev" else 10 * lr, "other": -dev[lr][k]}
 
-def test_losses_two_views_shift_the_same_image():
-    torch.manual_seed(3)
-    x = torch.zeros(2, 3, 8, 8)
-    x[..., 3, 4] = 10.0
-    views = losses.two_views(x.flatten(2))  # (2, 6, 64)
-    assert views.shape == (2, 6, 64)
-    peak = views.argmax(-1)
-    assert ((peak // 8 - 3).abs() <= 1).all() and ((peak % 8 - 4).abs() <= 1).all() and len(peak.unique()) > 3
-    marked = torch.arange(3.0)[:, None].expand(1, 3, 64) * 100
-    assert (losses.two_views(marked)[0].amax(1) / 100).round().tolist() == [0, 1, 2, 0, 1, 2]
+        s = losses.Settings(n_seeds=2)
+        models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, (0.1, 0.2, 0.3))
+        assert models == [0.2, 0.2] and row["rate"] == 0.2 and not row["at_edge"]
+        assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.3]["score"] == pytest.approx(0.55)
+        for rates, best in (((0.2, 0.3), 0.2), ((0.1, 0.2), 0.2)):
+            _, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
+            assert row["rate"] == best and row["at_edge"]
 
+    def test_train_options_do_something(self):
+        """Same seed, same weights; each option gives others; the batches don't depend on the sizes."""
+        s = losses.Settings(n_seeds=1, steps=12)
+        sets = losses.digits(s, 200, 50)
+        runs = {"plain": {}, "cosine": {"cosine": True}, "sgd": {"optimizer": "sgd"}}
+        weights, seen = {}, []
 
-@pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
-def test_losses_learning_rate_comes_from_dev_alone(name, monkeypatch):
-    """Test labels turned to nonsense change no choice and no dev score; dev labels do."""
-    s, digits = losses.Settings(n_seeds=2, steps=6, batch_size=8), losses.digits
-    demo = getattr(losses, f"demo_{name}")
+        def loss_of(z, y):
+            seen.append(y)
+            return F.cross_entropy(z, y)
 
-    def rows_with_nonsense(*parts: str) -> dict:
-        def nonsense(settings):
-            data = digits(settings)
-            return data | {part: (data[part][0], (data[part][1] + 1) % 10) for part in parts}
+        for label, options in (runs | {"again": {}}).items():
+            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), loss_of, s, **options)
+            weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert torch.equal(weights.pop("again"), weights["plain"])
+        for one, other in itertools.combinations(weights, 2):
+            assert not torch.allclose(weights[one], weights[other]), (one, other)
+        losses.train(0.01, 0, sets, (64, 10), loss_of, s)
+        assert torch.equal(torch.stack(seen[-12:]), torch.stack(seen[:12]))
 
-        monkeypatch.setattr(losses, "digits", nonsense)
-        return demo(s)[0]["rows"]
+    @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
+    def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
+        """Test labels turned to nonsense change no rate and no dev score, but the values."""
+        digits, s = losses.digits, losses.Settings(n_seeds=2, steps=4)
+        demo = getattr(losses, f"demo_{name}")
+        honest = demo(s)
 
-    honest, other = rows_with_nonsense(), rows_with_nonsense("test")
-    for row, values in honest.items():
-        for column in {"dev", "learning rate", "weight norm", "confidence"} & set(values):
-            assert other[row][column] == values[column], (row, column)
-        if "dev at worst rate" in values:
-            assert values["dev"][0] > values["dev at worst rate"][0], row
-    assert any("learning rate" in values for values in honest.values()) and honest != other
+        def with_nonsense(*arguments):
+            return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
 
+        monkeypatch.setattr(losses, "digits", with_nonsense)
+        other = demo(s)
+        for row, values in honest.items():
+            assert other[row]["rate"] == values["rate"] and other[row]["dev"] == values["dev"]
+            assert other[row]["values"] != values["values"]
 
-def test_losses_tuned_takes_the_rate_that_is_best_on_dev():
-    s, seen = losses.Settings(n_seeds=2), []
-
-    def train(lr: float) -> float:
-        seen.append(lr)
-        return 10 * lr
-
-    def dev_score(result: float) -> Tensor:  # best on average at the third rate, though not for seed 1
-        i = losses.RATES.index(result / 10)
-        return torch.tensor([[0.0, 0.0], [0.2, 0.9], [1.0, 0.3], [0.1, 0.2]][i])
-
-    result, rate = losses.tuned(train, dev_score, s)
-    assert tuple(seen) == losses.RATES and result == 10 * losses.RATES[2]
-    assert rate.tolist() == pytest.approx([losses.RATES[2]] * 2)
-
-
-def test_losses_optimizer_options_do_something():
-    """Each option gives other weights than the plain run; clipping bounds each seed's gradient by itself."""
-    s = losses.Settings(n_seeds=2, steps=12, batch_size=8)
-    data = losses.digits(s)
-    runs = {
-        "plain": {},
-        "schedule": {"schedule": True},
-        "clip": {"clip": True},
-        "ema": {"ema": True},
-        "decay": {"decay": 1},
-    }
-    weights = {}
-    for label, options in runs.items():
-        model, norms = losses.train_with("sgd", 0.3, data, s, **options)
-        weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        assert norms.shape == (2,) and norms[0] != norms[1]
-    for one, other in itertools.combinations(weights, 2):
-        assert not torch.allclose(weights[one], weights[other]), (one, other)
-    clipped = losses.train_with(
-        "sgd", 0.3, data, losses.Settings(n_seeds=2, steps=1, batch_size=8), clip=True, decay=0
-    )[0]
-    start = losses.SideBySide((64, 64, 64, 10), s)
-    for k in range(2):
-        step = [a[k].weight - b[k].weight for a, b in zip(clipped.layers, start.layers, strict=True)]
-        step += [a[k].bias - b[k].bias for a, b in zip(clipped.layers, start.layers, strict=True)]
-        assert torch.cat([p.detach().flatten() for p in step]).norm() <= 0.3 * 1.0001
-
-
-def test_losses_script(tmp_path):
-    (tmp_path / "here").mkdir()  # of an earlier run
-    result = run_script(
-        "losses.py", "--steps", "6", "--n-seeds", "2", "--batch-size", "8", "--out", "here", cwd=tmp_path
-    )
-    report = last_json(result)
-    assert report == json_of(tmp_path / "here" / "report.json")
-    assert list(report["tables"]) == [
-        "smoothing",
-        "imbalance",
-        "embeddings",
-        "tasks",
-        "optimizers",
-        "ordinal",
-    ]
-    for title in ("smoothing:", "imbalance", "embeddings", "two tasks", "optimizers", "design your own"):
-        assert title in result.stdout
-    assert len(report["tables"]["optimizers"]["rows"]) == 13
-    for table in report["tables"].values():
-        assert table["conclusion"] in result.stdout
-        for row in table["rows"].values():
-            assert all(len(cell) == 2 and math.isfinite(sum(cell)) for cell in row.values())
-    for key in ("settings", "seconds", "torch", "threads", "cpu", "gemm_gflops"):
-        assert report[key]
-    assert report["settings"]["n_seeds"] == 2 and len(report["pictures"]) == 4
-    for picture in report["pictures"]:
-        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    assert len(list((tmp_path / "here").iterdir())) == 5
-
-
-def test_losses_script_bad_input(tmp_path):
-    (tmp_path / "file").write_text("")
-    for arguments, words in (
-        (("--n-seeds", "1"), ("n_seeds", "2", "1")),
-        (("--steps", "5"), ("steps", "6", "5")),
-        (("--batch-size", "7"), ("batch_size", "even", "7")),
-        (("--batch-size", "2"), ("batch_size", "4", "2")),
-    ):
-        with pytest.raises(ValueError) as error:
-            losses.settings_from_command_line(list(arguments))
-        assert all(word in str(error.value) for word in words), error.value
-    with pytest.raises(SystemExit) as leaving:
-        losses.settings_from_command_line(["--learning-rate", "1"])
-    assert leaving.value.code == 2
-    check_one_line_error(run_script("losses.py", "--out", "file/below", cwd=tmp_path), "losses.py", "file")
-    (tmp_path / "sklearn").mkdir()
-    (tmp_path / "sklearn" / "__init__.py").write_text("raise ModuleNotFoundError('no', name='sklearn')")
-    check_one_line_error(
-        run_script("losses.py", cwd=tmp_path, PYTHONPATH=str(tmp_path)), "losses.py", "scikit-learn"
-    )
-    assert list((tmp_path / "out" / "losses").iterdir()) == []
-
-
-# -----------------------------------------------------------------------------
-# losses.py: the embedding losses and the ordinal one against loops, gradients by autograd
-
-
-def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
-
-
-def losses_loop_info_nce(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    rows = []
-    for i, q in enumerate(query):
-        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
-        rows.append(-(scores[i] / sum(scores)).log())
-    return sum(rows) / len(rows)
-
-
-def losses_loop_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    z, n = [*z1, *z2], len(z1)
-    rows = []
-    for i in range(2 * n):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(2 * n) if j != i}
-        rows.append(-(scores[(i + n) % (2 * n)] / sum(scores.values())).log())
-    return sum(rows) / len(rows)
-
-
-def losses_loop_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    rows = []
-    for i in range(len(z)):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
-        positives = [j for j in scores if labels[j] == labels[i]]
-        if positives:
-            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
-    return sum(rows) / len(rows)
-
-
-def losses_loop_contrastive(x1: Tensor, x2: Tensor, same: Tensor, margin: float) -> Tensor:
-    rows = []
-    for a, b, together in zip(x1, x2, same.tolist(), strict=True):
-        d = (a - b).square().sum().sqrt()
-        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
-    return sum(rows) / len(rows)
-
-
-def losses_loop_ordinal(logits: Tensor, targets: Tensor) -> Tensor:
-    p, terms = logits.softmax(1), []
-    for row, target in zip(p, targets.tolist(), strict=True):
-        for k in range(len(row) - 1):
-            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log())
-    return sum(terms) / len(terms)
-
-
-def test_losses_on_embeddings_are_their_loops_gradients_included():
-    """float64, 1e-10: value and gradient of each against the formula written as loops over pairs."""
-    for n, width in ((2, 3), (5, 4), (6, 1), (7, 8)):
-        a, b = (torch.randn(n, width, dtype=torch.float64) for _ in range(2))
-        same, labels = torch.rand(n) < 0.5, torch.randint(0, 3, (n,))
-        labels[:2] = 1  # at least one pair
-        for t in (0.07, 0.5, 2.0):
-            losses_check(
-                lambda x, y, t=t: losses.info_nce_loss(x, y, t),
-                lambda x, y, t=t: losses_loop_info_nce(x, y, t),
-                a,
-                b,
-            )
-            losses_check(
-                lambda x, y, t=t: losses.nt_xent_loss(x, y, t),
-                lambda x, y, t=t: losses_loop_nt_xent(x, y, t),
-                a,
-                b,
-            )
-            losses_check(
-                lambda z, t=t, labels=labels: losses.supervised_contrastive_loss(z, labels, t),
-                lambda z, t=t, labels=labels: losses_loop_supcon(z, labels, t),
-                a,
-            )
-        for margin in (0.5, 1.0, 3.0):
-            losses_check(
-                lambda x, y, m=margin, same=same: losses.contrastive_loss(x, y, same, m),
-                lambda x, y, m=margin, same=same: losses_loop_contrastive(x, y, same, m),
-                a,
-                b,
-            )
-
-
-def test_losses_ordinal_is_its_loop_gradients_included():
-    for n, n_classes in ((1, 2), (4, 3), (6, 7)):
-        logits = 3 * torch.randn(n, n_classes, dtype=torch.float64)
-        targets = torch.randint(0, n_classes, (n,))
-        losses_check(
-            lambda z, targets=targets: losses.ordinal_loss(z, targets),
-            lambda z, targets=targets: losses_loop_ordinal(z, targets),
-            logits,
-        )
+    def test_demo_script(self, tmp_path):
+        result = run_script("losses.py", "--steps", "2", "--n-seeds", "2", "--out", "here", cwd=tmp_path,
+                            PYTHONIOENCODING="ascii")  # fmt: skip
+        summary = last_json(result)
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        report = json_of(tmp_path / summary["report"])
+        assert list(report["tables"]) == ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"]
+        assert all(report["checklist"].values()) and len(report["checklist"]) == 11
+        edges = 0
+        for title, rows in report["tables"].items():
+            assert title in result.stdout and report["conclusions"][title] in result.stdout
+            for name, row in rows.items():
+                assert name in result.stdout
+                assert all(len(v) == 2 and math.isfinite(sum(v)) for v in row["values"].values())
+                edges += row["at_edge"]
+        assert summary["rates_on_an_edge"] == edges and report["settings"]["n_seeds"] == 2
+        assert (tmp_path / "here" / "losses.png").read_bytes()[:4] == b"\x89PNG"
+        for key in ("seconds", "torch", "threads", "cpu"):
+            assert report[key]
 
 
 # -----------------------------------------------------------------------------
@@ -7542,8 +6259,9 @@ class DrawnModel(nn.Module):
         return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        beginning = torch.cat((*cache.get(0, {"self": ()})["self"], tgt), dim=1)  # (B, T)
-        cache[0] = {"self": (beginning,)}
+        past = [layer[0] for layer in cache.get("layers", [])]
+        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
+        cache["layers"] = [(beginning, beginning)]
         numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
         return self.logits[numbers][:, None]  # (B, 1, V)
 
@@ -7821,7 +6539,9 @@ class TestAllFiles:
         lengths = attention.padding_mask(torch.tensor([6, 0]))
         for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
             expected, weights = long.forward_with_weights(x, context, mask)
-            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            k, v = short.keys_values(context)
+            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
+            output = short(x, k, v, mask)
             check_close(output, expected, 1e-12)
             check_close(short_weights, weights, 1e-12)
             gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
@@ -8077,29 +6797,21 @@ class TestReadme:
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
-        ("(k_len - q_len)  # (Tq, 1)", "0 * k_len  # (Tq, 1)", "attention_masks or cache_equals"),
-        ("device=device) <= last_visible", "device=device) < last_visible", "attention_masks"),
-        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "attention_masks"),
-        ("    scale = q.size(-1) ** -0.25\n    scores = ", "    scale = 1.0\n    scores = ", "four_ways"),
-        ("weights.masked_fill(empty, 0.0)", "weights", "nothing_to_attend_to"),
-        ("~(allowed | empty), -math.inf", "~allowed, -math.inf", "nothing_to_attend_to"),
-        (
-            "F.dropout(weights, dropout_p) @ v, weights",
-            "F.dropout(weights, dropout_p) @ v, F.dropout(weights)",
-            "four_ways",
-        ),
-        ("fade, e = (top - new_top).exp()", "fade, e = torch.ones_like(top)", "four_ways"),
-        (
-            "dscores = weights * (dweights - mean_grad[..., rows, :])",
-            "dscores = weights * dweights",
-            "four_ways",
-        ),
-        (
-            " and q.shape[-2:-1] == k.shape[-2:-1]",
-            "",
-            "four_ways",
-        ),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask or cache_equals"),
+        (".tril(k_len - q_len)", ".tril(k_len - q_len - 1)", "causal_mask"),
+        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "padding_mask"),
+        ("scores = (q * q.size(-1) ** -0.5)", "scores = q", "all_ways_agree"),
+        (".softmax(dim=-1).masked_fill(hidden, 0.0)", ".softmax(dim=-1)", "nothing_to_attend_to"),
+        ("masked_fill(hidden, lowest)", "masked_fill(hidden, -math.inf)", "nothing_to_attend_to"),
+        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "all_ways_agree"),
+        ("alpha = (m[..., i, :] - m_new).exp()", "alpha = 1.0", "all_ways_agree"),
+        ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
+        ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
+        ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
+        ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
+        ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
+        ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
     ],
     "encoder.py": [
         (
@@ -8131,97 +6843,77 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("self.embedding.weight.dtype))", "self.embedding.weight.dtype), persistent=False)", "meta_device"),
     ],
     "transformer.py": [
-        (".tril(k_len - q_len)", ".tril()", "transformer_causal_mask"),
-        ("q.shape[-1] ** -0.5", "1.0", "transformer_equals_torch"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask"),
+        ("q.shape[-1] ** -0.5", "1.0", "equals_torch"),
+        ("k = torch.cat((past_k, k), dim=2)", "k = torch.cat((k, past_k), dim=2)", "cache_gives"),
+        ("self.embed(self.tgt_embedding, tgt, start)", "self.embed(self.tgt_embedding, tgt)", "cache_gives"),
+        ("x = x if self.norm_first else self.cross_attention_norm(x)", "x = x + 0", "equals_torch"),
+        ("encoding(config.max_len, width))", "encoding(config.max_len, width), persistent=False)", "on_meta"),
+        ("real = targets != pad_id", "real = targets == targets", "label_smoothed_loss"),
+        ("step * warmup**-1.5", "step * warmup**-0.5", "noam"),
+        (".masked_fill(finished, model.config.pad_id)", "", "greedy_decode"),
+        ("finished |= best == model.config.eos_id", "finished |= best == 0", "greedy_decode"),
+        ("torch.where(finished[..., None], only_pad, following)", "following", "full_width"),
+        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equals_lists"),
+        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equals_lists"),
+        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
+        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "written_out"),
         (
-            "k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)",
-            "k, v = torch.cat((k, past_k), dim=2), torch.cat((v, past_v), dim=2)",
-            "cache_gives_the_same",
+            'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
+            "data.decode().splitlines()",
+            "lines_of",
         ),
-        (
-            "x = self.embed(self.tgt_embedding, tgt, start=past)",
-            "x = self.embed(self.tgt_embedding, tgt)",
-            "cache_gives_the_same",
-        ),
-        (
-            "return norm(x + self.dropout(sublayer(x)))",
-            "return x + norm(self.dropout(sublayer(x)))",
-            "transformer_equals_torch",
-        ),
-        ("ignore_index=pad_id, label_smoothing", "label_smoothing", "transformer_loss"),
-        ("step * warmup**-1.5", "step * warmup**-0.5", "transformer_noam"),
-        (".masked_fill(finished, model.config.pad_id)", "", "greedy_equals"),
-        (
-            "finished |= best == model.config.eos_id",
-            "finished |= best == model.config.pad_id",
-            "greedy_equals",
-        ),
-        ("torch.where(finished[..., None], only_pad, following)", "following", "full_beam"),
-        ('layer["self"] = tuple(x[rows] for x in layer["self"])', "pass", "beam_equals_lists"),
-        (
-            "lengths.gather(1, parent) + ~was_finished",
-            "lengths.gather(1, parent) + 1",
-            "beam_equals_lists or full_beam",
-        ),
-        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_beam"),
-        (
-            "tgt = torch.cat((bos, targets[:, :-1]), dim=1)",
-            "tgt = targets",
-            "training_step or sum_of_its_sentences",
-        ),
-        ('self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "kill_and_go_on"),
-        ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
+        ("rows, parse_math=False)", "rows)", "ones_own"),
+        ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
+        ("if not norm.isfinite():", "if False:", "not_finite"),
+        ("mean + (weight - mean) / n_averaged", "weight.clone()", "written_out"),
     ],
     "losses.py": [
+        ("remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)", "remaining.mean()", "gradnorm"),
+        ("smoothing / log_p.shape[1] * weighted", "smoothing / (log_p.shape[1] - 1) * weighted", "equals"),
+        ("divisor = (kept * weights).sum()", "divisor = (kept + 0 * weights + 1).sum()", "ignored_rows"),
+        ("rows = rows.masked_fill(~kept[:, None], 0.0)", "pass", "ignored_rows"),
+        ("focus = (gamma * log_sum(log_p, ~is_target)).exp()", "focus = gamma * 0 + 1.0", "focal"),
+        ("rows = -alpha[y] * focus", "rows = -alpha[0] * focus", "focal"),
+        ("(1 - alpha) * (~positive)", "alpha * (~positive)", "focal"),
+        ("F.pairwise_distance(x1, x2, eps=0)", "(x1 - x2).square().sum(1).sqrt()", "extremes"),
         (
-            "remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)",
-            "remaining.mean()",
-            "losses_gradnorm",
+            "F.pairwise_distance(x1, x2, eps=0)).square()",
+            "F.pairwise_distance(x1, x2, eps=0).square())",
+            "oracle",
         ),
-        (
-            "smoothing / log_p.shape[1] * weighted",
-            "smoothing / (log_p.shape[1] - 1) * weighted",
-            "label_smoothing_is",
-        ),
-        (
-            "divisor = counts.sum() if weight is None",
-            "divisor = torch.tensor(len(y)) if weight is None",
-            "ignored_row",
-        ),
-        ("rows = -(gamma * log_p_rest).exp()", "rows = -((1 - log_p_rest.exp()) * gamma).exp()", "focal_is"),
-        ("rows = rows * alpha[y]", "rows = rows * alpha[0]", "focal_is"),
-        ("(1 - alpha) * (1 - positive)", "alpha * (1 - positive)", "binary_focal_is"),
-        ("return squared.where(apart, 1.0).sqrt() * apart", "return squared.sqrt()", "distance_0"),
-        (
-            "F.relu(margin - distance(x1, x2)).square()",
-            "F.relu(margin - distance(x1, x2).square())",
-            "hadsells",
-        ),
+        ("F.normalize(a, dim=1)", "(a / a.square().sum(1, keepdim=True).sqrt())", "extremes"),
         (
             "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
             "similarity(z, z, temperature)",
-            "simclrs",
+            "oracle",
         ),
-        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "khoslas"),
+        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "oracle"),
         (
             "d.masked_fill(~positive, -math.inf).amax(1)",
             "d.masked_fill(positive, -math.inf).amax(1)",
-            "brute_force",
+            "oracle",
         ),
         (
             "torch.expm1(n * math.log(beta)) / (beta - 1)",
             "torch.expm1(math.log(beta)) / (beta - 1)",
-            "class_balanced",
+            "balanced",
         ),
-        ("self.log_variances / 2).sum()", "self.log_variances).sum()", "uncertainty"),
+        ("((-s).exp() * losses + s).sum() / 2", "((-s).exp() * losses + 2 * s).sum() / 2", "uncertainty"),
         ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
-        ("        dist.all_reduce(gradient)  #", "        #", "two_processes"),
+        (
+            "torch.distributed.nn.functional.all_gather(x)",
+            "torch.distributed.nn.functional.all_gather(x.detach())",
+            "two_processes",
+        ),
         (
             'if p.ndim < 2], "weight_decay": 0.0',
             'if p.ndim < 2], "weight_decay": weight_decay',
             "parameter_groups",
         ),
-        ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
+        ("best = max(rates", "best = min(rates", "tune"),
+        ('by_metric(evaluate, models[lr], "dev")', 'by_metric(evaluate, models[lr], "test")', "dev_alone"),
+        ("limit = t.ppf(1 - 0.025 / n_tests", "limit = 0 * t.ppf(1 - 0.025 / n_tests", "judge"),
     ],
     "train_ddp.py": [
         ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
@@ -8402,8 +7094,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
-    "attention.py": "attention", "encoder.py": "encoder", "transformer.py": "transformer",
-    "losses.py": "losses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
+    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "TestTransformer",
+    "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
     "export.py": "export", "classify_imdb.py": "TestClassifyImdb",
 }  # fmt: skip
 
