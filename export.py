@@ -69,7 +69,7 @@ def export_torchscript(model: nn.Module, example_inputs, path, method="trace") -
 
 
 def prepare(model: nn.Module, example_inputs) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The inputs as a tuple, and a copy of the model (which may train in another thread) for evaluation."""
+    """A copy of the model for evaluation (it may train in another thread), and a tuple of inputs."""
     inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
     if not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"example_inputs must be tensors, got {[type(x).__name__ for x in inputs]}")
@@ -324,9 +324,9 @@ def quantize_dynamic(onnx_path, path, embeddings=False, reduce_range=True) -> Pa
 
 
 def quantize_static(onnx_path, path, calibration: Iterable[dict], reduce_range=True) -> Path:
-    """int8 weights, and int8 activations whose ranges are fixed beforehand, on real inputs.
+    """int8 weights, and int8 activations whose ranges are fixed beforehand.
 
-    calibration: an iterable of input dicts, name -> tensor or array; a hundred real inputs are enough.
+    calibration: an iterable of input dicts, name -> tensor or array: a hundred real inputs.
     For devices that can't rescale: a Transformer's ranges differ, so the dynamic kind is closer.
     """
     from onnxruntime import quantization
@@ -430,7 +430,7 @@ def neuron_importance(model: nn.Module, batches: Iterable, loss=None) -> dict[st
 
 
 def importance(model: nn.Module, readers: dict, batches: Iterable, loss) -> dict[str, Tensor]:
-    """|dloss/dgate| for a gate of 1 on each head or neuron and example; mean over examples: name -> (n,)."""
+    """Mean over examples of |dloss/dgate|, for a gate of 1 on each of n heads: name -> (n,)."""
     if not readers:
         raise ValueError(f"{type(model).__name__} has no module as the convention describes it")
     loss = loss or partial(F.cross_entropy, reduction="sum")
@@ -538,7 +538,7 @@ def shrink(linear: nn.Linear, rows=slice(None), columns=slice(None)) -> None:
 
 @torch.no_grad()
 def benchmark(runners: dict[str, Callable], cases: dict[str, list[tuple]], seconds=1.0) -> dict:
-    """Latency of all runners, in alternating rounds, so that a busy moment hits all of them.
+    """Latency of all runners, in alternating rounds: a busy moment hits all of them.
 
     runners: name -> function of tensors. cases: name -> list of inputs, each timed by itself, for
     `seconds` a runner and 5 rounds at least, on the threads that torch has. Returns runner -> case ->

@@ -4328,27 +4328,25 @@ class ExportModule(nn.Module):
 def export_torch_module(name: str) -> nn.Module:
     """torch's own modules as people use them, of tokens (B, T)."""
     embedding, head = nn.Embedding(50, 16), nn.Linear(16, 2)
-    if name.startswith("encoder"):
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first="pre" in name)
-        inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
-    elif name.startswith("attention"):
-        inner = nn.MultiheadAttention(16, 2, batch_first=True)
-    elif name == "bag":
+    if name == "bag":
         return ExportModule(lambda m, x: m.head(m.bag(x)), bag=nn.EmbeddingBag(50, 16), head=head)
+    if name == "lstm":
+        lstm = nn.LSTM(16, 16, batch_first=True)
+        parts = {"embedding": embedding, "lstm": lstm, "head": head}
+        return ExportModule(lambda m, x: m.head(m.lstm(m.embedding(x))[0][:, -1]), **parts)
+    if name == "attention":
+        inner = nn.MultiheadAttention(16, 2, batch_first=True)
     else:
-        inner = {"lstm": nn.LSTM, "gru": nn.GRU}[name](16, 16, batch_first=True)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
 
     def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
-        x, padding = m.embedding(tokens), tokens == 0
-        padding = padding & (torch.arange(tokens.size(1)) > 0)  # no row of padding alone: torch has NaN there
-        if name.startswith("encoder"):
-            x = m.inner(x, src_key_padding_mask=padding)
-        elif name.startswith("attention"):
-            weights = name == "attention with weights"
-            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=weights)[0]
+        x = m.embedding(tokens)
+        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
+        if name == "attention":
+            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
-            x = m.inner(x)[0][:, -1:]
-            padding = padding[:, :1]
+            x = m.inner(x, src_key_padding_mask=padding)
         if "all places" in name:
             return m.head(x.mean(1))
         return m.head((x * ~padding[:, :, None]).sum(1) / (~padding).sum(1, keepdim=True))
@@ -4357,29 +4355,7 @@ def export_torch_module(name: str) -> nn.Module:
 
 
 class ExportAttention(nn.Module):
-    """Bare attention of x (B, H, T, D), by kind of mask; some rows of it may see nothing."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        attention = F.scaled_dot_product_attention
-        if self.kind == "none":
-            return attention(x, x, x)
-        if self.kind == "causal":
-            return attention(x, x, x, None, 0.0, True)
-        if self.kind == "float":  # a bias on what is seen
-            return attention(x, x, x, torch.where(mask, torch.arange(mask.size(-1)) / 3, -math.inf))
-        if self.kind == "groups":
-            return attention(x, x[:, :1], x[:, 1:], mask, enable_gqa=True)
-        if self.kind == "scale":
-            return attention(5 * x, x, x[..., :3], mask, scale=-0.7)
-        return attention(x, x, x, mask, scale=None)  # as if it were left out
-
-
-class ExportGiven(nn.Module):
-    """The same output as its module gives, for a path of its own: a plain attention that isn't quite."""
+    """Has the convention's parts, and does something else between them."""
 
     def __init__(self, change: str):
         super().__init__()
@@ -4389,11 +4365,9 @@ class ExportGiven(nn.Module):
         self.out_proj = nn.Linear(8, 8)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
-        if self.change == "scaled":
-            x = x * 1.5
-        y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(
-            x, None if self.change == "mask ignored" else mask
-        )
+        x = x * 1.5 if self.change == "scaled" else x
+        mask = None if self.change == "mask ignored" else mask
+        y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
         return (y, y) if self.change == "tuple" else y
 
 
@@ -4429,51 +4403,58 @@ class TestExport:
         assert all(module.training for module in model.modules())
         torch.manual_seed(0)
         assert torch.equal(before, torch.get_rng_state())
-        assert [p for p in tmp_path.iterdir()] == [path]
+        assert list(tmp_path.iterdir()) == [path]
 
-    @pytest.mark.parametrize("name", ["none", "causal", "float", "keys", "rows", "groups", "scale"])
-    def test_attention_for_onnx_has_torchs_masks(self, name, tmp_path):
-        """In onnxruntime too, a query that may attend to nothing gets 0, and a mask may broadcast."""
+    @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+    def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
+        """A query that may attend to nothing gets 0; masks broadcast, and are booleans or added."""
+        q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
+        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
+        rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
+        added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
+        for mask in (None, keys, rows, added):
+            for scale in (None, 0.7, -0.7):
+                y = export.attention_for_onnx(q, k, v, mask, scale=scale)
+                check_close(y, F.scaled_dot_product_attention(q, k, v, mask, scale=scale), tolerance)
+        shared = k[:, :2], v[:, :2, :, :3]
+        for rest in ((None, 0.0, True), (rows,)):
+            y = export.attention_for_onnx(q, *shared, *rest, enable_gqa=True)
+            check_close(y, F.scaled_dot_product_attention(q, *shared, *rest, enable_gqa=True), tolerance)
 
-        def inputs(b: int, t: int) -> tuple[Tensor, Tensor]:
-            x = torch.randn(b, 2, t, 8)
-            if name == "rows":
-                return x, (torch.rand(b, 1, t, t) < 0.5) & (torch.arange(t) > 0)[:, None]
-            return x, torch.arange(b)[:, None, None, None] > torch.arange(t)  # (B, 1, 1, T)
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    def test_export_onnx_attention_has_torchs_masks(self, kind, tmp_path):
+        """In onnxruntime too, where a row may attend to nothing."""
 
-        free = torch.export.Dim.DYNAMIC
-        shapes = ({0: free, 2: free}, {0: free, 3: free} | ({2: free} if name == "rows" else {}))
-        model = ExportAttention(name)
-        run = export.load_artefact(export.export_onnx(model, inputs(3, 4), tmp_path / "m.onnx", shapes))
+        def attend(m: nn.ModuleDict, x: Tensor, mask: Tensor) -> Tensor:
+            mask = mask[:, None, None, :]
+            mask = torch.where(mask, 0.5, -math.inf) if kind == "float" else mask
+            return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
+
+        model = ExportModule(attend)
+        example = torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5
+        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
         for b, t in ((1, 1), (2, 7), (5, 3)):
-            x, mask = inputs(b, t)
+            x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
             check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
 
-    def test_attention_for_onnx_is_torchs_in_half_precision(self):
-        q, k, v = torch.randn(3, 2, 3, 5, 8).bfloat16()
-        mask = torch.rand(2, 1, 1, 5) < 0.5
-        for given in (mask, torch.where(mask, 0.5, -math.inf).bfloat16(), None):
-            y = export.attention_for_onnx(q, k, v, given)
-            check_close(y, F.scaled_dot_product_attention(q, k, v, given), 2e-2)
+    TORCHS = [  # what the formats make of torch's own modules
+        ("attention", "onnx", "right"), ("attention", "program", "right"), ("encoder", "onnx", "right"),
+        ("encoder", "trace", "right"), ("encoder nested", "program", "right"), ("lstm", "trace", "right"),
+        ("bag", "onnx", "right"), ("bag", "program", "refused"), ("lstm", "program", "refused"),
+        ("encoder nested", "trace", "refused"), ("encoder nested, all places", "program", "refused"),
+    ]  # fmt: skip
 
-    RIGHT = {  # what each format makes of torch's own modules; the others refuse it by name
-        "attention": "trace program onnx", "attention with weights": "trace program onnx",
-        "encoder nested": "program onnx", "encoder pre": "trace program onnx",
-        "encoder": "trace program onnx", "encoder nested, all places": "", "lstm": "trace", "gru": "trace", "bag": "trace onnx",
-    }  # fmt: skip
-
-    @pytest.mark.parametrize("module", RIGHT)
-    def test_exports_of_torchs_modules_are_right_or_refused(self, module, tmp_path):
-        model, example = export_torch_module(module), export_tokens(3, 9)
-        for name in ("trace", "program", "onnx"):
-            try:
-                run = export.load_artefact(EXPORT_FORMATS[name](model, example, tmp_path))
-            except ValueError as error:
-                assert "ExportModule" in str(error) and name not in self.RIGHT[module].split(), (name, error)
-            else:
-                check_export(run, model)
-                assert name in self.RIGHT[module].split(), name
-        assert not list(tmp_path.glob("*.part"))
+    @pytest.mark.parametrize("module,name,verdict", TORCHS)
+    def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
+        model = export_torch_module(module)
+        if verdict == "right":
+            check_export(
+                export.load_artefact(EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)), model
+            )
+        else:
+            with pytest.raises(ValueError, match="ExportModule"):
+                EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
+            assert not list(tmp_path.iterdir())
 
     def test_export_onnx_is_one_file_that_says_what_it_is(self, onnx_file):
         import onnx
@@ -4518,49 +4499,32 @@ class TestExport:
             {0: "batch"}, {0: "batch", 1: "length_6"}, {},
         )  # fmt: skip
 
-    @pytest.mark.parametrize("name", ["trace", "program", "onnx"])
+    @pytest.mark.parametrize("name", ["trace", "onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
         """Outputs of -inf, large ones, several; a row beside a batch, scalars, inputs with gradients."""
-        write = EXPORT_FORMATS[name]
-        x, row = torch.randn(4, 3), torch.tensor([0.0, -math.inf, 0.0])
-        add = ExportModule(lambda m, x, y: x + y)
-        for inputs in ((x.clone().requires_grad_(), row), [x, torch.randn(1, 3)], (x, torch.tensor(2.0))):
-            run = export.load_artefact(write(add, inputs, tmp_path))
-            assert torch.equal(run(*(y.detach() for y in inputs)), inputs[0].detach() + inputs[1])
-        large = nn.Linear(512, 3)
-        torch.nn.init.constant_(large.weight, 1e7)
-        check_close(
-            export.load_artefact(write(large, torch.randn(2, 512), tmp_path))(x := torch.randn(5, 512)),
-            large(x).detach(),
-            1e-4,
-        )
-        several = ExportModule(lambda m, x: (x + 1, x > 0))
-        found = export.load_artefact(write(several, torch.randn(4, 3), tmp_path))(torch.ones(1, 3))
-        assert torch.equal(found[0], torch.full((1, 3), 2.0)) and found[1].all() and len(found) == 2
+        several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
+        x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
+        for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
+            run = export.load_artefact(EXPORT_FORMATS[name](several, inputs, tmp_path))
+            found = run(torch.ones(7, 3), inputs[1])
+            assert torch.equal(found[0], 1 + inputs[1].expand(7, 3)) and found[1].all() and len(found) == 2
+        large = nn.Linear(512, 300)
+        torch.nn.init.normal_(large.weight, 0, 1e7)
+        run = export.load_artefact(EXPORT_FORMATS[name](large, torch.randn(2, 512), tmp_path))
+        x = torch.randn(5, 512)
+        check_close(run(x), large(x).detach(), 1e-5)
 
-    FROZEN = {  # modules whose sizes or values are frozen by some format
-        "length": (lambda m, x: sum(x[:, i] for i in range(x.size(1))), torch.ones(3, 5, dtype=torch.long)),
-        "batch": (lambda m, x: x.reshape(3, 2) if len(x) == 3 else x[:, :1] * 5, torch.ones(3, 2)),
-        "cut": (lambda m, x: x[:, : int(x.size(1))].sum(1), torch.ones(3, 5, dtype=torch.long)),
-    }  # fmt: skip
-
-    @pytest.mark.parametrize("what", FROZEN)
-    def test_exports_hold_what_they_promise_or_refuse(self, what, tmp_path):
-        """A trace that has frozen a length isn't written: sizes stay free, or the model is refused."""
-        function, example = self.FROZEN[what]
-        model = ExportModule(function)
-        for name in ("trace", "program", "onnx"):
-            try:
-                run = export.load_artefact(EXPORT_FORMATS[name](model, example, tmp_path))
-            except ValueError as error:
-                assert "ExportModule" in str(error)
-                assert not [p for p in tmp_path.iterdir() if p.stem == name]
-                continue
-            for b, t in (
-                ((1, example.size(1)), (7, example.size(1))) if what == "batch" else ((1, 2), (5, 11))
-            ):
-                x = torch.randint(1, 9, (b, t)).to(example.dtype)
-                assert torch.equal(run(x), model(x)), (name, b, t)
+    def test_exports_hold_what_they_promise_or_refuse(self, tmp_path):
+        """A trace that has frozen a size isn't written."""
+        ids = torch.ones(3, 5, dtype=torch.long)
+        for function, example in (
+            (lambda m, x: sum(x[:, i] for i in range(x.size(1))), ids),
+            (lambda m, x: x.reshape(3, 2) if len(x) == 3 else x[:, :1] * 5, torch.ones(3, 2)),
+        ):
+            for name in ("trace", "program"):
+                with pytest.raises(ValueError, match="ExportModule"):
+                    EXPORT_FORMATS[name](ExportModule(function), example, tmp_path)
+        assert not list(tmp_path.iterdir())
 
     def test_a_trace_freezes_a_branch(self, tmp_path):
         x = torch.tensor([[3.0, -1.0]])
@@ -4587,9 +4551,8 @@ class TestExport:
             def forward(self, x: Tensor) -> Tensor:
                 return x + torch.rand(3)
 
-        path = tmp_path / {"trace": "trace.ts", "script": "script.ts", "program": "program.pt2"}.get(
-            name, "model.onnx"
-        )
+        suffix = {"program": "program.pt2", "onnx": "model.onnx"}.get(name, f"{name}.ts")
+        path = tmp_path / suffix
         for model in (Strange(), Random()):
             path.write_bytes(existing)
             with pytest.raises(ValueError, match=type(model).__name__) as raised:
@@ -4642,15 +4605,8 @@ class TestExport:
         root = logging.getLogger()
 
         def state() -> tuple:
-            return (
-                sys.stderr,
-                sys.stdout,
-                root.manager.disable,
-                root.level,
-                root.handlers[:],
-                warnings.filters[:],
-                torch.get_num_threads(),
-            )
+            logs = root.manager.disable, root.level, root.handlers[:]
+            return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
 
         before = state()
         model.train()
@@ -4704,11 +4660,8 @@ class TestExport:
         for name, w in matrices.items():
             scale = weights[name.removesuffix("_quantized") + "_scale"]
             assert scale.shape == (w.shape[1],), name
-            errors = [
-                np.abs(w * scale - m).max() / scale.max() if w.shape == m.shape else 9 for m in unmatched
-            ]
-            assert min(errors) <= 0.6, name  # half a unit
-            unmatched.pop(int(np.argmin(errors)))
+            errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
+            assert min(errors) <= 0.51 * scale.max(), name  # half a unit
             assert 2 * 255 * np.abs(w.astype(int)).max() <= 32767 or bits == 8, "saturates without VNNI"
         assert max(np.abs(w.astype(int)).max() for w in matrices.values()) > (2 ** (bits - 1)) - 3
         assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
@@ -4737,18 +4690,15 @@ class TestExport:
         assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization would follow
         kinds, weights = export_graph(tmp_path / "s.onnx")
         assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        assert all(
-            2 * 255 * np.abs(w.astype(int)).max() <= 32767 for w in weights.values() if w.dtype == np.int8
-        )
+        largest = [np.abs(w.astype(int)).max() for w in weights.values() if w.dtype == np.int8]
+        assert largest and 2 * 255 * max(largest) <= 32767
         points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
         assert points == {"uint8"}  # activations
         run = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
         check_close(run(beyond), model(beyond).detach(), 0.05)
         wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        assert (
-            max(np.abs(w.astype(int)).max() for w in export_graph(wide)[1].values() if w.dtype == np.int8)
-            == 127
-        )
+        matrices = [w for w in export_graph(wide)[1].values() if w.dtype == np.int8]
+        assert max(np.abs(w.astype(int)).max() for w in matrices) == 127
 
     def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
         feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
@@ -4799,9 +4749,7 @@ class TestExport:
             assert not 0 < amount < 1 or old[~kept].abs().max() <= old[kept].abs().min()
             assert pruned.state_dict().keys() == before.keys()  # no mask left beside
             assert torch.equal(pruned[0].weight, model[0].weight)
-            assert [p.requires_grad for p in pruned.parameters()] == [
-                p.requires_grad for p in model.parameters()
-            ]
+            assert not pruned[1].weight.requires_grad and pruned[3].weight.requires_grad
         assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
         for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1)[0].weight.any()
@@ -4920,10 +4868,10 @@ class TestExport:
             with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
                 export.load_pruned(model, wrong)
         for change in ("scaled", "mask ignored", "tuple"):
-            with pytest.raises(ValueError, match="ExportGiven is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportGiven(change)), {"0": torch.ones(2)}, 1)
-        export.prune_heads(nn.Sequential(ExportGiven("")), {"0": torch.ones(2)}, 1)
-        shared = ExportGiven("")
+            with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
+                export.prune_heads(nn.Sequential(ExportAttention(change)), {"0": torch.ones(2)}, 1)
+        export.prune_heads(nn.Sequential(ExportAttention("")), {"0": torch.ones(2)}, 1)
+        shared = ExportAttention("")
         with pytest.raises(ValueError, match="stands in two places"):
             export.prune_heads(nn.Sequential(shared, shared), {"0": torch.ones(2)}, 1)
         for importance, other in (
@@ -4993,7 +4941,7 @@ class TestExport:
         models = {"it": slow, "fast": fast}
         report = export.export_all(models, x, [((x,), labels)], cases, [], tmp_path / "a/b", seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        assert {"fast, torch.export", "fast, ONNX", "fast, ONNX int8, dynamic"} <= set(report["refused"])
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(report["refused"])
         assert "capture Sequential" in report["refused"]["fast, ONNX"]
         assert "ONNX int8, static" in report["refused"]  # without calibration
         assert {"eager", "TorchScript, trace", "TorchScript, script", "ONNX", "ONNX int8, dynamic"} <= set(
@@ -5010,11 +4958,6 @@ class TestExport:
         assert report["recommended"] == min(agreeing, key=lambda row: row["p50_ms"])["name"]
         assert rows["fast, TorchScript, trace"] not in agreeing and rows["ONNX"] in agreeing
         assert slow.training and report["case"] == "first" and report["threads"] == torch.get_num_threads()
-        again = export.export_all(
-            models, x, [((x,), labels)], cases, [], tmp_path, case="other", min_agreement=0, seconds=0
-        )
-        fastest = min(again["models"], key=lambda row: row["latency"]["other"]["p50_ms"])
-        assert again["recommended"] == fastest["name"] and fastest["batch"] == 1
 
     def test_generate_sentences_mean_what_their_labels_say(self):
         sentences = export.generate_sentences(500, 3)
@@ -5035,7 +4978,9 @@ class TestExport:
             "http_proxy": "http://127.0.0.1:9",
             "https_proxy": "http://127.0.0.1:9",
         }
-        result = run_script("export.py", "--seconds", "0.002", "--out", "run", cwd=folder, **without)
+        result = run_script(
+            "export.py", "--seconds", "0.002", "--out", "run", cwd=folder, timeout=600, **without
+        )
         return folder / "run", result
 
     def test_demo_reports_all_formats(self, demo):
@@ -5048,18 +4993,14 @@ class TestExport:
         formats |= {f"ONNX int8, {kind}" for kind in ("dynamic", "dynamic, embeddings", "static")}
         expected = formats | {f"pruned, {name}" for name in formats} | {"eager"}
         assert set(rows) | set(report["refused"]) == expected
-        assert set(report["refused"]) == (
-            {n for n in expected if "bf16" in n} if not export.has_bf16() else set()
-        )
+        assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
         for name, row in rows.items():
             assert row["size_bytes"] == (out / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
                 exact = "int8" not in name and "bf16" not in name
                 assert (
-                    row["agreement"] == 1 and row["max_abs_diff"] <= 1e-4
-                    if exact
-                    else row["agreement"] > 0.98
+                    row["max_abs_diff"] <= (1e-4 if exact else 1) and row["agreement"] >= 0.99 + 0.01 * exact
                 )
                 assert row["accuracy"] >= rows["eager"]["accuracy"] - 0.003
         assert rows["pruned, ONNX"]["size_bytes"] < 0.6 * rows["ONNX"]["size_bytes"]
@@ -5081,21 +5022,21 @@ class TestExport:
 import json, sys
 import numpy as np, onnxruntime, torch
 folder, sentences = sys.argv[1], sys.argv[2:]
-session = onnxruntime.InferenceSession(f"{folder}/model.int8.onnx", providers=["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(f"{folder}/original.int8.onnx", providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
 words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
 ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
 length = max(map(len, ids))
 tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
 answers = {}
-for name in ("model", "model.int8", "model.e8", "model.static", "pruned.int8"):
+for name in ("original", "original.int8", "original.e8", "original.static", "pruned.int8"):
     session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
     answers[name] = session.run(None, {"tokens": tokens})[0]
 tokens = torch.from_numpy(tokens)
 with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/model.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/model.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/model.pt2").module()(tokens).numpy()
+    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
+    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
+    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
 print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
 """
 
@@ -5120,13 +5061,6 @@ print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name,
             if "pruned" not in name:
                 tolerance = 0.3 if "." in name else 1e-5
                 check_close(torch.tensor(logits), reference, tolerance, name)
-
-    def test_command_line_refuses_unknown_flags(self, tmp_path):
-        import tyro
-
-        assert tyro.cli(export.Settings, args=["--threads", "2"]).threads == 2
-        with pytest.raises(SystemExit):
-            tyro.cli(export.Settings, args=["--widht", "3"])
 
 
 # -----------------------------------------------------------------------------
@@ -7054,41 +6988,39 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     ],
     "export.py": [
         ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
-        ("                    timed(runners[name], batches[0])\n", "", "benchmark_alternates"),
-        ("    model.eval()\n    try:\n        yield", "    try:\n        yield", "export_torch_formats"),
+        ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
         (
-            "masked_fill(~attn_mask, torch.finfo(k.dtype).min / 4)",
-            "masked_fill(attn_mask, torch.finfo(k.dtype).min / 4)",
-            "export_onnx",
-        ),
-        ('kwargs["scale"] = q.size(-1) ** -0.5', "pass", "export_onnx"),
-        ('shapes[-1][1] = f"length_{i}" if i else "length"', "pass", "export_onnx_is_one_file"),
-        ('f"length_{i}" if i else "length"', '"length"', "export_names_one_size"),
-        ("groups = groups + change", "groups = change", "called_twice"),
-        ("if not difference <= 1e-3", "if difference > 1e3", "export_refuses"),
-        (
-            'not (cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
-            '(cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
-            "export_reduced_range",
+            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
+            "model = copy.deepcopy(model)\n    with torch.no_grad()",
+            "equal_the_model",
         ),
         (
-            "    if not feeds:\n        raise",
-            "    if feeds is None:\n        raise",
-            "export_static_quantization_errors",
+            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
+            "model = model.eval()\n    with torch.no_grad()",
+            "equal_the_model",
         ),
         (
-            "columns + part * n_heads * width for part in range(3)",
-            "columns for part in range(3)",
-            "export_pruned_heads",
+            "torch.where(attn_mask, 0.0, -torch.inf)",
+            "torch.where(attn_mask, -torch.inf, 0.0)",
+            "attention_for_onnx",
         ),
-        ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "export_pruned"),
-        ("draw.shuffle(order)", "pass", "export_benchmark"),
-        ("while rounds < 5 or", "while rounds < 1 or", "export_benchmark"),
-        (
-            'accurate = [row for row in rows if row["accuracy"] >= round(rows[0]["accuracy"] - max_loss, 9)]',
-            "accurate = rows",
-            "export_recommends",
-        ),
+        ("** -0.5 if scale is None else scale", "** -0.5", "attention_for_onnx"),
+        (".softmax(-1) @ value * allowed", ".softmax(-1) @ value", "attention_for_onnx"),
+        ('free[1] = f"length_{i}" if i else "length"', "pass", "free_sizes or one_file"),
+        ('f"length_{i}" if i else "length"', '"length"', "free_sizes"),
+        ("if name not in gates:", "if True:", "called_twice"),
+        ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
+        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "hold_what_they_promise"),
+        ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
+        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
+        ("with LOADING:", "if True:", "changes_nothing"),
+        (".view(3, H, -1)[:, kept]", ".view(3, H, -1)[:, : len(kept)]", "pruned_models"),
+        ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "pruned_models"),
+        ("nn.Parameter(weight, linear.weight.requires_grad)", "nn.Parameter(weight)", "called_twice"),
+        ("draw.sample(list(runners), len(runners))", "list(runners)", "benchmark"),
+        ("while rounds < 6 or", "while rounds < 2 or", "benchmark"),
+        ('[row for row in rows if row["agreement"] >= min_agreement]', "rows", "recommends"),
+        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "at_home"),
     ],
 }
 
