@@ -424,7 +424,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
     """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep.
-    OSError where a rank's files aren't here: another machine's disk isn't this one."""
+
+    OSError where a rank's files aren't here: another machine's disk isn't this one.
+    """
     missing = [name for name in json.loads(manifest)["files"] if not (part / name).is_file()]
     if missing:
         raise OSError(f"{part} lacks {missing}: all machines must see the same --out")
