@@ -4570,6 +4570,7 @@ class EvilPickle:
     def __reduce__(self):
         return Path.touch, (self.path,)
 
+
 @pytest.fixture(scope="module", params=["train_ddp", "train_fsdp"])
 def trainer(request, tmp_path_factory):
     launcher = Launcher(tmp_path_factory.mktemp(request.param), request.param)
@@ -4727,7 +4728,9 @@ class TestTraining:
         texts = sorted(set(topics.values()))
         assert len(texts) > 50
         train, dev = train_ddp.load_manual(max_len)
-        for ours, theirs in zip([*train, *dev], itertools.chain(*train_fsdp.load_manual(max_len)), strict=True):
+        for ours, theirs in zip(
+            [*train, *dev], itertools.chain(*train_fsdp.load_manual(max_len)), strict=True
+        ):
             assert torch.equal(ours, theirs)
         learnt = [t for i, t in enumerate(texts) if i % 10 != 9]
         for (inputs, targets), expected in ((dev, texts[9::10]), (train, learnt)):
@@ -4764,7 +4767,9 @@ class TestTraining:
             parts = [next(rank) for rank in ranks for _ in range(2)]
             rows = torch.cat([x[:, 0] for x, _, _ in parts])
             expected = module.rows_of_step(step, 40, 11, 5)
-            assert torch.equal(rows.sort().values, expected.sort().values) and all(len(x) for x, _, _ in parts)
+            assert torch.equal(rows.sort().values, expected.sort().values) and all(
+                len(x) for x, _, _ in parts
+            )
             assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
             for x, y, _ in parts:
                 assert torch.equal(targets[x[:, 0]], y)
@@ -4782,7 +4787,9 @@ class TestTraining:
         for module, more in ((train_ddp, [CPU]), (train_fsdp, [])):
             model = module.GPT(16, 2, 1, 8)
             optimizer = module.make_optimizer(model, module.Settings(lr=0.5, weight_decay=0.3), *more)
-            decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+            decay = {
+                id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+            }
             assert len(decay) == len(list(model.parameters())) and optimizer.defaults["lr"] == 0.5
             for name, p in model.named_parameters():
                 assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
@@ -4897,7 +4904,9 @@ print(json.dumps([len(sent), seeds]))
         results = trainer.run(2, *arguments, "--out", str(tmp_path), code=code)
         sent, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
         assert sent == (4, 4)
-        seeds = [[n for n in of_rank if n > 2**32] for of_rank in seeds]  # but those of generate and the model
+        seeds = [
+            [n for n in of_rank if n > 2**32] for of_rank in seeds
+        ]  # but those of generate and the model
         assert len(set(sum(seeds, []))) == 4 * 3 * 2, "dropout of its own in each part of each step"
         assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {2**32 - 1}, "and no other seed's"
 
@@ -4911,7 +4920,10 @@ run()
         arguments = [*TINY, "--steps", "4", "--save-every", "2", "--out"]
         trainer.run(1, *arguments, str(tmp_path / "plain"))
         done = trainer.run(2, *arguments, str(tmp_path / "compiled"), "--compile", code=code)[0]
-        assert "compiled" in done.stdout and distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+        assert (
+            "compiled" in done.stdout
+            and distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+        )
         state = torch.load(tmp_path / "compiled/final.pt", weights_only=True)
         assert state.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
         (tmp_path / "compiled/final.pt").unlink()
@@ -5331,7 +5343,9 @@ run()
         assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
         if trainer.module == "train_ddp":
             train_ddp.save_checkpoint(tmp_path / "old", 10, {"step": 10, "model": {}})
-            check_one_line_error(trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))[0], "another --out")
+            check_one_line_error(
+                trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))[0], "another --out"
+            )
 
     # ---- runs: going on, ending, failing
 
@@ -9233,33 +9247,53 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
     ],
     "train_ddp.py": [
-        ('s.clip or math.inf', 's.clip or 1.0', 'clip_0'),
-        ('row + [-100] *', 'row + [10] *', 'same_weights or every_byte'),
-        ('manual_seed(seed * 1_000_003 + epoch)', 'manual_seed(seed)', 'endless_row'),
-        ('rows[micro * p.world + p.rank ::', 'rows[micro ::', 'same_weights or micro_batches'),
-        ('scaler.unscale_(optimizer)  #', '#', 'mixed_precision'),
-        ('is_causal=True', 'is_causal=False', 'is_causal'),
-        ('os.replace(temporary, path)', 'path.write_bytes(data)', 'write_atomically'),
-        ('[loss / n_tokens, signals.received()], p)', '[loss / n_tokens, 0], p); stopped = signals.received()', 'signals_stop'),
-        ('scaler.load_state_dict(run["scaler"])', 'pass', 'signals_stop'),
-        ('run["step"] = step + 1', 'run["step"] = step + 2', 'kill_9'),
-        ('fcntl.LOCK_EX | fcntl', 'fcntl.LOCK_SH | fcntl', 'lock_out'),
-        ('p.parent = os.getppid()', 'pass', 'under_torchrun'),
-        ('if processes.world == 1 or not lost:', 'if processes.world == 1:', 'traceback'),
-        ('check_finite("gradient\'s norm", norm, step)', 'pass', 'diverges'),
-        ('broadcast_object_list(answer, group=processes.files)', 'broadcast_object_list(answer)', 'longer_than'),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', 'under_torchrun'),
-        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', 'disagree'),
-        ('warmup = min(warmup, total)', 'warmup = warmup', 'warmup_cosine'),
-        ('more = p.world > 1 and micro < s.accumulate - 1', 'more = False', 'travel'),
-        ('micro < s.accumulate - 1', 'micro > 0', 'same_weights'),
-        ('return loss_sum * (world / n_total)', 'return loss_sum / n_total', 'same_weights'),
-        ('(targets[rows] != -100).sum().item()', '(targets[rows[p.rank :: p.world]] != -100).sum().item() * p.world', 'same_weights or micro_batches'),
-        ('load_optimizer(optimizer, kept.pop', '(lambda *_: 0)(optimizer, kept.pop', 'goes_on or kill_9'),
-        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', 'if data:', 'damaged'),
-        ('for old in finished_checkpoints(folder)[:-keep]:', 'for old in sorted(folder.glob("step_*.pt"))[:-keep]:', 'keeps_the_last'),
-        ('torch.arange(p.rank, len(inputs), p.world)', 'torch.arange(len(inputs))', 'same_weights'),
-        ('map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False', 'checkpoint_runs_no_code'),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
+        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
+        ("micro < s.accumulate - 1", "micro > 0", "same_weights"),
+        ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
+        (
+            "(targets[rows] != -100).sum().item()",
+            "(targets[rows[p.rank :: p.world]] != -100).sum().item() * p.world",
+            "same_weights or micro_batches",
+        ),
+        ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
+        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "damaged"),
+        (
+            "for old in finished_checkpoints(folder)[:-keep]:",
+            'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
+            "keeps_the_last",
+        ),
+        ("torch.arange(p.rank, len(inputs), p.world)", "torch.arange(len(inputs))", "same_weights"),
+        (
+            'map_location="cpu", weights_only=True',
+            'map_location="cpu", weights_only=False',
+            "checkpoint_runs_no_code",
+        ),
     ],
     "classify_imdb.py": [
         (
@@ -9308,32 +9342,56 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
     ],
     "train_fsdp.py": [
-        ('s.clip or math.inf', 's.clip or 1.0', 'clip_0'),
-        ('row + [-100] *', 'row + [10] *', 'same_weights or every_byte'),
-        ('manual_seed(seed * 1_000_003 + epoch)', 'manual_seed(seed)', 'endless_row'),
-        ('rows[micro * p.world + p.rank ::', 'rows[micro ::', 'same_weights or micro_batches'),
-        ('scaler.unscale_(optimizer)  #', '#', 'mixed_precision'),
-        ('is_causal=True', 'is_causal=False', 'is_causal'),
-        ('[loss / n_tokens, signals.received()], p)', '[loss / n_tokens, 0], p); stopped = signals.received()', 'signals_stop'),
-        ('scaler.load_state_dict(run["scaler"])', 'pass', 'signals_stop'),
-        ('run["step"] = step + 1', 'run["step"] = step + 2', 'kill_9'),
-        ('fcntl.LOCK_EX | fcntl', 'fcntl.LOCK_SH | fcntl', 'lock_out'),
-        ('p.parent = os.getppid()', 'pass', 'under_torchrun'),
-        ('if processes.world == 1 or not lost:', 'if processes.world == 1:', 'traceback'),
-        ('check_finite("gradient\'s norm", norm, step)', 'pass', 'diverges'),
-        ('broadcast_object_list(answer, group=processes.files)', 'broadcast_object_list(answer)', 'longer_than'),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', 'under_torchrun'),
-        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', 'disagree'),
-        ('warmup = min(warmup, total)', 'warmup = warmup', 'warmup_cosine'),
-        ('gradient_sync(micro == s.accumulate - 1)', 'gradient_sync(True)', 'travel'),
-        ('loss * (p.world / n_tokens)', 'loss / n_tokens', 'same_weights'),
-        ('model.set_requires_gradient_sync(micro == s.accumulate - 1)', 'model.set_requires_gradient_sync(micro == 0)', 'same_weights'),
-        ('fused=not s.exact', 'fused=True', 'two_processes_are_bitwise'),
-        ('.clamp(max=1.0))', '  )', 'clip_gradients'),
-        ('        fully_shard(block, mesh=mesh, mp_policy=policy)\n', '', 'one_block_at_a_time'),
-        ('if sha256_of(path / "manifest.json") != path.suffix[1:]:', 'if not sha256_of(path / "manifest.json"):', 'newest_checkpoint'),
-        ('if sha256_of(path / name) != manifest["files"][name]]', 'if not sha256_of(path / name)]', 'newest_checkpoint'),
-        ('raise pickle.UnpicklingError(f".metadata', 'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata', 'tensors_runs_no_code'),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
+        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
+        ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
+        (
+            "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
+            "model.set_requires_gradient_sync(micro == 0)",
+            "same_weights",
+        ),
+        ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
+        (".clamp(max=1.0))", "  )", "clip_gradients"),
+        ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
+        (
+            'if sha256_of(path / "manifest.json") != path.suffix[1:]:',
+            'if not sha256_of(path / "manifest.json"):',
+            "newest_checkpoint",
+        ),
+        (
+            'if sha256_of(path / name) != manifest["files"][name]]',
+            "if not sha256_of(path / name)]",
+            "newest_checkpoint",
+        ),
+        (
+            'raise pickle.UnpicklingError(f".metadata',
+            'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
+            "tensors_runs_no_code",
+        ),
     ],
     "export.py": [
         ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),

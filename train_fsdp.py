@@ -3,11 +3,11 @@
 The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if it were too large for a device.
 101 million parameters, peak RSS of a rank of 4 (torch 2.13.0, CPU): 2512 MiB with DDP, 1302 with this.
 
-    python train_fsdp.py                                     # one process, the same code
-    torchrun --nproc_per_node=8 train_fsdp.py                # FSDP: gloo on CPU, nccl on GPU (not run yet)
+    python train_fsdp.py  # one process, the same code
+    torchrun --nproc_per_node=8 train_fsdp.py  # FSDP: gloo on CPU, nccl on GPU (not run yet)
     torchrun --nproc_per_node=8 train_fsdp.py --replicate 2  # HSDP: two replicas of four slices each
     torchrun --nproc_per_node=8 train_fsdp.py --amp bf16 --compile --recompute --batch-size 64 \\
-        --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4     # keeps 8 GPUs busy
+        --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4  # keeps 8 GPUs busy
 
 The same command goes on where it stopped, on any number of processes. Several machines (as in train_ddp.py,
 and so are lost processes and elastic runs) need an --out that all of them see.
