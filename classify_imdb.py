@@ -26,6 +26,7 @@ import gzip
 import hashlib
 import html
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -56,7 +57,7 @@ from torch import Tensor, nn
 
 import attention
 import export
-from encoder import EncoderClassifier, EncoderConfig, generate_reviews, need
+from encoder import EncoderClassifier, EncoderConfig, generate_reviews, pool_tokens
 from losses import parameter_groups
 from train_ddp import (
     Interrupted,
@@ -296,6 +297,14 @@ def demo_reviews(seed: int) -> dict[str, list[Review]]:
     return {"train": reviews[:8000], "test": reviews[8000:10_000], "unlabelled": unlabelled}
 
 
+def need(*modules: str) -> None:
+    """Raises ValueError that names the libraries that this Python lacks."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " ".join({"sklearn": "scikit-learn"}.get(name, name) for name in missing)
+        raise ValueError(f"classify_imdb.py needs {names}: pip install {names}")
+
+
 # -----------------------------------------------------------------------------
 # Tokenizer
 
@@ -446,7 +455,7 @@ class ReviewClassifier(EncoderClassifier):
         x, mask = self.embed(tokens, fold)
         for layer in self.encoder.layers:
             x = layer(x, mask[:, None, None, :])
-        return self.head(self.dropout(self.pool(self.encoder.final_norm(x), mask)))
+        return self.head(self.dropout(pool_tokens(self.encoder.final_norm(x), mask, self.pool)))
 
 
 # -----------------------------------------------------------------------------

@@ -989,13 +989,13 @@ class Layer(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int):
         super().__init__()
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.self_attention_norm, self.ffn_norm = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         projections = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.attention = SelfAttention(*projections, n_heads)
+        self.self_attention = SelfAttention(*projections, n_heads)
         self.ffn = nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask)
+        x = x + self.self_attention(self.self_attention_norm(x), mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -1126,7 +1126,7 @@ def show_unstructured(model: nn.Module, test_set: list, case: list, s: Settings)
 def show_structured(model: nn.Module, train_set: list, test_set: list, seed: int) -> nn.Module:
     """The model with half of its heads and a quarter of its inner neurons, fine-tuned for an epoch."""
     heads = head_importance(model, train_set[:10])
-    smaller = prune_heads(model, heads, keep=model.layers[0].attention.n_heads // 2)
+    smaller = prune_heads(model, heads, keep=model.layers[0].self_attention.n_heads // 2)
     neurons = neuron_importance(smaller, train_set[:10])
     smaller = prune_neurons(smaller, neurons, keep=len(neurons["layers.0.ffn"]) // 4)
     before = accuracy(smaller, test_set)
