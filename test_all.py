@@ -4613,6 +4613,8 @@ def explode(logits, *rest, **options):
     if torch.is_grad_enabled():
         steps[0] += 1
         if steps[0] == 9 and os.environ.get("RANK", "0") == "0":  # the value stays, the gradient doesn't
+            if "LOSS" in os.environ:
+                return loss + float("inf")
             return loss + (0 * logits.sum()).clamp(min=0).sqrt()
     return loss
 script.F.cross_entropy = explode
@@ -4627,6 +4629,9 @@ run()
             assert saved_state(tmp_path / clip)["step"] == 8
             assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
             assert final_weights(tmp_path / clip).isfinite().all()
+        arguments = [*TINY, "--out", str(tmp_path / "loss")]
+        results = trainer.attempt(2, *arguments, code=code, LOSS="1")
+        assert [r.returncode for r in results] == [1, 1] and "loss is inf at step 8" in results[0].stderr
         trainer.run(2, *TINY, "--amp", "fp16", "--out", str(tmp_path / "fp16"), code=code)
         assert final_weights(tmp_path / "fp16").isfinite().all()
         assert saved_state(tmp_path / "fp16")["scaler"]["_growth_tracker"] == 11
@@ -4719,6 +4724,7 @@ run()
         results = trainer.attempt(2, *arguments, code=code)
         assert [r.returncode for r in results] == [1, 1], results
         assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == "", results
+        assert trainer.module == "train_ddp" or "rank 1" in results[0].stderr
         assert [path.name[:13] for path in saved(tmp_path)] == ["step_00000010"]
         (tmp_path / "tmpx.part").mkdir()  # of a process killed earlier
         assert "from_step=10" in trainer.run(2, *arguments)[0].stdout
