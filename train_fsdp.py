@@ -888,6 +888,7 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
 
 def main(s: Settings) -> int:
     """Exit code: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None: closed (2>&-)
     p = None
     training = False
     try:
