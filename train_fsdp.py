@@ -9,8 +9,8 @@ The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if i
     torchrun --nproc_per_node=8 train_fsdp.py --amp bf16 --compile --recompute --batch-size 64 \\
         --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4  # keeps 8 GPUs busy
 
-The same command goes on where it stopped, on any number of processes. Several machines (as in train_ddp.py,
-and so are lost processes and elastic runs) need an --out that all of them see.
+The same command goes on where it stopped, on any number of processes. Several machines need
+an --out that all of them see. Lost processes and elastic runs: as in train_ddp.py.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
@@ -359,7 +359,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
 
     Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes its
-    moments in its first step; before that they are made here, so that there is something to load into.
+    moments in its first step; before that they are made here, to be loaded into.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
