@@ -9,7 +9,6 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
 
 import argparse
 import ast
-import base64
 import collections
 import contextlib
 import copy
@@ -147,19 +146,23 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_RUNGS = {
+ATTENTION_WAYS = {
     "loop": attention.attention_loop,
-    "written-out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
+    "written out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
     "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
     "fused": attention.fused_attention,
 }
+ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
+ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
+ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
 
 
-def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
+def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
     """Every shape that a mask may have; about a third of the pairs may not attend."""
     shapes = {
         "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
-        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,),
+        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,), "scalar": (),
     }  # fmt: skip
     return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
 
@@ -167,463 +170,22 @@ def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor
 def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
     """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
     allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    tq, tk = shape[-2:]
-    for i, j in itertools.product(range(tq), range(tk)):
-        if causal and j - tk > i - tq:  # counted from the end: bottom-right
+    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
+        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
             allowed[..., i, j] = False
     return allowed
 
 
-def attention_random_inputs(dtype: torch.dtype, b, h, tq, tk, d, dv, strided: bool) -> list[Tensor]:
-    inputs = [torch.randn(b, h, t, width, dtype=dtype) for t, width in ((tq, d), (tk, d), (tk, dv))]
-    if strided:  # as heads that were split off a projection: (B, T, H, D) seen as (B, H, T, D)
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    return [x.requires_grad_() for x in inputs]
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_four_ways_agree_with_torch(dtype, tolerance):
-    draw = random.Random(1)
-    for case in range(220):
-        b, h, tq, tk = (
-            draw.randint(1, 3),
-            draw.randint(1, 3),
-            draw.choice([1, 1, 2, 5, 7, 8]),
-            draw.randint(1, 9),
-        )
-        d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
-        kind = draw.choice(["none", "padding", "square", "keys", "queries", "heads", "full", "one"])
-        tk = (
-            tq if draw.random() < 0.3 else tk
-        )  # the square case, where the fused path takes torch's own triangle
-        mask = attention_random_mask(kind, b, h, tq, tk)
-        inputs = attention_random_inputs(dtype, b, h, tq, tk, d, dv, strided=draw.random() < 0.5)
-        allowed = attention_allowed(mask, causal, (b, h, tq, tk))
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
-        towards = torch.randn_like(expected)
-        expected_gradients = torch.autograd.grad(expected, exact, towards)
-        for name, rung in ATTENTION_RUNGS.items():
-            what = f"{name}, case {case}: {kind} causal={causal} {[tuple(x.shape) for x in inputs]}"
-            output = rung(*inputs, mask, causal)
-            assert output.dtype == dtype
-            check_close(output.double(), expected, tolerance, what)
-            empty = ~allowed.any(dim=-1)
-            assert (output[empty] == 0).all(), what
-            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-            for got, want in zip(gradients, expected_gradients, strict=True):
-                check_close(got.double(), want, tolerance, what)
-        weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
-        assert (weights[~allowed] == 0).all()
-        check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
-
-
-def test_attention_other_numbers_of_leading_dimensions():
-    for shape in [(), (4,), (2, 3, 2)]:
-        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
-        mask = torch.rand(*shape, 3, 5) < 0.6
-        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
-        for name, rung in ATTENTION_RUNGS.items():
-            check_close(rung(q, k, v, mask, True), expected, 1e-12, name)
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_attention_nothing_to_attend_to():
-    """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
-    for name, rung in ATTENTION_RUNGS.items():
-        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
-        assert torch.equal(rung(q, k, v), torch.zeros(2, 3, 5)), name
-        assert rung(q[:, :0], q, q).shape == (2, 0, 4), name
-        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
-        output = rung(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
-        assert torch.equal(output, torch.zeros(2, 3, 4)), name
-        gradients = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients), name
-        with torch.autograd.detect_anomaly():  # no NaN on the way, either
-            torch.autograd.grad(output.sum(), inputs)
-
-
-def test_attention_masks():
-    x, o = True, False
-    assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
-    assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
-    assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
-    assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
-    padding = attention.padding_mask(torch.tensor([0, 2, 3]))
-    assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [[o, o, o], [x, x, o], [x, x, x]]
-    assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
-    assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
-    assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
-    assert torch.equal(attention.padding_mask([1, 2]), attention.padding_mask(torch.tensor([1, 2])))
-    for lengths, max_len, words in [
-        (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
-        (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
-        (torch.tensor([1.5]), None, ("float32",)),
-        (torch.tensor([[1]]), None, ("[1, 1]",)),
-        (torch.tensor(3), None, ("[] of",)),
-        (torch.tensor([True, False]), None, ("bool",)),  # a mask
-    ]:
-        with pytest.raises(ValueError, match="lengths") as error:
-            attention.padding_mask(lengths, max_len)
-        assert all(word in str(error.value) for word in words), error.value
-
-
-def test_attention_blockwise_gradients_are_summed_in_float32():
-    """Sums that half precision can't hold: they would stall, or lose the digits of log-sum-exp."""
-    for dtype in (torch.float16, torch.bfloat16):
-        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
-        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
-        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-    q, k, v = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
-    _, dk, dv = torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), (q, k, v))
-    assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-    q, k = torch.zeros(1, 1), torch.cat((torch.ones(500, 1), -torch.ones(500, 1)))
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, k.clone()))
-    assert torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), q)[0].item() == 1.0
-
-
-def test_attention_blockwise_with_very_low_scores():
-    """Scores far below 0: what is kept of the blocks before must start lower still."""
-    q, k, v = torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]])
-    for block_size in (1, 2):
-        assert attention.blockwise_attention(q, k, v, block_size=block_size) == 1
-
-
-def test_attention_fused_takes_the_kernel_s_triangle_where_it_fits(monkeypatch):
-    """It skips the future, which a mask doesn't. Not in a trace: that has to fit other lengths."""
-    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-    with warnings.catch_warnings(action="ignore"):  # deprecated
-        traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
-    for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
-        check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
-    asked, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *a, **kw: asked.append(kw.get("is_causal", False)) or kernel(*a, **kw),
-    )
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    for key, given in ((q, None), (q, mask), (k, None)):
-        attention.fused_attention(q, key, key, given, causal=True)
-    assert asked == [True, False, False]
-
-
-def test_attention_cache_refuses_other_shapes():
-    for shape in ((1, 3, 2, 5), (1, 2, 2, 4), (2, 3, 2, 4)):
-        cache = attention.KVCache()
-        cache.append(*torch.randn(2, 1, 3, 2, 4))
-        with pytest.raises(ValueError, match="the cache holds"):
-            cache.append(*torch.randn(2, *shape))
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-def test_attention_large_logits_and_short_floats(name):
-    rung = ATTENTION_RUNGS[name]
-    q = torch.tensor([[1e4], [-1e4]]).requires_grad_()  # D = 1: the logits are q k
-    k, v = (
-        torch.tensor([[1.0], [-1.0], [0.5]]).requires_grad_(),
-        torch.tensor([[1.0], [2.0], [4.0]]).requires_grad_(),
-    )
-    output = rung(q, k, v)
-    assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
-    only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
-    assert rung(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked score of +1e4 doesn't drown it
-    for dtype in (torch.float16, torch.bfloat16):
-        inputs = [(30 * torch.randn(1, 2, 9, 64)).to(dtype).requires_grad_() for _ in range(3)]
-        inputs[1] = inputs[0].detach().clone().requires_grad_()
-        assert (inputs[0] @ inputs[1].transpose(-2, -1)).isinf().any() or dtype == torch.bfloat16
-        mask = torch.rand(9, 9) < 0.5
-        output = rung(*inputs, mask, False)
-        assert output.dtype == dtype and output.isfinite().all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
-        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
-        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
-        check_close(rung(*small, mask, False).double(), exact, 2e-2, name)
-
-
-def test_attention_blockwise_sums_short_floats_in_float32():
-    """5,000 equal weights, the first half of the values 0, the second 1: bfloat16 itself counts to 256."""
-    q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-    for dtype in (torch.float16, torch.bfloat16):
-        output = attention.blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype), block_size=1)
-        assert output.tolist() == [[0.5]]
-
-
-def test_attention_blockwise_is_exact_under_autocast():
-    inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
-    expected = attention.blockwise_attention(*inputs, block_size=4)
-    expected_gradients = torch.autograd.grad(expected.sum(), inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = attention.blockwise_attention(*inputs, block_size=4)
-        gradients = torch.autograd.grad(output.sum(), inputs)
-    for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_gradcheck(name, causal):
-    rung = ATTENTION_RUNGS[name]
-    mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
-    sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
-    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
-    assert torch.autograd.gradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name in ("loop", "written-out"):
-        assert torch.autograd.gradgradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name == "written-out":  # the weights are differentiable as well
-        assert torch.autograd.gradcheck(
-            lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1], inputs
-        )
-    if name == "blockwise":
-        with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
-            torch.autograd.grad(rung(*inputs).sum(), inputs, create_graph=True)
-
-
 ATTENTION_PEAK = """
-import os, sys, threading, time
-import torch
-sys.path.insert(0, sys.argv[1])
-import attention
+import resource, sys, torch, attention
 torch.set_num_threads(1)
-def run(T, D):
-    q, k, v = (torch.randn(1, 1, T, D, requires_grad=True) for _ in range(3))
-    before = resident()
-    output = attention.blockwise_attention(q, k, v) if sys.argv[2] == "blockwise" else \\
-        attention.scaled_dot_product_attention(q, k, v)[0]
-    output.sum().backward()
-    return before
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-run(200, 64)  # loads the libraries, starts the autograd thread
-before, peak, done = 0, 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-before = run(8192, 64)
-done = True
-thread.join()
-print((peak - before) / 2**20)
+def peak(T):
+    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
+    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak(200)  # loads the libraries, starts the autograd thread
+print(peak(8192) - before)
 """
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
-def test_attention_blockwise_memory(tmp_path):
-    """T = 8192 forward and backward: under 64 MB above the inputs, where the written-out form takes 500."""
-    megabytes = {}
-    for name in ("blockwise", "written-out"):
-        command = [sys.executable, "-c", ATTENTION_PEAK, str(ROOT), name]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        megabytes[name] = float(result.stdout)
-    assert megabytes["blockwise"] < 64 and megabytes["written-out"] > 500, megabytes
-
-
-def test_attention_blockwise_never_visits_the_future():
-    grid = attention.block_grid(q_len=6, k_len=9, causal=True, size=3)
-    assert [(rows.start, [columns.stop for columns in key_blocks]) for rows, key_blocks in grid] == [
-        (0, [3, 6]),
-        (3, [3, 6, 9]),
-    ]
-    assert attention.block_grid(6, 2, True, 3)[0] == (
-        slice(0, 3),
-        [],
-    )  # more queries than keys: the first see none
-
-
-def attention_inverted(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else ~mask
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_multi_head_agrees_with_torch(dtype, tolerance):
-    draw = random.Random(2)
-    for case in range(200):
-        heads, b, tq, tk = draw.choice([1, 2, 3]), draw.randint(1, 3), draw.randint(1, 6), draw.randint(1, 7)
-        c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
-        kv_dim = draw.choice([None, 6, 7]) if cross else None
-        torch_module = nn.MultiheadAttention(
-            c, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True
-        ).to(dtype)
-        if bias:  # torch starts them at 0, which would hide a mix-up
-            nn.init.normal_(torch_module.in_proj_bias), nn.init.normal_(torch_module.out_proj.bias)
-        ours = attention.MultiHeadAttention.from_torch(torch_module)
-        ours.fused = draw.random() < 0.5
-        query = torch.randn(b, tq, c, dtype=dtype).requires_grad_()
-        context = torch.randn(b, tk, kv_dim or c, dtype=dtype).requires_grad_() if cross else None
-        source = query if context is None else context
-        tk = source.size(1)
-        causal = draw.random() < 0.4 and tk >= tq
-        padding = torch.rand(b, tk) < 0.7 if draw.random() < 0.6 else None
-        if padding is not None:
-            padding[:, 0] = True  # torch gives NaN where nothing may be attended to
-        triangle = torch.ones(tq, tk).tril(tk - tq).bool() if causal else None
-        expected, expected_weights = torch_module(
-            query, source, source, attention_inverted(padding), attn_mask=attention_inverted(triangle),
-            average_attn_weights=False,
-        )  # fmt: skip
-        mask = None if padding is None else padding[:, None, None, :]
-        output, weights = ours.forward_with_weights(query, context, mask, causal)
-        what = f"case {case}: heads {heads}, C {c}, Tq {tq}, Tk {tk}, cross {cross}, {causal=}, {bias=}"
-        check_close(output, expected, tolerance, what)
-        check_close(weights, expected_weights, tolerance, what)
-        assert torch.equal(output, ours(query, context, mask, causal)), what
-        towards = torch.randn_like(output)
-        tensors = [query] if context is None else [query, context]
-        theirs = dict(torch_module.named_parameters())
-        got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-        want = torch.autograd.grad(expected, [*tensors, *theirs.values()], towards)
-        for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
-            check_close(one, other, tolerance, what)
-        mine = dict(zip([name for name, _ in ours.named_parameters()], got[len(tensors) :], strict=True))
-        others = dict(zip(theirs, want[len(tensors) :], strict=True))
-        for kind in ("weight", "bias") if bias else ("weight",):
-            packed = [mine[f"{x}_proj.{kind}"] for x in "qkv"]
-            if f"in_proj_{kind}" in others:
-                check_close(torch.cat(packed), others[f"in_proj_{kind}"], tolerance, what)
-            else:
-                for x, gradient in zip("qkv", packed, strict=True):
-                    check_close(gradient, others[f"{x}_proj_weight"], tolerance, what)
-            check_close(mine[f"out_proj.{kind}"], others[f"out_proj.{kind}"], tolerance, what)
-
-
-def test_attention_from_torch_keeps_everything():
-    source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
-    ours = attention.MultiHeadAttention.from_torch(source)
-    assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
-    assert attention.MultiHeadAttention.from_torch(source.train()).training
-    assert (
-        torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
-        and ours.k_proj.weight.dtype == torch.float64
-    )
-    with torch.no_grad():
-        source.out_proj.weight.zero_()
-    assert ours.out_proj.weight.abs().sum() > 0  # a copy
-    for arguments, words in [
-        ({"kdim": 4, "vdim": 6}, ("kdim=4", "vdim=6")),
-        ({"add_bias_kv": True}, ("add_bias_kv",)),
-        ({"add_zero_attn": True}, ("add_zero_attn",)),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, **arguments))
-        assert all(word in str(error.value) for word in words)
-
-
-def test_attention_module_parameters():
-    module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes == {
-        "q_proj.weight": (24, 24), "q_proj.bias": (24,), "k_proj.weight": (24, 10), "k_proj.bias": (24,),
-        "v_proj.weight": (24, 10), "v_proj.bias": (24,), "out_proj.weight": (24, 24), "out_proj.bias": (24,),
-    }  # fmt: skip
-    assert all((p == 0).all() for name, p in module.named_parameters() if name.endswith("bias"))
-    limit = math.sqrt(6 / (24 + 24))
-    assert 0.9 * limit < module.q_proj.weight.abs().max() <= limit  # Glorot, uniform
-    assert [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()] == [
-        f"{x}_proj.weight" for x in ("q", "k", "v", "out")
-    ]
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_module_empty_rows_padding_and_causality(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    nn.init.normal_(module.out_proj.bias)
-    x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([4, 0, 6]))
-    output, weights = module.forward_with_weights(x, mask=mask)
-    check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the output bias")
-    assert (weights[1] == 0).all()
-    output.sum().backward()
-    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
-    # What stands in the padding changes nothing, nor do more padding and the other sequences of the batch.
-    altered = x.detach().clone()
-    altered[0, 4:] = 1e3
-    check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-    longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
-    check_close(
-        module(longer, mask=attention.padding_mask(torch.tensor([4]), 11))[0, :4], output[0, :4], 1e-12
-    )
-    check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
-    # A later token moves no earlier output; the last token moves the last output.
-    causal = module(x, causal=True)
-    altered = x.detach().clone()
-    altered[:, 4] += 1
-    moved = (module(altered, causal=True) - causal).abs().amax(dim=(0, 2))
-    assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
-
-
-def test_attention_module_second_derivatives():
-    """fused=False has them; torch's fused kernel says that it hasn't."""
-    module = attention.MultiHeadAttention(6, 2, fused=False).double()
-    x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
-    module.fused = True
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(first.sum(), x)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_dropout_only_in_training(fused):
-    module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-    x = torch.randn(2, 7, 8)
-    plain = attention.MultiHeadAttention(8, 2)
-    plain.load_state_dict(module.state_dict())
-    module.eval()
-    check_close(module(x), plain(x), 1e-6)
-    module.train()
-    torch.manual_seed(1)
-    first, weights = module.forward_with_weights(x)
-    torch.manual_seed(1)
-    assert torch.equal(first, module(x)) and not torch.equal(first, module(x))
-    check_close(weights, plain.forward_with_weights(x)[1], 1e-6, "weights are those before dropout")
-    mean = torch.stack([module(x) for _ in range(3000)]).mean(dim=0)
-    assert (mean - plain(x)).abs().max() < 0.1  # unbiased: what is kept is scaled up
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_functional_dropout(causal):
-    """Equal weights, values of 1: every output is 1 without dropout, and 1 on average with it."""
-    q, v = torch.zeros(400, 1), torch.ones(400, 1)
-    for rung in (lambda *a: attention.scaled_dot_product_attention(*a)[0], attention.fused_attention):
-        output = rung(q, q, v, None, causal, 0.25)[200:]  # late queries see many keys
-        assert 0.95 < output.mean() < 1.05 and 0.01 < output.std() < 0.1
-    weights = attention.scaled_dot_product_attention(q, q, v, None, causal, 0.25)[1]
-    assert (weights[-1] > 0).all()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_cache_equals_one_shot(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([9, 9])).clone()
-    mask[0, ..., :2] = False  # left padding
-    expected = module(x, mask=mask, causal=True)
-    for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-        cache, outputs, seen = attention.KVCache(), [], 0
-        for piece in x.split(pieces, dim=1):
-            seen += piece.size(1)
-            outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
-        assert cache.k.shape == (2, 3, 9, 4)
-        output = torch.cat(outputs, dim=1)
-        check_close(output, expected, 1e-12, str(pieces))
-        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
-        check_close(
-            gradient, torch.autograd.grad(expected.sum(), x, retain_graph=True)[0], 1e-12, str(pieces)
-        )
-    cache = attention.KVCache()
-    module.forward_cached(x[:, :5], cache)
-    cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
-    check_close(
-        module.forward_cached(x[[1, 1], 5:6], cache), module(x[[1, 1], :6], causal=True)[:, 5:], 1e-12
-    )
-    with pytest.raises(ValueError, match=r"\[2, 3, 6, 4\].*\[1, 3, 1, 4\]"):
-        module.forward_cached(x[:1, :1], cache)
 
 
 class AttentionCall(nn.Module):
@@ -637,316 +199,517 @@ class AttentionCall(nn.Module):
     def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return self.attention(query, context, mask, self.causal)
 
+    @staticmethod
+    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
+        example = {"query": torch.randn(b, tq, 12)}
+        if cross:
+            example["context"] = torch.randn(b, tk, 10)
+        if masked:
+            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+        return example
 
-def attention_example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> tuple:
-    context = torch.randn(b, tk, 10) if cross else None
-    mask = torch.rand(b, 1, 1, tk if cross else tq) < 0.7 if masked else None
-    return torch.randn(b, tq, 12), context, mask
 
+class TestAttention:
+    # ---- the four ways against torch, in all the cases
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
-def test_attention_leaves_python(way):
-    """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there at the time."""
-    combinations = list(itertools.product([False, True], repeat=4))
-    if way in ("export", "compile"):  # seconds each
-        combinations = [(True, True, False, False), (True, True, True, True), (False, False, True, True)]
-    for causal, fused, cross, masked in combinations:
-        module = AttentionCall(causal, fused, cross)
-        example = attention_example(
-            2, 5, 5 if causal else 7, cross, masked
-        )  # Tq = Tk: a trace must not rely on it
-        if way == "trace":
-            keywords = {
-                k: x for k, x in zip(("query", "context", "mask"), example, strict=True) if x is not None
-            }
-            with warnings.catch_warnings():
-                if not (
-                    fused and causal and not cross and not masked
-                ):  # there Tq = Tk is asked, and is certain
-                    warnings.simplefilter("error", torch.jit.TracerWarning)  # no size may be frozen
-                converted = torch.jit.trace(module, example_kwarg_inputs=keywords)
-        elif way == "script":
-            converted = torch.jit.script(module)
-        elif way == "export":
-            auto = torch.export.Dim.AUTO
-            dynamic = (
-                {0: auto, 1: auto},
-                {0: auto, 1: auto} if cross else None,
-                {0: auto, 3: auto} if masked else None,
+    @ATTENTION_DTYPES
+    def test_all_ways_agree_with_torch(self, dtype, tolerance):
+        """Values, gradients and weights, over random sizes, masks and strides."""
+        draw = random.Random(1)
+        for case in range(220):
+            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
+            d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
+            tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
+            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
+            inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
+            if draw.random() < 0.5:  # as heads that were split off a projection
+                inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+            inputs = [x.requires_grad_() for x in inputs]
+            allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
+            towards = torch.randn_like(expected)
+            expected_gradients = torch.autograd.grad(expected, exact, towards)
+            empty = ~allowed.any(dim=-1)
+            for name, way in ATTENTION_WAYS.items():
+                what = f"{name}, case {case}: {causal=} {mask=} {[tuple(x.shape) for x in inputs]}"
+                output = way(*inputs, mask, causal)
+                assert output.dtype == dtype and (output[empty] == 0).all(), what
+                check_close(output.double(), expected, tolerance, what)
+                gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+                for got, want in zip(gradients, expected_gradients, strict=True):
+                    check_close(got.double(), want, tolerance, what)
+            weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
+            assert (weights[~allowed] == 0).all()
+            check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)])
+    def test_all_ways_take_any_leading_dimensions(self, name, shape):
+        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
+        mask = torch.rand(*shape, 3, 5) < 0.6
+        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
+        check_close(ATTENTION_WAYS[name](q, k, v, mask, True), expected, 1e-12)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_all_ways_pass_gradcheck(self, name, causal):
+        way = ATTENTION_WAYS[name]
+        mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
+        sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
+        inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        assert torch.autograd.gradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name in ("loop", "written out"):
+            assert torch.autograd.gradgradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name == "written out":  # the weights are differentiable as well
+            weights = lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1]  # noqa: E731
+            assert torch.autograd.gradcheck(weights, inputs)
+        if name == "blockwise":
+            with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
+                torch.autograd.grad(way(*inputs).sum(), inputs, create_graph=True)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+    def test_nothing_to_attend_to(self, name):
+        """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
+        way = ATTENTION_WAYS[name]
+        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
+        assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
+        assert way(q[:, :0], q, q).shape == (2, 0, 4)
+        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
+        output = way(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
+        assert torch.equal(output, torch.zeros(2, 3, 4))
+        with torch.autograd.detect_anomaly():  # no NaN on the way, either
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients)
+
+    @ATTENTION_EVERY_WAY
+    def test_large_logits_stay_finite(self, name):
+        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+        output = way(q, k, v)  # D = 1: the logits are q k
+        assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+        only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
+        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
+        low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
+        assert low.item() == 1  # scores far below 0
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, name, dtype):
+        way, mask = ATTENTION_WAYS[name], torch.rand(9, 9) < 0.5
+        q, v = (30 * torch.randn(1, 2, 9, 64)).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
+        inputs = [q.requires_grad_(), q.detach().clone().requires_grad_(), v.requires_grad_()]
+        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # scaled afterwards, it would overflow
+        output = way(*inputs, mask, False)
+        assert output.dtype == dtype and output.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
+        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
+        check_close(way(*small, mask, False).double(), exact, 2e-2)
+
+    def test_all_ways_make_tensors_where_their_input_is(self):
+        """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
+        q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
+        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
+            with torch.device("meta"):
+                outputs = [way(q, k, k, None, causal)]
+            torch.set_default_dtype(torch.float64)
+            try:
+                outputs.append(way(q, k, k, None, causal))
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for output in outputs:
+                check_close(output, way(q, k, k, None, causal), 1e-6)
+
+    # ---- blockwise
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+    def test_blockwise_memory(self, tmp_path):
+        """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
+        megabytes = {}
+        for name in ("blockwise", "written out"):
+            command, where = (
+                [sys.executable, "-c", ATTENTION_PEAK, name],
+                os.environ | {"PYTHONPATH": str(ROOT)},
             )
-            example = attention_example(2, 5, 7, cross, masked)
-            converted = torch.export.export(module, example, dynamic_shapes=dynamic).module()
-        else:
-            torch._dynamo.reset()
-            converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
-        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6)):
-            query, context, mask = attention_example(*sizes, cross, masked)
-            given = {
-                k: x for k, x in (("query", query), ("context", context), ("mask", mask)) if x is not None
-            }
-            arguments = (query, context, mask) if way == "export" else ()
-            got = converted(*arguments) if arguments else converted(**given)
-            what = f"{way} causal={causal} fused={fused} cross={cross} masked={masked} {sizes}"
-            check_close(got, module(query, context, mask), 1e-6, what)
+            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
+        assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_blockwise_sums_in_float32(self, dtype):
+        """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
+        q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
+        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
+        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
+        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
+        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
+        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
+        assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
 
-def test_attention_errors_name_what_is_wrong():
-    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
-    bad_inputs = [
-        ((q, torch.randn(2, 3, 7, 5), v), ("q [2, 3, 5, 4]", "k [2, 3, 7, 5]")),  # D
-        ((q, k, v[:, :, :6]), ("v [2, 3, 6, 6]",)),  # Tk
-        ((q, k[:1], v[:1]), ("k [1, 3, 7, 4]",)),  # B
-        ((q, k, v[:, :2]), ("v [2, 2, 7, 6]",)),  # H
-        ((torch.randn(4), k, v), ("q [4]",)),
-        ((q, k.double(), v), ("float64", "dtype")),
-        ((q, k, v.double()), ("float64", "dtype")),
-        ((q.long(), k.long(), v.long()), ("int64", "floating")),
-        ((q, k, v, torch.zeros(5, 7)), ("boolean", "float32")),
-        ((q, k, v, torch.ones(5, 7, dtype=torch.int64)), ("boolean", "int64")),
-        ((q, k, v, torch.ones(7, 5, dtype=torch.bool)), ("[7, 5]", "[2, 3, 5, 7]")),
-        ((q, k, v, torch.ones(5, 6, dtype=torch.bool)), ("[5, 6]", "[2, 3, 5, 7]")),
-        ((torch.randn(4),) * 3, ("q [4]", "v [4]")),
-        ((q, k, v, torch.ones(2, 7, dtype=torch.bool)), ("[2, 7]",)),  # a (B, T) padding mask
-        ((q, k, v, torch.ones(1, 2, 3, 5, 7, dtype=torch.bool)), ("[1, 2, 3, 5, 7]",)),
-    ]
-    for (arguments, words), (name, rung) in itertools.product(bad_inputs, ATTENTION_RUNGS.items()):
-        with pytest.raises(ValueError) as error:
-            rung(*arguments, causal=True) if name != "written-out" and name != "blockwise" else rung(
-                *arguments
+    def test_blockwise_is_exact_under_autocast(self):
+        inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
+        expected = attention.blockwise_attention(*inputs, block_size=4)
+        expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = attention.blockwise_attention(*inputs, block_size=4)
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+            assert torch.equal(got, want)
+
+    # ---- masks
+
+    def test_causal_mask(self):
+        x, o = True, False
+        assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
+        assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
+        assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
+        assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+
+    def test_padding_mask(self):
+        x, o = True, False
+        padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+        assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+        for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
+            lengths = np.array([0, 2, 3], dtype=kind)
+            for given in (lengths, torch.from_numpy(lengths)):
+                assert torch.equal(attention.padding_mask(given), padding), kind
+
+    # ---- MultiHeadAttention
+
+    @ATTENTION_DTYPES
+    def test_multi_head_attention_agrees_with_torch(self, dtype, tolerance):
+        """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
+        draw = random.Random(2)
+        for case in range(200):
+            heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
+            c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+            kv_dim = draw.choice([None, 6, 7]) if cross else None
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, **sizes)
+            if bias:  # torch starts them at 0, which would hide a mix-up
+                nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
+            ours = attention.MultiHeadAttention.from_torch(theirs)
+            ours.fused = draw.random() < 0.5
+            query = torch.randn(b, tq, c, dtype=dtype, requires_grad=True)
+            context = torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True) if cross else None
+            source = query if context is None else context
+            tk = source.size(1)
+            causal = draw.random() < 0.4 and tk >= tq
+            hidden = torch.rand(b, tk) < 0.3 if draw.random() < 0.6 else torch.zeros(b, tk, dtype=torch.bool)
+            hidden[:, 0] = False  # torch gives NaN where nothing may be attended to
+            future = torch.ones(tq, tk).triu(tk - tq + 1).bool() if causal else None
+            expected, expected_weights = theirs(
+                query, source, source, hidden, attn_mask=future, average_attn_weights=False
             )
-        assert all(word in str(error.value) for word in words), (name, error.value)
-    with pytest.raises(ValueError, match="block_size.*0"):
-        attention.blockwise_attention(q, k, v, block_size=0)
-    for arguments, words in [
-        ({"d_model": 10, "n_heads": 4}, ("d_model=10", "n_heads=4")),
-        ({"d_model": 8, "n_heads": 0}, ("n_heads=0",)),
-        ({"d_model": 0, "n_heads": 1}, ("d_model=0",)),
-        ({"d_model": 8, "n_heads": 2, "dropout": 1.0}, ("dropout", "1.0")),
-        ({"d_model": 8, "n_heads": 2, "dropout": -0.1}, ("dropout", "-0.1")),
-        ({"d_model": 8, "n_heads": 2, "kv_dim": 0}, ("kv_dim", "0")),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention(**arguments)
-        assert all(word in str(error.value) for word in words), error.value
-    module = attention.MultiHeadAttention(8, 2, kv_dim=6)
-    x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
-    for arguments, words in [
-        ((x[0], y), ("query", "d_model=8", "[5, 8]")),
-        ((torch.randn(2, 5, 9), y), ("query", "[2, 5, 9]")),
-        ((x, torch.randn(2, 7, 8)), ("context", "kv_dim=6", "[2, 7, 8]")),
-        ((x, y[0]), ("context", "[7, 6]")),
-        ((x, y[:1]), ("context", "B=2", "[1, 7, 6]")),
-        ((x,), ("context", "kv_dim=6", "[2, 5, 8]")),
-        ((x, y, torch.ones(2, 5)), ("mask", "boolean")),
-        ((x, y, torch.ones(2, 7, dtype=torch.bool)), ("mask", "[2, 7]", "[2, 2, 5, 7]")),
-    ]:
-        for call in (module, module.forward_with_weights):
-            with pytest.raises(ValueError) as error:
-                call(*arguments)
-            assert all(word in str(error.value) for word in words), error.value
+            mask = ~hidden[:, None, None, :] if hidden.any() else None
+            output, weights = ours.forward_with_weights(query, context, mask, causal)
+            what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
+            check_close(output, expected, tolerance, what)
+            check_close(weights, expected_weights, tolerance, what)
+            assert torch.equal(output, ours(query, context, mask, causal)), what
 
+            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
+            got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
+            want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
+            for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
+                check_close(one, other, tolerance, what)
+            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
+            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
+                if name.startswith("in_proj_"):
+                    packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
+                    check_close(torch.cat(packed), gradient, tolerance, what)
+                else:
+                    check_close(got[name.replace("_proj_weight", "_proj.weight")], gradient, tolerance, what)
 
-def attention_example_weights(*shape: int) -> Tensor:
-    weights = torch.rand(shape).softmax(dim=-1)
-    weights[..., -1] = 0.0
-    return weights
+    def test_from_torch_keeps_everything(self):
+        source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
+        source.in_proj_weight.requires_grad_(False)
+        source.out_proj.bias.requires_grad_(False)
+        with torch.no_grad():  # grad mode has no say in it
+            ours = attention.MultiHeadAttention.from_torch(source)
+        assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
+        assert attention.MultiHeadAttention.from_torch(source.train()).training
+        frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+        assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
+        assert {p.dtype for p in ours.parameters()} == {torch.float64}
+        assert torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
+        for name, p in source.named_parameters():  # a copy
+            nn.init.constant_(p, 7)
+            assert not any((q == 7).any() for q in ours.parameters()), name
 
+    def test_multi_head_attention_parameters(self):
+        module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
+            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
+            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
+            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
+        names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
+        assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
 
-def test_attention_plot(tmp_path):
-    for shape in [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)]:
-        tokens = [
-            ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"][i % 6] for i in range(max(shape[-2:]))
-        ]
-        path = tmp_path / "heads.png"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            got = attention.plot_attention(
-                attention_example_weights(*shape), tokens[: shape[-2]], tokens[: shape[-1]], path
-            )
-        assert got == path and path.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-        path.unlink()
-    assert (
-        attention.label("a\nb") == "a\\nb"
-        and len(attention.label("x" * 50)) == 12
-        and attention.label("été") == "été"
-    )
+    @ATTENTION_FUSED_OR_NOT
+    def test_padding_and_empty_rows(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        nn.init.normal_(module.out_proj.bias)
+        x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+        output, weights = module.forward_with_weights(x, mask=mask)
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the bias")
+        assert (weights[1] == 0).all()
+        output.sum().backward()
+        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+        # What stands in the padding changes nothing, nor do more padding and the other sequences.
+        altered = x.detach().clone()
+        altered[0, 4:] = 1e3
+        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
+        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_causality(self, fused):
+        """A later token moves no earlier output; it moves its own and the later ones."""
+        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        altered = x + (torch.arange(6) == 4)[:, None]
+        moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
+        assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
-def test_attention_plot_shows_queries_down_keys_across_and_masked_ones_grey(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+    def test_second_derivatives(self):
+        module = attention.MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
 
-    shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: shown.append((x, kw)) or imshow(self, x, **kw))
-    weights = attention_example_weights(1, 2, 4, 6).masked_fill(torch.arange(6) == 5, 0.0)
-    figures, save_figure = [], attention.save_figure
-    monkeypatch.setattr(
-        attention, "save_figure", lambda fig, path: figures.append(fig) or save_figure(fig, path)
-    )
-    attention.plot_attention(weights, list("abcd"), list("uvwxyz"), tmp_path / "a.png")
-    (left, right, _) = figures[0].axes
-    assert "".join(x.get_text() for x in left.get_xticklabels()) == "uvwxyz"
-    assert "".join(x.get_text() for x in left.get_yticklabels()) == "abcd"
-    assert [axes.get_title() for axes in (left, right)] == ["layer 1 head 1", "layer 1 head 2"]
-    assert figures[0].get_supxlabel().startswith("key") and figures[0].get_supylabel().startswith("query")
-    assert len(shown) == 2
-    for head, (cells, how) in enumerate(shown):
-        expected = weights[0, head].masked_fill(weights[0, head] == 0, math.nan)
-        np.testing.assert_allclose(cells, expected.numpy(), rtol=1e-6)
-        assert how["extent"] == (-0.5, 5.5, 3.5, -0.5) and how["vmax"] == pytest.approx(weights.max().item())
-        assert how["cmap"].get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-    line = torch.zeros(1, 1, 600, 600)
-    line[..., 300] = 1.0
-    attention.plot_attention(line, ["q"] * 600, ["k"] * 600, tmp_path / "a.png")
-    cells = shown[-1][0]
-    assert cells.shape == (256, 256) and np.nanmax(cells) == 1.0 and (cells == 1.0).any(axis=1).all()
-    assert attention.label("x" * 12) == "x" * 12 and attention.label("x" * 13) == "x" * 11 + "…"
+    @ATTENTION_FUSED_OR_NOT
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_dropout_only_in_training(self, fused, causal):
+        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
+        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain.load_state_dict(module.state_dict())
+        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
+        check_close(module.eval()(x, causal=causal), expected, 1e-6)
+        module.train()
+        torch.manual_seed(1)
+        first, weights = module.forward_with_weights(x, causal=causal)
+        torch.manual_seed(1)
+        assert torch.equal(first, module(x, causal=causal))
+        assert not torch.equal(first, module(x, causal=causal))
+        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
+        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
+        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_cache_equals_one_shot(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([9, 9])).clone()
+        mask[0, ..., :2] = False  # left padding
+        expected = module(x, mask=mask, causal=True)
+        expected_gradient = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+            cache, outputs, seen = attention.KVCache(), [], 0
+            for piece in x.split(pieces, dim=1):
+                seen += piece.size(1)
+                outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
+            assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
+            output = torch.cat(outputs, dim=1)
+            check_close(output, expected, 1e-12, str(pieces))
+            check_close(torch.autograd.grad(output.sum(), x)[0], expected_gradient, 1e-12, str(pieces))
+        cache = attention.KVCache()
+        module.forward_cached(x[:, :5], cache)
+        cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
+        expected = module(x[[1, 1], :6], causal=True)[:, 5:]
+        check_close(module.forward_cached(x[[1, 1], 5:6], cache), expected, 1e-12)
 
-def test_attention_pictures_refuse_what_is_no_weights(tmp_path):
-    tokens = ["a", "b"]
-    for weights, words in [
-        (torch.rand(2, 2), ("[2, 2]",)),
-        (torch.rand(1, 2, 3), ("Tk=2", "[1, 2, 3]")),
-        (torch.rand(1, 3, 2), ("Tq=2", "[1, 3, 2]")),
-        (torch.rand(0, 2, 2), ("[0, 2, 2]",)),
-        (torch.full((1, 2, 2), 1.5), ("1.5",)),
-        (torch.full((1, 2, 2), -0.5), ("-0.5",)),
-        (torch.full((1, 2, 2), math.nan), ("nan",)),
-    ]:
-        for draw in (attention.plot_attention, attention.attention_html):
-            with pytest.raises(ValueError, match="weights") as error:
-                draw(weights, tokens, tokens, tmp_path / "x")
-            assert all(word in str(error.value) for word in words), error.value
-    assert not list(tmp_path.iterdir())
+    def test_cache_survives_what_is_refused(self):
+        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+        module = attention.MultiHeadAttention(12, 3)
+        cache, x = attention.KVCache(), torch.randn(2, 4, 12)
+        module.forward_cached(x[:, :3], cache)
+        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
+            with pytest.raises((ValueError, RuntimeError)):
+                module.forward_cached(query[:, 3:], cache, mask)
+            assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
+        check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
+    # ---- refusals: what would be silently wrong
 
-def test_attention_page(tmp_path):
-    queries, keys = (
-        ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"],
-        ["<!--", "&amp;", "x"],
-    )
-    weights = attention_example_weights(2, 3, 5, 3)
-    weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
-    page = attention.attention_html(weights, queries, keys, tmp_path / "heads.html").read_text(
-        encoding="utf-8"
-    )
-    assert (
-        re.findall(r"(?:https?:|src=|url\(|import )", page.replace("default-src", "").replace("-src", ""))
-        == []
-    )
-    assert len(re.findall("<script", page)) == len(re.findall("</script>", page)) == 2 and "<!--" not in page
-    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
-    assert data["queries"] == queries and data["keys"] == keys and data["shape"] == [2, 3, 5, 3]
-    stored = np.frombuffer(base64.b64decode(data["weights"]), dtype="<u2").reshape(2, 3, 5, 3)
-    assert np.abs(stored / 65535 - weights.numpy()).max() < 2e-5
-    assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [65535, 1, 0]
-    assert len(attention.PAGE.strip().splitlines()) < 80
-    # 100 x 100 tokens x 48 heads stay small enough to open at once
-    page = attention.attention_html(
-        attention_example_weights(4, 12, 100, 100), ["t"] * 100, ["t"] * 100, tmp_path / "x"
-    )
-    assert page.stat().st_size < 1.4e6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.html", "x"]
-
-
-def test_attention_demo_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "attention.py", tmp_path)
-    command = [sys.executable, "attention.py", "--max-len", "1024"]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    report = last_json(result)
-    assert result.stderr == ""
-    assert (
-        report["share_on_right_key"] >= 0.9
-        and report["exact_match"] >= 0.99
-        and report["share_one_back"] > 0.5
-    )
-    differences = [x for by_name in report["largest_difference"].values() for x in by_name.values()]
-    assert len(differences) == 12 and max(differences) < 1e-12
-    slopes = report["scaling"]["memory_slopes"]
-    assert slopes["written-out"] > 1.8 and slopes["blockwise"] < 1.2 and slopes["fused"] < 1.2
-    for key in ("settings", "seconds", "cpu", "threads", "gemm_gflops", "torch", "device", "command", "date"):
-        assert report[key], key
-    assert json.loads((tmp_path / "out/attention/report.json").read_text()) == report
-    names = sorted(path.name for path in (tmp_path / "out/attention").iterdir())
-    assert names == ["heads.html", "heads.png", "report.json", "scaling.png"]
-    assert "padding_mask([2, 4]) & causal_mask(4)" in result.stdout
-
-
-def test_attention_weights_to_draw_are_plain_numbers():
-    weights = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
-    drawn = attention.checked_weights(weights, ["a"], ["b"])
-    assert not drawn.requires_grad and drawn.dtype == torch.float32 and drawn.max() == 1
-
-
-def test_attention_page_takes_the_row_of_a_query():
-    """The page's script: which of the flat (L, H, Tq, Tk) weights belong to layer l, head h, query q."""
-    start, stop = re.search(r"weights\.subarray\((.*), (.*)\);", attention.PAGE).groups()
-    flat, shape = np.arange(120), (2, 3, 4, 5)
-    for index in itertools.product(*map(range, shape[:3])):
-        names = dict(zip("lhqHQK", (*index, *shape[1:]), strict=True))
-        assert (flat[eval(start, names) : eval(stop, names)] == flat.reshape(shape)[index]).all()
-
-
-def test_attention_induction_task():
-    """The answer is the word that followed the asked one, and it stands where `places` says."""
-    tokens, *_ = attention.induction_batch(500, torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
-    batch = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    (tokens, places, answers), seen = batch, attention.N_SEEN
-    assert tokens.shape == (7, 2 * seen - 1) and places.shape == answers.shape == (7, seen - 1)
-    for n in range(7):
-        first, asked = tokens[n, :seen].tolist(), tokens[n, seen:].tolist()
-        assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
-        for i, word in enumerate(asked):
-            assert places[n, i] == first.index(word) + 1 and answers[n, i] == first[places[n, i]]
-    again = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
-
-
-def test_attention_script_errors(tmp_path, capsys):
-    (tmp_path / "taken").write_text("a file")
-    check_one_line_error(run_script("attention.py", "--out", "taken", cwd=tmp_path), "attention.py", "taken")
-    for arguments, words in ((["--max-len", "100"], "max_len.*512.*100"), (["--steps", "0"], "steps.*0")):
+    @pytest.mark.parametrize("call,words", [
+        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
+        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
+        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
+        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
+        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
+        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
+        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
+        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
+        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
+    ])  # fmt: skip
+    def test_refused(self, call, words):
         with pytest.raises(ValueError, match=words):
-            attention.settings_from_command_line(arguments)
-    for name in ("abacus", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device.*{name}"):
-            attention.usable_device(name)
-    (tmp_path / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")")
-    (tmp_path / "out/attention").mkdir(parents=True)  # of an earlier run: no reason to stop
-    result = run_script("attention.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(result, "matplotlib")
-    for arguments, code, words in ((["--no-such-flag"], 2, "--no-such-flag"), (["--help"], 0, "default")):
-        with pytest.raises(SystemExit) as leaving:
-            attention.settings_from_command_line(arguments)
-        assert leaving.value.code == code and words in "".join(capsys.readouterr())
+            call(attention)
 
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
+        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
+        "215 217 219 57", "215 217 216 57",
+    ])  # fmt: skip
+    def test_all_ways_refuse_shapes(self, name, shapes):
+        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
+        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
+        inputs = [torch.randn(*size, 4) for size in inputs]
+        with pytest.raises((RuntimeError, IndexError)):
+            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
 
-def test_attention_import_does_nothing(tmp_path):
-    code = (
-        "import sys, torch; seed, threads = torch.get_rng_state(), torch.get_num_threads(); import attention;"
-        "assert torch.equal(seed, torch.get_rng_state()) and threads == torch.get_num_threads();"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
+        with pytest.raises(ValueError, match="mask.*boolean"):
+            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
 
+    # ---- it leaves Python
 
-def test_attention_logged_benchmark():
-    """The figures that README shows are those of a run of its command."""
-    log = json.loads((ROOT / "assets/attention_benchmark.json").read_text())
-    assert log["command"] == "python attention.py --benchmark" and log["threads"] == 2
-    assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8}
-    assert log["ratio"]["median"] >= 1.0 and log["rounds"] >= 20
-    assert all(log[key] for key in ("cpu", "gemm_gflops", "torch", "date"))
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
+    def test_multi_head_attention_leaves_python(self, way):
+        """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
+        combinations = list(itertools.product([False, True], repeat=4))
+        if way in ("export", "compile"):  # seconds each
+            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
+        for causal, fused, cross, masked in combinations:
+            module = AttentionCall(causal, fused, cross)
+            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
+            example = AttentionCall.example(2, 5, tk, cross, masked)
+            if way == "trace":
+                converted = torch.jit.trace(module, example_kwarg_inputs=example)
+            elif way == "script":
+                converted = torch.jit.script(module)
+            elif way == "export":
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
+                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
+            else:
+                torch._dynamo.reset()
+                converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+                given = AttentionCall.example(*sizes, cross, masked)
+                what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
+                check_close(converted(**given), module(**given), 1e-6, what)
+
+    def test_traced_fused_attention_fits_other_lengths(self):
+        q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
+        with warnings.catch_warnings(action="ignore"):  # deprecated
+            traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
+        for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
+            check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+
+    # ---- pictures
+
+    @staticmethod
+    def weights(*shape: int) -> Tensor:
+        weights = torch.rand(shape).softmax(dim=-1)
+        weights[..., 1:2] = 0.0  # masked
+        return weights
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
+    def test_plot_attention(self, shape, tmp_path, monkeypatch):
+        """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
+        from matplotlib.figure import Figure
+
+        tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
+        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
+        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
+        savefig = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", keep)
+        path = tmp_path / "a.png"
+        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
+        assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
+        maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
+        for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
+            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
+            assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
+            assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
+        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
+        assert len(labels) <= 40 and max(map(len, labels)) <= 12
+        if shape == (2, 5, 7):
+            assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
+
+    @pytest.mark.parametrize("weights,words", [
+        (torch.rand(2, 2), "2, 2"), (torch.rand(1, 2, 3), "1, 2, 3"), (torch.rand(1, 3, 2), "1, 3, 2"),
+        (torch.rand(1, 1, 1, 2, 2), "1, 1, 1, 2, 2"), (torch.full((1, 2, 2), 1.02), "1.02"),
+        (torch.full((1, 2, 2), -0.5), "-0.5"), (torch.full((1, 2, 2), math.nan), "nan"),
+    ])  # fmt: skip
+    def test_pictures_refuse_what_is_no_weights(self, weights, words, tmp_path):
+        for draw in (attention.plot_attention, attention.attention_html):
+            with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
+                draw(weights, ["a", "b"], ["a", "b"], tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+
+    def test_attention_html(self, tmp_path):
+        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is shown as masked."""
+        queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
+        keys = ["<!--", "&amp;", "x"]
+        weights = self.weights(2, 3, 5, 3)
+        weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+        page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
+        assert not re.findall(r"https?:|src=|url\(|import ", page)
+        assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+        data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
+        assert data["queries"] == queries and data["keys"] == keys
+        stored = np.array(data["weights"])
+        assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
+        assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [10_000, 1, 0]
+        half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
+        page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
+        assert '"weights":[[[[10000]]]]' in page
+
+    # ---- the demo
+
+    def test_induction_batch(self):
+        """The answer is the word that followed the asked one, and it stands where `places` says."""
+        tokens, places, answers = attention.induction_batch(300)
+        assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
+        seen = attention.N_SEEN
+        for row, where, what in zip(tokens.tolist(), places.tolist(), answers.tolist(), strict=True):
+            first, asked = row[:seen], row[seen:]
+            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1]) and len(where) == seen - 1
+            for word, place, answer in zip(asked, where, what, strict=True):
+                assert place == first.index(word) + 1 and answer == first[place]
+
+    def test_demo_alone_in_an_empty_folder(self, tmp_path):
+        shutil.copy(ROOT / "attention.py", tmp_path)
+        arguments = "--max-len", "1024", "--seed", "3"
+        environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
+        headline = last_json(result)
+        assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
+        report = json_of(tmp_path / headline["report"])
+        assert headline["weight_on_answer"] >= 0.9 and headline["exact_match"] >= 0.99
+        assert len(report["largest_difference"]) == 3 and max(report["largest_difference"].values()) < 1e-12
+        kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
+        grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
+        assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
+        assert all(report[key] for key in ("settings", "cpu", "threads", "torch", "command", "date"))
+        names = sorted(os.listdir(tmp_path / "out/attention"))
+        assert names == ["heads.html", "heads.png", "report.json"]
+
+    def test_logged_benchmark(self):
+        log = json_of(ROOT / "assets/attention_benchmark.json")
+        assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
+        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
+        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
@@ -8308,29 +8071,21 @@ class TestReadme:
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
-        ("(k_len - q_len)  # (Tq, 1)", "0 * k_len  # (Tq, 1)", "attention_masks or cache_equals"),
-        ("device=device) <= last_visible", "device=device) < last_visible", "attention_masks"),
-        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "attention_masks"),
-        ("    scale = q.size(-1) ** -0.25\n    scores = ", "    scale = 1.0\n    scores = ", "four_ways"),
-        ("weights.masked_fill(empty, 0.0)", "weights", "nothing_to_attend_to"),
-        ("~(allowed | empty), -math.inf", "~allowed, -math.inf", "nothing_to_attend_to"),
-        (
-            "F.dropout(weights, dropout_p) @ v, weights",
-            "F.dropout(weights, dropout_p) @ v, F.dropout(weights)",
-            "four_ways",
-        ),
-        ("fade, e = (top - new_top).exp()", "fade, e = torch.ones_like(top)", "four_ways"),
-        (
-            "dscores = weights * (dweights - mean_grad[..., rows, :])",
-            "dscores = weights * dweights",
-            "four_ways",
-        ),
-        (
-            " and q.shape[-2:-1] == k.shape[-2:-1]",
-            "",
-            "four_ways",
-        ),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask or cache_equals"),
+        (".tril(k_len - q_len)", ".tril(k_len - q_len - 1)", "causal_mask"),
+        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "padding_mask"),
+        ("scores = (q * q.size(-1) ** -0.5)", "scores = q", "all_ways_agree"),
+        (".softmax(dim=-1).masked_fill(hidden, 0.0)", ".softmax(dim=-1)", "nothing_to_attend_to"),
+        ("masked_fill(hidden, lowest)", "masked_fill(hidden, -math.inf)", "nothing_to_attend_to"),
+        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "all_ways_agree"),
+        ("alpha = (m[..., i, :] - m_new).exp()", "alpha = 1.0", "all_ways_agree"),
+        ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
+        ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
+        ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
+        ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
+        ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
+        ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
     ],
     "encoder.py": [
         (
@@ -8639,7 +8394,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
-    "attention.py": "attention", "encoder.py": "TestEncoder", "transformer.py": "transformer",
+    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "transformer",
     "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
     "export.py": "export", "classify_imdb.py": "imdb",
 }  # fmt: skip
