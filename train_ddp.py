@@ -233,25 +233,6 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
-def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process.
-    ValueError if another run has it for longer than patience (seconds)."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has none: no lock
-        return None
-    file = open(out / "lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"--out {out} is in use by another run") from None
-            time.sleep(0.1)
-
-
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256.pt; then all but the newest keep are deleted. Returns its path.
 
@@ -289,39 +270,23 @@ def load_checkpoint(folder: Path) -> dict | None:
     return None
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) -> None:
-    """Rank 0's saved state_dict() of an AdamW, on all ranks; its tensors are sent one at a time.
-    They are made for this device and kind of AdamW (fused or not), whatever it was saved from."""
-    weights = [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
-    for i, (group, weight) in enumerate(weights):
-        step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
-        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        optimizer.state[weight] = {"step": step} | moments
-        for name, tensor in optimizer.state[weight].items():
-            if p.rank == 0:
-                tensor.copy_(saved["state"][i][name])
-            if p.world > 1:
-                with waiting("rank 0's checkpoint", p):
-                    dist.broadcast(tensor, src=0)
-
-
 # -----------------------------------------------------------------------------
 # Training
 
 
 @dataclass
 class Settings:
-    steps: int = 700  # optimizer steps in all; the learning rate falls to nearly 0 by the last
-    batch_size: int = 16  # sequences a step, over all processes and micro-batches; any number
-    accumulate: int = 1  # micro-batches a process takes for a step: the same step in less memory
+    steps: int = 700  # optimizer steps in all
+    batch_size: int = 16  # sequences a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a process takes for a step: less memory
     max_len: int = 128  # tokens (here bytes) the model looks back
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
     n_layers: int = 2  # blocks
-    dropout: float = 0.0  # fraction of features dropped; 0: the data is seen a few times only
+    dropout: float = 0.0  # fraction of features dropped
     lr: float = 6e-3  # peak learning rate of AdamW
-    warmup: int = 50  # steps up to the peak, then a cosine down to 0
-    weight_decay: float = 0.1  # on matrices; norms and biases have no reason to be small
+    warmup: int = 50  # steps up to the peak; then a cosine down to 0
+    weight_decay: float = 0.1  # on matrices; none on norms and biases
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
     dtype: Literal["float32", "float64"] = "float32"  # of the weights; float64 to compare runs exactly
     amp: Literal["off", "bf16", "fp16"] = "off"  # bf16 where the hardware has it; fp16 on older GPUs
@@ -329,11 +294,11 @@ class Settings:
     eval_every: int = 100  # steps between two looks at the held-out text
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     keep: int = 3  # checkpoints kept; older ones are deleted
-    timeout: float = 120.0  # seconds that a step may wait for another process
+    timeout: float = 120.0  # seconds a step may wait for another process
     data_parallel: bool = False  # nn.DataParallel in one process instead of DDP: to see, not to use
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, else cpu
     out: str = "out/train_ddp"  # checkpoints, final.pt, log.jsonl and report.json go here
-    seed: int = 0  # same seed, same weights; without dropout on any number of processes
+    seed: int = 0  # same seed, same weights
 
 
 # These may differ between two starts of a run, as may the number of processes and threads.
@@ -622,6 +587,41 @@ def differences(there: dict, here: dict) -> str:
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) -> None:
+    """Rank 0's saved state_dict() of an AdamW, on all ranks; its tensors are sent one at a time.
+    They are made for this device and kind of AdamW (fused or not), whatever it was saved from."""
+    weights = [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
+    for i, (group, weight) in enumerate(weights):
+        step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
+        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = {"step": step} | moments
+        for name, tensor in optimizer.state[weight].items():
+            if p.rank == 0:
+                tensor.copy_(saved["state"][i][name])
+            if p.world > 1:
+                with waiting("rank 0's checkpoint", p):
+                    dist.broadcast(tensor, src=0)
+
+
+def lock_out(out: Path, patience: float = 10.0):
+    """Hold out for this run: keep what is returned. The lock dies with the process.
+    ValueError if another run has it for longer than patience (seconds)."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has none: no lock
+        return None
+    file = open(out / "lock", "w")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"--out {out} is in use by another run") from None
+            time.sleep(0.1)
+
+
 def open_run(out: Path, settings: dict, kept: dict) -> dict:
     """For rank 0: the state of the run in OUT, or of a new one; the report, if that run is finished.
 
@@ -679,6 +679,7 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
 
 def main(s: Settings) -> int:
     """Exit code: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None: closed (2>&-)
     p = None
     training = False
     try:

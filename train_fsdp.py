@@ -3,14 +3,14 @@
 The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if it were too large for a device.
 101 million parameters, peak RSS of a rank of 4 (torch 2.13.0, CPU): 2512 MiB with DDP, 1302 with this.
 
-    python train_fsdp.py                                     # one process, the same code
-    torchrun --nproc_per_node=8 train_fsdp.py                # FSDP: gloo on CPU, nccl on GPU (not run yet)
+    python train_fsdp.py  # one process, the same code
+    torchrun --nproc_per_node=8 train_fsdp.py  # FSDP: gloo on CPU, nccl on GPU (not run yet)
     torchrun --nproc_per_node=8 train_fsdp.py --replicate 2  # HSDP: two replicas of four slices each
     torchrun --nproc_per_node=8 train_fsdp.py --amp bf16 --compile --recompute --batch-size 64 \\
-        --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4     # keeps 8 GPUs busy
+        --max-len 1024 --d-model 2048 --n-heads 16 --n-layers 24 --lr 3e-4  # keeps 8 GPUs busy
 
-The same command goes on where it stopped, on any number of processes. Several machines (as in train_ddp.py,
-and so are lost processes and elastic runs) need an --out that all of them see.
+The same command goes on where it stopped, on any number of processes. Several machines need
+an --out that all of them see. Lost processes and elastic runs: as in train_ddp.py.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
@@ -268,7 +268,7 @@ def waiting(what: str, processes: Processes, timeout: float | None = None):
 
 
 def on_rank_0(action, processes: Processes):
-    """action()'s result on rank 0, on every rank; or its ValueError or OSError, on every rank.
+    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
@@ -305,11 +305,8 @@ def gather(value, processes: Processes) -> list:
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done.
-
-    A second one ends a lone process at once. Of several none ends before all have saved: torchrun waits for
-    that, by default 30 s.
-    """
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -334,11 +331,8 @@ class Signals:
 
 
 def exit_now(code: int):
-    """End this process now; for the end of a script. Never returns.
-
-    gloo's threads can abort the interpreter while it shuts down, after all work is done (pytorch#190489);
-    os._exit skips that. After a failure the group isn't torn down: that may wait for the others.
-    """
+    """End this process now; for the end of a script. gloo's threads can abort the interpreter while it shuts
+    down, after all work is done (pytorch#190489). After a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -352,9 +346,7 @@ def exit_now(code: int):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the new one, even if we are killed mid-write."""
-    with tempfile.TemporaryDirectory(
-        dir=path.parent, suffix=".part"
-    ) as folder:  # a name of its own, same disk
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as folder:  # own name, same disk
         temporary = Path(folder, path.name)
         with open(temporary, "wb") as file:
             file.write(data)
@@ -363,30 +355,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
 
-def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process.
-    ValueError if another run has it for longer than patience (seconds)."""
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has none: no lock
-        return None
-    file = open(out / "lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"--out {out} is in use by another run") from None
-            time.sleep(0.1)
-
-
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
 
     Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes its
-    moments in its first step; before that they are made here, so that there is something to load into.
+    moments in its first step; before that they are made here, to be loaded into.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
@@ -424,7 +397,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
 def publish(part: Path, manifest: bytes, keep: int) -> Path:
     """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep.
-    OSError where a rank's files aren't here: another machine's disk isn't this one."""
+
+    OSError where a rank's files aren't here: another machine's disk isn't this one.
+    """
     missing = [name for name in json.loads(manifest)["files"] if not (part / name).is_file()]
     if missing:
         raise OSError(f"{part} lacks {missing}: all machines must see the same --out")
@@ -534,17 +509,17 @@ def dcp_errors(path: Path, p: Processes | None):
 
 @dataclass
 class Settings:
-    steps: int = 700  # optimizer steps in all; the learning rate falls to nearly 0 by the last
-    batch_size: int = 16  # sequences a step, over all processes and micro-batches; any number
-    accumulate: int = 1  # micro-batches a process takes for a step: the same step in less memory
+    steps: int = 700  # optimizer steps in all
+    batch_size: int = 16  # sequences a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a process takes for a step: less memory
     max_len: int = 128  # tokens (here bytes) the model looks back
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
     n_layers: int = 2  # blocks; each is a unit that is gathered and dropped as one
-    dropout: float = 0.0  # fraction of features dropped; 0: the data is seen a few times only
+    dropout: float = 0.0  # fraction of features dropped
     lr: float = 6e-3  # peak learning rate of AdamW
-    warmup: int = 50  # steps up to the peak, then a cosine down to 0
-    weight_decay: float = 0.1  # on matrices; norms and biases have no reason to be small
+    warmup: int = 50  # steps up to the peak; then a cosine down to 0
+    weight_decay: float = 0.1  # on matrices; none on norms and biases
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
     dtype: Literal["float32", "float64"] = "float32"  # of the weights; float64 to compare runs exactly
     amp: Literal["off", "bf16", "fp16"] = "off"  # bf16 where the hardware has it; fp16 on older GPUs
@@ -552,13 +527,13 @@ class Settings:
     eval_every: int = 100  # steps between two looks at the held-out text
     save_every: int = 50  # steps between checkpoints; 0: only at the end
     keep: int = 3  # checkpoints kept; older ones are deleted
-    timeout: float = 120.0  # seconds that a step may wait for another process
+    timeout: float = 120.0  # seconds a step may wait for another process
     replicate: int = 1  # HSDP: so many replicas, each sharded over processes / replicate
     recompute: bool = False  # activation checkpointing: blocks run twice, only their inputs are kept
     exact: bool = False  # 2 processes bitwise as 1 with accumulate 2: slower clipping and AdamW
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu
     out: str = "out/train_fsdp"  # checkpoints, final weights, log.jsonl and report.json go here
-    seed: int = 0  # same seed, same weights; without dropout on any number of processes
+    seed: int = 0  # same seed, same weights
 
 
 # These may differ between two starts of a run, as may the number of processes and threads.
@@ -820,6 +795,25 @@ def differences(there: dict, here: dict) -> str:
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
+def lock_out(out: Path, patience: float = 10.0):
+    """Hold out for this run: keep what is returned. The lock dies with the process.
+    ValueError if another run has it for longer than patience (seconds)."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has none: no lock
+        return None
+    file = open(out / "lock", "w")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"--out {out} is in use by another run") from None
+            time.sleep(0.1)
+
+
 def open_run(out: Path, kept: list) -> dict | None:
     """For rank 0: the report of a finished run; None where one is to be made, and kept gets OUT's lock."""
     if (out / "final.pt").exists() and (out / "report.json").exists():
@@ -894,6 +888,7 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
 
 def main(s: Settings) -> int:
     """Exit code: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None: closed (2>&-)
     p = None
     training = False
     try:
