@@ -279,6 +279,7 @@ def onnx_runner(data: bytes) -> Callable[..., Tensor]:
         outputs = tuple(map(torch.from_numpy, session.run(None, feed)))
         return outputs if len(outputs) > 1 else outputs[0]
 
+    run.metadata = session.get_modelmeta().custom_metadata_map  # what export_onnx was given, as JSON
     return run
 
 
@@ -584,15 +585,15 @@ def formats(model: nn.Module, example, calibration, stem: str, metadata=None) ->
     }
 
 
-def export_all(
-    models, example, dev, cases, calibration, out, metadata=None, case="", min_agreement=0.99, seconds=1.0
-) -> dict:
+def export_all(models, example, dev, cases, calibration, out, metadata=None, case="", min_agreement=0.99,
+               seconds=1.0, only=()) -> dict:  # fmt: skip
     """Write every format of the models into the folder out, measure them, and recommend one.
 
     models: name -> classifier; the first is the original, pruned ones follow. dev: a list of (tuple of
     inputs, labels), no test set. cases: as benchmark takes them; case: the one that counts for you, by
     default the first. Recommended is the fastest there of those that answer as the original does on
-    min_agreement (0 .. 1) of dev. Returns {"models": rows, "refused": name -> why, "recommended", ...}.
+    min_agreement (0 .. 1) of dev. only: names of formats, in place of all.
+    Returns {"models": rows, "refused": name -> why, "recommended", ...}.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -604,6 +605,8 @@ def export_all(
     print("\nwritten, once each equals its model at three sizes:")
     for i, (label, model) in enumerate(models.items()):
         for name, write in formats(model, example, calibration, str(out / label), metadata).items():
+            if only and name not in only:
+                continue
             name = f"{label}, {name}" if i else name
             try:
                 files[name] = write()

@@ -9,10 +9,10 @@ oracles, properties over random sizes, the scripts as subprocesses, downloads th
 
 import argparse
 import ast
-import base64
 import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
@@ -30,7 +30,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -49,9 +48,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in the machine changes nothing:
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 import attention
@@ -145,19 +146,23 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_RUNGS = {
+ATTENTION_WAYS = {
     "loop": attention.attention_loop,
-    "written-out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
+    "written out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
     "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
     "fused": attention.fused_attention,
 }
+ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
+ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
+ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
 
 
-def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
+def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
     """Every shape that a mask may have; about a third of the pairs may not attend."""
     shapes = {
         "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
-        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,),
+        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,), "scalar": (),
     }  # fmt: skip
     return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
 
@@ -165,463 +170,22 @@ def attention_random_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor
 def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
     """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
     allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    tq, tk = shape[-2:]
-    for i, j in itertools.product(range(tq), range(tk)):
-        if causal and j - tk > i - tq:  # counted from the end: bottom-right
+    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
+        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
             allowed[..., i, j] = False
     return allowed
 
 
-def attention_random_inputs(dtype: torch.dtype, b, h, tq, tk, d, dv, strided: bool) -> list[Tensor]:
-    inputs = [torch.randn(b, h, t, width, dtype=dtype) for t, width in ((tq, d), (tk, d), (tk, dv))]
-    if strided:  # as heads that were split off a projection: (B, T, H, D) seen as (B, H, T, D)
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    return [x.requires_grad_() for x in inputs]
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_four_ways_agree_with_torch(dtype, tolerance):
-    draw = random.Random(1)
-    for case in range(220):
-        b, h, tq, tk = (
-            draw.randint(1, 3),
-            draw.randint(1, 3),
-            draw.choice([1, 1, 2, 5, 7, 8]),
-            draw.randint(1, 9),
-        )
-        d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
-        kind = draw.choice(["none", "padding", "square", "keys", "queries", "heads", "full", "one"])
-        tk = (
-            tq if draw.random() < 0.3 else tk
-        )  # the square case, where the fused path takes torch's own triangle
-        mask = attention_random_mask(kind, b, h, tq, tk)
-        inputs = attention_random_inputs(dtype, b, h, tq, tk, d, dv, strided=draw.random() < 0.5)
-        allowed = attention_allowed(mask, causal, (b, h, tq, tk))
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
-        towards = torch.randn_like(expected)
-        expected_gradients = torch.autograd.grad(expected, exact, towards)
-        for name, rung in ATTENTION_RUNGS.items():
-            what = f"{name}, case {case}: {kind} causal={causal} {[tuple(x.shape) for x in inputs]}"
-            output = rung(*inputs, mask, causal)
-            assert output.dtype == dtype
-            check_close(output.double(), expected, tolerance, what)
-            empty = ~allowed.any(dim=-1)
-            assert (output[empty] == 0).all(), what
-            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-            for got, want in zip(gradients, expected_gradients, strict=True):
-                check_close(got.double(), want, tolerance, what)
-        weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
-        assert (weights[~allowed] == 0).all()
-        check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
-
-
-def test_attention_other_numbers_of_leading_dimensions():
-    for shape in [(), (4,), (2, 3, 2)]:
-        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
-        mask = torch.rand(*shape, 3, 5) < 0.6
-        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
-        for name, rung in ATTENTION_RUNGS.items():
-            check_close(rung(q, k, v, mask, True), expected, 1e-12, name)
-
-
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_attention_nothing_to_attend_to():
-    """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
-    for name, rung in ATTENTION_RUNGS.items():
-        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
-        assert torch.equal(rung(q, k, v), torch.zeros(2, 3, 5)), name
-        assert rung(q[:, :0], q, q).shape == (2, 0, 4), name
-        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
-        output = rung(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
-        assert torch.equal(output, torch.zeros(2, 3, 4)), name
-        gradients = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
-        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients), name
-        with torch.autograd.detect_anomaly():  # no NaN on the way, either
-            torch.autograd.grad(output.sum(), inputs)
-
-
-def test_attention_masks():
-    x, o = True, False
-    assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
-    assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
-    assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
-    assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
-    padding = attention.padding_mask(torch.tensor([0, 2, 3]))
-    assert padding.shape == (3, 1, 1, 3) and padding[:, 0, 0].tolist() == [[o, o, o], [x, x, o], [x, x, x]]
-    assert attention.padding_mask(torch.tensor([1]), max_len=3).tolist() == [[[[x, o, o]]]]
-    assert attention.padding_mask(torch.tensor([3]), max_len=3).all()
-    assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
-    assert torch.equal(attention.padding_mask([1, 2]), attention.padding_mask(torch.tensor([1, 2])))
-    for lengths, max_len, words in [
-        (torch.tensor([2, 5]), 4, ("max_len=4", "2 .. 5")),
-        (torch.tensor([-1, 2]), None, ("-1 .. 2",)),
-        (torch.tensor([1.5]), None, ("float32",)),
-        (torch.tensor([[1]]), None, ("[1, 1]",)),
-        (torch.tensor(3), None, ("[] of",)),
-        (torch.tensor([True, False]), None, ("bool",)),  # a mask
-    ]:
-        with pytest.raises(ValueError, match="lengths") as error:
-            attention.padding_mask(lengths, max_len)
-        assert all(word in str(error.value) for word in words), error.value
-
-
-def test_attention_blockwise_gradients_are_summed_in_float32():
-    """Sums that half precision can't hold: they would stall, or lose the digits of log-sum-exp."""
-    for dtype in (torch.float16, torch.bfloat16):
-        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
-        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
-        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-    q, k, v = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
-    _, dk, dv = torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), (q, k, v))
-    assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-    q, k = torch.zeros(1, 1), torch.cat((torch.ones(500, 1), -torch.ones(500, 1)))
-    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, k.clone()))
-    assert torch.autograd.grad(attention.blockwise_attention(q, k, v, block_size=1).sum(), q)[0].item() == 1.0
-
-
-def test_attention_blockwise_with_very_low_scores():
-    """Scores far below 0: what is kept of the blocks before must start lower still."""
-    q, k, v = torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]])
-    for block_size in (1, 2):
-        assert attention.blockwise_attention(q, k, v, block_size=block_size) == 1
-
-
-def test_attention_fused_takes_the_kernel_s_triangle_where_it_fits(monkeypatch):
-    """It skips the future, which a mask doesn't. Not in a trace: that has to fit other lengths."""
-    q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-    with warnings.catch_warnings(action="ignore"):  # deprecated
-        traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
-    for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
-        check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
-    asked, kernel = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F,
-        "scaled_dot_product_attention",
-        lambda *a, **kw: asked.append(kw.get("is_causal", False)) or kernel(*a, **kw),
-    )
-    mask = torch.ones(4, 4, dtype=torch.bool)
-    for key, given in ((q, None), (q, mask), (k, None)):
-        attention.fused_attention(q, key, key, given, causal=True)
-    assert asked == [True, False, False]
-
-
-def test_attention_cache_refuses_other_shapes():
-    for shape in ((1, 3, 2, 5), (1, 2, 2, 4), (2, 3, 2, 4)):
-        cache = attention.KVCache()
-        cache.append(*torch.randn(2, 1, 3, 2, 4))
-        with pytest.raises(ValueError, match="the cache holds"):
-            cache.append(*torch.randn(2, *shape))
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-def test_attention_large_logits_and_short_floats(name):
-    rung = ATTENTION_RUNGS[name]
-    q = torch.tensor([[1e4], [-1e4]]).requires_grad_()  # D = 1: the logits are q k
-    k, v = (
-        torch.tensor([[1.0], [-1.0], [0.5]]).requires_grad_(),
-        torch.tensor([[1.0], [2.0], [4.0]]).requires_grad_(),
-    )
-    output = rung(q, k, v)
-    assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-    assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
-    only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
-    assert rung(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked score of +1e4 doesn't drown it
-    for dtype in (torch.float16, torch.bfloat16):
-        inputs = [(30 * torch.randn(1, 2, 9, 64)).to(dtype).requires_grad_() for _ in range(3)]
-        inputs[1] = inputs[0].detach().clone().requires_grad_()
-        assert (inputs[0] @ inputs[1].transpose(-2, -1)).isinf().any() or dtype == torch.bfloat16
-        mask = torch.rand(9, 9) < 0.5
-        output = rung(*inputs, mask, False)
-        assert output.dtype == dtype and output.isfinite().all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
-        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
-        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
-        check_close(rung(*small, mask, False).double(), exact, 2e-2, name)
-
-
-def test_attention_blockwise_sums_short_floats_in_float32():
-    """5,000 equal weights, the first half of the values 0, the second 1: bfloat16 itself counts to 256."""
-    q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-    for dtype in (torch.float16, torch.bfloat16):
-        output = attention.blockwise_attention(q.to(dtype), k.to(dtype), v.to(dtype), block_size=1)
-        assert output.tolist() == [[0.5]]
-
-
-def test_attention_blockwise_is_exact_under_autocast():
-    inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
-    expected = attention.blockwise_attention(*inputs, block_size=4)
-    expected_gradients = torch.autograd.grad(expected.sum(), inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = attention.blockwise_attention(*inputs, block_size=4)
-        gradients = torch.autograd.grad(output.sum(), inputs)
-    for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("name", ATTENTION_RUNGS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_gradcheck(name, causal):
-    rung = ATTENTION_RUNGS[name]
-    mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
-    sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
-    inputs = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
-    assert torch.autograd.gradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name in ("loop", "written-out"):
-        assert torch.autograd.gradgradcheck(lambda *x: rung(*x, mask, causal), inputs)
-    if name == "written-out":  # the weights are differentiable as well
-        assert torch.autograd.gradcheck(
-            lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1], inputs
-        )
-    if name == "blockwise":
-        with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
-            torch.autograd.grad(rung(*inputs).sum(), inputs, create_graph=True)
-
-
 ATTENTION_PEAK = """
-import os, sys, threading, time
-import torch
-sys.path.insert(0, sys.argv[1])
-import attention
+import resource, sys, torch, attention
 torch.set_num_threads(1)
-def run(T, D):
-    q, k, v = (torch.randn(1, 1, T, D, requires_grad=True) for _ in range(3))
-    before = resident()
-    output = attention.blockwise_attention(q, k, v) if sys.argv[2] == "blockwise" else \\
-        attention.scaled_dot_product_attention(q, k, v)[0]
-    output.sum().backward()
-    return before
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-run(200, 64)  # loads the libraries, starts the autograd thread
-before, peak, done = 0, 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-before = run(8192, 64)
-done = True
-thread.join()
-print((peak - before) / 2**20)
+def peak(T):
+    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
+    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak(200)  # loads the libraries, starts the autograd thread
+print(peak(8192) - before)
 """
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
-def test_attention_blockwise_memory(tmp_path):
-    """T = 8192 forward and backward: under 64 MB above the inputs, where the written-out form takes 500."""
-    megabytes = {}
-    for name in ("blockwise", "written-out"):
-        command = [sys.executable, "-c", ATTENTION_PEAK, str(ROOT), name]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
-        megabytes[name] = float(result.stdout)
-    assert megabytes["blockwise"] < 64 and megabytes["written-out"] > 500, megabytes
-
-
-def test_attention_blockwise_never_visits_the_future():
-    grid = attention.block_grid(q_len=6, k_len=9, causal=True, size=3)
-    assert [(rows.start, [columns.stop for columns in key_blocks]) for rows, key_blocks in grid] == [
-        (0, [3, 6]),
-        (3, [3, 6, 9]),
-    ]
-    assert attention.block_grid(6, 2, True, 3)[0] == (
-        slice(0, 3),
-        [],
-    )  # more queries than keys: the first see none
-
-
-def attention_inverted(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else ~mask
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_attention_multi_head_agrees_with_torch(dtype, tolerance):
-    draw = random.Random(2)
-    for case in range(200):
-        heads, b, tq, tk = draw.choice([1, 2, 3]), draw.randint(1, 3), draw.randint(1, 6), draw.randint(1, 7)
-        c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
-        kv_dim = draw.choice([None, 6, 7]) if cross else None
-        torch_module = nn.MultiheadAttention(
-            c, heads, bias=bias, kdim=kv_dim, vdim=kv_dim, batch_first=True
-        ).to(dtype)
-        if bias:  # torch starts them at 0, which would hide a mix-up
-            nn.init.normal_(torch_module.in_proj_bias), nn.init.normal_(torch_module.out_proj.bias)
-        ours = attention.MultiHeadAttention.from_torch(torch_module)
-        ours.fused = draw.random() < 0.5
-        query = torch.randn(b, tq, c, dtype=dtype).requires_grad_()
-        context = torch.randn(b, tk, kv_dim or c, dtype=dtype).requires_grad_() if cross else None
-        source = query if context is None else context
-        tk = source.size(1)
-        causal = draw.random() < 0.4 and tk >= tq
-        padding = torch.rand(b, tk) < 0.7 if draw.random() < 0.6 else None
-        if padding is not None:
-            padding[:, 0] = True  # torch gives NaN where nothing may be attended to
-        triangle = torch.ones(tq, tk).tril(tk - tq).bool() if causal else None
-        expected, expected_weights = torch_module(
-            query, source, source, attention_inverted(padding), attn_mask=attention_inverted(triangle),
-            average_attn_weights=False,
-        )  # fmt: skip
-        mask = None if padding is None else padding[:, None, None, :]
-        output, weights = ours.forward_with_weights(query, context, mask, causal)
-        what = f"case {case}: heads {heads}, C {c}, Tq {tq}, Tk {tk}, cross {cross}, {causal=}, {bias=}"
-        check_close(output, expected, tolerance, what)
-        check_close(weights, expected_weights, tolerance, what)
-        assert torch.equal(output, ours(query, context, mask, causal)), what
-        towards = torch.randn_like(output)
-        tensors = [query] if context is None else [query, context]
-        theirs = dict(torch_module.named_parameters())
-        got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-        want = torch.autograd.grad(expected, [*tensors, *theirs.values()], towards)
-        for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
-            check_close(one, other, tolerance, what)
-        mine = dict(zip([name for name, _ in ours.named_parameters()], got[len(tensors) :], strict=True))
-        others = dict(zip(theirs, want[len(tensors) :], strict=True))
-        for kind in ("weight", "bias") if bias else ("weight",):
-            packed = [mine[f"{x}_proj.{kind}"] for x in "qkv"]
-            if f"in_proj_{kind}" in others:
-                check_close(torch.cat(packed), others[f"in_proj_{kind}"], tolerance, what)
-            else:
-                for x, gradient in zip("qkv", packed, strict=True):
-                    check_close(gradient, others[f"{x}_proj_weight"], tolerance, what)
-            check_close(mine[f"out_proj.{kind}"], others[f"out_proj.{kind}"], tolerance, what)
-
-
-def test_attention_from_torch_keeps_everything():
-    source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
-    ours = attention.MultiHeadAttention.from_torch(source)
-    assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
-    assert attention.MultiHeadAttention.from_torch(source.train()).training
-    assert (
-        torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
-        and ours.k_proj.weight.dtype == torch.float64
-    )
-    with torch.no_grad():
-        source.out_proj.weight.zero_()
-    assert ours.out_proj.weight.abs().sum() > 0  # a copy
-    for arguments, words in [
-        ({"kdim": 4, "vdim": 6}, ("kdim=4", "vdim=6")),
-        ({"add_bias_kv": True}, ("add_bias_kv",)),
-        ({"add_zero_attn": True}, ("add_zero_attn",)),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, **arguments))
-        assert all(word in str(error.value) for word in words)
-
-
-def test_attention_module_parameters():
-    module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes == {
-        "q_proj.weight": (24, 24), "q_proj.bias": (24,), "k_proj.weight": (24, 10), "k_proj.bias": (24,),
-        "v_proj.weight": (24, 10), "v_proj.bias": (24,), "out_proj.weight": (24, 24), "out_proj.bias": (24,),
-    }  # fmt: skip
-    assert all((p == 0).all() for name, p in module.named_parameters() if name.endswith("bias"))
-    limit = math.sqrt(6 / (24 + 24))
-    assert 0.9 * limit < module.q_proj.weight.abs().max() <= limit  # Glorot, uniform
-    assert [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()] == [
-        f"{x}_proj.weight" for x in ("q", "k", "v", "out")
-    ]
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_module_empty_rows_padding_and_causality(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    nn.init.normal_(module.out_proj.bias)
-    x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([4, 0, 6]))
-    output, weights = module.forward_with_weights(x, mask=mask)
-    check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the output bias")
-    assert (weights[1] == 0).all()
-    output.sum().backward()
-    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
-    # What stands in the padding changes nothing, nor do more padding and the other sequences of the batch.
-    altered = x.detach().clone()
-    altered[0, 4:] = 1e3
-    check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-    longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
-    check_close(
-        module(longer, mask=attention.padding_mask(torch.tensor([4]), 11))[0, :4], output[0, :4], 1e-12
-    )
-    check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
-    # A later token moves no earlier output; the last token moves the last output.
-    causal = module(x, causal=True)
-    altered = x.detach().clone()
-    altered[:, 4] += 1
-    moved = (module(altered, causal=True) - causal).abs().amax(dim=(0, 2))
-    assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
-
-
-def test_attention_module_second_derivatives():
-    """fused=False has them; torch's fused kernel says that it hasn't."""
-    module = attention.MultiHeadAttention(6, 2, fused=False).double()
-    x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
-    module.fused = True
-    (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        torch.autograd.grad(first.sum(), x)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_dropout_only_in_training(fused):
-    module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-    x = torch.randn(2, 7, 8)
-    plain = attention.MultiHeadAttention(8, 2)
-    plain.load_state_dict(module.state_dict())
-    module.eval()
-    check_close(module(x), plain(x), 1e-6)
-    module.train()
-    torch.manual_seed(1)
-    first, weights = module.forward_with_weights(x)
-    torch.manual_seed(1)
-    assert torch.equal(first, module(x)) and not torch.equal(first, module(x))
-    check_close(weights, plain.forward_with_weights(x)[1], 1e-6, "weights are those before dropout")
-    mean = torch.stack([module(x) for _ in range(3000)]).mean(dim=0)
-    assert (mean - plain(x)).abs().max() < 0.1  # unbiased: what is kept is scaled up
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_functional_dropout(causal):
-    """Equal weights, values of 1: every output is 1 without dropout, and 1 on average with it."""
-    q, v = torch.zeros(400, 1), torch.ones(400, 1)
-    for rung in (lambda *a: attention.scaled_dot_product_attention(*a)[0], attention.fused_attention):
-        output = rung(q, q, v, None, causal, 0.25)[200:]  # late queries see many keys
-        assert 0.95 < output.mean() < 1.05 and 0.01 < output.std() < 0.1
-    weights = attention.scaled_dot_product_attention(q, q, v, None, causal, 0.25)[1]
-    assert (weights[-1] > 0).all()
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_attention_cache_equals_one_shot(fused):
-    module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-    x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-    mask = attention.padding_mask(torch.tensor([9, 9])).clone()
-    mask[0, ..., :2] = False  # left padding
-    expected = module(x, mask=mask, causal=True)
-    for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-        cache, outputs, seen = attention.KVCache(), [], 0
-        for piece in x.split(pieces, dim=1):
-            seen += piece.size(1)
-            outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
-        assert cache.k.shape == (2, 3, 9, 4)
-        output = torch.cat(outputs, dim=1)
-        check_close(output, expected, 1e-12, str(pieces))
-        (gradient,) = torch.autograd.grad(output.sum(), x, retain_graph=True)
-        check_close(
-            gradient, torch.autograd.grad(expected.sum(), x, retain_graph=True)[0], 1e-12, str(pieces)
-        )
-    cache = attention.KVCache()
-    module.forward_cached(x[:, :5], cache)
-    cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
-    check_close(
-        module.forward_cached(x[[1, 1], 5:6], cache), module(x[[1, 1], :6], causal=True)[:, 5:], 1e-12
-    )
-    with pytest.raises(ValueError, match=r"\[2, 3, 6, 4\].*\[1, 3, 1, 4\]"):
-        module.forward_cached(x[:1, :1], cache)
 
 
 class AttentionCall(nn.Module):
@@ -635,320 +199,532 @@ class AttentionCall(nn.Module):
     def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         return self.attention(query, context, mask, self.causal)
 
+    @staticmethod
+    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
+        example = {"query": torch.randn(b, tq, 12)}
+        if cross:
+            example["context"] = torch.randn(b, tk, 10)
+        if masked:
+            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+        return example
 
-def attention_example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> tuple:
-    context = torch.randn(b, tk, 10) if cross else None
-    mask = torch.rand(b, 1, 1, tk if cross else tq) < 0.7 if masked else None
-    return torch.randn(b, tq, 12), context, mask
 
+class TestAttention:
+    # ---- the four ways against torch, in all the cases
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
-def test_attention_leaves_python(way):
-    """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there at the time."""
-    combinations = list(itertools.product([False, True], repeat=4))
-    if way in ("export", "compile"):  # seconds each
-        combinations = [(True, True, False, False), (True, True, True, True), (False, False, True, True)]
-    for causal, fused, cross, masked in combinations:
-        module = AttentionCall(causal, fused, cross)
-        example = attention_example(
-            2, 5, 5 if causal else 7, cross, masked
-        )  # Tq = Tk: a trace must not rely on it
-        if way == "trace":
-            keywords = {
-                k: x for k, x in zip(("query", "context", "mask"), example, strict=True) if x is not None
-            }
-            with warnings.catch_warnings():
-                if not (
-                    fused and causal and not cross and not masked
-                ):  # there Tq = Tk is asked, and is certain
-                    warnings.simplefilter("error", torch.jit.TracerWarning)  # no size may be frozen
-                converted = torch.jit.trace(module, example_kwarg_inputs=keywords)
-        elif way == "script":
-            converted = torch.jit.script(module)
-        elif way == "export":
-            auto = torch.export.Dim.AUTO
-            dynamic = (
-                {0: auto, 1: auto},
-                {0: auto, 1: auto} if cross else None,
-                {0: auto, 3: auto} if masked else None,
+    @ATTENTION_DTYPES
+    def test_all_ways_agree_with_torch(self, dtype, tolerance):
+        """Values, gradients and weights, over random sizes, masks and strides."""
+        draw = random.Random(1)
+        for case in range(220):
+            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
+            d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
+            tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
+            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
+            inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
+            if draw.random() < 0.5:  # as heads that were split off a projection
+                inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+            inputs = [x.requires_grad_() for x in inputs]
+            allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+            exact = [x.detach().double().requires_grad_() for x in inputs]
+            expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
+            towards = torch.randn_like(expected)
+            expected_gradients = torch.autograd.grad(expected, exact, towards)
+            empty = ~allowed.any(dim=-1)
+            for name, way in ATTENTION_WAYS.items():
+                what = f"{name}, case {case}: {causal=} {mask=} {[tuple(x.shape) for x in inputs]}"
+                output = way(*inputs, mask, causal)
+                assert output.dtype == dtype and (output[empty] == 0).all(), what
+                check_close(output.double(), expected, tolerance, what)
+                gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+                for got, want in zip(gradients, expected_gradients, strict=True):
+                    check_close(got.double(), want, tolerance, what)
+            weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
+            assert (weights[~allowed] == 0).all()
+            check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)])
+    def test_all_ways_take_any_leading_dimensions(self, name, shape):
+        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
+        mask = torch.rand(*shape, 3, 5) < 0.6
+        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
+        check_close(ATTENTION_WAYS[name](q, k, v, mask, True), expected, 1e-12)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_all_ways_pass_gradcheck(self, name, causal):
+        way = ATTENTION_WAYS[name]
+        mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
+        sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
+        inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        assert torch.autograd.gradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name in ("loop", "written out"):
+            assert torch.autograd.gradgradcheck(lambda *x: way(*x, mask, causal), inputs)
+        if name == "written out":  # the weights are differentiable as well
+            weights = lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1]  # noqa: E731
+            assert torch.autograd.gradcheck(weights, inputs)
+        if name == "blockwise":
+            with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
+                torch.autograd.grad(way(*inputs).sum(), inputs, create_graph=True)
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+    def test_nothing_to_attend_to(self, name):
+        """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
+        way = ATTENTION_WAYS[name]
+        q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
+        assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
+        assert way(q[:, :0], q, q).shape == (2, 0, 4)
+        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
+        output = way(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
+        assert torch.equal(output, torch.zeros(2, 3, 4))
+        with torch.autograd.detect_anomaly():  # no NaN on the way, either
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients)
+
+    @ATTENTION_EVERY_WAY
+    def test_large_logits_stay_finite(self, name):
+        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+        output = way(q, k, v)  # D = 1: the logits are q k
+        assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+        only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
+        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
+        low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
+        assert low.item() == 1  # scores far below 0
+
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, name, dtype):
+        way, mask = ATTENTION_WAYS[name], torch.rand(9, 9) < 0.5
+        q, v = (30 * torch.randn(1, 2, 9, 64)).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
+        inputs = [q.requires_grad_(), q.detach().clone().requires_grad_(), v.requires_grad_()]
+        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # scaled afterwards, it would overflow
+        output = way(*inputs, mask, False)
+        assert output.dtype == dtype and output.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
+        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
+        check_close(way(*small, mask, False).double(), exact, 2e-2)
+
+    def test_all_ways_make_tensors_where_their_input_is(self):
+        """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
+        q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
+        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
+            with torch.device("meta"):
+                outputs = [way(q, k, k, None, causal)]
+            torch.set_default_dtype(torch.float64)
+            try:
+                outputs.append(way(q, k, k, None, causal))
+            finally:
+                torch.set_default_dtype(torch.float32)
+            for output in outputs:
+                check_close(output, way(q, k, k, None, causal), 1e-6)
+
+    # ---- blockwise
+
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+    def test_blockwise_memory(self, tmp_path):
+        """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
+        megabytes = {}
+        for name in ("blockwise", "written out"):
+            command, where = (
+                [sys.executable, "-c", ATTENTION_PEAK, name],
+                os.environ | {"PYTHONPATH": str(ROOT)},
             )
-            example = attention_example(2, 5, 7, cross, masked)
-            converted = torch.export.export(module, example, dynamic_shapes=dynamic).module()
-        else:
-            torch._dynamo.reset()
-            converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
-        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6)):
-            query, context, mask = attention_example(*sizes, cross, masked)
-            given = {
-                k: x for k, x in (("query", query), ("context", context), ("mask", mask)) if x is not None
-            }
-            arguments = (query, context, mask) if way == "export" else ()
-            got = converted(*arguments) if arguments else converted(**given)
-            what = f"{way} causal={causal} fused={fused} cross={cross} masked={masked} {sizes}"
-            check_close(got, module(query, context, mask), 1e-6, what)
+            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
+        assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_blockwise_sums_in_float32(self, dtype):
+        """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
+        q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
+        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
+        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
+        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
+        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
+        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
+        assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
 
-def test_attention_errors_name_what_is_wrong():
-    q, k, v = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4), torch.randn(2, 3, 7, 6)
-    bad_inputs = [
-        ((q, torch.randn(2, 3, 7, 5), v), ("q [2, 3, 5, 4]", "k [2, 3, 7, 5]")),  # D
-        ((q, k, v[:, :, :6]), ("v [2, 3, 6, 6]",)),  # Tk
-        ((q, k[:1], v[:1]), ("k [1, 3, 7, 4]",)),  # B
-        ((q, k, v[:, :2]), ("v [2, 2, 7, 6]",)),  # H
-        ((torch.randn(4), k, v), ("q [4]",)),
-        ((q, k.double(), v), ("float64", "dtype")),
-        ((q, k, v.double()), ("float64", "dtype")),
-        ((q.long(), k.long(), v.long()), ("int64", "floating")),
-        ((q, k, v, torch.zeros(5, 7)), ("boolean", "float32")),
-        ((q, k, v, torch.ones(5, 7, dtype=torch.int64)), ("boolean", "int64")),
-        ((q, k, v, torch.ones(7, 5, dtype=torch.bool)), ("[7, 5]", "[2, 3, 5, 7]")),
-        ((q, k, v, torch.ones(5, 6, dtype=torch.bool)), ("[5, 6]", "[2, 3, 5, 7]")),
-        ((torch.randn(4),) * 3, ("q [4]", "v [4]")),
-        ((q, k, v, torch.ones(2, 7, dtype=torch.bool)), ("[2, 7]",)),  # a (B, T) padding mask
-        ((q, k, v, torch.ones(1, 2, 3, 5, 7, dtype=torch.bool)), ("[1, 2, 3, 5, 7]",)),
-    ]
-    for (arguments, words), (name, rung) in itertools.product(bad_inputs, ATTENTION_RUNGS.items()):
-        with pytest.raises(ValueError) as error:
-            rung(*arguments, causal=True) if name != "written-out" and name != "blockwise" else rung(
-                *arguments
+    def test_blockwise_is_exact_under_autocast(self):
+        inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
+        expected = attention.blockwise_attention(*inputs, block_size=4)
+        expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = attention.blockwise_attention(*inputs, block_size=4)
+            gradients = torch.autograd.grad(output.sum(), inputs)
+        for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
+            assert torch.equal(got, want)
+
+    # ---- masks
+
+    def test_causal_mask(self):
+        x, o = True, False
+        assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
+        assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
+        assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
+        assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+
+    def test_padding_mask(self):
+        x, o = True, False
+        padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+        assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+        for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
+            lengths = np.array([0, 2, 3], dtype=kind)
+            for given in (lengths, torch.from_numpy(lengths)):
+                assert torch.equal(attention.padding_mask(given), padding), kind
+
+    # ---- MultiHeadAttention
+
+    @ATTENTION_DTYPES
+    def test_multi_head_attention_agrees_with_torch(self, dtype, tolerance):
+        """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
+        draw = random.Random(2)
+        for case in range(200):
+            heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
+            c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+            kv_dim = draw.choice([None, 6, 7]) if cross else None
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, **sizes)
+            if bias:  # torch starts them at 0, which would hide a mix-up
+                nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
+            ours = attention.MultiHeadAttention.from_torch(theirs)
+            ours.fused = draw.random() < 0.5
+            query = torch.randn(b, tq, c, dtype=dtype, requires_grad=True)
+            context = torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True) if cross else None
+            source = query if context is None else context
+            tk = source.size(1)
+            causal = draw.random() < 0.4 and tk >= tq
+            hidden = torch.rand(b, tk) < 0.3 if draw.random() < 0.6 else torch.zeros(b, tk, dtype=torch.bool)
+            hidden[:, 0] = False  # torch gives NaN where nothing may be attended to
+            future = torch.ones(tq, tk).triu(tk - tq + 1).bool() if causal else None
+            expected, expected_weights = theirs(
+                query, source, source, hidden, attn_mask=future, average_attn_weights=False
             )
-        assert all(word in str(error.value) for word in words), (name, error.value)
-    with pytest.raises(ValueError, match="block_size.*0"):
-        attention.blockwise_attention(q, k, v, block_size=0)
-    for arguments, words in [
-        ({"d_model": 10, "n_heads": 4}, ("d_model=10", "n_heads=4")),
-        ({"d_model": 8, "n_heads": 0}, ("n_heads=0",)),
-        ({"d_model": 0, "n_heads": 1}, ("d_model=0",)),
-        ({"d_model": 8, "n_heads": 2, "dropout": 1.0}, ("dropout", "1.0")),
-        ({"d_model": 8, "n_heads": 2, "dropout": -0.1}, ("dropout", "-0.1")),
-        ({"d_model": 8, "n_heads": 2, "kv_dim": 0}, ("kv_dim", "0")),
-    ]:
-        with pytest.raises(ValueError) as error:
-            attention.MultiHeadAttention(**arguments)
-        assert all(word in str(error.value) for word in words), error.value
-    module = attention.MultiHeadAttention(8, 2, kv_dim=6)
-    x, y = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
-    for arguments, words in [
-        ((x[0], y), ("query", "d_model=8", "[5, 8]")),
-        ((torch.randn(2, 5, 9), y), ("query", "[2, 5, 9]")),
-        ((x, torch.randn(2, 7, 8)), ("context", "kv_dim=6", "[2, 7, 8]")),
-        ((x, y[0]), ("context", "[7, 6]")),
-        ((x, y[:1]), ("context", "B=2", "[1, 7, 6]")),
-        ((x,), ("context", "kv_dim=6", "[2, 5, 8]")),
-        ((x, y, torch.ones(2, 5)), ("mask", "boolean")),
-        ((x, y, torch.ones(2, 7, dtype=torch.bool)), ("mask", "[2, 7]", "[2, 2, 5, 7]")),
-    ]:
-        for call in (module, module.forward_with_weights):
-            with pytest.raises(ValueError) as error:
-                call(*arguments)
-            assert all(word in str(error.value) for word in words), error.value
+            mask = ~hidden[:, None, None, :] if hidden.any() else None
+            output, weights = ours.forward_with_weights(query, context, mask, causal)
+            what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
+            check_close(output, expected, tolerance, what)
+            check_close(weights, expected_weights, tolerance, what)
+            assert torch.equal(output, ours(query, context, mask, causal)), what
 
+            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
+            got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
+            want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
+            for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
+                check_close(one, other, tolerance, what)
+            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
+            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
+                if name.startswith("in_proj_"):
+                    packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
+                    check_close(torch.cat(packed), gradient, tolerance, what)
+                else:
+                    check_close(got[name.replace("_proj_weight", "_proj.weight")], gradient, tolerance, what)
 
-def attention_example_weights(*shape: int) -> Tensor:
-    weights = torch.rand(shape).softmax(dim=-1)
-    weights[..., -1] = 0.0
-    return weights
+    def test_from_torch_keeps_everything(self):
+        source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
+        source.in_proj_weight.requires_grad_(False)
+        source.out_proj.bias.requires_grad_(False)
+        with torch.no_grad():  # grad mode has no say in it
+            ours = attention.MultiHeadAttention.from_torch(source)
+        assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
+        assert attention.MultiHeadAttention.from_torch(source.train()).training
+        frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+        assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
+        assert {p.dtype for p in ours.parameters()} == {torch.float64}
+        assert torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
+        for name, p in source.named_parameters():  # a copy
+            nn.init.constant_(p, 7)
+            assert not any((q == 7).any() for q in ours.parameters()), name
 
+    def test_multi_head_attention_parameters(self):
+        module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
+            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
+            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
+            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
+        names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
+        assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
 
-def test_attention_plot(tmp_path):
-    for shape in [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)]:
-        tokens = [
-            ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"][i % 6] for i in range(max(shape[-2:]))
-        ]
-        path = tmp_path / "heads.png"
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            got = attention.plot_attention(
-                attention_example_weights(*shape), tokens[: shape[-2]], tokens[: shape[-1]], path
-            )
-        assert got == path and path.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-        path.unlink()
-    assert (
-        attention.label("a\nb") == "a\\nb"
-        and len(attention.label("x" * 50)) == 12
-        and attention.label("été") == "été"
-    )
+    @ATTENTION_FUSED_OR_NOT
+    def test_padding_and_empty_rows(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        nn.init.normal_(module.out_proj.bias)
+        x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+        output, weights = module.forward_with_weights(x, mask=mask)
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the bias")
+        assert (weights[1] == 0).all()
+        output.sum().backward()
+        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+        # What stands in the padding changes nothing, nor do more padding and the other sequences.
+        altered = x.detach().clone()
+        altered[0, 4:] = 1e3
+        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
+        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_causality(self, fused):
+        """A later token moves no earlier output; it moves its own and the later ones."""
+        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        altered = x + (torch.arange(6) == 4)[:, None]
+        moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
+        assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
-def test_attention_plot_shows_queries_down_keys_across_and_masked_ones_grey(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
+    def test_second_derivatives(self):
+        module = attention.MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
 
-    shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: shown.append((x, kw)) or imshow(self, x, **kw))
-    weights = attention_example_weights(1, 2, 4, 6).masked_fill(torch.arange(6) == 5, 0.0)
-    figures, save_figure = [], attention.save_figure
-    monkeypatch.setattr(
-        attention, "save_figure", lambda fig, path: figures.append(fig) or save_figure(fig, path)
-    )
-    attention.plot_attention(weights, list("abcd"), list("uvwxyz"), tmp_path / "a.png")
-    (left, right, _) = figures[0].axes
-    assert "".join(x.get_text() for x in left.get_xticklabels()) == "uvwxyz"
-    assert "".join(x.get_text() for x in left.get_yticklabels()) == "abcd"
-    assert [axes.get_title() for axes in (left, right)] == ["layer 1 head 1", "layer 1 head 2"]
-    assert figures[0].get_supxlabel().startswith("key") and figures[0].get_supylabel().startswith("query")
-    assert len(shown) == 2
-    for head, (cells, how) in enumerate(shown):
-        expected = weights[0, head].masked_fill(weights[0, head] == 0, math.nan)
-        np.testing.assert_allclose(cells, expected.numpy(), rtol=1e-6)
-        assert how["extent"] == (-0.5, 5.5, 3.5, -0.5) and how["vmax"] == pytest.approx(weights.max().item())
-        assert how["cmap"].get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-    line = torch.zeros(1, 1, 600, 600)
-    line[..., 300] = 1.0
-    attention.plot_attention(line, ["q"] * 600, ["k"] * 600, tmp_path / "a.png")
-    cells = shown[-1][0]
-    assert cells.shape == (256, 256) and np.nanmax(cells) == 1.0 and (cells == 1.0).any(axis=1).all()
-    assert attention.label("x" * 12) == "x" * 12 and attention.label("x" * 13) == "x" * 11 + "…"
+    @ATTENTION_FUSED_OR_NOT
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_dropout_only_in_training(self, fused, causal):
+        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
+        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain.load_state_dict(module.state_dict())
+        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
+        check_close(module.eval()(x, causal=causal), expected, 1e-6)
+        module.train()
+        torch.manual_seed(1)
+        first, weights = module.forward_with_weights(x, causal=causal)
+        torch.manual_seed(1)
+        assert torch.equal(first, module(x, causal=causal))
+        assert not torch.equal(first, module(x, causal=causal))
+        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
+        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
+        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
 
+    @ATTENTION_FUSED_OR_NOT
+    def test_cache_equals_one_shot(self, fused):
+        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
+        mask = attention.padding_mask(torch.tensor([9, 9])).clone()
+        mask[0, ..., :2] = False  # left padding
+        expected = module(x, mask=mask, causal=True)
+        expected_gradient = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+            cache, outputs, seen = attention.KVCache(), [], 0
+            for piece in x.split(pieces, dim=1):
+                seen += piece.size(1)
+                outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
+            assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
+            output = torch.cat(outputs, dim=1)
+            check_close(output, expected, 1e-12, str(pieces))
+            check_close(torch.autograd.grad(output.sum(), x)[0], expected_gradient, 1e-12, str(pieces))
+        cache = attention.KVCache()
+        module.forward_cached(x[:, :5], cache)
+        cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
+        expected = module(x[[1, 1], :6], causal=True)[:, 5:]
+        check_close(module.forward_cached(x[[1, 1], 5:6], cache), expected, 1e-12)
 
-def test_attention_pictures_refuse_what_is_no_weights(tmp_path):
-    tokens = ["a", "b"]
-    for weights, words in [
-        (torch.rand(2, 2), ("[2, 2]",)),
-        (torch.rand(1, 2, 3), ("Tk=2", "[1, 2, 3]")),
-        (torch.rand(1, 3, 2), ("Tq=2", "[1, 3, 2]")),
-        (torch.rand(0, 2, 2), ("[0, 2, 2]",)),
-        (torch.full((1, 2, 2), 1.5), ("1.5",)),
-        (torch.full((1, 2, 2), -0.5), ("-0.5",)),
-        (torch.full((1, 2, 2), math.nan), ("nan",)),
-    ]:
-        for draw in (attention.plot_attention, attention.attention_html):
-            with pytest.raises(ValueError, match="weights") as error:
-                draw(weights, tokens, tokens, tmp_path / "x")
-            assert all(word in str(error.value) for word in words), error.value
-    assert not list(tmp_path.iterdir())
+    def test_cache_survives_what_is_refused(self):
+        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+        module = attention.MultiHeadAttention(12, 3)
+        cache, x = attention.KVCache(), torch.randn(2, 4, 12)
+        module.forward_cached(x[:, :3], cache)
+        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
+            with pytest.raises((ValueError, RuntimeError)):
+                module.forward_cached(query[:, 3:], cache, mask)
+            assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
+        check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
+    # ---- refusals: what would be silently wrong
 
-def test_attention_page(tmp_path):
-    queries, keys = (
-        ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"],
-        ["<!--", "&amp;", "x"],
-    )
-    weights = attention_example_weights(2, 3, 5, 3)
-    weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
-    page = attention.attention_html(weights, queries, keys, tmp_path / "heads.html").read_text(
-        encoding="utf-8"
-    )
-    assert (
-        re.findall(r"(?:https?:|src=|url\(|import )", page.replace("default-src", "").replace("-src", ""))
-        == []
-    )
-    assert len(re.findall("<script", page)) == len(re.findall("</script>", page)) == 2 and "<!--" not in page
-    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
-    assert data["queries"] == queries and data["keys"] == keys and data["shape"] == [2, 3, 5, 3]
-    stored = np.frombuffer(base64.b64decode(data["weights"]), dtype="<u2").reshape(2, 3, 5, 3)
-    assert np.abs(stored / 65535 - weights.numpy()).max() < 2e-5
-    assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [65535, 1, 0]
-    assert len(attention.PAGE.strip().splitlines()) < 80
-    # 100 x 100 tokens x 48 heads stay small enough to open at once
-    page = attention.attention_html(
-        attention_example_weights(4, 12, 100, 100), ["t"] * 100, ["t"] * 100, tmp_path / "x"
-    )
-    assert page.stat().st_size < 1.4e6
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads.html", "x"]
-
-
-def test_attention_demo_alone_in_an_empty_folder(tmp_path):
-    shutil.copy(ROOT / "attention.py", tmp_path)
-    command = [sys.executable, "attention.py", "--max-len", "1024"]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    report = last_json(result)
-    assert result.stderr == ""
-    assert (
-        report["share_on_right_key"] >= 0.9
-        and report["exact_match"] >= 0.99
-        and report["share_one_back"] > 0.5
-    )
-    differences = [x for by_name in report["largest_difference"].values() for x in by_name.values()]
-    assert len(differences) == 12 and max(differences) < 1e-12
-    slopes = report["scaling"]["memory_slopes"]
-    assert slopes["written-out"] > 1.8 and slopes["blockwise"] < 1.2 and slopes["fused"] < 1.2
-    for key in ("settings", "seconds", "cpu", "threads", "gemm_gflops", "torch", "device", "command", "date"):
-        assert report[key], key
-    assert json.loads((tmp_path / "out/attention/report.json").read_text()) == report
-    names = sorted(path.name for path in (tmp_path / "out/attention").iterdir())
-    assert names == ["heads.html", "heads.png", "report.json", "scaling.png"]
-    assert "padding_mask([2, 4]) & causal_mask(4)" in result.stdout
-
-
-def test_attention_weights_to_draw_are_plain_numbers():
-    weights = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
-    drawn = attention.checked_weights(weights, ["a"], ["b"])
-    assert not drawn.requires_grad and drawn.dtype == torch.float32 and drawn.max() == 1
-
-
-def test_attention_page_takes_the_row_of_a_query():
-    """The page's script: which of the flat (L, H, Tq, Tk) weights belong to layer l, head h, query q."""
-    start, stop = re.search(r"weights\.subarray\((.*), (.*)\);", attention.PAGE).groups()
-    flat, shape = np.arange(120), (2, 3, 4, 5)
-    for index in itertools.product(*map(range, shape[:3])):
-        names = dict(zip("lhqHQK", (*index, *shape[1:]), strict=True))
-        assert (flat[eval(start, names) : eval(stop, names)] == flat.reshape(shape)[index]).all()
-
-
-def test_attention_induction_task():
-    """The answer is the word that followed the asked one, and it stands where `places` says."""
-    tokens, *_ = attention.induction_batch(500, torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
-    batch = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    (tokens, places, answers), seen = batch, attention.N_SEEN
-    assert tokens.shape == (7, 2 * seen - 1) and places.shape == answers.shape == (7, seen - 1)
-    for n in range(7):
-        first, asked = tokens[n, :seen].tolist(), tokens[n, seen:].tolist()
-        assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
-        for i, word in enumerate(asked):
-            assert places[n, i] == first.index(word) + 1 and answers[n, i] == first[places[n, i]]
-    again = attention.induction_batch(7, torch.Generator().manual_seed(3), torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
-
-
-def test_attention_script_errors(tmp_path, capsys):
-    (tmp_path / "taken").write_text("a file")
-    check_one_line_error(run_script("attention.py", "--out", "taken", cwd=tmp_path), "attention.py", "taken")
-    for arguments, words in ((["--max-len", "100"], "max_len.*512.*100"), (["--steps", "0"], "steps.*0")):
+    @pytest.mark.parametrize("call,words", [
+        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
+        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
+        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
+        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
+        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
+        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
+        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
+        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
+        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
+        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
+        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
+        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
+    ])  # fmt: skip
+    def test_refused(self, call, words):
         with pytest.raises(ValueError, match=words):
-            attention.settings_from_command_line(arguments)
-    for name in ("abacus", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device.*{name}"):
-            attention.usable_device(name)
-    (tmp_path / "matplotlib.py").write_text("raise ImportError(\"No module named 'matplotlib'\")")
-    (tmp_path / "out/attention").mkdir(parents=True)  # of an earlier run: no reason to stop
-    result = run_script("attention.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(result, "matplotlib")
-    for arguments, code, words in ((["--no-such-flag"], 2, "--no-such-flag"), (["--help"], 0, "default")):
-        with pytest.raises(SystemExit) as leaving:
-            attention.settings_from_command_line(arguments)
-        assert leaving.value.code == code and words in "".join(capsys.readouterr())
+            call(attention)
 
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
+        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
+        "215 217 219 57", "215 217 216 57",
+    ])  # fmt: skip
+    def test_all_ways_refuse_shapes(self, name, shapes):
+        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
+        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
+        inputs = [torch.randn(*size, 4) for size in inputs]
+        with pytest.raises((RuntimeError, IndexError)):
+            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
 
-def test_attention_import_does_nothing(tmp_path):
-    code = (
-        "import sys, torch; seed, threads = torch.get_rng_state(), torch.get_num_threads(); import attention;"
-        "assert torch.equal(seed, torch.get_rng_state()) and threads == torch.get_num_threads();"
-        "assert 'matplotlib' not in sys.modules"
-    )
-    command = [sys.executable, "-c", code]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    @ATTENTION_EVERY_WAY
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
+        with pytest.raises(ValueError, match="mask.*boolean"):
+            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
 
+    # ---- it leaves Python
 
-def test_attention_logged_benchmark():
-    """The figures that README shows are those of a run of its command."""
-    log = json.loads((ROOT / "assets/attention_benchmark.json").read_text())
-    assert log["command"] == "python attention.py --benchmark" and log["threads"] == 2
-    assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8}
-    assert log["ratio"]["median"] >= 1.0 and log["rounds"] >= 20
-    assert all(log[key] for key in ("cpu", "gemm_gflops", "torch", "date"))
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
+    def test_multi_head_attention_leaves_python(self, way):
+        """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
+        combinations = list(itertools.product([False, True], repeat=4))
+        if way in ("export", "compile"):  # seconds each
+            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
+        for causal, fused, cross, masked in combinations:
+            module = AttentionCall(causal, fused, cross)
+            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
+            example = AttentionCall.example(2, 5, tk, cross, masked)
+            if way == "trace":
+                converted = torch.jit.trace(module, example_kwarg_inputs=example)
+            elif way == "script":
+                converted = torch.jit.script(module)
+            elif way == "export":
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
+                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
+            else:
+                torch._dynamo.reset()
+                converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+                given = AttentionCall.example(*sizes, cross, masked)
+                what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
+                check_close(converted(**given), module(**given), 1e-6, what)
+
+    def test_traced_fused_attention_fits_other_lengths(self):
+        q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
+        with warnings.catch_warnings(action="ignore"):  # deprecated
+            traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
+        for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
+            check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+
+    # ---- pictures
+
+    @staticmethod
+    def weights(*shape: int) -> Tensor:
+        weights = torch.rand(shape).softmax(dim=-1)
+        weights[..., 1:2] = 0.0  # masked
+        return weights
+
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
+    def test_plot_attention(self, shape, tmp_path, monkeypatch):
+        """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
+        from matplotlib.figure import Figure
+
+        tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
+        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
+        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
+        savefig = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", keep)
+        path = tmp_path / "a.png"
+        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
+        assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
+        maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
+        for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
+            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
+            assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
+            assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
+        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
+        assert len(labels) <= 40 and max(map(len, labels)) <= 12
+        if shape == (2, 5, 7):
+            assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
+
+    @pytest.mark.parametrize("weights,words", [
+        (torch.rand(2, 2), "2, 2"), (torch.rand(1, 2, 3), "1, 2, 3"), (torch.rand(1, 3, 2), "1, 3, 2"),
+        (torch.rand(1, 1, 1, 2, 2), "1, 1, 1, 2, 2"), (torch.full((1, 2, 2), 1.02), "1.02"),
+        (torch.full((1, 2, 2), -0.5), "-0.5"), (torch.full((1, 2, 2), math.nan), "nan"),
+    ])  # fmt: skip
+    def test_pictures_refuse_what_is_no_weights(self, weights, words, tmp_path):
+        for draw in (attention.plot_attention, attention.attention_html):
+            with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
+                draw(weights, ["a", "b"], ["a", "b"], tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+
+    def test_attention_html(self, tmp_path):
+        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is shown as masked."""
+        queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
+        keys = ["<!--", "&amp;", "x"]
+        weights = self.weights(2, 3, 5, 3)
+        weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+        page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
+        assert not re.findall(r"https?:|src=|url\(|import ", page)
+        assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+        data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
+        assert data["queries"] == queries and data["keys"] == keys
+        stored = np.array(data["weights"])
+        assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
+        assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [10_000, 1, 0]
+        half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
+        page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
+        assert '"weights":[[[[10000]]]]' in page
+
+    # ---- the demo
+
+    def test_induction_batch(self):
+        """The answer is the word that followed the asked one, and it stands where `places` says."""
+        tokens, places, answers = attention.induction_batch(300)
+        assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
+        seen = attention.N_SEEN
+        for row, where, what in zip(tokens.tolist(), places.tolist(), answers.tolist(), strict=True):
+            first, asked = row[:seen], row[seen:]
+            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1]) and len(where) == seen - 1
+            for word, place, answer in zip(asked, where, what, strict=True):
+                assert place == first.index(word) + 1 and answer == first[place]
+
+    def test_demo_alone_in_an_empty_folder(self, tmp_path):
+        shutil.copy(ROOT / "attention.py", tmp_path)
+        arguments = "--max-len", "1024", "--seed", "3"
+        environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
+        headline = last_json(result)
+        assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
+        report = json_of(tmp_path / headline["report"])
+        assert headline["weight_on_answer"] >= 0.9 and headline["exact_match"] >= 0.99
+        assert len(report["largest_difference"]) == 3 and max(report["largest_difference"].values()) < 1e-12
+        kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
+        grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
+        assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
+        assert all(report[key] for key in ("settings", "cpu", "threads", "torch", "command", "date"))
+        names = sorted(os.listdir(tmp_path / "out/attention"))
+        assert names == ["heads.html", "heads.png", "report.json"]
+
+    def test_logged_benchmark(self):
+        log = json_of(ROOT / "assets/attention_benchmark.json")
+        assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
+        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
+        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
 # encoder.py
+
+ENCODER_POOLS = ["mean", "max", "mean+max", "first"]
+
+
+def encoder_small(**given) -> encoder.EncoderConfig:
+    sizes = {"max_len": 12, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
+    return encoder.EncoderConfig(30, **(sizes | given))
+
+
+def encoder_classifier(**given) -> encoder.EncoderClassifier:
+    return encoder.EncoderClassifier(encoder_small(**given)).eval()
 
 
 def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
@@ -957,513 +733,355 @@ def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
     sizes = {
         "vocab_size": rng.randint(5, 50), "max_len": rng.randint(12, 40), "n_layers": rng.randint(1, 3),
         "n_heads": n_heads, "d_model": n_heads * rng.randint(1, 6), "d_ff": rng.randint(1, 40),
-        "dropout": 0.0,
-        "n_classes": rng.randint(1, 5), "norm_first": rng.random() < 0.5,
-        "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(["mean", "max", "mean+max", "first"]),
+        "n_classes": rng.randint(1, 5), "dropout": 0.0, "norm_first": rng.random() < 0.5,
+        "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(ENCODER_POOLS),
     }  # fmt: skip
     return encoder.EncoderConfig(**(sizes | given))
 
 
-def random_tokens(rng: random.Random, config: encoder.EncoderConfig, rows: int = 4) -> torch.Tensor:
-    """(rows, T) ids with padding after lengths from 1 to T."""
+def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
+    """(4, T) ids with padding after lengths from 1 to T."""
     T = rng.randint(2, config.max_len)
-    tokens = torch.randint(0, config.vocab_size - 1, (rows, T))
+    tokens = torch.randint(0, config.vocab_size - 1, (4, T))
     tokens += tokens >= config.pad_id  # any id but pad_id
     for row in tokens:
         row[rng.randint(1, T) :] = config.pad_id
     return tokens
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_encoder_layer_equals_torch(norm_first, activation, dtype, tolerance):
-    """Values and gradients of the input and of every parameter, with padding; eps is taken over too."""
-    for seed in range(10):
-        rng = random.Random(seed)
-        heads, T, B = rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 4)
-        theirs = nn.TransformerEncoderLayer(
-            heads * rng.randint(1, 8), heads, rng.randint(1, 30), 0.0, activation, rng.choice([1e-5, 1e-2]),
-            batch_first=True, norm_first=norm_first, dtype=dtype,
-        )  # fmt: skip
-        for parameter in theirs.parameters():
-            nn.init.normal_(parameter)  # their zero biases and unit norms would hide a forgotten one
-        ours = encoder.EncoderLayer.from_torch(theirs)
-        C = ours.attention_norm.normalized_shape[0]
-        mask = torch.rand(B, T) < 0.7
-        mask[:, 0] = True
-        x, upstream = torch.randn(B, T, C, dtype=dtype, requires_grad=True), torch.randn(B, T, C, dtype=dtype)
-        y = torch.randn(0)
-        gradients = []
-        for layer, given in (
-            (ours, {"mask": mask[:, None, None, :]}),
-            (theirs, {"src_key_padding_mask": ~mask}),
+def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
+    """torch's layer; its parameters are random: zero biases and unit norms would hide a forgotten one."""
+    choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
+    sizes = config.d_model, config.n_heads, config.d_ff
+    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+class TestEncoder:
+    # Oracles
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    @pytest.mark.parametrize("activation", ["relu", "gelu"])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    def test_encoder_layer_equals_torch(self, norm_first, activation, dtype, tolerance):
+        """Values, gradients of the input and of every parameter, with padding; eps is taken over too."""
+        for seed in range(10):
+            rng = random.Random(seed)
+            config = encoder_config(rng, norm_first=norm_first, activation=activation)
+            eps = rng.choice([1e-5, 1e-2])
+            theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=eps)
+            ours = encoder.EncoderLayer.from_torch(theirs)
+            x = torch.randn(rng.randint(1, 4), rng.randint(1, 9), config.d_model, dtype=dtype)
+            mask = torch.rand(x.shape[:2]) < 0.7
+            mask[:, 0] = True
+            inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+            output = ours(inputs[0], mask[:, None, None, :])
+            expected = theirs(inputs[1], src_key_padding_mask=~mask)
+            check_close(output, expected, tolerance, "output")
+            upstream = torch.randn_like(x)
+            (output * upstream).sum().backward()
+            (expected * upstream).sum().backward()
+            check_close(inputs[0].grad, inputs[1].grad, tolerance, "gradient of x")
+            for parameter in theirs.parameters():
+                parameter.data = parameter.grad
+            wanted = encoder.EncoderLayer.from_torch(theirs)  # so that each gradient has our name
+            for name, parameter in ours.named_parameters():
+                check_close(parameter.grad, wanted.get_parameter(name), tolerance, f"gradient of {name}")
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_encoder_stack_equals_torch(self, norm_first):
+        """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm, none in post-norm."""
+        for seed in range(10):
+            rng = random.Random(seed)
+            config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
+            ours = encoder.Encoder(config).double()
+            theirs = [encoder_torch_layer(config).double() for _ in range(config.n_layers)]
+            ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs))
+            tokens = encoder_tokens(rng, config)
+            mask = tokens != config.pad_id
+            positions = encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
+            x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
+            for layer in theirs:
+                x = layer(x, src_key_padding_mask=~mask)
+            if norm_first:
+                nn.init.normal_(ours.final_norm.weight)
+                nn.init.normal_(ours.final_norm.bias)
+                x = F.layer_norm(x, x.shape[-1:], ours.final_norm.weight, ours.final_norm.bias)
+            check_close(ours(tokens)[mask], x[mask], 1e-10)
+
+    def test_self_attention_equals_attention_py(self):
+        """Values, weights and gradients of both files' attention; a row without keys, too."""
+        short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
+        projections = long.q_proj, long.k_proj, long.v_proj
+        for module, weight, bias in zip(
+            projections, short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True
         ):
-            result = layer(x, **given)
-            gradients.append(torch.autograd.grad((result * upstream).sum(), [x, *layer.parameters()]))
-            if layer is ours:
-                y = result
-        check_close(y, result, tolerance, "output")
-        names = dict(ours.named_parameters())
-        given = dict(zip(names, gradients[0][1:], strict=True))
-        wanted = dict(zip([n for n, _ in theirs.named_parameters()], gradients[1][1:], strict=True))
-        pairs = {
-            "attention.qkv_proj.weight": "self_attn.in_proj_weight",
-            "attention.qkv_proj.bias": "self_attn.in_proj_bias",
-            "attention.out_proj.weight": "self_attn.out_proj.weight",
-            "attention.out_proj.bias": "self_attn.out_proj.bias",
-            "attention_norm.weight": "norm1.weight", "attention_norm.bias": "norm1.bias",
-            "ffn.0.weight": "linear1.weight", "ffn.0.bias": "linear1.bias",
-            "ffn.2.weight": "linear2.weight", "ffn.2.bias": "linear2.bias",
-            "ffn_norm.weight": "norm2.weight", "ffn_norm.bias": "norm2.bias",
-        }  # fmt: skip
-        assert set(pairs) == set(names)
-        check_close(gradients[0][0], gradients[1][0], tolerance, "gradient of x")
-        for mine, yours in pairs.items():
-            check_close(given[mine], wanted[yours], tolerance, f"gradient of {mine}")
-
-
-def test_encoder_layer_from_torch_takes_what_it_has_and_refuses_the_rest():
-    for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
-        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.25, activation, batch_first=True).eval()
-        ours = encoder.EncoderLayer.from_torch(layer)
-        assert ours.dropout.p == 0.25 and not ours.training
-        x = torch.randn(2, 3, 8)
-        check_close(ours(x), layer(x), 1e-5)
-    for given in (
-        {"batch_first": False},
-        {"bias": False},
-        {"activation": nn.GELU(approximate="tanh")},
-        {"activation": F.silu},
-    ):
-        with pytest.raises(ValueError, match="from_torch|activation"):
-            encoder.EncoderLayer.from_torch(
-                nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
-            )
-
-
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_encoder_stack_equals_torch(norm_first):
-    """embedding * sqrt(C) + positions, then the layers; a final norm in pre-norm and none in post-norm."""
-    for seed in range(10):
-        rng = random.Random(seed)
-        config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
-        ours = encoder.Encoder(config).double()
-        layer = nn.TransformerEncoderLayer(
-            config.d_model,
-            config.n_heads,
-            config.d_ff,
-            0.0,
-            config.activation,
-            batch_first=True,
-            norm_first=norm_first,
-        )
-        norm = nn.LayerNorm(config.d_model) if norm_first else None
-        theirs = nn.TransformerEncoder(layer, config.n_layers, norm, enable_nested_tensor=False).double()
-        for parameter in theirs.parameters():
-            nn.init.normal_(parameter)
-        ours.layers = nn.ModuleList(encoder.EncoderLayer.from_torch(layer) for layer in theirs.layers)
-        if norm_first:
-            ours.final_norm.load_state_dict(norm.state_dict())
-        tokens = random_tokens(rng, config)
-        mask = tokens != config.pad_id
-        positions = encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
-        x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
-        expected = theirs(x, src_key_padding_mask=~mask)
-        check_close(ours(tokens)[mask], expected[mask], 1e-10)
-
-
-def test_encoder_self_attention_is_attention_py_in_short():
-    """Values, weights and gradients of both files' attention, weights copied; a row without keys, too."""
-    short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
-    with torch.no_grad():
-        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            getattr(long, name).weight.copy_(short.qkv_proj.weight[12 * i : 12 * i + 12])
-            getattr(long, name).bias.copy_(short.qkv_proj.bias[12 * i : 12 * i + 12])
+            module.load_state_dict({"weight": weight, "bias": bias})
         long.out_proj.load_state_dict(short.out_proj.state_dict())
-    x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
-    mask = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
-    for m in (None, mask, torch.rand(5, 3, 7, 7) < 0.5):
-        expected, weights = long.forward_with_weights(x, mask=m)
-        check_close(short(x, m), expected, 1e-12)
-        check_close(short.weights(x, m), weights, 1e-12)
-        check_close(
-            *(torch.autograd.grad(y.square().sum(), x)[0] for y in (short(x, m), long(x, mask=m))), 1e-12
-        )
+        x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
+        padding = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
+        for mask in (None, padding, torch.rand(7, 7) < 0.5, torch.rand(5, 3, 7, 7) < 0.5):
+            expected, weights = long.forward_with_weights(x, mask=mask)
+            output = short(x, mask)
+            check_close(output, expected, 1e-12)
+            check_close(short.weights(x, mask), weights, 1e-12)
+            gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (output, expected)]
+            check_close(*gradients, 1e-12)
 
+    def test_sinusoidal_positional_encoding_equals_the_formula(self):
+        for d_model in (1, 2, 5, 8, 17):
+            table = encoder.sinusoidal_positional_encoding(30, d_model)
+            assert table.shape == (30, d_model) and table.dtype == torch.float32
+            for t, i in itertools.product(range(30), range(d_model)):
+                angle = t / 10000 ** (2 * (i // 2) / d_model)
+                assert abs(table[t, i].item() - (math.cos if i % 2 else math.sin)(angle)) < 1e-7
+        far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]
+        assert abs(far[0].item() - math.sin(100_000)) < 1e-7  # float32 angles are 4e-3 off here
 
-def test_encoder_positions_are_the_paper_s_formula():
-    for d_model in (1, 2, 5, 8, 17):
-        table = encoder.sinusoidal_positional_encoding(30, d_model)
-        assert table.shape == (30, d_model) and table.dtype == torch.float32
-        for t, i in itertools.product(range(30), range(d_model)):
-            angle = t / 10000 ** (2 * (i // 2) / d_model)
-            assert abs(table[t, i].item() - (math.cos if i % 2 else math.sin)(angle)) < 1e-7
-    far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]  # float32 angles would be 4e-3 off here
-    assert abs(far[0].item() - math.sin(100_000)) < 1e-7 and abs(far[1].item() - math.cos(100_000)) < 1e-7
-
-
-def test_encoder_padding_and_batch_invariance():
-    """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
-    for seed in range(30):
-        rng = random.Random(seed)
-        config = encoder_config(rng, pad_id=rng.choice([0, 2]))
-        model = encoder.EncoderClassifier(config).double().eval()
-        tokens = random_tokens(rng, config)
-        lengths = (tokens != config.pad_id).sum(1).tolist()
-        logits = model(tokens)
-        assert logits.shape == (4, config.n_classes)
-        for row, length in enumerate(lengths):
-            check_close(
-                model(tokens[row : row + 1, :length]), logits[row : row + 1], 1e-12, "alone, unpadded"
-            )
-        longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
-        check_close(model(longer), logits, 1e-12, "more padding")
-        mask = tokens != config.pad_id
-        noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
-        check_close(model(noise, mask), logits, 1e-12, "whatever stands under the mask")
-
-
-def test_encoder_masked_tokens_in_the_middle_get_no_weight_and_no_gradient():
-    config = encoder.EncoderConfig(
-        20, max_len=10, d_model=8, n_heads=2, d_ff=16, dropout=0.0, pool="mean+max"
-    )
-    model = encoder.EncoderClassifier(config).double()
-    tokens = torch.arange(1, 9).repeat(2, 1)  # (2, 8), each id once a row
-    mask = torch.ones(2, 8, dtype=torch.bool)
-    mask[:, 3] = False  # id 4
-    model(tokens, mask).square().sum().backward()
-    gradient = model.encoder.embedding.weight.grad.abs().sum(1)
-    assert gradient[4] == 0 and (gradient[[1, 2, 3, 5, 6, 7, 8]] > 0).all()
-    _, weights = model.encoder.forward_with_weights(tokens, mask)
-    assert (weights[..., 3] == 0).all()
-
-
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("pool", ["mean", "max", "mean+max", "first"])
-def test_encoder_row_of_padding_alone_pools_to_0_with_finite_gradients(pool, norm_first):
-    config = encoder.EncoderConfig(
-        9, max_len=6, d_model=8, n_heads=2, d_ff=8, norm_first=norm_first, pool=pool
-    )
-    model = encoder.EncoderClassifier(config)
-    tokens = torch.tensor([[0, 0, 0], [5, 6, 0]])
-    logits = model.eval()(tokens)
-    assert torch.equal(logits[0], model.head.bias) and not torch.equal(logits[1], model.head.bias)
-    model(tokens).square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    vectors, weights = model.encoder.forward_with_weights(tokens)
-    assert (weights[:, 0] == 0).all() and vectors.isfinite().all()
-
-
-def test_encoder_keeps_the_mode_and_the_dropout_asked_for():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    assert encoder.EncoderLayer.from_torch(layer.train()).training
-    model = encoder.EncoderClassifier(encoder.EncoderConfig(9, n_layers=2, dropout=0.3))
-    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.3] * 4
-
-
-def test_encoder_pools_are_their_loops():
-    for seed, pool in enumerate(["mean", "max", "mean+max", "first"] * 3):
-        config = encoder_config(random.Random(seed), pool=pool)
-        model = encoder.EncoderClassifier(config)
-        x = torch.randn(5, 7, config.d_model) - 3  # all below 0 somewhere: a max over padding's 0 would show
+    @pytest.mark.parametrize("pool", ENCODER_POOLS)
+    def test_pool_tokens_equals_its_loops(self, pool):
+        x = torch.randn(5, 7, 4, dtype=torch.float64) - 3  # below 0: padding's 0 would show in a max
         mask = torch.rand(5, 7) < 0.6
         mask[0], mask[1], mask[2] = False, True, torch.arange(7) == 3
-        for row, result in enumerate(model.pool(x, mask)):
-            real = [x[row, t] for t in range(7) if mask[row, t]]
-            mean = torch.stack(real).mean(0) if real else torch.zeros(config.d_model)
-            largest = torch.stack(real).max(0).values if real else torch.zeros(config.d_model)
-            first = x[row, 0] if mask[row, 0] else torch.zeros(config.d_model)
-            expected = {"mean": mean, "max": largest, "mean+max": torch.cat((mean, largest)), "first": first}
-            check_close(result, expected[pool], 1e-6, pool)
+        seen = x.masked_fill(~mask[:, :, None], math.nan)  # what stands at padding counts for nothing
+        for row, result in enumerate(encoder.pool_tokens(seen, mask, pool)):
+            real = [x[row, t] for t in range(7) if mask[row, t]] or [torch.zeros(4).double()]
+            mean, largest = torch.stack(real).mean(0), torch.stack(real).max(0).values
+            both, first = torch.cat((mean, largest)), x[row, 0] * mask[row, 0]
+            expected = {"mean": mean, "max": largest, "mean+max": both, "first": first}
+            check_close(result, expected[pool], 1e-12, pool)
+        assert torch.autograd.gradcheck(encoder.pool_tokens, (x.requires_grad_(), mask, pool))
 
+    # Properties
 
-def test_encoder_weights_on_request_do_not_change_the_output():
-    for seed in range(6):
-        rng = random.Random(seed)
-        config = encoder_config(rng)
-        model = encoder.Encoder(config).double()
-        tokens = random_tokens(rng, config)
-        output, weights = model.forward_with_weights(tokens)
-        assert torch.equal(output, model(tokens))
-        T = tokens.size(1)
-        assert weights.shape == (config.n_layers, 4, config.n_heads, T, T)
-        check_close(weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64), 1e-12)
-        layer, x, mask = model.layers[0], model.embed(tokens), model.attention_mask(tokens)
-        if config.norm_first:
-            x = layer.attention_norm(x)
-        theirs = nn.MultiheadAttention(config.d_model, config.n_heads, batch_first=True).double()
-        projections = layer.attention.state_dict()
-        names = {"in_proj_weight": "qkv_proj.weight", "in_proj_bias": "qkv_proj.bias"}
-        theirs.load_state_dict({name: projections[names.get(name, name)] for name in theirs.state_dict()})
-        expected = theirs(x, x, x, key_padding_mask=~mask[:, 0, 0], average_attn_weights=False)[1]
-        check_close(weights[0], expected, 1e-12, "weights of the first layer")
+    def test_forward_with_weights_are_those_of_forward(self):
+        for seed in range(6):
+            rng = random.Random(seed)
+            config = encoder_config(rng)
+            model, used = encoder.Encoder(config), []
+            tokens = encoder_tokens(rng, config)
+            for layer in model.layers:
+                layer.self_attention.register_forward_hook(lambda m, xs, _, w=used: w.append(m.weights(*xs)))
+            expected = model(tokens)
+            output, weights = model.forward_with_weights(tokens)
+            assert torch.equal(output, expected)
+            assert torch.equal(weights, torch.stack(used[: config.n_layers]))  # (L, B, H, T, T)
 
+    def test_from_torch_keeps_what_the_layer_has(self):
+        """Activation, dropout, mode, dtypes, and what is frozen."""
+        x = torch.randn(2, 3, 16)
+        for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
+            layer = encoder_torch_layer(encoder_small(), activation=activation, dropout=0.25).eval()
+            layer.linear1.requires_grad_(False)
+            ours = encoder.EncoderLayer.from_torch(layer)
+            check_close(ours(x), layer(x), 1e-5)
+            frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+            assert frozen == {"ffn.0.weight", "ffn.0.bias"}
+            assert ours.dropout.p == 0.25 and not ours.training
+        layer.bfloat16().train().norm1.float()
+        ours = encoder.EncoderLayer.from_torch(layer)
+        assert ours.training and ours.self_attention_norm.weight.dtype == torch.float32
+        assert ours.ffn_norm.weight.dtype == ours.self_attention.qkv_proj.bias.dtype == torch.bfloat16
+        ours.ffn[0].weight.data.zero_()
+        assert layer.linear1.weight.any(), "copies: the original stays as it is"
 
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_encoder_dropout_only_while_training(norm_first):
-    config = encoder.EncoderConfig(
-        30, max_len=8, d_model=16, n_heads=2, d_ff=32, dropout=0.5, norm_first=norm_first
-    )
-    model = encoder.EncoderClassifier(config)
-    tokens = torch.randint(1, 30, (4, 8))
-    assert not torch.equal(model(tokens), model(tokens))
-    model.eval()
-    assert torch.equal(model(tokens), model(tokens))
-    model.train()
-    for name in ("dropout", "encoder.dropout", "encoder.layers.0.dropout"):  # each place on its own
-        for other in model.modules():
-            if isinstance(other, nn.Dropout):
-                other.p = 0.0
-        model.get_submodule(name).p = 0.5
-        assert not torch.equal(model(tokens), model(tokens)), name
-    for silent in ("attention.out_proj", "ffn.2"):  # both sub-layers' outputs: the other one alone speaks
-        layer = encoder.EncoderLayer(config)
-        for parameter in layer.get_submodule(silent).parameters():
-            nn.init.zeros_(parameter)
-        x = torch.randn(2, 5, 16)
-        assert not torch.equal(layer(x), layer(x)), f"no dropout but after {silent}"
+    def test_encoder_padding_and_batch_invariance(self):
+        """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
+        for seed in range(30):
+            rng = random.Random(seed)
+            config = encoder_config(rng, pad_id=rng.choice([0, 2]))
+            model = encoder.EncoderClassifier(config).double().eval()
+            tokens = encoder_tokens(rng, config)
+            mask = tokens != config.pad_id
+            logits = model(tokens)
+            assert logits.shape == (4, config.n_classes)
+            for row, length in enumerate(mask.sum(1).tolist()):
+                alone = model(tokens[row : row + 1, :length])
+                check_close(alone, logits[row : row + 1], 1e-12, "alone, unpadded")
+            longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
+            check_close(model(longer), logits, 1e-12, "more padding")
+            mask = torch.rand(tokens.shape) < 0.7  # holes in the middle, too
+            noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
+            check_close(model(noise, mask), model(tokens, mask), 1e-12, "whatever stands under the mask")
 
+    @pytest.mark.parametrize("norm_first", [True, False])
+    @pytest.mark.parametrize("pool", ENCODER_POOLS)
+    def test_pool_tokens_of_padding_alone_is_0(self, pool, norm_first):
+        """So the logits are the head's bias; and gradients are finite."""
+        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
+        assert torch.equal(logits[0], model.head.bias)
+        assert not torch.equal(logits[1], model.head.bias)
+        logits.square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_encoder_dropout_of_nearly_all_leaves_what_it_does_not_act_on(norm_first):
-    """Sub-layers' outputs vanish, the residual doesn't; embeddings and the pooled vector do."""
-    config = dataclasses.replace(ENCODER_SMALL, dropout=1 - 1e-9, norm_first=norm_first)
-    layer, x = encoder.EncoderLayer(config), torch.randn(2, 5, config.d_model)
-    expected = x if norm_first else layer.ffn_norm(layer.attention_norm(x))
-    check_close(layer(x).detach(), expected.detach(), 1e-6)
-    model, tokens = encoder.EncoderClassifier(config), torch.randint(1, 20, (3, 6))
-    assert model.encoder.embed(tokens).abs().max() == 0
-    model.encoder.eval()
-    check_close(model(tokens).detach(), model.head.bias.detach().expand(3, -1), 1e-6)
+    @pytest.mark.parametrize("norm_first", [True, False])
+    def test_encoder_dropout_in_training_alone(self, norm_first):
+        """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
+        model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
+        tokens, nothing = torch.randint(1, 20, (3, 6)), model.head.bias.expand(3, -1)
+        assert torch.equal(model(tokens), model(tokens))
+        assert (model(tokens) - nothing).abs().max() > 0.01
+        model.dropout.train()
+        check_close(model(tokens), nothing, 1e-6)
+        model.train()
+        assert not model.encoder.embed(tokens)[0].any()
+        layer, x = model.encoder.layers[0], torch.randn(2, 5, 16)
+        expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
+        check_close(layer(x), expected, 1e-6)
+        dropouts = [m.p for m in encoder_classifier(dropout=0.3).modules() if isinstance(m, nn.Dropout)]
+        assert dropouts == [0.3] * 3
 
+    def test_encoder_sees_order_by_its_positions_alone(self):
+        model = encoder_classifier()
+        tokens = torch.randperm(29)[None, :10] + 1
+        shuffled = tokens[:, torch.randperm(10)]
+        assert (model(tokens) - model(shuffled)).abs().max() > 1e-3
+        model.encoder.positions.zero_()
+        check_close(model(tokens), model(shuffled), 1e-5)
 
-def test_encoder_sees_order_by_its_positions_alone():
-    model = encoder.EncoderClassifier(
-        encoder.EncoderConfig(30, max_len=12, d_model=16, n_heads=4, d_ff=32)
-    ).eval()
-    tokens = torch.randperm(29)[None, :10] + 1
-    shuffled = tokens[:, torch.randperm(10)]
-    assert (model(tokens) - model(shuffled)).abs().max() > 1e-3
-    model.encoder.positions.zero_()
-    check_close(model(tokens), model(shuffled), 1e-5)
+    def test_encoder_has_the_paper_s_parameters(self):
+        sizes = {"d_model": 8, "n_heads": 2, "n_layers": 3, "d_ff": 20, "n_classes": 4, "pool": "mean+max"}
+        model = encoder.EncoderClassifier(encoder.EncoderConfig(11, **sizes))
+        layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
+        n_parameters = sum(p.numel() for p in model.parameters())
+        assert n_parameters == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
+        embedded = encoder.Encoder(encoder.EncoderConfig(500)).embed(torch.arange(500)[:, None])[0]
+        positions = encoder.sinusoidal_positional_encoding(1, 128)
+        assert 0.9 < (embedded - positions).std() < 1.1, "words weigh as much as positions"
 
+    def test_encoder_config_defaults(self):
+        """Weights without their config are another model's once a default changes."""
+        assert dataclasses.astuple(encoder.EncoderConfig(9)) == (
+            9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean",
+        )  # fmt: skip
 
-def test_encoder_counts_and_state():
-    """Positions are computed, neither learned nor stored; the counts are the paper's."""
-    config = encoder.EncoderConfig(
-        11, max_len=7, d_model=8, n_heads=2, n_layers=3, d_ff=20, n_classes=4, pool="mean+max"
-    )
-    model = encoder.EncoderClassifier(config)
-    layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
-    assert sum(p.numel() for p in model.parameters()) == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
-    assert not any("positions" in name for name in model.state_dict())
-    assert isinstance(encoder.Encoder(encoder.EncoderConfig(11, norm_first=False)).final_norm, nn.Identity)
-    big = encoder.Encoder(encoder.EncoderConfig(500, d_model=64))
-    assert 0.9 < (big.embedding.weight * big.scale).std() < 1.1
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_encoder_from_the_meta_device(self, assign):
+        """All is right once weights are loaded, positions too: to_empty leaves old memory there."""
+        source, tokens = encoder_classifier(), torch.randint(1, 20, (3, 6))
+        with torch.device("meta"):
+            model = encoder_classifier()
+        if not assign:
+            model.to_empty(device="cpu")
+            for tensor in (*model.parameters(), *model.buffers()):
+                nn.init.constant_(tensor, math.nan)
+        model.load_state_dict(source.state_dict(), assign=assign)
+        assert torch.equal(model(tokens), source(tokens))
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_encoder_follows_the_default_dtype(self, dtype):
+        torch.set_default_dtype(dtype)
+        try:
+            logits = encoder_classifier()(torch.randint(1, 20, (3, 6)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert logits.dtype == dtype and logits.isfinite().all()
 
-def test_encoder_bad_input_is_named():
-    ok = {"vocab_size": 10, "max_len": 8, "d_model": 8, "n_heads": 2, "d_ff": 8}
-    bad = [
-        ({"d_model": 9}, "n_heads.*d_model=9.*n_heads=2"), ({"n_layers": 0}, "n_layers.*0"),
-        ({"vocab_size": 0}, "vocab_size"), ({"max_len": 0}, "max_len"), ({"d_model": 0}, "d_model"),
-        ({"n_heads": 0}, "n_heads"), ({"d_ff": -1}, "d_ff.*-1"),
-        ({"n_classes": 0}, "n_classes"), ({"dropout": 1.0}, "dropout.*1.0"), ({"dropout": -0.1}, "dropout"),
-        ({"pad_id": 10}, "pad_id.*10"), ({"pad_id": -1}, "pad_id"),
-        ({"activation": "tanh"}, "activation.*tanh"), ({"pool": "cls"}, "pool.*cls"),
-    ]  # fmt: skip
-    for change, message in bad:
-        with pytest.raises(ValueError, match=message):
-            encoder.EncoderConfig(**(ok | change))
-    model = encoder.EncoderClassifier(encoder.EncoderConfig(**ok))
-    tokens = torch.ones(2, 5, dtype=torch.long)
-    assert model(torch.ones(2, 8, dtype=torch.long)).shape == (2, 2)  # max_len itself fits
-    with pytest.raises(ValueError, match="max_len=8.*9"):
-        model(torch.ones(2, 9, dtype=torch.long))
-    for wrong in (*(torch.ones(size, dtype=torch.long) for size in (5, (2, 5, 3))), torch.ones(2, 5)):
-        with pytest.raises(ValueError, match="tokens must be"):
-            model(wrong)
-    for wrong in (torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool), torch.ones(5, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="mask must be"):
-            model.encoder(tokens, wrong)
+    def test_self_attention_weights_in_float16(self):
+        model = encoder.SelfAttention(64, 1).half()
+        nn.init.zeros_(model.qkv_proj.bias)
+        model.qkv_proj.weight.data = torch.eye(64).repeat(3, 1).half() * 8
+        weights = model.weights(torch.full((1, 3, 64), 8.0).half())
+        check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
 
+    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
+    @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
+    def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
+        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 12))
+        other[1, 4:], other[2] = 0, 0
+        dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
+        made = {
+            "script": torch.jit.script(model),
+            "trace": torch.jit.trace(model, (example,)),
+            "export": torch.export.export(model, (example,), dynamic_shapes=dynamic).module(),
+            "compile": torch.compile(model, fullgraph=True, backend="eager"),
+        }
+        for name, module in made.items():
+            check_close(module(other), model(other), 1e-6, name)
 
-@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
-@pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
-def test_encoder_scripted_traced_exported_compiled_at_other_sizes(norm_first, pool):
-    config = encoder.EncoderConfig(
-        30, max_len=20, d_model=16, n_heads=2, d_ff=32, norm_first=norm_first, pool=pool
-    )
-    model = encoder.EncoderClassifier(config).eval()
-    example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 20))
-    other[1, 4:], other[2] = 0, 0
-    dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=20)}}
-    made = {
-        "script": torch.jit.script(model),
-        "trace": torch.jit.trace(model, (example,)),
-        "export": torch.export.export(model, (example,), dynamic_shapes=dynamic).module(),
-        "compile": torch.compile(model, fullgraph=True, backend="eager"),
-    }
-    for name, module in made.items():
-        check_close(module(other), model(other), 1e-6, name)
+    # Refusals
 
+    @pytest.mark.parametrize(
+        "named, given",
+        [
+            ("n_heads.*d_model=9.*2", {"d_model": 9}), ("n_heads.*0", {"n_heads": 0}),
+            ("activation.*tanh", {"activation": "tanh"}), ("pool.*cls", {"pool": "cls"}),
+        ],
+    )  # fmt: skip
+    def test_encoder_config_refuses(self, named, given):
+        with pytest.raises(ValueError, match=named):
+            encoder_small(**given)
 
-def test_encoder_generated_reviews_hide_the_label_from_who_counts_words():
-    reviews = encoder.generate_reviews(4000, seed=5)
-    assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
-    texts = [text for text, _ in reviews]
-    assert len(set(texts)) == 4000  # so no sentence is in two splits
-    assert not any("{" in text or "  " in text for text in texts)
-    for i in range(0, 4000, 2):
-        (positive, one), (negative, zero) = reviews[i : i + 2]
-        assert (one, zero) == (1, 0)
-        twins = sorted(positive.split()) == sorted(negative.split())
-        assert twins == (i % 4 == 0) and positive != negative
-        if not twins:  # plain: the adjectives alone tell
-            words = set(positive.split()), set(negative.split())
-            assert not words[0] & set(encoder.BAD) and not words[1] & set(encoder.GOOD)
-            assert len(words[0] & set(encoder.GOOD)) == len(words[1] & set(encoder.BAD)) == 2
-    assert {sum(aside in text for aside in encoder.ASIDES) for text in texts} == {0, 1, 2, 3}
-    assert encoder.word_counting_ceiling(reviews) == 0.75
-    assert encoder.word_counting_ceiling([("a b", 1), ("b a", 1), ("a b c", 0)]) == 1.0
-    for wrong in (0, 3, -2, 100_002):
-        with pytest.raises(ValueError, match="even"):
-            encoder.generate_reviews(wrong, 0)
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"batch_first": False}, {"bias": False},
+            {"activation": F.silu}, {"activation": nn.GELU(approximate="tanh")},
+        ],
+    )  # fmt: skip
+    def test_from_torch_refuses(self, given):
+        theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
+        with pytest.raises(ValueError, match="from_torch|activation"):
+            encoder.EncoderLayer.from_torch(theirs)
 
-
-def test_encoder_demo_alone_in_an_empty_folder(tmp_path):
-    """The file copied alone: table, picture, report; the encoder passes the ceiling that the others can't."""
-    (tmp_path / "encoder.py").write_bytes((ROOT / "encoder.py").read_bytes())
-    result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path)
-    report = last_json(result)
-    rows = {row["model"]: row for row in report["rows"]}
-    assert rows["encoder"]["accuracy"] >= 0.99
-    assert rows["bag of words, logistic regression"]["accuracy"] <= report["ceiling"] == 0.75
-    assert rows["encoder without positions"]["accuracy"] <= 0.75
-    assert (
-        rows["encoder without positions"]["plain"] > 0.97
-        and rows["encoder without positions"]["twins"] == 0.5
-    )
-    folder = tmp_path / "out/encoder"
-    assert sorted(path.name for path in folder.iterdir()) == ["head.png", "report.json"]
-    assert (folder / "head.png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads((folder / "report.json").read_text()) == report
-    assert {"cpu", "threads", "gemm_gflops", "torch", "settings", "seconds"} <= set(report)
-    assert "n_train=6000" in result.stdout.splitlines()[0] and "threads=" in result.stdout.splitlines()[0]
-
-
-def test_encoder_same_seed_same_weights():
-    """Twice the same; another seed of the training alone gives other batches, hence other weights."""
-    tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
-    for seed in (3, 3, 4):
-        torch.manual_seed(0)
-        model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=16, d_ff=16, dropout=0.2))
-        encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_encoder_training_warms_up_and_cools_down(monkeypatch):
-    rates = []
-
-    class Recording(torch.optim.AdamW):
-        def step(self, *arguments, **given):
-            rates.append(self.param_groups[0]["lr"])
-            return super().step(*arguments, **given)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Recording)
-    model = encoder.EncoderClassifier(encoder.EncoderConfig(20, d_model=8, n_heads=2, d_ff=8))
-    s = encoder.Settings(epochs=2, batch_size=10, lr=0.5)
-    encoder.train(model, torch.randint(1, 20, (395, 5)), torch.randint(0, 2, (395,)), s)
-    assert len(rates) == 80  # the last batch of an epoch is smaller, and counts
-    assert rates[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5], rel=0.01)  # warm-up is 80 / 20 steps
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[40] == pytest.approx(0.25) and rates[-1] < 0.001
-
-
-ENCODER_SMALL = encoder.EncoderConfig(30, max_len=12, d_model=16, n_heads=2, n_layers=1, d_ff=16)
-
-
-def test_encoder_training_clips_and_decays(monkeypatch):
-    norms, decays = [], []
-    clip, adamw = nn.utils.clip_grad_norm_, torch.optim.AdamW
-
-    def recorded(parameters, lr, weight_decay):
-        decays.append(weight_decay)
-        return adamw(parameters, lr=lr, weight_decay=weight_decay)
-
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, norm: norms.append(norm) or clip(p, norm))
-    monkeypatch.setattr(torch.optim, "AdamW", recorded)
-    model = encoder.EncoderClassifier(ENCODER_SMALL)
-    tokens, labels = torch.randint(1, 10, (8, 5)), torch.arange(8) % 2
-    encoder.train(model, tokens, labels, encoder.Settings(epochs=2, batch_size=4))
-    assert norms == [1.0] * 4 and decays == [0.01]
-
-
-def test_encoder_layer_names_what_is_wrong_with_x():
-    layer = encoder.EncoderLayer(encoder.EncoderConfig(9, d_model=16))
-    for x in (torch.randn(5, 16), torch.randn(2, 5, 12)):
-        with pytest.raises(ValueError, match=re.escape(f"x must be (B, T, C=16), got {list(x.shape)}")):
-            layer(x)
-    theirs = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    theirs.self_attn.add_zero_attn = True
-    with pytest.raises(ValueError, match="add_zero_attn"):
-        encoder.EncoderLayer.from_torch(theirs)
-
-
-def test_encoder_refuses_masks_and_tokens_of_other_types():
-    """A mask of numbers would be added to the scores: almost nothing would be masked, without a word."""
-    layer, x = encoder.EncoderLayer(ENCODER_SMALL), torch.randn(2, 5, 16)
-    for dtype in (torch.float32, torch.long, torch.uint8):
-        for run in (layer, layer.forward_with_weights):
+    def test_encoder_refuses_masks_and_lengths(self):
+        model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
+        with pytest.raises(ValueError, match="max_len=12.*13"):
+            model(tokens)
+        tokens = tokens[:, :12]  # max_len itself fits
+        check_close(model(tokens.int()), model(tokens), 0)
+        for shape in ((2, 1), (1, 12), (2, 12, 12)):  # would broadcast
+            with pytest.raises(ValueError, match="mask must be"):
+                model(tokens, torch.ones(shape, dtype=torch.bool))
+        for dtype in (torch.float32, torch.long, torch.uint8):  # would be added to the scores
             with pytest.raises(ValueError, match="mask must be boolean"):
-                run(x, torch.ones(2, 1, 1, 5, dtype=dtype))
-    for pool in ("mean", "max", "mean+max", "first"):
-        nothing = encoder.EncoderClassifier(dataclasses.replace(ENCODER_SMALL, pool=pool))
-        with pytest.raises(ValueError, match="T >= 1"):
-            nothing(torch.ones(2, 0, dtype=torch.long))
-    model = encoder.EncoderClassifier(ENCODER_SMALL)
-    for dtype in (torch.int16, torch.uint8, torch.bool, torch.float32):
-        with pytest.raises(ValueError, match="int32 or int64"):
-            model(torch.ones(2, 5).to(dtype))
-    check_close(
-        model.eval()(torch.ones(2, 5, dtype=torch.int32)), model(torch.ones(2, 5, dtype=torch.long)), 0
-    )
+                model.encoder.forward_with_weights(tokens, torch.ones(2, 12, dtype=dtype))
 
+    # Runs and demo
 
-def test_encoder_weights_stay_finite_in_float16():
-    attention_ = encoder.SelfAttention(64, 1).half()
-    x = torch.full((1, 3, 64), 8.0).half()
-    with torch.no_grad():
-        attention_.qkv_proj.weight.copy_(torch.eye(64).repeat(3, 1) * 8)
-        attention_.qkv_proj.bias.zero_()  # q = k = 64: q k' = 262,144 overflows, scaled it is 32,768
-        assert (attention_.weights(x) - 1 / 3).abs().max() < 1e-3
+    def test_train_is_a_function_of_its_seed(self):
+        """Twice the same; another seed of the training alone gives other batches, hence other weights."""
+        tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
+        for seed in (3, 3, 4):
+            torch.manual_seed(0)
+            model = encoder_classifier(dropout=0.1)
+            encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
+            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
+    def test_generate_reviews_are_twins(self):
+        reviews = encoder.generate_reviews(4000, seed=5)
+        assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
+        assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
+        for (positive, one), (negative, zero) in zip(reviews[::2], reviews[1::2], strict=True):
+            assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
+            assert "{" not in positive and "  " not in positive + negative
 
-def test_encoder_errors_on_the_command_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("encoder.py", "--out", "file/below", cwd=tmp_path), "file")
-    for arguments, code, words in (
-        (["--widht", "3"], 2, "unrecognized arguments: --widht"),
-        (["--help"], 0, "default: 0.003"),
-    ):
-        with pytest.raises(SystemExit) as leaving:
-            encoder.main(arguments)
-        assert leaving.value.code == code and words in "".join(capsys.readouterr())
-    (tmp_path / "out").mkdir()  # of an earlier run
-    small = ["--n-train", "40", "--n-test", "400", "--epochs", "1", "--out", str(tmp_path / "out")]
-    for arguments, message in [
-        (["--n-heads", "5"], "n_heads.*64.*5"), (["--epochs", "0"], "epochs.*0"),
-        (["--n-test", "401"], "n_test.*401"), (["--device", "cuda:99"], "device.*cuda:99"),
-        (["--device", "tpus"], "device.*tpus"), (["--n-train", "42"], "n_train.*42"),
-        (["--n-test", "396"], "n_test.*396"), (["--lr", "0"], "lr.*0"),
-        (["--batch-size", "0"], "batch_size.*0"),
-    ]:  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            encoder.main(small + arguments)
-    with pytest.raises(ValueError, match="no_such_library"):
-        encoder.need("torch", "no_such_library")
+    def test_main_of_an_untrained_encoder_concludes_nothing(self, tmp_path, capsys):
+        encoder.main(encoder.Settings(epochs=0, out=str(tmp_path)))
+        assert "conclusion: none" in capsys.readouterr().out
+
+    def test_main_that_diverges_ends_in_a_sentence(self, tmp_path, capsys):
+        with pytest.raises(SystemExit, match="--lr"):
+            encoder.main(encoder.Settings(lr=1e30, out=str(tmp_path)))
+        assert "conclusion" not in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+    def test_encoder_demo_alone_in_an_empty_folder(self, tmp_path):
+        """The file copied alone, on a terminal that knows ASCII only: table, picture, report."""
+        shutil.copy(ROOT / "encoder.py", tmp_path)
+        result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path, PYTHONIOENCODING="ascii")
+        summary = last_json(result)
+        assert summary["encoder"] >= 0.99 and len(result.stdout.splitlines()[-1]) < 300
+        for name in ("bag of words", "encoder without positions"):
+            assert abs(summary[name] - 0.5) < 0.02
+        report = json_of(tmp_path / summary["report"])
+        assert {row["model"]: row["accuracy"] for row in report["rows"]}.items() <= summary.items()
+        assert {"cpu", "threads", "torch", "settings"} <= set(report)
+        assert (tmp_path / "out/encoder/head.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # -----------------------------------------------------------------------------
@@ -1472,329 +1090,54 @@ def test_encoder_errors_on_the_command_line(tmp_path, capsys):
 
 def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = dict(
-        vocab_size=11, max_len=24, d_model=12, n_heads=3, n_layers=2, d_ff=20, dropout=0.0, tied=False
-    )
-    model = transformer.Transformer(
-        transformer.TransformerConfig(**(config | {"norm_first": norm_first} | changes))
-    )
+    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
+    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**config))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
     return model.to(dtype)
 
 
-def transformer_sentences(n=6, longest=9, vocab=11, with_eos=True):
-    """Rows of random tokens of different lengths, padded on the right; the first is the longest."""
+def transformer_sentences(n=6, longest=9, vocab=11):
+    """Rows of random tokens with EOS, padded on the right; the first is the longest."""
     lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.randint(3, vocab, (length,)) for length in lengths]
-    if with_eos:
-        rows = [torch.cat((row[:-1], torch.tensor([2]))) for row in rows]
+    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-def transformer_copy_attention(ours, theirs):
-    """Weights of ours into an nn.MultiheadAttention."""
-    parts = (ours.q_proj, ours.k_proj, ours.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
-        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-
-
 def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with copies of the model's weights."""
+    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
     c = model.config
-    settings = dict(d_model=c.d_model, nhead=c.n_heads, dim_feedforward=c.d_ff, dropout=0.0, batch_first=True)
-    settings |= {"norm_first": c.norm_first, "dtype": next(model.parameters()).dtype}
+    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
+    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
     norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(**settings), c.n_layers, norms[0], enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**settings), c.n_layers, norms[1])
-    for stack, layers in ((encoder, model.encoder), (decoder, model.decoder)):
-        for theirs, ours in zip(stack.layers, layers, strict=True):
-            transformer_copy_attention(ours.self_attention, theirs.self_attn)
-            theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
-            theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
-            theirs.norm1.load_state_dict(ours.norm1.state_dict())
-            theirs.norm2.load_state_dict(ours.norm2.state_dict())
-            if stack is decoder:
-                transformer_copy_attention(ours.cross_attention, theirs.multihead_attn)
-                theirs.norm3.load_state_dict(ours.norm3.state_dict())
-    for norm, ours in zip(norms, (model.encoder_norm, model.decoder_norm), strict=True):
-        if norm is not None:
-            norm.load_state_dict(ours.state_dict())
-    return encoder, decoder
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-def test_transformer_equals_torch(norm_first, dtype, tolerance, d_model, n_heads):
-    model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-    encoder, decoder = transformer_to_torch(model)
-    src, _ = transformer_sentences()
-    tgt = F.pad(transformer_sentences(longest=7, with_eos=False)[0], (1, 0), value=1)
-    positions = transformer.sinusoidal_positions(24, d_model).to(dtype)
-
-    def embed(embedding, tokens):
-        return embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-
-    memory, memory_mask = model.encode(src)
-    assert memory_mask.shape == (6, 1, 1, 9)
-    expected_memory = encoder(embed(model.src_embedding, src), src_key_padding_mask=src == 0)
-    real = (src != 0)[..., None]
-    check_close(memory * real, expected_memory * real, tolerance, "encoder")
-
-    causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-    x = embed(model.tgt_embedding, tgt)
-    expected = decoder(x, expected_memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
-    expected = F.linear(expected, model.output.weight)
-    logits = model(src, tgt)
-    real = (tgt != 0)[..., None]
-    check_close(logits * real, expected * real, tolerance, "model")
-
-    upstream = torch.randn_like(logits) * real
-    ours = torch.autograd.grad((logits * upstream).sum(), list(model.parameters()))
-    ours = dict(zip([name for name, _ in model.named_parameters()], ours, strict=True))
-    names = [name for name, _ in model.named_parameters() if "embedding" in name or name == "output.weight"]
-    shared = torch.autograd.grad(
-        (expected * upstream).sum(), [model.get_parameter(n) for n in names], retain_graph=True
-    )
-    for name, grad in zip(names, shared, strict=True):
-        check_close(ours[name], grad, tolerance * 10, name)
-    (expected * upstream).sum().backward()
-    for i, theirs in enumerate(decoder.layers):
-        for mine, torchs in (
-            ("self_attention", theirs.self_attn),
-            ("cross_attention", theirs.multihead_attn),
-        ):
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.weight"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_weight.grad, tolerance * 10, f"{mine} weight {i}")
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.bias"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_bias.grad, tolerance * 10, f"{mine} bias {i}")
-        check_close(ours[f"decoder.{i}.norm3.weight"], theirs.norm3.weight.grad, tolerance * 10, f"norm3 {i}")
-    for i, theirs in enumerate(encoder.layers):
-        stacked = torch.cat([ours[f"encoder.{i}.self_attention.{p}_proj.weight"] for p in "qkv"])
-        check_close(stacked, theirs.self_attn.in_proj_weight.grad, tolerance * 10, f"encoder weight {i}")
-        check_close(
-            ours[f"encoder.{i}.feed_forward.0.weight"], theirs.linear1.weight.grad, tolerance * 10, f"ffn {i}"
-        )
-
-
-def test_transformer_parameter_counts():
-    def count(**changes):
-        with torch.device("meta"):
-            model = transformer.Transformer(transformer.TransformerConfig(**changes))
-        return sum(p.numel() for p in model.parameters())
-
-    assert count() == 63_082_496
-    assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-    assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-    assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
-
-
-def test_transformer_tying_and_initial_scale():
-    config = transformer.TransformerConfig(vocab_size=300, d_model=64, n_heads=4, n_layers=1, d_ff=64)
-    model = transformer.Transformer(config)
-    assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-    assert abs(model.src_embedding.weight.std().item() * 8 - 1) < 0.05  # 1 / sqrt(d_model)
-    for layer in (model.encoder[0], model.decoder[0]):
-        weight = layer.self_attention.q_proj.weight
-        assert abs(weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier, uniform
-        assert layer.self_attention.q_proj.bias.abs().max() == 0
-    untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
-    matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-    assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-    assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)
-    assert "positions" not in untied.state_dict()
-    s = transformer.Settings(tied=False, norm_first=False, dropout=0.25)
-    made = vars(transformer.model_config(s, 300))
-    assert all(
-        made[name] == value for name, value in vars(s).items() if name in made and name != "vocab_size"
-    )
-
-
-def test_transformer_positions():
-    table = transformer.sinusoidal_positions(50, 7)
-    for position, feature in itertools.product((0, 1, 49), range(7)):
-        angle = position / 10_000 ** (2 * (feature // 2) / 7)
-        expected = math.cos(angle) if feature % 2 else math.sin(angle)
-        assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
-    assert table.dtype == torch.float32 and table.shape == (50, 7)
-
-
-def test_transformer_attention_with_nothing_to_see():
-    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
-    mask = torch.rand(2, 5, 5) < 0.5
-    mask[0, 2] = False
-    output, weights = transformer.attention(q, k, v, mask)
-    assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-    check_close(output, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
-    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum()
-    for grad, other in zip(grads, torch.autograd.grad(expected, (q, k, v)), strict=True):
-        check_close(grad, other, 1e-12)
-    low = transformer.attention(60 * q, -60 * q, v, mask)[
-        0
-    ]  # what may be seen scores lower than any fill value
-    check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
-    big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-    assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-    model = transformer_tiny()
-    logits = model(
-        torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    )  # sources all padding
-    assert logits.isfinite().all()
-
-
-def test_transformer_causal_mask():
-    assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-    assert transformer.causal_mask(3, 3).tolist() == torch.ones(3, 3).tril().bool().tolist()
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_no_look_ahead(norm_first):
-    model = transformer_tiny(norm_first)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 8))
-    before = model(src, tgt)
-    for t in range(8):
-        changed = tgt.clone()
-        changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-        after = model(src, changed)
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
-
-
-def test_transformer_padding_changes_nothing():
-    model = transformer_tiny()
-    src, lengths = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    together = model(src, tgt)
-    wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-    check_close(wider, together, 1e-12, "more padding")
-    for row, length in enumerate(lengths):
-        alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-        check_close(alone[0], together[row], 1e-12, "alone")
-
-
-def test_transformer_every_layer_drops_by_itself():
-    """In both orders of norm and sublayer; the embedding's dropout is off."""
-    for norm_first in (True, False):
-        model = transformer_tiny(norm_first, dropout=0.5).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            assert not torch.equal(layer(x, mask), layer(x, mask))
-        causal = transformer.causal_mask(5, 5)
-        for layer in model.decoder:
-            assert not torch.equal(layer(x, causal, x, mask, {}), layer(x, causal, x, mask, {}))
-
-
-def test_transformer_dev_loss_has_no_dropout(tmp_path):
-    s = transformer.Settings(d_model=16, n_heads=2, d_ff=16, n_layers=1, dropout=0.5, device="cpu", amp="off")
-    s.out = str(tmp_path)
-    corpus = transformer.number_corpus(0, 40, 10, 5)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    dev = [tuple(tokenizer.encode(text, s.max_len) for text in pair) for pair in corpus.dev]
-    training = transformer.Training(s, tokenizer, dev, dev)
-    training.model.train()
-    assert training.dev_loss() == training.dev_loss() and training.model.training
-    training.save()
-    other = transformer.Training(s, tokenizer, dev[:-1], dev)
-    with pytest.raises(ValueError, match="other sentences"):  # another folder under --data
-        other.restore(transformer.load(tmp_path / "checkpoint.pt", "checkpoint"))
-
-
-def test_transformer_decode_refuses_a_mask_of_another_shape():
-    model, (src, _) = transformer_tiny(), transformer_sentences(n=5, longest=5)
-    memory, mask = model.encode(src)
-    for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-        with pytest.raises(ValueError, match="memory_mask"):
-            model.decode(src, memory, wrong)
-
-
-def test_transformer_settings_and_what_may_change():
-    for name in "epochs batch-tokens warmup average save-every beam-size lr-scale clip".split():
-        with pytest.raises(ValueError, match=f"--{name} must be above 0, got 0"):
-            transformer.settings_from_command_line([f"--{name}", "0"])
-    may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-    assert set(transformer.MAY_CHANGE) == may
-
-
-def test_transformer_load_names_a_damage_without_a_message(tmp_path, monkeypatch):
-    transformer.save(tmp_path / "a.pt", {"kind": "model"})
-    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError()))
-    with pytest.raises(ValueError, match="a.pt is damaged or isn't a model: EOFError"):
-        transformer.load(tmp_path / "a.pt", "model")
-
-
-def test_transformer_dropout_only_while_training():
-    model = transformer_tiny(dropout=0.5)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    assert not torch.equal(model(src, tgt), model(src, tgt))
-    decoded = [transformer.greedy_decode(model, src, 12) for _ in range(2)]
-    found = [transformer.beam_search(model, src, 12)[0] for _ in range(2)]
-    assert torch.equal(*decoded) and torch.equal(*found) and model.training
-    model.eval()
-    assert torch.equal(model(src, tgt), model(src, tgt))
-    transformer.greedy_decode(model, src, 3)
-    assert not model.training
-    # Dropout acts on the embeddings and on each sublayer's output: with p near 1 nothing is left of a token.
-    nothing = transformer_tiny(dropout=0.999999)
-    assert (nothing.encode(src)[0].std(0) < 1e-9).all()
-
-
-def test_transformer_loss():
-    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(1, 11, (3, 5))
-    targets[0, 3:] = targets[1, 1:] = 0
-    loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-    terms = []
-    for row, position in itertools.product(range(3), range(5)):
-        if targets[row, position] != 0:
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-    assert len(terms) == 9
-    check_close(loss, torch.stack(terms).mean(), 1e-12)
-    for wrong, smoothing in ((11, 0.1), (-1, 0.1), (5, 1.0), (5, -0.1), (5, math.nan)):
-        words = "targets must lie in 0 .. 10" if smoothing == 0.1 else "smoothing"
-        with pytest.raises(ValueError, match=words):
-            transformer.label_smoothed_loss(logits, targets.masked_fill(targets == 3, wrong), 0, smoothing)
-    grad = torch.autograd.grad(loss, logits)[0]
-    assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-    low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-    assert low.dtype == torch.float32
-    check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
-
-
-def test_transformer_main_translates_the_empty_text_and_finds_multi30k_by_its_variable(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(transformer, "translate_command", lambda s: asked.append(s.translate))
-    monkeypatch.setattr(sys, "argv", ["transformer.py", "--translate", "", "--out", str(tmp_path / "a")])
-    transformer.main()
-    assert asked == [""] and not (tmp_path / "a").exists()
-    monkeypatch.setenv("MULTI30K_DATA", "there")
-    monkeypatch.setattr(transformer, "multi30k_corpus", lambda folder: asked.append(folder) or 1 / 0)
-    for given in ([], ["--data", "here"]):
-        with pytest.raises(ZeroDivisionError):
-            transformer.prepare(transformer.settings_from_command_line(["--preset", "multi30k", *given]))
-    assert asked == ["", "there", "here"]
-
-
-def test_transformer_noam():
-    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-    assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-    assert abs(rates[0] - rates[3999] / 4000) < 1e-12  # a straight line up to there
-    assert abs(rates[15_999] - rates[3999] / 2) < 1e-12  # and half at four times the steps
-    for step, warmup in ((0, 10), (1, 0)):
-        with pytest.raises(ValueError, match="step and warmup"):
-            transformer.noam_lr(step, 512, warmup)
-
-
-# ---- search
+    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
+    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
+    same = []  # modules: ours, theirs
+    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
+        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
+        same += [(ours.ffn_norm, theirs.norm2)]
+    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
+        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
+        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
+        same += [(ours.ffn_norm, theirs.norm3)]
+    if c.norm_first:
+        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
+    pairs = []  # lists of our parameters, and theirs that holds them one below the other
+    for ours, theirs in same:
+        if isinstance(theirs, nn.MultiheadAttention):
+            projections = ours.q_proj, ours.k_proj, ours.v_proj
+            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
+            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
+            ours, theirs = ours.out_proj, theirs.out_proj
+        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(torch.cat(ours))
+    return encoder, decoder, pairs
 
 
 def transformer_greedy_oracle(model, src_row, max_len):
@@ -1811,116 +1154,6 @@ def transformer_log_prob(model, src_row, tokens):
     return sum(logits[i, token].item() for i, token in enumerate(tokens))
 
 
-def transformer_rows(tokens):
-    """Rows up to their EOS; all after it must be padding."""
-    rows = []
-    for row in tokens.tolist():
-        end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
-        rows.append(row[:end])
-    return rows
-
-
-@pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: still unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=32, d_ff=64, n_layers=1, epochs=2, average=1, seed=1
-    )
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    train, dev = (
-        [tuple(tokenizer.encode(text, 32) for text in pair) for pair in pairs]
-        for pairs in (corpus.train, corpus.dev)
-    )
-    training = transformer.Training(s, tokenizer, train, dev)
-    torch.set_num_threads(1)
-    training.run()
-    return training.model.double().eval(), tokenizer, corpus, training
-
-
-@pytest.fixture
-def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    return [(model, src)] + [
-        (transformer_tiny(bool(i)).eval(), transformer_sentences(n=5)[0]) for i in range(2)
-    ]
-
-
-@torch.no_grad()
-def test_transformer_greedy_equals_the_plain_loop(transformer_searched):
-    lengths, cut_off = set(), 0
-    for model, src in transformer_searched:
-        tokens = transformer.greedy_decode(model, src, 12)
-        rows = transformer_rows(tokens)
-        assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
-        assert torch.equal(tokens, transformer.greedy_decode(model, src, 12, use_cache=False))
-        assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
-        assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-        for i in range(len(src)):
-            assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-        lengths |= {len(row) for row in rows}
-        cut_off += sum(row[-1] != 2 for row in rows)
-    assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
-
-
-def test_transformer_cache_gives_the_same_logits():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 10))
-    memory, memory_mask = model.encode(src)
-    whole = model.decode(tgt, memory, memory_mask)
-    cache = {}
-    pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), dim=1)]
-    check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-    with pytest.raises(ValueError, match="max_len=24"):
-        model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-
-
-def test_transformer_the_memory_is_projected_once():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    counts = {"encoder": 0, "memory": 0}
-
-    def count(name):
-        return lambda *_: counts.__setitem__(name, counts[name] + 1)
-
-    model.encoder[0].register_forward_hook(count("encoder"))
-    model.decoder[0].cross_attention.k_proj.register_forward_hook(count("memory"))
-    for use_cache, projections in ((True, 1), (False, 6)):
-        counts.update(encoder=0, memory=0)
-        with torch.no_grad():
-            model.output.weight[2] = 0.0  # next to never EOS
-        assert transformer.greedy_decode(model, src, 6, use_cache).shape[1] == 6
-        assert counts == {"encoder": 1, "memory": projections}
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_transformer_full_beam_equals_brute_force(length_penalty):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        model = transformer_tiny(vocab_size=4, n_layers=1).eval()
-        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-        tokens, scores = transformer.beam_search(model, src, 4, beam_size=4**4, length_penalty=length_penalty)
-        for row in range(2):
-            best, best_score = None, -math.inf
-            for n in range(1, 5):
-                for sequence in itertools.product(range(4), repeat=n):
-                    if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                        continue  # EOS ends, and nothing else but max_len does
-                    with torch.no_grad():
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                    score /= ((5 + n) / 6) ** length_penalty
-                    if score > best_score:
-                        best, best_score = list(sequence), score
-            assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-            assert abs(scores[row].item() - best_score) < 1e-10
-        assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
-
-
 def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
     beams = [([], 0.0)]
@@ -1935,689 +1168,20 @@ def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     return max(scored, key=lambda beam: beam[1])
 
 
-@pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-@torch.no_grad()
-def test_transformer_beam_equals_lists(transformer_searched, beam_size, length_penalty):
-    lengths = set()
-    for model, src in transformer_searched:
-        src = src[:20]
-        tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-        assert scores.dtype == torch.float64
-        for row, found in enumerate(transformer_rows(tokens)):
-            best, score = transformer_beam_oracle(
-                model, src[row][src[row] != 0], 10, beam_size, length_penalty
-            )
-            assert found == best and abs(scores[row].item() - score) < 1e-10
-            alone, alone_score = transformer.beam_search(
-                model, src[row : row + 1], 10, beam_size, length_penalty
-            )
-            assert transformer_rows(alone) == [found] and abs(alone_score.item() - score) < 1e-10
-            lengths.add(len(found))
-        wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-        assert torch.equal(wider[0], tokens)
-        check_close(wider[1], scores, 1e-12)
-    assert len(lengths) > 4, lengths
-
-
-@torch.no_grad()
-def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_trained):
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    found = transformer.greedy_decode(model, src, 16)
-    greedy, n_tokens, finished = transformer.sequence_log_probs(model, src, found)
-    for row, tokens in enumerate(transformer_rows(found)):
-        assert abs(greedy[row].item() - transformer_log_prob(model, src[row][src[row] != 0], tokens)) < 1e-10
-        assert n_tokens[row] == len(tokens) and finished[row] == (tokens[-1] == 2)
-    lengths = []
-    for penalty in (0.0, 1.0, 3.0):
-        tokens, scores = transformer.beam_search(model, src, 16, 4, penalty)
-        log_prob, n_tokens, _ = transformer.sequence_log_probs(model, src, tokens)
-        check_close(scores, log_prob / ((5 + n_tokens) / 6) ** penalty, 1e-6)  # the divisor here is float32
-        lengths.append(n_tokens.double().mean().item())
-        if penalty == 0:
-            assert log_prob.mean() > greedy.mean() + 0.5
-    assert lengths[0] < lengths[1] < lengths[2], lengths
-
-
-@torch.no_grad()
-def test_transformer_translate_loses_no_text(transformer_half_trained):
-    model, tokenizer, _, _ = transformer_half_trained
-    texts = [transformer.english_number(n) for n in range(130)]
-    found = transformer.translate(
-        model, tokenizer, texts, lambda src: transformer.greedy_decode(model, src, 3)
-    )
-    assert min(t.n_tokens for t in found) >= 1
-    blank = transformer.Translation("", 0.0, 0, True)
-    assert transformer.translate(model, tokenizer, ["", "   "], None) == [blank, blank]
-
-
-def test_transformer_search_of_no_sentence():
-    model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-    assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
-    tokens, scores = transformer.beam_search(model, none, 5)
-    assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-
-def test_transformer_log_probs_of_a_bf16_model_are_float32():
-    model = transformer_tiny(dtype=torch.bfloat16).eval()
-    src, _ = transformer_sentences()
-    log_probs, n_tokens, _ = transformer.sequence_log_probs(
-        model, src, transformer.greedy_decode(model, src, 9)
-    )
-    assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
-    scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-    with torch.no_grad():
-        logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
-    check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
-
-
-def test_transformer_search_leaves_the_model_as_it_was():
-    """Every submodule's mode; and no hook of cross_attention_weights."""
-    model = transformer_tiny().train()
-    model.encoder.eval()
-    modes = [module.training for module in model.modules()]
-    transformer.greedy_decode(model, torch.full((1, 3), 3), 2)
-    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
-    transformer.cross_attention_weights(model, *torch.full((2, 2, 4), 3))
-    assert not any(layer.cross_attention._forward_pre_hooks for layer in model.decoder)
-
-
-def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
-    rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
-    monkeypatch.setattr(transformer, "translate", lambda *_: rows)
-    corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    searches = report["searches"]
-    assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
-    assert all(row["cut_off"] == 1 for row in searches.values())
-    texts = iter("xabb")  # of greedy, and penalties 0, 0.6, 2
-    monkeypatch.setattr(transformer, "translate", lambda *_: [transformer.Translation(next(texts))] * 3)
-    corpus.test = [("x", "a")] * 3
-    report = transformer.evaluate(None, None, corpus, transformer.Settings(length_penalty=0.0))
-    assert report["beam"] == 1 and report["greedy"] == 0
-    texts = iter("xbab")
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    assert report["beam"] == 1 and report["greedy"] == 0
-
-
-def test_transformer_beam_ends_with_the_last_hypothesis(monkeypatch):
-    model, calls = transformer_tiny(), []
-
-    def decode(tgt, memory, memory_mask, cache):
-        calls.append(tgt.shape)
-        cache[0] = {"self": (memory, memory)}
-        logits = torch.zeros(len(tgt), 1, 11)
-        logits[..., 2] = 20.0  # EOS
-        return logits
-
-    monkeypatch.setattr(model, "decode", decode)
-    transformer.beam_search(model, torch.tensor([[3, 4, 2]]), 20, beam_size=2)
-    assert len(calls) == 2  # the second hypothesis needs another token for its EOS
-
-
-def test_transformer_translates_with_the_search_asked_for(tmp_path, monkeypatch, capsys):
-    tokenizer, asked = transformer.Tokenizer.train(["one two"], 259), []
-    model = transformer_tiny(dtype=torch.float32, vocab_size=259)
-    content = {"kind": "model", "config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    transformer.save(tmp_path / "model.pt", content | {"vocabulary": tokenizer.vocabulary})
-    search = transformer.beam_search
-    monkeypatch.setattr(transformer, "beam_search", lambda *a: asked.append(a[2:]) or search(*a))
-    s = transformer.Settings(
-        translate="one", out=str(tmp_path), device="cpu", beam_size=3, length_penalty=0.9
-    )
-    transformer.translate_command(s)
-    assert asked == [(24, 3, 0.9)] and json.loads(capsys.readouterr().out)["source"] == "one"
-
-
-def test_transformer_missing_sacrebleu_is_known_before_the_training(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(transformer, "prepare", lambda s: 1 / 0)
-    with pytest.raises(ImportError, match="sacrebleu"):
-        transformer.train_and_evaluate(transformer.Settings(preset="multi30k"))
-    with pytest.raises(ZeroDivisionError):
-        transformer.train_and_evaluate(transformer.Settings())
-
-
-def test_transformer_a_run_goes_on_with_its_own_sentences_alone(tmp_path):
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    tokenizer, pair, other = transformer.Tokenizer.train(["one"], 259), ([5, 2], [6, 2]), ([7, 2], [6, 2])
-    training = transformer.Training(s, tokenizer, [pair] * 3, [pair])
-    for train, dev in (([pair] * 3, [other]), ([pair, pair, other], [pair])):
-        with pytest.raises(ValueError, match="a run on other sentences"):
-            transformer.Training(s, tokenizer, train, dev).restore({"corpus": training.corpus})
-
-
-def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / "transformer.py"), run_name="__main__")
-    assert leaving.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_transformer_decoding_has_no_reference_to_see():
-    """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    read = []
-    model.tgt_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].clone()))
-    expected = transformer.greedy_decode(model, src, 10)
-    assert torch.equal(torch.cat(read, dim=1)[:, 1:], expected[:, :-1]) and (read[0] == 1).all()
-    # A poisoned reference: translate() has no access to the corpus's target side
-    corpus = transformer.number_corpus(0, 20, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    poisoned = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=40).eval()
-    s = transformer.Settings(beam_size=2, max_len=40)
-    found = []
-    for targets in (["eins"] * 2, ["tausend und"] * 2):
-        test = [(source, target) for (source, _), target in zip(corpus.test, targets, strict=True)]
-        found.append(
-            transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
-        )
-    assert found[0]["searches"] == found[1]["searches"]
-    ways = (
-        lambda src: transformer.greedy_decode(poisoned, src, 40),
-        transformer.beam_of(poisoned, 40, 2, 0.0),
-    )
-    texts = [source for source, _ in corpus.test]
-    greedy, beam = (transformer.translate(poisoned, tokenizer, texts, way) for way in ways)
-    gains = [b.log_prob - g.log_prob for g, b in zip(greedy, beam, strict=True)]
-    expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-    assert (found[0]["search_gains"], found[0]["search_errors"]) == expected
-
-
-def test_transformer_a_step_is_the_sum_of_its_sentences():
-    """64 sentences of mixed lengths: the batch's gradient is the token-weighted sum of the single ones."""
-    corpus = transformer.number_corpus(1, 64, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    pairs = [tuple(tokenizer.encode(text, 64) for text in pair) for pair in corpus.train]
-    assert len({len(target) for _, target in pairs}) > 5
-    s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    got = []
-    hook = training.model.register_forward_hook(lambda module, inputs, output: got.append(output.dtype))
-    for s.amp in ("bf16", "off"):
-        training.loss(pairs[:4], 0.0)
-    hook.remove()
-    assert got == [torch.bfloat16, torch.float32]
-    model = training.model.double()
-
-    def gradient(batch):
-        loss, n_tokens = training.loss(batch, 0.1)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]), n_tokens
-
-    whole, n_all = gradient(pairs)
-    singles = [gradient([pair]) for pair in pairs]
-    assert n_all == sum(n for _, n in singles) == sum(len(target) for _, target in pairs)
-    check_close(whole, sum(g * n for g, n in singles) / n_all, 1e-10)
-
-
-def test_transformer_rejects():
-    config = transformer.TransformerConfig
-    for changes, words in (
-        ({"d_model": 10, "n_heads": 3}, "n_heads"),
-        ({"n_layers": 0}, "n_layers"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"vocab_size": 2}, "eos_id"),
-        ({"eos_id": 1}, "eos_id"),
-        ({"pad_id": -1}, "pad_id"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            config(**changes)
-    model = transformer_tiny()
-    src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    for bad_src, bad_tgt in (
-        (src[0], tgt),
-        (src.float(), tgt),
-        (src, tgt[:1]),
-        (src.repeat(1, 7), tgt),
-        (src, tgt[0]),
-    ):
-        with pytest.raises(ValueError, match="tokens|max_len|batches"):
-            model(bad_src, bad_tgt)
-    assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-    assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
-    for max_len in (0, 25):
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.greedy_decode(model, src, max_len)
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.beam_search(model, src, max_len)
-    with pytest.raises(ValueError, match="beam_size"):
-        transformer.beam_search(model, src, 5, beam_size=0)
-    assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
-
-
-# ---- data
-
-
-def test_transformer_numbers():
-    for n, english, german in (
-        (0, "zero", "null"),
-        (1, "one", "eins"),
-        (16, "sixteen", "sechzehn"),
-        (21, "twenty-one", "ein und zwanzig"),
-        (30, "thirty", "dreißig"),
-        (100, "one hundred", "einhundert"),
-        (101, "one hundred and one", "einhundert eins"),
-        (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-        (1_000, "one thousand", "ein tausend"),
-        (1_001, "one thousand and one", "ein tausend eins"),
-        (1_100, "one thousand one hundred", "ein tausend einhundert"),
-        (101_000, "one hundred and one thousand", "einhundert ein tausend"),
-        (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
-        (
-            999_999,
-            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
-            "neunhundert neun und neunzig tausend neunhundert neun und neunzig",
-        ),
-    ):
-        assert transformer.english_number(n) == english and transformer.german_number(n) == german
-    sample = [*range(2000), *range(2000, 1_000_000, 997)]
-    assert len({transformer.english_number(n) for n in sample}) == len(sample)
-    assert len({transformer.german_number(n) for n in sample}) == len(sample)
-
-
-def test_transformer_number_corpus():
-    corpus = transformer.number_corpus(0)
-    parts = [corpus.train, corpus.dev, corpus.test]
-    assert [len(part) for part in parts] == [8_000, 500, 1_000]
-    assert len({source for part in parts for source, _ in part}) == 9_500  # no number is in two parts
-    assert len({target for part in parts for _, target in part}) == 9_500
-    short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
-    assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
-    assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
-    assert max(source.count("thousand") for part in parts for source, _ in part) == 1
-    assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
-
-
-def test_transformer_tokenizer():
-    texts = [transformer.english_number(n) for n in range(2000)]
-    tokenizer = transformer.Tokenizer.train(texts, 400)
-    assert 259 < tokenizer.vocab_size <= 400
-    for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
-        ids = tokenizer.encode(text, 99)
-        assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-        assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-    assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
-    assert tokenizer.decode([3 + 0xFF]) == "\ufffd" if tokenizer.vocabulary[0xFF] == b"\xff" else True
-    again = transformer.Tokenizer.train(texts, 400)
-    assert again.vocabulary == tokenizer.vocabulary == transformer.Tokenizer(tokenizer.vocabulary).vocabulary
-    with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
-        tokenizer.encode("forty-two", 3)
-    assert len(tokenizer.encode("forty-two", 4)) == 4
-    with pytest.raises(ValueError, match="vocab_size"):
-        transformer.Tokenizer.train(texts, 258)
-
-
-def test_transformer_token_batches():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-    batches = transformer.token_batches(lengths, 120, "0 0")
-    assert sorted(i for batch in batches for i in batch) == list(range(501))
-    assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.06 * sum(lengths)  # similar lengths meet
-    assert len(batches) < sum(lengths) / 120 * 1.3  # and batches are full
-    assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
-    assert transformer.token_batches(lengths, 120, "0 0") == batches
-    other = transformer.token_batches(lengths, 120, "0 1")
-    assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
-    assert transformer.pad([[5], [6, 7]], 0, "cpu").tolist() == [[5, 0], [6, 7]]
-
-
-def transformer_small_multi30k(folder, n=40, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for name in transformer.MULTI30K:
-        line = german if name.endswith("de") else english
-        text = changes.get(name.replace(".", "_"), "".join(f"{line.format(i)}\n" for i in range(n)))
-        if text is not None:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
-
-
-def test_transformer_multi30k_files(tmp_path):
-    folder = transformer_small_multi30k(tmp_path / "good")
-    corpus = transformer.multi30k_corpus(str(folder))
-    assert (
-        corpus.name == "own" and [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [40] * 3
-    )
-    assert corpus.train[7] == ("ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7")
-    (folder / "val.de").write_bytes(gzip.decompress((folder / "val.de.gz").read_bytes()))
-    (folder / "val.de.gz").unlink()  # unpacked files do as well
-    assert transformer.multi30k_corpus(str(folder)) == corpus
-    german = "ein hund auf der wiese\n"
-    for i, (changes, words) in enumerate(
-        (
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog on the meadow\n" * 39}, "train: 40 lines in German, 39 in English"),
-            ({"train_de": "a dog on the meadow\n" * 40}, "train.de isn't in its language"),
-            ({"val_en": german * 40}, "val.en isn't in its language"),
-            (
-                {"test_2016_flickr_de": german * 3 + "\n" + german * 36},
-                "test_2016_flickr.de: line 4 is empty",
-            ),
-            ({"train_de": ""}, "train.de: line 1 is empty"),
-            ({"test_2016_flickr_de": german * 1000}, "was altered: 1000 lines"),
-            ({"test_2016_flickr_de": german * 999 + german[:9]}, "was altered: 1000 lines"),
-        )
-    ):
-        with pytest.raises(ValueError, match=words):
-            transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-    with pytest.raises(ValueError, match="nowhere has neither train.de.gz nor train.de"):
-        transformer.multi30k_corpus(str(tmp_path / "nowhere"))
-    whole = (folder / "train.de.gz").read_bytes()
-    latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
-    for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-        (folder / "train.de.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="train.de.gz is damaged"):
-            transformer.multi30k_corpus(str(folder))
-
-
-@pytest.fixture
-def transformer_server():
-    """A server on 127.0.0.1 that answers with what `files` holds: bytes, or an int that is a status."""
-    files, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.rsplit("/", 1)[-1]
-            asked.append(name)
-            answer = files.get(name, 404)
-            self.send_response(200 if isinstance(answer, bytes) else answer)
-            if isinstance(answer, bytes):
-                self.send_header("Content-Length", str(len(answer) + (100 if name in cut else 0)))
-            self.end_headers()
-            if isinstance(answer, bytes):
-                self.wfile.write(answer)
-
-        def log_message(self, *_):
-            pass
-
-    cut = set()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", files, asked, cut
-    server.shutdown()
-
-
-def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
-    url, files, asked, cut = transformer_server
-    text = b"ein mann auf der wiese\n" * 3
-    entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K_URL", url)
-    monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-    cached = tmp_path / "new/cache/multi30k/train.de.gz"
-    with pytest.raises(ValueError, match="404"):
-        transformer.read_multi30k("train.de", "")
-    for altered in (text.replace(b"mann", b"frau"), text * 2):
-        files["train.de.gz"] = gzip.compress(altered)
-        with pytest.raises(ValueError, match="was altered"):
-            transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)[:-10]
-    with pytest.raises(ValueError, match="damaged"):
-        transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)
-    cut.add("train.de.gz")  # breaks off
-    with pytest.raises(ValueError, match="train.de.gz"):
-        transformer.read_multi30k("train.de", "")
-    assert not cached.exists()  # nothing wrong was kept
-    cut.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True)
-    asked.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
-    cached.unlink()
-    assert transformer.read_multi30k("train.de", "") == (text, True)  # into a folder that is there
-    monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
-    cached.unlink()
-    with pytest.raises(ValueError, match="--data"):
-        transformer.read_multi30k("train.de", "")
-
-
-def test_transformer_multi30k_official():
-    folder = os.environ.get("MULTI30K_DATA")
-    if not folder:
-        pytest.skip("MULTI30K_DATA is not set")
-    corpus = transformer.multi30k_corpus(folder)
-    assert corpus.name == "multi30k" and [len(p) for p in (corpus.train, corpus.dev, corpus.test)] == [
-        29_000,
-        1_014,
-        1_000,
-    ]
-    assert corpus.test[0][1].startswith("A man in an orange hat")
-
-
-# ---- training
-
-
-def test_transformer_parameter_groups():
-    model = transformer_tiny(tied=True)
-    decayed, plain = transformer.parameter_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
-    names = {id(p): name for name, p in model.named_parameters()}
-    for group, ends in (
-        (decayed, ("weight",)),
-        (plain, ("bias", "norm1.weight", "norm2.weight", "norm3.weight", "norm.weight")),
-    ):
-        assert all(names[id(p)].endswith(ends) for p in group["params"])
-    assert len(decayed["params"] + plain["params"]) == len(names)
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
-
-
-def test_transformer_training_step(transformer_half_trained, monkeypatch):
-    """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=16, d_ff=16, clip=0.1, warmup=7, lr_scale=3.0, weight_decay=0.2
-    )
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    training.model.double()  # in float32 Adam would make steps of rounding errors: k_proj.bias has gradient 0
-    expected = transformer.Transformer(training.model.config).double()
-    expected.load_state_dict(training.model.state_dict())
-    optimizer = torch.optim.AdamW(transformer.parameter_groups(expected, 0.2), betas=(0.9, 0.98), eps=1e-9)
-    losses = []
-    for step in (1, 2, 3):
-        training.step(pairs)
-        src = nn.utils.rnn.pad_sequence([torch.tensor(source) for source, _ in pairs], batch_first=True)
-        tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *target]) for _, target in pairs], batch_first=True)
-        logits = expected(src, tgt[:, :-1])
-        loss = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:], ignore_index=0, label_smoothing=0.1)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = 3.0 * transformer.noam_lr(step, 16, 7)
-        optimizer.step()
-    for ours, theirs in zip(training.model.parameters(), expected.parameters(), strict=True):
-        check_close(ours, theirs, 1e-8)
-    n_tokens = sum(len(target) for _, target in pairs)
-    assert abs(training.progress["loss"] - sum(losses) * n_tokens) < 1e-6
-    assert (
-        training.progress["step"] == training.progress["batch"] == 3
-        and training.progress["tokens"] == 3 * n_tokens
-    )
-    model, training.progress["seconds"] = training.model, 1e-6
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", itertools.count().__next__)  # every product takes 1 s
-        report = transformer.cost(training)
-    n_encoder, n_decoder = (sum(p.numel() for p in x.parameters()) for x in (model.encoder, model.decoder))
-    n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    flops = 6 * (n_encoder * n_src + (n_decoder + model.output.weight.numel()) * n_tgt)
-    assert report["gemm_gflops"] == 2.1
-    assert report["mfu"] == pytest.approx(flops * 1e6 / (2 * 1024**3), rel=1e-6, abs=1e-3)
-    seeds, training.s.seed = [], 1
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    for _ in range(3):
-        training.step(pairs)
-    assert seeds == [1_000_003 + step for step in (3, 4, 5)], "dropout of its own in every step"
-
-
-def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
-    """The final weights are the mean over the last epochs' ends; dev and train losses are per token."""
-    _, tokenizer, corpus, trained = transformer_half_trained
-    assert len(trained.history) == 2 and trained.history[1]["dev_loss"] < trained.history[0]["dev_loss"]
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:60]]
-    changes = dict(
-        amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, out=str(tmp_path), batch_tokens=200
-    )
-    for epochs, average, expected in ((4, 2, [2, 3]), (2, 5, [0, 1])):
-        s = transformer.Settings(**changes, epochs=epochs, average=average)
-        training = transformer.Training(s, tokenizer, pairs, pairs[:9])
-        ends, end_epoch = [], training.end_epoch
-
-        def recorded(ends=ends, end_epoch=end_epoch, model=training.model):
-            ends.append({name: w.clone() for name, w in model.state_dict().items()})
-            end_epoch()
-
-        training.end_epoch = recorded
-        training.run()
-        for name, weight in training.model.state_dict().items():
-            check_close(weight, torch.stack([ends[i][name] for i in expected]).mean(0), 1e-6, name)
-    with torch.no_grad():
-        losses = [(training.loss([pair], 0.0)[0].item(), len(pair[1])) for pair in pairs[:9]]
-    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-    training.s.batch_tokens = 25  # several batches, of unequal numbers of tokens
-    assert abs(training.dev_loss() - expected) < 1e-5
-    training.progress |= {"epoch": 1, "loss": math.nan, "tokens": 1}
-    with pytest.raises(ValueError, match="lr-scale"):
-        end_epoch()
-
-
-def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, tmp_path):
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tuple(tokenizer.encode(text, 32)) for text in pair) for pair in corpus.train[:60]]
-    s = transformer.Settings(amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, epochs=3)
-    s.out, s.batch_tokens = str(tmp_path), 100
-    training = transformer.Training(s, tokenizer, [tuple(map(list, pair)) for pair in pairs], pairs[:2])
-    epochs, step = [[], [], []], training.step
-
-    def recorded(batch):
-        epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
-        step(batch)
-
-    seen, loss = [], training.loss
-
-    def noted(batch, smoothing):
-        value, n = loss(batch, smoothing)
-        if smoothing:  # a training batch
-            seen.append((training.progress["epoch"] + 1, value.item() * n, n))
-        return value, n
-
-    training.step, training.loss = recorded, noted
-    training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
-    training.run()
-    for row in training.history:
-        sums, counts = zip(*((x, n) for epoch, x, n in seen if epoch == row["epoch"]), strict=True)
-        assert abs(row["train_loss"] - sum(sums) / sum(counts)) < 1e-6
-    for batch in itertools.chain(*epochs):
-        assert len(batch) * max(len(side) for pair in batch for side in pair) <= 100 or len(batch) == 1
-    assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
-    for batches in epochs:
-        assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
-    assert training.progress["step"] == sum(map(len, epochs)) and len(training.history) == 3
-
-
-def test_transformer_bf16_only_where_native(monkeypatch):
-    def chosen(amp):
-        return transformer.precision(transformer.Settings(device="cpu", amp=amp))
-
-    for native, auto in ((False, "float32"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert chosen("auto") == "float32"
-
-    def auto(device):
-        return transformer.precision(transformer.Settings(device=device))
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert auto("cuda:1") == "float32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert (auto("cuda:1"), auto("mps")) == ("bf16", "float32")
-
-
-def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
-    folder, known = transformer_small_multi30k(tmp_path / "data"), {}
-    for name in transformer.MULTI30K:
-        text = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K", known)
-    assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
-    blanks = transformer_small_multi30k(tmp_path / "crlf", 41, val_en="a dog on the meadow\r\n" * 41)
-    assert transformer.multi30k_corpus(str(blanks)).dev[0][1] == "a dog on the meadow"
-    for name in list(known):
-        monkeypatch.setitem(known, name, (41, 0, ""))
-        assert transformer.multi30k_corpus(str(folder)).name == "own"
-        monkeypatch.undo()
-        monkeypatch.setattr(transformer, "MULTI30K", known)
-
-
-def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
-    corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-    monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    training = transformer.prepare(s)[1]
-    assert [training.tokenizer.decode(side) for pair in training.dev for side in pair] == ["two", "zwei"]
-
-
-def test_transformer_edges():
-    """What is just allowed, and just not."""
-    assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary  # learns what encode makes
-    assert [n for n, *_ in transformer.MULTI30K.values()] == [29_000, 29_000, 1_014, 1_014, 1_000, 1_000]
-    assert transformer.noam_lr(1, 512, 1) == 512**-0.5
-    assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
-    assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
-    assert transformer.settings_from_command_line(["--smoothing", "0"]).smoothing == 0
-    transformer.check_lines("x", ["hund"], "de", "en")  # no frequent word at all: no reason to refuse
-    with pytest.raises(ValueError, match="language"):
-        transformer.check_lines("x", ["A DOG ON THE MEADOW"], "de", "en")
-    with pytest.raises(ValueError, match="dropout"):
-        transformer.TransformerConfig(dropout=-0.5)
-    for flag in ("--lr-scale", "--length-penalty"):
-        with pytest.raises(ValueError, match=f"{flag} .*nan"):
-            transformer.settings_from_command_line([flag, "nan"])
-
-
-def test_transformer_checkpoint_files(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    content = {"kind": "model", "weights": torch.arange(1000.0), "vocabulary": [b"a", b"\xff"]}
-    transformer.save(path, content)
-    loaded = transformer.load(path, "model")
-    assert torch.equal(loaded.pop("weights"), content["weights"]) and loaded == {
-        "kind": "model",
-        "vocabulary": [b"a", b"\xff"],
-    }
-    with pytest.raises(ValueError, match="isn't a checkpoint"):
-        transformer.load(path, "checkpoint")
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
-    for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="x.pt"):
-            transformer.load(path, "model")
-
-    class Code:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "was run"),))
-
-    torch.save({"kind": "model", "code": Code()}, path)
-    with pytest.raises(ValueError, match="x.pt"):
-        transformer.load(path, "model")
-    assert not (tmp_path / "was run").exists()
-
-    path.write_bytes(whole)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        transformer.save(path, content)
-    assert path.read_bytes() == whole
-
+def transformer_rows(tokens):
+    """Rows up to their EOS; all after it must be padding."""
+    rows = []
+    for row in tokens.tolist():
+        end = row.index(2) + 1 if 2 in row else len(row)
+        assert all(token == 0 for token in row[end:]), row
+        rows.append(row[:end])
+    return rows
+
+
+TRANSFORMER_SMALL = {
+    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
+    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+}  # fmt: skip
 
 TRANSFORMER_KILLED = """
 import os, signal, sys
@@ -2625,7 +1189,7 @@ import torch, transformer
 
 corpus = transformer.number_corpus
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv.pop(1), int(sys.argv.pop(1))  # kill -9 at the n-th call of place
+place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
 places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
 owner, name = places[place]
 original, calls = getattr(owner, name), 0
@@ -2638,410 +1202,919 @@ def counted(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, name, counted)
-transformer.main()
+transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-TRANSFORMER_SMALL = (
-    "--epochs 3 --d-model 16 --d-ff 16 --n-layers 1 --dropout 0.2 --save-every 3 --vocab-size 400"
-)
-TRANSFORMER_SMALL += " --batch-tokens 400 --amp off"
+def transformer_run(out, **changes):
+    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
+    corpus = transformer.number_corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
+        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
-def transformer_run(monkeypatch, out, *arguments):
-    """What the script does, in this process and on a small corpus. Returns the report."""
-    out.mkdir(exist_ok=True)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(out), *arguments])
-    corpus = transformer.number_corpus(s.seed, 300, 20, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        return transformer.train_and_evaluate(s)
+def transformer_stop(out, **changes):
+    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    try:
+        transformer_run(out, **changes)
+    except SystemExit as stop:
+        return stop.code
+    raise AssertionError("it ran to its end")
 
 
-def test_transformer_kill_and_go_on(tmp_path, monkeypatch, capsys):
-    undisturbed = transformer_run(monkeypatch, tmp_path / "a")
-    assert undisturbed["steps"] > 12
-    out = tmp_path / "b"
-    # in the 5th step, 2 after a checkpoint; while the next one is written; before one is moved into place
-    for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-        command = [
-            sys.executable,
-            "-c",
-            TRANSFORMER_KILLED,
-            place,
-            str(n),
-            "--out",
-            str(out),
-            *TRANSFORMER_SMALL.split(),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-        assert not (out / "model.pt").exists() and (out / "checkpoint.pt").exists()
-        if place != "step":
-            assert (out / "checkpoint.pt.part").exists()  # what was in the making, beside the good one
-    resumed = transformer_run(monkeypatch, out)
-    assert "going on after step 6" in capsys.readouterr().out
-    models = [transformer.load(folder / "model.pt", "model")["model"] for folder in (tmp_path / "a", out)]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for key in ("history", "searches", "steps"):
-        assert undisturbed[key] == resumed[key]
-    again = transformer_run(monkeypatch, out, "--save-every", "50")  # a setting that may change
-    assert (
-        "training was finished after step" in capsys.readouterr().out
-        and again["searches"] == resumed["searches"]
-    )
-    with pytest.raises(ValueError, match="lr_scale=0.4, not 0.7"):
-        transformer_run(monkeypatch, out, "--lr-scale", "0.7")
-    different = transformer_run(monkeypatch, tmp_path / "c", "--seed", "1", "--epochs", "1")
-    assert different["history"][0] != undisturbed["history"][0]
+def transformer_pairs(n, max_len=32, seed=1):
+    """A tokenizer, and n pairs of ids."""
+    corpus = transformer.number_corpus(seed, n, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
 
 
-# ---- the script
+def transformer_state():
+    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
 
 
-def test_transformer_settings(capsys):
-    def read(*argv):
-        return transformer.settings_from_command_line(list(argv))
+def transformer_small_multi30k(folder, n=12, **changes):
+    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
+    folder.mkdir(exist_ok=True)
+    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
+    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
+        line = german if language == "de" else english
+        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+        if text is not None:
+            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
 
-    assert read().preset == "numbers" and read().d_model == transformer.Settings().d_model
-    multi30k = read("--preset", "multi30k", "--epochs", "3", "--no-tied")
-    assert (multi30k.epochs, multi30k.dropout, multi30k.tied) == (
-        3,
-        0.3,
-        False,
-    ) and multi30k.out != read().out
-    for argv, words in (
-        (("--epochs", "0"), "--epochs"),
-        (("--lr-scale", "-1"), "--lr-scale"),
-        (("--smoothing", "1"), "--smoothing"),
-        (("--data", "x"), "--preset multi30k"),
-        (("--device", "nonsense"), "--device nonsense"),
-        (("--device", "meta"), "--device meta"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read(*argv)
-    assert math.copysign(1, read("--length-penalty", "-0.0").length_penalty) == 1  # its name in the table
-    for argv in (
-        ("--epoch", "3"),
-        ("--wrong", "1"),
-        ("--preset", "french"),
-        ("--amp", "fp8"),
-        ("--epochs", "many"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            read(*argv)
-        assert exit.value.code == 2
-    with pytest.raises(SystemExit):
-        read("--preset", "multi30k", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(
-        f"(default: {value})" in text for value in (transformer.PRESETS["multi30k"]["vocab_size"], 0.3)
-    )
+
+@pytest.fixture(scope="module")
+def transformer_half_trained(tmp_path_factory):
+    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
+    corpus = transformer.number_corpus(3, 2500, 20, 40)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
+    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
+    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
+    model, state = transformer.Transformer(config), transformer_state()
+    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
+    transformer.train(s, model, *encoded, state)
+    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
+    return model.double().eval(), tokenizer, corpus
+
+
+@pytest.fixture
+def transformer_searched(transformer_half_trained):
+    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    model, tokenizer, corpus = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
+    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
+    return [(model, src), *random_ones]
+
+
+@pytest.fixture(scope="module")
+def transformer_undisturbed(tmp_path_factory):
+    """A small run without interruption: its folder, report and weights."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, *transformer_run(out)
 
 
 @pytest.fixture(scope="module")
 def transformer_demo(tmp_path_factory):
-    """The default run, as a user starts it."""
+    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_script("transformer.py", cwd=folder, timeout=240)
+    shutil.copy(ROOT / "transformer.py", folder)
+    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
-def test_transformer_demo(transformer_demo):
-    folder, result = transformer_demo
-    report = last_json(result)
-    out = folder / "out" / "transformer"
-    assert report == json.loads((out / "report.json").read_text())
-    first = result.stdout.splitlines()[:2]
-    assert "seed=0" in first[0] and "precision=" in first[0] and first[1].startswith("torch=")
-    assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
-    for key in (
-        "seconds",
-        "train_seconds",
-        "torch",
-        "threads",
-        "cpu",
-        "gemm_gflops",
-        "mfu",
-        "settings",
-        "search_errors",
-    ):
-        assert key in report
-    assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
-    assert 0 < report["train_seconds"] < report["seconds"] < 240 and report["cache_speedup"] > 1
-    assert report["searches"]["greedy"]["cut_off"] <= 20
-    assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-    rows = list(report["searches"].values())
-    assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
+class TestTransformer:
+    # ---- the model
 
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
+    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
+        """Values and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
+        encoder, decoder, pairs = transformer_to_torch(model)
+        src, _ = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
+        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
+        x, y = (
+            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
+            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
+        )
+        memory, memory_mask = model.encode(src)
+        assert memory_mask.shape == (6, 1, 1, 9)
+        expected = encoder(x, src_key_padding_mask=src == 0)
+        real = (src != 0)[..., None]
+        check_close(memory * real, expected * real, tolerance, "encoder")
 
-def test_transformer_alignment_swaps_tens_and_units(transformer_demo):
-    """In the demo's model, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-    last_json(transformer_demo[1])
-    saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt", "model")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    tokenizer = transformer.Tokenizer(saved["vocabulary"])
-    right = total = 0
-    for units, tens in itertools.product(range(2, 10), range(2, 10)):
-        n = 517_000 + 10 * tens + units
-        source = tokenizer.encode(transformer.english_number(n), 32)
-        target = tokenizer.encode(transformer.german_number(n), 32)
-        src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-        weights = transformer.cross_attention_weights(model, src, tgt)
-        assert weights.shape == (2, 1, 4, len(target), len(source))
-        check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-        looked_at = weights[-1, 0].mean(0).argmax(-1)  # (Tt,)
-        at_units, at_tens = looked_at[-4].item(), looked_at[-2].item()  # ... units und tens EOS
-        right += at_units > at_tens
-        total += 1
-    assert right / total > 0.9, right / total
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
+        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
+        expected = F.linear(expected, model.output.weight)
+        logits = model(src, tgt)
+        real = (tgt != 0)[..., None]
+        check_close(logits * real, expected * real, tolerance, "model")
 
+        upstream = torch.randn_like(logits) * real
+        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+        theirs = [*shared, *(their for _, their in pairs)]
+        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
+        (logits * upstream).sum().backward()
+        ours = [[p] for p in shared] + [our for our, _ in pairs]
+        assert sum(map(len, ours)) == len(list(model.parameters()))
+        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
 
-def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
-    last_json(transformer_demo[1])
-    folder = transformer_demo[0]
-    one = run_script("transformer.py", "--translate", "Three hundred and forty-two thousand", cwd=folder)
-    row = last_json(one)
-    assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-    assert (
-        row["source"] == "Three hundred and forty-two thousand"
-        and row["n_tokens"] == 6
-        and -3 < row["log_prob"] < 0
-    )
-    lines = "one hundred thousand\n\nfive thousand and seventeen\n東京\n"
-    command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
-    assert "fünf tausend siebzehn" in many.stdout
-    rows = [json.loads(line) for line in many.stdout.splitlines()]
-    assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
-        rows
-    ) == 4
-    monkeypatch.chdir(folder)
-    for text, words in (("nine " * 40, "max_len=32"), ("nine " * 31, None), ("", None)):
-        s = transformer.settings_from_command_line(["--translate", text])
-        if words:
+    def test_transformer_parameter_counts(self):
+        def count(**changes):
+            with torch.device("meta"):
+                model = transformer.Transformer(transformer.TransformerConfig(**changes))
+            return sum(p.numel() for p in model.parameters())
+
+        assert count() == 63_082_496
+        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
+        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
+        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+
+    def test_transformer_tying_and_initial_scale(self):
+        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
+        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
+        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
+        for layer in (model.encoder[0], model.decoder[0]):
+            projection = layer.self_attention.q_proj
+            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
+            assert projection.bias.abs().max() == 0
+        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
+        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
+        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+
+    def test_sinusoidal_positional_encoding_is_the_formula(self):
+        table = transformer.sinusoidal_positional_encoding(50, 7)
+        for position, feature in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (feature // 2) / 7)
+            expected = math.cos(angle) if feature % 2 else math.sin(angle)
+            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        assert table.dtype == torch.float32 and table.shape == (50, 7)
+
+    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
+        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        with torch.device("meta"):
+            other = transformer.Transformer(model.config)
+        other.to_empty(device="cpu").load_state_dict(model.state_dict())
+        assert torch.equal(other(src, src), model(src, src))
+
+    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
+        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        mask = torch.rand(2, 5, 5) < 0.5
+        mask[0, 2] = False
+        output, weights = transformer.attention(q, k, v, mask)
+        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        check_close(output, expected, 1e-12)
+        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
+        for grad, other in zip(*grads, strict=True):
+            check_close(grad, other, 1e-12)
+        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
+        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
+        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        assert transformer_tiny()(padding, bos).isfinite().all()
+
+    def test_causal_mask_is_aligned_bottom_right(self):
+        assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_no_look_ahead(self, norm_first):
+        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 8))
+        before = model(src, tgt)
+        for t in range(8):
+            changed = tgt.clone()
+            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
+            after = model(src, changed)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+
+    def test_transformer_padding_changes_nothing(self):
+        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        together = model(src, tgt)
+        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        check_close(wider, together, 1e-12, "more padding")
+        for row, length in enumerate(lengths):
+            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
+            check_close(alone[0], together[row], 1e-12, "alone")
+
+    def test_decode_cache_gives_the_same_logits(self):
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 10))
+        memory, memory_mask = model.encode(src)
+        whole = model.decode(tgt, memory, memory_mask)
+        cache = {}
+        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
+        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
+        for _ in range(2):  # what is refused leaves the cache as it was
+            with pytest.raises(ValueError, match="max_len=24"):
+                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
+        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
+            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
+
+    def test_decode_projects_the_memory_once(self):
+        """With a cache, a memory of NaN in later calls changes nothing."""
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 2))
+        memory, memory_mask = model.encode(src)
+        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
+        model.decode(tgt[:, :1], memory, memory_mask, cache)
+        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
+        check_close(second, expected, 1e-12)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+        """Loss and every gradient as without, the encoder's too."""
+        model, (src, _) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        for layer in (*model.encoder, *model.decoder):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        model(src, tgt).sin().sum().backward()
+        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            check_close(p.grad, grad, 1e-12, name)
+
+    def test_transformer_dropout_only_while_training(self):
+        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        assert not torch.equal(model(src, tgt), model(src, tgt))
+        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
+            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
+        model.eval()
+        assert torch.equal(model(src, tgt), model(src, tgt))
+        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
+        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_drops_at_every_sublayer(self, norm_first):
+        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
+        model = transformer_tiny(norm_first, dropout=0.999999).train()
+        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+        for layer in model.encoder:
+            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
+            check_close(layer(x, mask), expected, 1e-12)
+        for layer in model.decoder:
+            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
+            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
+
+    def test_evaluating_puts_every_mode_back(self):
+        model = transformer_tiny().train()
+        model.encoder.eval()
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
+            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+    def test_label_smoothed_loss_is_the_formula(self):
+        logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+        targets = torch.randint(1, 11, (3, 5))
+        targets[0, 3:] = targets[1, 1:] = 0
+        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
+        terms = []
+        for row, position in (targets != 0).nonzero().tolist():
+            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
+            q[targets[row, position]] += 0.8
+            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
+        assert len(terms) == 9
+        check_close(loss, torch.stack(terms).mean(), 1e-12)
+        grad = torch.autograd.grad(loss, logits)[0]
+        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
+        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
+        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
+        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
+        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
+        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+
+    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
+        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
+        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+
+    # ---- search
+
+    @torch.no_grad()
+    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
+        """And a beam of 1; alone and in a batch."""
+        lengths, cut_off = set(), 0
+        for model, src in transformer_searched:
+            tokens = transformer.greedy_decode(model, src, 12)
+            rows = transformer_rows(tokens)
+            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
+            assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+            assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
+            for i in range(0, len(src), 4):
+                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
+            lengths |= {len(row) for row in rows}
+            cut_off += sum(row[-1] != 2 for row in rows)
+        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+
+    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+    @torch.no_grad()
+    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
+            for row in range(2):
+                candidates = []
+                for n in range(1, 5):
+                    for sequence in itertools.product(range(4), repeat=n):
+                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
+                            continue  # EOS ends, and nothing else but max_len does
+                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
+                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
+                best_score, best = max(candidates)
+                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
+                assert abs(scores[row].item() - best_score) < 1e-10
+            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+
+    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+    @torch.no_grad()
+    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
+        lengths = set()
+        for model, src in transformer_searched:
+            src = src[:12]
+            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
+            assert scores.dtype == torch.float64
+            for row, found in enumerate(transformer_rows(tokens)):
+                real = src[row][src[row] != 0]
+                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
+                assert found == best and abs(scores[row].item() - score) < 1e-10
+                lengths.add(len(found))
+            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
+            assert torch.equal(wider[0], tokens)
+            check_close(wider[1], scores, 1e-12)
+        assert len(lengths) > 4, lengths
+
+    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        sources = [source for source, _ in corpus.test]
+        found = {
+            name: transformer.translate(model, tokenizer, sources, *search)
+            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
+        }
+        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
+            src = transformer.pad([tokenizer.encode(source, 32)], model)
+            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
+            with torch.no_grad():
+                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
+            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
+            assert row["text"] == tokenizer.decode(tokens)
+
+        def mean(name, key):
+            return statistics.fmean(row[key] for row in found[name])
+
+        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
+        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
+
+    def test_search_of_no_sentence(self):
+        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
+        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+        tokens, scores = transformer.beam_search(model, none, 5)
+        assert tokens.shape == (0, 0) and scores.shape == (0,)
+
+    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
+        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
+        with torch.no_grad():
+            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
+        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
+        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
+        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
+        s, tables = transformer.Settings(), []
+        for targets in ("eins", "tausend und"):  # a poisoned reference
+            test = [(source, targets) for source, _ in corpus.test[:9]]
+            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
+        assert tables[0] == tables[1]
+        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        for key in ("log_prob", "n_tokens", "finished"):
+            mean = statistics.fmean(row[key] for row in both[1])
+            assert report["searches"]["greedy"][key] == pytest.approx(mean)
+        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
+        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
+        assert (report["search_gains"], report["search_errors"]) == expected
+
+    # ---- bad input
+
+    def test_transformer_config_refuses(self):
+        for changes, words in (
+            ({"d_model": 10, "n_heads": 3}, "n_heads"),
+            ({"vocab_size": 2}, "eos_id"),
+            ({"eos_id": 1}, "eos_id"),
+            ({"pad_id": -1}, "pad_id"),
+            ({"bos_id": 37_000}, "bos_id"),
+        ):
             with pytest.raises(ValueError, match=words):
-                transformer.translate_command(s)
-        else:
-            transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == ""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train first"):
-        transformer.translate_command(s)
+                transformer.TransformerConfig(**changes)
 
+    def test_transformer_refuses(self):
+        model = transformer_tiny()
+        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        for bad_src, bad_tgt in (
+            (src[0], tgt),
+            (src.float(), tgt),
+            (src, tgt[:1]),
+            (src.repeat(1, 7), tgt),
+            (src, tgt[0]),
+        ):
+            with pytest.raises(ValueError, match="tokens|max_len|batch"):
+                model(bad_src, bad_tgt)
+        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
+        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+        memory, mask = model.encode(src)
+        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
+            with pytest.raises(ValueError, match="memory_mask"):
+                model.decode(src, memory, wrong)
+        model.output.weight.data[2] = 0.0
+        model.output.weight.data[3] = 9.0  # EOS hardly ever
+        assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
+        for smoothing in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match="smoothing"):
+                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
 
-def test_transformer_script_errors(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("transformer.py", "--out", "file/below", cwd=tmp_path), "file/below")
-    (tmp_path / "out" / "transformer").mkdir(parents=True)
-    (tmp_path / "out" / "transformer" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    check_one_line_error(run_script("transformer.py", cwd=tmp_path), "checkpoint.pt", "damaged")
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    missing = run_script("transformer.py", "--out", "new", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(missing, "matplotlib is missing")  # before any work
-    assert "pairs; vocabulary" not in missing.stdout
+    # ---- data
 
+    def test_numbers_in_words(self):
+        for n, english, german in (
+            (0, "zero", "null"),
+            (21, "twenty-one", "ein und zwanzig"),
+            (30, "thirty", "dreißig"),
+            (100, "one hundred", "einhundert"),
+            (101, "one hundred and one", "einhundert eins"),
+            (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
+            (1_000, "one thousand", "ein tausend"),
+            (1_001, "one thousand and one", "ein tausend eins"),
+            (1_100, "one thousand one hundred", "ein tausend einhundert"),
+            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+        ):
+            assert transformer.english_number(n) == english and transformer.german_number(n) == german
+        sample = [*range(2000), *range(2000, 1_000_000, 997)]
+        for words in (transformer.english_number, transformer.german_number):
+            assert len({words(n) for n in sample}) == len(sample)
 
-def test_transformer_multi30k_run(tmp_path, capsys):
-    """The Multi30k path from files to BLEU and --translate, on a corpus that can be learned by heart."""
-    data = transformer_small_multi30k(tmp_path / "data", n=12)
-    settings = (
-        "--preset multi30k --epochs 30 --d-model 32 --d-ff 32 --n-layers 1 --dropout 0 --vocab-size 400"
-    )
-    arguments = [
-        *settings.split(),
-        "--warmup",
-        "40",
-        "--amp",
-        "off",
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-    ]
-    report = transformer.train_and_evaluate(transformer.settings_from_command_line(arguments))
-    assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-    assert report["beam"] > 50, report["beam"]
-    s = transformer.settings_from_command_line(
-        ["--out", str(tmp_path), "--translate", "EIN MANN mit dem Hund"]
-    )
-    transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("a man")
+    def test_number_corpus_parts_share_nothing(self):
+        corpus = transformer.number_corpus(0)
+        parts = [corpus.train, corpus.dev, corpus.test]
+        assert [len(part) for part in parts] == [8_000, 500, 1_000]
+        for side in (0, 1):
+            assert len({pair[side] for part in parts for pair in part}) == 9_500
+        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+        assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
+        assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
+
+    def test_tokenizer_keeps_every_text(self):
+        texts = [transformer.english_number(n) for n in range(2000)]
+        tokenizer = transformer.Tokenizer.train(texts, 400)
+        assert 259 < tokenizer.vocab_size <= 400
+        for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
+            ids = tokenizer.encode(text, 99)
+            assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
+            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+        assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
+        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
+        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
+        assert len(tokenizer.encode("forty-two", 4)) == 4
+        with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
+            tokenizer.encode("forty-two", 3)
+
+    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+        rng = random.Random(0)
+        lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
+        batches = transformer.token_batches(lengths, 120, "0 0")
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
+        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+        assert transformer.token_batches(lengths, 120, "0 0") == batches
+        other = transformer.token_batches(lengths, 120, "0 1")
+        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        assert len(other) == len(batches)  # train counts on it
+        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
+
+    def test_lines_of_ends_lines_as_people_do(self):
+        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
+        for encoding in ("utf-8", "utf-8-sig"):
+            lines = transformer.lines_of(text.encode(encoding))
+            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        with pytest.raises(UnicodeDecodeError):
+            transformer.lines_of("one".encode("utf-16"))
+
+    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
+        folder = transformer_small_multi30k(tmp_path / "good")
+        corpus = transformer.multi30k_corpus(str(folder))
+        assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
+        german, english = corpus.train[7]
+        assert german.endswith("auf der wiese 7") and english.endswith("on the meadow 7")
+        text = "\n".join([german for german, _ in corpus.train] + [english for _, english in corpus.train])
+        known = dict.fromkeys(transformer.MULTI30K, (12, hashlib.sha256(text.encode()).hexdigest()))
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+        for i, (changes, words) in enumerate((
+            ({"val_en": None}, "val.en"),
+            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
+            ({"train_de": "", "train_en": ""}, "train: 0 German"),
+            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
+        )):  # fmt: skip
+            with pytest.raises(ValueError, match=words):
+                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
+        whole = (folder / "train.de.gz").read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
+            (folder / "train.de.gz").write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(str(folder))
+        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
+        lines = "\ufeff" + "".join(f"{english}\r\n" for _, english in corpus.train)
+        folder = transformer_small_multi30k(tmp_path / "crlf", val_en=lines)
+        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+        for part in known:
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, known[part][1])})
+            assert transformer.multi30k_corpus(str(folder)).name == "own"
+
+    def test_multi30k_corpus_of_the_official_files(self):
+        folder = os.environ.get("MULTI30K_DATA")
+        if not folder:
+            pytest.skip("MULTI30K_DATA is not set")
+        corpus = transformer.multi30k_corpus(folder)
+        assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
+        assert corpus.test[0][1].startswith("A man in an orange hat")
+
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+        good = gzip.compress(b"ein mann auf der wiese\n" * 3)
+        answers = [None, good[:-10], b"<html>", good[:20], good]  # the fourth breaks off
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer = answers.pop(0)
+                self.send_response(200 if answer else 404)
+                self.send_header("Content-Length", str(len(good if answer == good[:20] else answer or b"")))
+                self.end_headers()
+                self.wfile.write(answer or b"")
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+        while len(answers) > 1:
+            with pytest.raises(ValueError, match="train.de.gz.*--data"):
+                transformer.read_lines("train.de", "")
+        assert not (tmp_path / "new/cache/multi30k/train.de.gz").exists()  # nothing wrong was kept
+        for _ in range(2):  # the second time, from the cache
+            assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
+        server.shutdown()
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(good)
+        with pytest.raises(ValueError, match="train.* altered"):
+            transformer.multi30k_corpus("")
+
+    # ---- files
+
+    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.pt"
+        content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
+        transformer.save(path, content)
+        loaded = transformer.load(path)
+        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+        assert loaded["vocabulary"] == content["vocabulary"] == torch.load(path)["vocabulary"]
+        whole = path.read_bytes()
+        place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="x.pt"):
+                transformer.load(path)
+
+        class Code:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "was run"),))
+
+        transformer.save(path, {"model": {}, "code": Code()})
+        with pytest.raises(pickle.UnpicklingError):
+            transformer.load(path)
+        assert not (tmp_path / "was run").exists()
+
+        path.write_bytes(whole)
+        for bad in (math.nan, math.inf):
+            with pytest.raises(FloatingPointError):
+                transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            transformer.save(path, content)
+        assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+    def test_main_waits_for_another_run_and_gives_up(self, tmp_path, monkeypatch, capsys):
+        lock = transformer.lock_out(tmp_path)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
+        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
+        lock.close()
+
+    # ---- training
+
+    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
+        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
+        tokenizer, pairs = transformer_pairs(64, max_len=64)
+        assert len({len(target) for _, target in pairs}) > 5
+        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
+
+        def gradient(batch):
+            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+        counts = [len(target) for _, target in pairs]
+        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
+        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
+
+    def test_batch_loss_autocasts_to_bf16(self):
+        tokenizer, pairs = transformer_pairs(4)
+        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
+        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for bf16 in (True, False):
+            assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
+        assert dtypes == [torch.bfloat16, torch.float32]
+
+    def test_use_bf16_where_it_is_native(self, monkeypatch):
+        for native in (True, False):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+            chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
+            assert chosen == [native, True, False]
+        assert not transformer.use_bf16("auto", torch.device("mps"))
+
+    def test_train_steps_written_out(self, tmp_path):
+        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
+        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
+        tokenizer, pairs = transformer_pairs(40)
+        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
+        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
+        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
+        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        transformer.train(s, model, pairs, pairs[:9], state)
+
+        names = dict(expected.named_parameters())
+        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
+        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
+        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
+
+        def loss_of(batch, smoothing):
+            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
+            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
+            logits = expected(src, tgt[:, :-1]).transpose(1, 2)
+            return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
+
+        for epoch in range(4):
+            lengths = [max(map(len, pair)) for pair in pairs]
+            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
+            for batch in batches:
+                torch.manual_seed(5 * 1_000_003 + step)  # dropout
+                step += 1
+                optimizer.zero_grad()
+                loss_of([pairs[i] for i in batch], 0.1).backward()
+                assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
+                for group in optimizer.param_groups:
+                    group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
+                optimizer.step()
+            ends.append({name: p.detach().clone() for name, p in names.items()})
+            with torch.no_grad(), transformer.evaluating(expected):
+                dev_losses.append(loss_of(pairs[:9], 0.0).item())
+        assert len(batches) > 4 and state["step"] == step
+        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
+        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
+        for name, p in model.named_parameters():
+            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
+        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
+        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
+            command = [
+                sys.executable,
+                "-c",
+                TRANSFORMER_KILLED,
+                place,
+                str(n),
+                "--out",
+                str(tmp_path),
+                *flags,
+            ]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
+            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
+        report, weights = transformer_run(tmp_path)
+        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for key in ("history", "searches"):
+            assert transformer_undisturbed[1][key] == report[key]
+
+    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
+        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
+        lock = transformer.lock_out(out)
+        report, weights = transformer_run(out, save_every=50, beam_size=2)
+        assert list(report["searches"])[1] == "beam 2, penalty 0"
+        assert report["history"] == transformer_undisturbed[1]["history"]
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
+        assert set(transformer.MAY_CHANGE) == may
+        capsys.readouterr()
+        assert transformer_stop(out, lr_scale=0.7) == 2
+        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
+        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+            corpus = transformer.number_corpus(0, 300, 20, 10)
+            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
+            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
+        assert "sentences" in capsys.readouterr().err
+        lock.close()
+
+    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
+        """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
+        batch_loss, calls = transformer.batch_loss, itertools.count(1)
+
+        def overflow(*arguments):
+            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "batch_loss", overflow)
+            stop = str(transformer_stop(tmp_path))
+        assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
+        assert not (tmp_path / "model.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
+        _, weights = transformer_run(tmp_path)
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
+            out = tmp_path / str(changes)
+            stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
+            assert "--lr-scale" in str(stop)
+            assert {path.name for path in out.iterdir()} == {"lock"}
+
+    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
+            raised = error("no space left")
+            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+            assert code in str(transformer_stop(tmp_path / code))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
+        capsys.readouterr()
+        (tmp_path / "file").touch()
+        for changes, words in (
+            ({"out": tmp_path / "file/below"}, "file"),
+            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": -1}, "--seed"),
+            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
+            ({"max_len": 3}, "max_len=3"),
+            ({"d_model": 18}, "n_heads"),
+        ):
+            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            lines = capsys.readouterr().err.splitlines()
+            assert code == 2 and len(lines) == 1 and words in lines[0], lines
+
+    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
+        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
+        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
+        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
+        lock.close()
+
+    # ---- the command line and the demo
+
+    def test_parse_lets_a_flag_override_its_preset(self, capsys):
+        assert transformer.parse([]) == transformer.Settings()
+        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
+            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
+            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
+            assert s.out != transformer.Settings().out
+        assert transformer.parse(["--translate", ""]).translate == ""
+        for argv in (["--wrong", "1"], ["--preset", "french"], ["--amp", "fp8"], ["--epochs", "many"]):
+            with pytest.raises(SystemExit) as leaving:
+                transformer.parse(argv)
+            assert leaving.value.code == 2
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            transformer.parse(["--preset", "multi30k", "--help"])
+        assert "4000" in capsys.readouterr().out
+
+    def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
+        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
+        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
+        data = tmp_path / "data"
+        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
+        texts = {"de": german, "en": english}
+        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
+        transformer_small_multi30k(data, **texts)
+        monkeypatch.setenv("MULTI30K_DATA", str(data))
+        s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
+        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
+        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        transformer.main(s)
+        report = json_of(tmp_path / "out/report.json")
+        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
+        assert report["beam"] > 50, report["beam"]
+        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        transformer.main(dataclasses.replace(s, translate="-"))
+        rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+        assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
+        assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
+
+    def test_demo_gets_every_number_right(self, transformer_demo):
+        folder, result = transformer_demo
+        summary, out = last_json(result), folder / "out" / "transformer"
+        report = json_of(folder / summary["report"])
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
+        assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
+        assert report["settings"] == dataclasses.asdict(transformer.Settings())
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
+        rows = list(report["searches"].values())
+        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+
+    def test_demo_swaps_tens_and_units(self, transformer_demo):
+        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
+        last_json(transformer_demo[1])
+        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
+        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
+        for units, tens in itertools.product(range(2, 10), range(2, 10)):
+            n = 517_000 + 10 * tens + units
+            source = tokenizer.encode(transformer.english_number(n), 32)
+            target = tokenizer.encode(transformer.german_number(n), 32)
+            src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
+            weights = transformer.cross_attention_weights(model, src, tgt)
+            assert weights.shape == (1, 4, len(target), len(source))
+            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
+            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
+            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+        assert sum(right) / len(right) > 0.9
+        assert not model.decoder[-1].cross_attention._forward_pre_hooks
+
+    def test_demo_translates(self, transformer_demo):
+        last_json(transformer_demo[1])
+        text = "Three hundred and forty-two thousand"
+        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
+        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
+        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        long = run_script("transformer.py", "--translate", "nine " * 40, cwd=transformer_demo[0])
+        check_one_line_error(long, "max_len=32")
 
 
 # -----------------------------------------------------------------------------
-# losses.py: what its tests share
+# losses.py: a table of all losses, each with an oracle and a sampler, drives most of the class
 
 
-def losses_check(loss, oracle, *inputs: Tensor, tolerance: float = 1e-10) -> None:
-    """Value and gradients of loss(*inputs) against oracle(*inputs), by autograd in float64."""
-    results = []
-    for function in (loss, oracle):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        value = function(*leaves)
-        gradients = torch.autograd.grad(value.sum(), leaves)
-        results.append((value.detach(), *gradients))
-    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
-        check_close(actual, expected, tolerance, "value" if i == 0 else f"gradient of input {i - 1}")
+def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
 
 
-def losses_check_numpy(loss, formula, *inputs: Tensor) -> None:
-    """Value against the published formula in numpy; gradients against its central differences."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*leaves)
-    gradients = torch.autograd.grad(value, leaves)
-    arrays = [x.detach().numpy().copy() for x in inputs]
-    check_close(value.detach(), torch.tensor(formula(*arrays), dtype=torch.float64), 1e-10, "value")
-    for array, gradient in zip(arrays, gradients, strict=True):
-        numeric = np.zeros_like(array)
-        for index in np.ndindex(array.shape):
-            kept = array[index]
-            array[index] = kept + 1e-6
-            above = formula(*arrays)
-            array[index] = kept - 1e-6
-            numeric[index] = (above - formula(*arrays)) / 2e-6
-            array[index] = kept
-        check_close(gradient, torch.from_numpy(numeric), 1e-7, "gradient")
+def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
+    p = z.softmax(1)
+    kept = y != -100
+    p_y = p.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
+    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[y.clamp(min=0)])
+    rows = torch.where(kept, rows, 0.0)
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
 
 
-def losses_gradcheck(loss, *inputs: Tensor) -> None:
-    assert torch.autograd.gradcheck(loss, [x.detach().clone().requires_grad_() for x in inputs], atol=1e-7)
-
-
-def losses_value_and_gradient(loss, x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach().clone().requires_grad_()
-    value = loss(x)
-    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
-
-
-def losses_class_data(n=17, k=5, *, ignored: bool = True, dtype=torch.float64):
-    logits, targets = 3 * torch.randn(n, k, dtype=dtype), torch.randint(k, (n,))
-    if ignored:
-        targets[::4] = -100
-    return logits, targets, torch.rand(k, dtype=dtype) + 0.1
-
-
-# the four losses on class logits, as functions (logits, targets, **keywords)
-LOSSES_ON_LOGITS = {
-    "smoothing": losses.label_smoothing_cross_entropy,
-    "focal": losses.focal_loss,
-    "focal_half": lambda z, y, **kw: losses.focal_loss(z, y, gamma=0.5, **kw),
-    "ordinal": losses.ordinal_loss,
-}
-# losses on embeddings with labels, and with two views
-LOSSES_ON_LABELS = {
-    "supcon": losses.supervised_contrastive_loss,
-    **{
-        f"{mining}_{margin}": lambda z, y, mining=mining, margin=margin: losses.batch_hard_triplet_loss(
-            z, y, margin, mining
-        )
-        for mining in ("hard", "semihard", "all")
-        for margin in (0.7, "soft")
-    },
-}
-LOSSES_ON_PAIRS = {"nt_xent": losses.nt_xent_loss, "info_nce": losses.info_nce_loss}
-
-# -----------------------------------------------------------------------------
-# losses.py: against independent oracles
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-def test_losses_label_smoothing_is_torchs(smoothing, weighted, reduction):
-    for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
-        logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
-        targets = torch.randint(k, shape)
-        targets.view(-1)[::4] = -1
-        weight = torch.rand(k, dtype=torch.float64) if weighted else None
-        kw = {"ignore_index": -1, "weight": weight, "reduction": reduction}
-        losses_check(
-            lambda z, y=targets, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
-            lambda z, y=targets, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
-            logits,
-        )
-
-
-def test_losses_label_smoothing_with_an_ignored_class_and_a_forbidden_one():
-    """ignore_index may be a class (a pad id); a logit of -inf is harmless without smoothing."""
-    logits, targets, weight = losses_class_data(ignored=False)
-    targets[:2] = torch.tensor([0, 3])
-    for ignore_index, smoothing in ((0, 0.0), (3, 0.2)):
-        kw = {"ignore_index": ignore_index, "weight": weight}
-        losses_check(
-            lambda z, kw=kw, s=smoothing: losses.label_smoothing_cross_entropy(z, targets, s, **kw),
-            lambda z, kw=kw, s=smoothing: F.cross_entropy(z, targets, label_smoothing=s, **kw),
-            logits,
-        )
-    logits[:, 1], targets[targets == 1] = -math.inf, 2
-    losses_check(
-        lambda z: losses.label_smoothing_cross_entropy(z, targets, 0.0),
-        lambda z: F.cross_entropy(z, targets),
-        logits,
-    )
-    value, gradient = losses_value_and_gradient(lambda z: losses.focal_loss(z, targets), logits)
-    assert value.isfinite() and gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_only_the_target_allowed(name):
-    """Logits of -inf for all other classes: p = 1 exactly, a logsumexp over -inf alone (gradient NaN)."""
-    logits = torch.tensor([[0.0, -math.inf, -math.inf], [-math.inf, 1.0, -math.inf]], dtype=torch.float64)
-    kw = {"smoothing": 0.0} if name == "smoothing" else {}
-    value, gradient = losses_value_and_gradient(
-        lambda z: LOSSES_ON_LOGITS[name](z, torch.tensor([0, 1]), **kw), logits
-    )
-    assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
-
-
-def losses_focal_formula(logits, targets, gamma, alpha, ignore_index, reduction):
-    p = logits.softmax(1)
-    counts = targets != ignore_index
-    p_y = p.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[targets.clamp(min=0)])
-    rows = torch.where(counts, rows, 0.0)
-    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / counts.sum()}[reduction]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
-def test_losses_focal_is_the_formula(gamma, reduction):
-    for weighted in (False, True):
-        logits, targets, alpha = losses_class_data()
-        alpha = alpha if weighted else None
-        losses_check(
-            lambda z, a=alpha, y=targets: losses.focal_loss(z, y, gamma, a, -100, reduction),
-            lambda z, a=alpha, y=targets: losses_focal_formula(z, y, gamma, a, -100, reduction),
-            logits,
-        )
-
-
-def test_losses_focal_defaults_and_gamma_0():
-    logits, targets, _ = losses_class_data()
-    losses_check(
-        lambda z: losses.focal_loss(z, targets),
-        lambda z: losses_focal_formula(z, targets, 2.0, None, -100, "mean"),
-        logits,
-    )
-    for reduction in ("mean", "sum", "none"):
-        losses_check(
-            lambda z, r=reduction: losses.focal_loss(z, targets, gamma=0.0, reduction=r),
-            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
-            logits,
-        )
-    images, wanted = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(3, (2, 4, 5))
-    losses_check(
-        lambda z: losses.focal_loss(z, wanted, gamma=0.0, reduction="none"),
-        lambda z: F.cross_entropy(z, wanted, reduction="none"),
-        images,
-    )
-
-
-def losses_torchvision_focal(logits, targets, alpha, gamma, reduction):
+def losses_torchvision_focal(logits, targets, alpha=0.25, gamma=2.0, reduction="mean"):
     """torchvision.ops.sigmoid_focal_loss, line by line (0.20)."""
+    targets = targets.to(logits)
     p = torch.sigmoid(logits)
     ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     p_t = p * targets + (1 - p) * (1 - targets)
@@ -3051,830 +2124,153 @@ def losses_torchvision_focal(logits, targets, alpha, gamma, reduction):
     return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_losses_binary_focal_is_torchvisions(reduction):
-    logits, targets = 3 * torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4)).double()
-    for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0)):
-        losses_check(
-            lambda z, g=gamma, a=alpha: losses.binary_focal_loss(z, targets, g, a, reduction),
-            lambda z, g=gamma, a=alpha: losses_torchvision_focal(z, targets, a, g, reduction),
-            logits,
-        )
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets.bool(), 0.0, None, reduction),
-        lambda z: F.binary_cross_entropy_with_logits(z, targets, reduction=reduction),
-        logits,
-    )
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets.long()),
-        lambda z: losses_torchvision_focal(z, targets, 0.25, 2.0, "mean"),
-        logits,
-    )
+def losses_ordinal(z, y):
+    terms = []
+    for row, target in zip(z.softmax(1), y.tolist(), strict=True):
+        for k in range(len(row) - 1 if target >= 0 else 0):
+            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log() / (len(row) - 1))
+    return sum(terms) / (y >= 0).sum()
 
 
-def test_losses_binary_focal_is_the_two_class_focal():
-    z, targets = torch.randn(9, dtype=torch.float64), torch.randint(2, (9,))
-    losses_check(
-        lambda z: losses.binary_focal_loss(z, targets, 1.5, 0.3),
-        lambda z: losses.focal_loss(
-            torch.stack((torch.zeros_like(z), z), 1),
-            targets,
-            1.5,
-            torch.tensor([0.7, 0.3], dtype=torch.float64),
-        ),
-        z,
-    )
+def losses_contrastive(a, b, same, margin=1.0):
+    rows = []
+    for x1, x2, together in zip(a, b, same.tolist(), strict=True):
+        d = (x1 - x2).square().sum().sqrt()
+        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
+    return sum(rows) / len(rows)
 
 
-def test_losses_contrastive_is_hadsells():
-    x1, x2 = torch.randn(2, 11, 4, dtype=torch.float64)
-    same = torch.rand(11) < 0.4
-
-    def formula(a, b, margin):
-        total = 0.0
-        for i in range(len(a)):
-            d = np.sqrt(((a[i] - b[i]) ** 2).sum())
-            total += d**2 / 2 if same[i] else max(0.0, margin - d) ** 2 / 2
-        return total / len(a)
-
-    for margin in (1.0, 3.0):
-        losses_check_numpy(
-            lambda a, b, m=margin: losses.contrastive_loss(a, b, same, m),
-            lambda a, b, m=margin: formula(a, b, m),
-            x1,
-            x2,
-        )
-    losses_check(
-        lambda a, b: losses.contrastive_loss(a, b, same.long()),
-        lambda a, b: losses.contrastive_loss(a, b, same, margin=1.0),
-        x1,
-        x2,
-    )
+def losses_info_nce(query, keys, _=None, temperature=0.07):
+    rows = []
+    for i, q in enumerate(query):
+        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
+        rows.append(-(scores[i] / sum(scores)).log())
+    return sum(rows) / len(rows)
 
 
-def losses_numpy_unit(z):
-    return z / np.sqrt((z**2).sum(-1, keepdims=True))
+def losses_supcon(z, y, temperature=0.1):
+    """Khosla et al., eq. 2, as loops over anchors and positives."""
+    rows = []
+    for i in range(len(z)):
+        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
+        positives = [j for j in scores if y[j] == y[i]]
+        if positives:
+            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
+    return sum(rows) / len(rows)
 
 
-def test_losses_nt_xent_is_simclrs():
-    z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64)
-
-    def formula(a, b, temperature):  # Chen et al., eq. 1 and algorithm 1, with loops
-        z = losses_numpy_unit(np.concatenate((a, b)))
-        n, total = len(a), 0.0
-        for i in range(2 * n):
-            partner = i + n if i < n else i - n
-            others = sum(np.exp(z[i] @ z[k] / temperature) for k in range(2 * n) if k != i)
-            total += -np.log(np.exp(z[i] @ z[partner] / temperature) / others)
-        return total / (2 * n)
-
-    losses_check_numpy(losses.nt_xent_loss, lambda a, b: formula(a, b, 0.5), z1, z2)
-    losses_check_numpy(lambda a, b: losses.nt_xent_loss(a, b, 0.1), lambda a, b: formula(a, b, 0.1), z1, z2)
+def losses_nt_xent(z1, z2, _=None, temperature=0.5):
+    return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), temperature)
 
 
-def test_losses_info_nce_is_the_formula():
-    query, keys = torch.randn(2, 5, 3, dtype=torch.float64)
-
-    def formula(q, k, temperature):
-        q, k = losses_numpy_unit(q), losses_numpy_unit(k)
-        rows = [
-            np.exp(q[i] @ k[i] / temperature) / np.exp(k @ q[i] / temperature).sum() for i in range(len(q))
-        ]
-        return -np.mean(np.log(rows))
-
-    losses_check_numpy(losses.info_nce_loss, lambda q, k: formula(q, k, 0.07), query, keys)
-    losses_check_numpy(
-        lambda q, k: losses.info_nce_loss(q, k, 1.0), lambda q, k: formula(q, k, 1.0), query, keys
-    )
-
-
-def test_losses_supervised_contrastive_is_khoslas_l_out():
-    z, labels = (
-        torch.randn(8, 3, dtype=torch.float64),
-        torch.tensor([0, 1, 0, 2, 1, 0, 7, 1]),
-    )  # 2 and 7 stand alone
-
-    def formula(z, temperature):
-        z, anchors = losses_numpy_unit(z), []
-        for i in range(len(z)):
-            others = [a for a in range(len(z)) if a != i]
-            positives = [p for p in others if labels[p] == labels[i]]
-            if positives:
-                total = sum(np.exp(z[i] @ z[a] / temperature) for a in others)
-                anchors.append(
-                    -np.mean([np.log(np.exp(z[i] @ z[p] / temperature) / total) for p in positives])
-                )
-        return np.mean(anchors)
-
-    losses_check_numpy(lambda z: losses.supervised_contrastive_loss(z, labels), lambda z: formula(z, 0.1), z)
-    losses_check_numpy(
-        lambda z: losses.supervised_contrastive_loss(z, labels, 0.7), lambda z: formula(z, 0.7), z
-    )
-
-
-def test_losses_supervised_contrastive_with_pair_labels_is_nt_xent():
-    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
-    labels = torch.arange(6).repeat(2)
-    losses_check(
-        lambda a, b: losses.supervised_contrastive_loss(torch.cat((a, b)), labels, 0.3),
-        lambda a, b: losses.nt_xent_loss(a, b, 0.3),
-        z1,
-        z2,
-    )
-
-
-def test_losses_triplet_is_torchs():
-    a, p, n = torch.randn(3, 12, 4, dtype=torch.float64)
-    for margin in (0.1, 0.5, 2.0):
-        losses_check(
-            lambda a, p, n, m=margin: losses.triplet_loss(a, p, n, m),
-            lambda a, p, n, m=margin: F.triplet_margin_loss(a, p, n, margin=m, eps=0),
-            a, p, n,
-        )  # fmt: skip
-    losses_check(
-        losses.triplet_loss, lambda a, p, n: F.triplet_margin_loss(a, p, n, margin=1.0, eps=0), a, p, n
-    )
-    losses_check(
-        lambda a, p, n: losses.triplet_loss(a, p, n, "soft"),
-        lambda a, p, n: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
-        a, p, n,
-    )  # fmt: skip
-
-
-def losses_mined(z: Tensor, labels: Tensor, margin, mining: str) -> Tensor:
-    """Brute force over Python loops, with torch's norm: what the docstring says of each mining."""
+def losses_mined(z, y, margin=0.2, mining="hard"):
+    """Loops, with torch's norm: what the docstring says of each mining."""
     n, terms = len(z), []
     d = [[(z[i] - z[j]).norm() if i != j else torch.tensor(0.0) for j in range(n)] for i in range(n)]
-    cost = lambda x: F.softplus(x) if margin == "soft" else F.relu(x + margin)  # noqa: E731
+
+    def cost(x):
+        return F.softplus(x) if margin == "soft" else F.relu(x + margin)
+
     for a in range(n):
-        positives = [p for p in range(n) if p != a and labels[p] == labels[a]]
-        negatives = [k for k in range(n) if labels[k] != labels[a]]
+        positives = [p for p in range(n) if p != a and y[p] == y[a]]
+        negatives = [k for k in range(n) if y[k] != y[a]]
         if mining == "hard" and positives and negatives:
             terms.append(cost(max(d[a][p] for p in positives) - min(d[a][k] for k in negatives)))
-        if mining == "semihard":
-            for p in positives:
-                farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
-                if farther:
-                    terms.append(cost(d[a][p] - min(farther)))
+        for p in positives if mining == "semihard" else []:
+            farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
+            terms += [cost(d[a][p] - min(farther))] if farther else []
         if mining == "all":
             terms += [cost(d[a][p] - d[a][k]) for p in positives for k in negatives]
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
-@pytest.mark.parametrize("margin", [0.0, 0.2, 1.5, "soft"])
-def test_losses_batch_mined_triplet_is_brute_force(mining, margin):
-    for n, classes in ((9, 3), (12, 5), (7, 2)):
-        z, labels = torch.randn(n, 3, dtype=torch.float64), torch.randint(classes, (n,))
-        labels[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
-        losses_check(
-            lambda z, y=labels: losses.batch_hard_triplet_loss(z, y, margin, mining),
-            lambda z, y=labels: losses_mined(z, y, margin, mining),
-            z,
-        )
-
-
-def test_losses_semihard_has_no_triplet_among_ties():
-    """Collapsed: no negative is farther than a positive, so nothing is to be paid."""
-    z = torch.zeros(6, 3, requires_grad=True)
-    loss = losses.batch_hard_triplet_loss(z, torch.arange(6) % 2, mining="semihard")
-    loss.backward()
-    assert loss.item() == 0 and (z.grad == 0).all()
-
-
-def test_losses_nearest_accuracy_by_hand():
-    labels = torch.arange(10).repeat(5)[None]  # (1, 50)
-    z = F.one_hot(labels, 10).float() + 0.01 * torch.randn(1, 50, 10)
-    others, truth = F.one_hot(torch.arange(10), 10).float()[None], torch.arange(10)[None]
-    assert losses.nearest_accuracy(z, labels, others, truth).tolist() == [1.0]
-    assert losses.nearest_accuracy(z, labels, others, truth.roll(1, 1)).tolist() == [0.0]
-
-
-def test_losses_batch_hard_defaults():
-    z, labels = torch.randn(9, 3, dtype=torch.float64), torch.arange(9) % 3
-    losses_check(
-        lambda z: losses.batch_hard_triplet_loss(z, labels), lambda z: losses_mined(z, labels, 0.2, "hard"), z
-    )
-
-
-def test_losses_ordinal_is_the_formula():
-    logits, targets, _ = losses_class_data(n=6, k=5)
-
-    def formula(z):
-        p, total, counted = np.exp(z) / np.exp(z).sum(1, keepdims=True), 0.0, 0
-        for i, y in enumerate(targets.tolist()):
-            if y >= 0:
-                counted += 1
-                for k in range(4):
-                    low = p[i, : k + 1].sum()
-                    total += -np.log(low if y <= k else 1 - low) / 4
-        return total / counted
-
-    losses_check_numpy(lambda z: losses.ordinal_loss(z, targets), formula, logits)
-
-
-@pytest.mark.parametrize("mining", ["hard", "semihard", "all"])
-def test_losses_gradcheck_mined(mining):
-    z, labels = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
-    for margin in (0.3, "soft"):
-        losses_gradcheck(lambda z, m=margin: losses.batch_hard_triplet_loss(z, labels, m, mining), z)
-
-
-def test_losses_gradcheck():
-    logits, targets, weight = losses_class_data(n=7, k=4)
-    for name, loss in LOSSES_ON_LOGITS.items():
-        kw = {"smoothing": {"weight": weight}, "ordinal": {}}.get(name, {"alpha": weight})
-        for reduction in ("mean", "none"):
-            losses_gradcheck(lambda z, f=loss, kw=kw, r=reduction: f(z, targets, reduction=r, **kw), logits)
-    binary = (targets > 0).long()
-    losses_gradcheck(lambda z: losses.binary_focal_loss(z, binary, 0.5), logits[:, 0])
-    a, b, c = torch.randn(3, 6, 3, dtype=torch.float64)
-    losses_gradcheck(lambda a, b: losses.contrastive_loss(a, b, torch.arange(6) % 2, 4.0), a, b)
-    losses_gradcheck(losses.nt_xent_loss, a, b)
-    losses_gradcheck(losses.info_nce_loss, a, b)
-    losses_gradcheck(lambda z: losses.supervised_contrastive_loss(z, torch.tensor([0, 1, 0, 1, 1, 2])), a)
-    losses_gradcheck(losses.triplet_loss, a, b, c)
-    losses_gradcheck(lambda a, b, c: losses.triplet_loss(a, b, c, "soft"), a, b, c)
-
-
-# -----------------------------------------------------------------------------
-# losses.py: properties
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_permutation_of_rows_changes_nothing(name):
-    logits, targets, _ = losses_class_data()
-    order = torch.randperm(len(targets))
-    value, gradient = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets), logits)
-    permuted = losses_value_and_gradient(lambda z: LOSSES_ON_LOGITS[name](z, targets[order]), logits[order])
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[order], 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LABELS)
-def test_losses_permutation_and_duplicates(name):
-    """Duplicates tie for the hardest: their gradients are shared, not given to whoever comes first."""
-    loss = LOSSES_ON_LABELS[name]
-    z, labels = torch.randn(12, 3, dtype=torch.float64), torch.arange(12) % 3
-    z[3], z[4], labels[11] = (
-        z[0],
-        z[0],
-        5,
-    )  # a duplicate of its class, one of another class, a class of one sample
-    order = torch.randperm(12)
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, labels), z)
-    permuted = losses_value_and_gradient(lambda z: loss(z, labels[order]), z[order])
-    assert value > 0 and gradient.isfinite().all()
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[order], 1e-12)
-
-
-def test_losses_hard_mining_shares_the_gradient_among_ties():
-    """Two samples at one point are the farthest positives, two at another the nearest negatives."""
-    z = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 2.0]], dtype=torch.float64)
-    labels = torch.tensor([0, 0, 0, 1, 1])
-    _, gradient = losses_value_and_gradient(lambda z: losses.batch_hard_triplet_loss(z, labels, 5.0), z)
-    assert torch.equal(gradient[1], gradient[2]) and torch.equal(gradient[3], gradient[4])
-    assert (gradient.norm(dim=1) > 0.01).all()
-
-
-@pytest.mark.parametrize("name", [*LOSSES_ON_PAIRS, "contrastive", "triplet"])
-def test_losses_permutation_of_pairs_changes_nothing(name):
-    z, order, same = torch.randn(3, 8, 4, dtype=torch.float64), torch.randperm(8), torch.arange(8) < 3
-    z[1, 2] = z[0, 2]  # a pair at distance 0
-    z[:, 5] = z[:, 4]  # and a pair that occurs twice
-    loss = {
-        "contrastive": lambda z, i: losses.contrastive_loss(z[0], z[1], same[i], 3.0),
-        "triplet": lambda z, i: losses.triplet_loss(z[0], z[1], z[2]),
-    }.get(name, lambda z, i: LOSSES_ON_PAIRS[name](z[0], z[1]))
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, torch.arange(8)), z)
-    permuted = losses_value_and_gradient(lambda z: loss(z, order), z[:, order])
-    assert gradient.isfinite().all()
-    check_close(permuted[0], value, 1e-12)
-    check_close(permuted[1], gradient[:, order], 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_an_ignored_row_changes_nothing(name):
-    loss = LOSSES_ON_LOGITS[name]
-    logits, targets, _ = losses_class_data(ignored=False)
-    value, gradient = losses_value_and_gradient(lambda z: loss(z, targets), logits)
-    for junk in (0.0, 1e4, math.inf, math.nan):
-        more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
-        ignored = torch.cat((targets, torch.tensor([-100, -100])))
-        value_more, gradient_more = losses_value_and_gradient(lambda z, y=ignored: loss(z, y), more)
-        assert torch.equal(value_more, value)
-        assert torch.equal(gradient_more, torch.cat((gradient, torch.zeros(2, 5, dtype=torch.float64))))
-    rows = loss(more, ignored, reduction="none")
-    assert rows.shape == (19,) and torch.equal(rows[-2:], torch.zeros(2, dtype=torch.float64))
-    for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
-        marked = torch.cat((targets.masked_fill(targets == 3, other), torch.tensor([other, other])))
-        kept = marked[:-2] != other
-        expected, _ = losses_value_and_gradient(lambda z, k=kept: loss(z[k], targets[k]), logits)
-        value, _ = losses_value_and_gradient(lambda z, y=marked, i=other: loss(z, y, ignore_index=i), more)
-        check_close(value, expected, 1e-12, f"ignore_index {other}")
-    volume, grid = logits[:16].view(2, 8, 5).movedim(-1, 1), targets[:16].view(2, 8)  # (2, 5, 8), (2, 8)
-    rows = loss(logits[:16], targets[:16], reduction="none")
-    check_close(loss(volume, grid, reduction="none"), rows.view(2, 8), 1e-12)
-
-
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_all_rows_ignored_is_0(name):
-    loss = LOSSES_ON_LOGITS[name]
-    kw = {"weight": torch.rand(5)} if name == "smoothing" else {}
-    for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
-        for reduction in ("mean", "sum"):
-            targets = torch.full((len(logits),), -100)
-            value, gradient = losses_value_and_gradient(
-                lambda z, y=targets, r=reduction: loss(z, y, reduction=r, **kw), logits
-            )
-            assert value == 0 and torch.equal(gradient, torch.zeros_like(logits))
-    assert F.cross_entropy(logits, targets).isnan()  # what the docstring says of torch
-
-
-def test_losses_weights_of_0_give_0():
-    logits, targets = torch.randn(3, 2), torch.zeros(3, dtype=torch.long)
-    value, gradient = losses_value_and_gradient(
-        lambda z: losses.label_smoothing_cross_entropy(z, targets, weight=torch.tensor([0.0, 1.0])), logits
-    )
-    assert value == 0 and torch.equal(gradient, torch.zeros(3, 2))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-def test_losses_extreme_logits(name, dtype):
-    """Logits of +-1e4, right and wrong, in every precision: as float64 has it, finite gradients, no NaN."""
-    loss = LOSSES_ON_LOGITS[name]
-    logits = (1e4 * torch.tensor([[1, -1, -1], [-1, 1, -1], [1, 1, -1], [0, 0, 0], [-1, -1, 1]])).to(dtype)
-    targets = torch.tensor([0, 0, 2, 1, 2])
-    for reduction in ("mean", "sum", "none"):
-        value, gradient = losses_value_and_gradient(
-            lambda z, r=reduction: loss(z, targets, reduction=r), logits
-        )
-        expected, _ = losses_value_and_gradient(
-            lambda z, r=reduction: loss(z, targets, reduction=r), logits.double()
-        )
-        assert value.dtype == (dtype if dtype in (torch.float32, torch.float64) else torch.float32)
-        assert gradient.dtype == dtype and gradient.isfinite().all()
-        check_close(value.double(), expected, 1e-6)
-    rows, _ = losses_value_and_gradient(lambda z: loss(z, targets, reduction="none"), logits.double())
-    if name != "smoothing":  # sure and right costs 0, sure and wrong 2e4
-        assert rows[0] == 0 and rows[4] == 0
-        check_close(rows[2], (1 if name == "ordinal" else 2) * logits.double().max(), 1e-3)
-
-
-@pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 0.99, 1.0, 2.0, 5.0])
-def test_losses_focal_gradient_at_p_1(gamma):
-    """p rounds to 1 from a logit gap of 37 (float64), 17 (float32): the plain power has no slope there."""
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
-            z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
-            targets = torch.tensor([0, 1, 1])
-            for loss, x in (
-                (lambda z, y=targets: losses.focal_loss(z, y, gamma), z),
-                (lambda z, y=targets: losses.binary_focal_loss(z, y, gamma), z[:, 1] - z[:, 0]),
-            ):
-                value, gradient = losses_value_and_gradient(loss, x)
-                assert value.isfinite() and gradient.isfinite().all(), (dtype, gap)
-    p = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    naive = torch.autograd.grad(((1 - p) ** 0.5 * -p.log()).sum(), p)[0]
-    assert not naive.isfinite()  # the trap is there
-
-
-def test_losses_focal_near_p_1_keeps_its_digits():
-    """(1 - p)^gamma at a gap of 30 is e^(-30 gamma): 1 - p in float32 would have said 0."""
-    z, target = torch.tensor([[30.0, 0.0]]), torch.tensor([0])
-    expected = torch.tensor(math.exp(-15.0)) * F.cross_entropy(z.double(), target).float()
-    actual = losses.focal_loss(z.double(), target, 0.5).float()
-    assert abs(actual / expected - 1) < 1e-6 and actual > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_losses_on_embeddings_in_half_precision(dtype):
-    """Computed in float32 from the rounded inputs, under autocast too; no float16 overflow."""
-    z1, z2, z3 = (100 * torch.randn(3, 8, 16)).to(dtype)
-    labels, same = torch.arange(8) % 3, torch.arange(8) % 2 == 0
-    for name, loss in {
-        "contrastive": lambda a, b, c: losses.contrastive_loss(a, b, same, 500.0),
-        "triplet": lambda a, b, c: losses.triplet_loss(a, b, c),
-        **{name: lambda a, b, c, f=f: f(a, b) for name, f in LOSSES_ON_PAIRS.items()},
-        **{name: lambda a, b, c, f=f: f(a, labels) for name, f in LOSSES_ON_LABELS.items()},
-    }.items():
-        expected = loss(z1.float(), z2.float(), z3.float())
-        leaf = z1.clone().requires_grad_()
-        value = loss(leaf, z2, z3)
-        check_close(value.detach(), expected, 1e-6, name)
-        assert torch.autograd.grad(value, leaf)[0].isfinite().all(), name
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_close(loss(z1.float(), z2.float(), z3.float()), expected, 1e-6, f"{name} under autocast")
-
-
-def test_losses_embeddings_at_extremes():
-    z = torch.tensor([[1e4, 0], [-1e4, 0], [0, 1e4], [1e-4, 0], [0, 0], [0, 0.0]])
-    labels = torch.tensor([0, 0, 1, 1, 2, 2])
-    for name, loss in LOSSES_ON_LABELS.items():
-        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z, labels), z)
-        assert value.isfinite() and gradient.isfinite().all(), name
-    for name, loss in LOSSES_ON_PAIRS.items():
-        value, gradient = losses_value_and_gradient(lambda z, f=loss: f(z[:3], z[3:]), z)
-        assert value.isfinite() and gradient.isfinite().all(), name
-
-
-def test_losses_distance_0_has_gradient_0():
-    x = torch.randn(3, 4, dtype=torch.float64)
-    for same in (torch.zeros(3), torch.ones(3)):
-        value, gradient = losses_value_and_gradient(lambda a, s=same: losses.contrastive_loss(a, x, s), x)
-        assert value == (0.5 if same[0] == 0 else 0) and torch.equal(gradient, torch.zeros_like(x))
-    value, gradient = losses_value_and_gradient(lambda a: losses.triplet_loss(a, x, x, 0.7), x)
-    check_close(value, torch.tensor(0.7, dtype=torch.float64), 1e-12)
-    assert torch.equal(gradient, torch.zeros_like(x))
-    bare = torch.autograd.grad((x.requires_grad_() - x.detach()).square().sum(1).sqrt().sum(), x)[0]
-    assert bare.isnan().all()  # the trap is there
-
-
-def test_losses_inputs_are_normalised_by_the_three_that_say_so():
-    z1, z2, scale = (
-        *torch.randn(2, 6, 4, dtype=torch.float64),
-        10 * torch.rand(6, 1, dtype=torch.float64) + 0.1,
-    )
-    labels = torch.arange(6) % 2
-    for loss in LOSSES_ON_PAIRS.values():
-        check_close(loss(scale * z1, z2 / scale), loss(z1, z2), 1e-12)
-    check_close(
-        losses.supervised_contrastive_loss(scale * z1, labels),
-        losses.supervised_contrastive_loss(z1, labels),
-        1e-12,
-    )
-    assert losses.batch_hard_triplet_loss(10 * z1, labels) > 2 * losses.batch_hard_triplet_loss(z1, labels)
-
-
-def test_losses_temperature_limits():
-    """Hot: every candidate is alike, log of their number. Cold: 0 if the partner is nearest, else gap / t."""
-    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
-    labels = torch.arange(6) % 2
-    hot = 1e9
-    check_close(losses.nt_xent_loss(z1, z2, hot), torch.tensor(math.log(11)).double(), 1e-7)
-    check_close(losses.info_nce_loss(z1, z2, hot), torch.tensor(math.log(6)).double(), 1e-7)
-    check_close(losses.supervised_contrastive_loss(z1, labels, hot), torch.tensor(math.log(5)).double(), 1e-7)
-    near = torch.eye(6, dtype=torch.float64)
-    for cold in (1e-2, 1e-4):
-        assert (
-            losses.nt_xent_loss(near, near, cold) < 1e-10 and losses.info_nce_loss(near, near, cold) < 1e-10
-        )
-        wrong = losses.info_nce_loss(near, near.roll(1, 0), cold)
-        check_close(wrong * cold, torch.tensor(1.0).double(), 1e-6)
-
-
-def test_losses_a_batch_without_pairs_or_triplets_is_0():
-    z = torch.randn(4, 3)
-    for labels in (torch.arange(4), torch.zeros(4, dtype=torch.long)):
-        for name, loss in LOSSES_ON_LABELS.items():
-            if name == "supcon" and labels[3] == 0:
-                continue  # one class: every anchor has positives
-            value, gradient = losses_value_and_gradient(lambda z, y=labels, f=loss: f(z, y), z)
-            assert value == 0 and torch.equal(gradient, torch.zeros_like(z)), name
-
-
-def test_losses_collapse_is_the_margin_and_detected():
-    point = torch.randn(1, 5).expand(8, 5)
-    labels = torch.arange(8) % 2
-    for mining in ("hard", "all"):
-        check_close(losses.batch_hard_triplet_loss(point, labels, 0.2, mining), torch.tensor(0.2), 1e-6)
-        check_close(
-            losses.batch_hard_triplet_loss(point, labels, "soft", mining), torch.tensor(0.6931472), 1e-6
-        )
-    for margin in (0.2, 5.0, "soft"):
-        size = 1.0 if margin == "soft" else margin
-        assert losses.has_collapsed(point, margin)
-        spread = torch.randn(8, 5)
-        spread = spread / torch.pdist(spread).mean()
-        assert losses.has_collapsed(0.04 * size * spread, margin)
-        assert not losses.has_collapsed(0.06 * size * spread, margin)
-
-
-def test_losses_ordinal_passes_the_checklist():
-    logits, targets, _ = losses_class_data(n=40, k=5, ignored=False)
-    rows = losses.ordinal_loss(logits, targets, reduction="none")
-    assert (rows > 0).all()  # lower bound, approached when sure and right
-    sure = 50.0 * F.one_hot(targets, 5).double()
-    assert losses.ordinal_loss(sure, targets) < 1e-20 + 1e-12
-    # direction: the true class's logit always rises; a mistake farther off costs more and pulls harder
-    _, gradient = losses_value_and_gradient(lambda z: losses.ordinal_loss(z, targets), logits)
-    assert (gradient.gather(1, targets[:, None]) < 0).all()
-    wrong = 5.0 * torch.eye(5, dtype=torch.float64)  # row j is sure of class j; the truth is class 0
-    costs = losses.ordinal_loss(wrong, torch.zeros(5, dtype=torch.long), reduction="none")
-    assert (costs.diff() > 0.5).all()
-    _, gradient = losses_value_and_gradient(
-        lambda z: losses.ordinal_loss(z, torch.zeros(5, dtype=torch.long), reduction="sum"), wrong
-    )
-    assert (gradient[:, 0].diff() < 0).all()
-    # scale: between 0.5 and 1 at the start, whatever K
-    for k in (2, 5, 50):
-        targets = torch.arange(k)
-        rows = losses.ordinal_loss(torch.zeros(k, k), targets, reduction="none")
-        assert 0.25 < rows.min() and 0.5 < rows.mean() < 0.7 and rows.max() < 1
-    # limit: two classes are cross-entropy
-    logits, targets, _ = losses_class_data(k=2)
-    for reduction in ("mean", "sum", "none"):
-        losses_check(
-            lambda z, r=reduction: losses.ordinal_loss(z, targets, reduction=r),
-            lambda z, r=reduction: F.cross_entropy(z, targets, reduction=r),
-            logits,
-        )
-    # a proper score: the expected cost under a truth q is least where the softmax is q
-    q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
-    z = q.log().requires_grad_()
-    expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
-    assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
-
-
-# -----------------------------------------------------------------------------
-# losses.py: bad input
-
-
-def losses_bad_calls():
-    z, y, one = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(1, 3)
-    nan = math.nan
-    for name, loss in {
-        "smoothing": losses.label_smoothing_cross_entropy,
-        "focal": losses.focal_loss,
-        "ordinal": losses.ordinal_loss,
-    }.items():
-        yield f"{name} target K", lambda f=loss: f(z, y + 1), ("targets", "0 .. 2", "3")
-        yield f"{name} target -1", lambda f=loss: f(z, y - 1), ("targets", "0 .. 2", "-1")
-        yield f"{name} target 100", lambda f=loss: f(z, torch.full((6,), 100)), ("targets", "100")
-        yield f"{name} float targets", lambda f=loss: f(z, y.float()), ("targets", "integers", "float32")
-        yield f"{name} bool targets", lambda f=loss: f(z, y > 0), ("targets", "integers", "bool")
-        yield f"{name} fewer targets", lambda f=loss: f(z, y[:5]), ("targets", "(6,)", "(5,)")
-        yield f"{name} one-hot targets", lambda f=loss: f(z, F.one_hot(y)), ("targets", "(6,)", "(6, 3)")
-        yield f"{name} flat logits", lambda f=loss: f(z[0], y[0]), ("logits", "(3,)")
-        yield f"{name} integer logits", lambda f=loss: f(z.long(), y), ("logits", "int64")
-        yield f"{name} reduction", lambda f=loss: f(z, y, reduction="avg"), ("reduction", "avg", "none")
-    for bad in (-0.1, 1.0, 1.5, nan):
-        yield (
-            f"smoothing {bad}",
-            lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b),
-            ("smoothing", "[0, 1)"),
-        )
-    for bad in (torch.ones(2), torch.ones(3, 1), 0.5):
-        yield "weight", lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
-        yield "alpha", lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
-    yield "negative alpha", lambda: losses.focal_loss(z, y, alpha=-torch.ones(3)), ("alpha", "-1")
-    yield "1 class", lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
-    bits = (y > 0).long()
-    for bad in (-1.0, nan, math.inf):
-        yield f"gamma {bad}", lambda b=bad: losses.focal_loss(z, y, gamma=b), ("gamma", str(bad))
-        yield (
-            f"binary gamma {bad}",
-            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, b),
-            ("gamma", str(bad)),
-        )
-        yield f"margin {bad}", lambda b=bad: losses.contrastive_loss(z, z, bits, b), ("margin", str(bad))
-        yield f"triplet margin {bad}", lambda b=bad: losses.triplet_loss(z, z, z, b), ("margin", str(bad))
-        yield (
-            f"mined margin {bad}",
-            lambda b=bad: losses.batch_hard_triplet_loss(z, y, b),
-            ("margin", str(bad)),
-        )
-        yield f"GradNorm alpha {bad}", lambda b=bad: losses.GradNorm(2, b), ("alpha", str(bad))
-    for bad in (-0.1, 1.1):
-        yield (
-            f"binary alpha {bad}",
-            lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b),
-            ("alpha", "[0, 1]"),
-        )
-    yield "binary target 2", lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
-    yield "binary target 0.5", lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
-    yield "binary integers", lambda: losses.binary_focal_loss(bits, bits), ("logits", "int64")
-    yield "no class", lambda: losses.focal_loss(z[:, :0], y), ("logits", "(6, 0)")
-    yield "complex targets", lambda: losses.focal_loss(z, y + 0j), ("targets", "complex64")
-    yield "dtypes", lambda: losses.triplet_loss(z, z.double(), z), ("positive", "float64")
-    yield "binary shapes", lambda: losses.binary_focal_loss(z, bits), ("targets", "(6, 3)", "(6,)")
-    yield (
-        "binary reduction",
-        lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None),
-        ("reduction", "None"),
-    )
-    for bad in (0.0, -1.0, nan):
-        yield f"temperature {bad}", lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
-        yield f"temperature {bad}", lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
-        yield (
-            f"temperature {bad}",
-            lambda b=bad: losses.supervised_contrastive_loss(z, y, b),
-            ("temperature", str(bad)),
-        )
-    yield "1 pair", lambda: losses.nt_xent_loss(one, one), ("z1", "2", "1")
-    yield "1 query", lambda: losses.info_nce_loss(one, one), ("query", "2", "1")
-    yield "1 anchor", lambda: losses.supervised_contrastive_loss(one, y[:1]), ("z", "2", "1")
-    yield "1 sample", lambda: losses.batch_hard_triplet_loss(one, y[:1]), ("z", "2", "1")
-    yield "no triplet", lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "1", "0")
-    yield "no pair", lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "1", "0")
-    for name, loss in LOSSES_ON_PAIRS.items():
-        yield f"{name} shapes", lambda f=loss: f(z, z[:5]), ("(6, 3)", "(5, 3)")
-        yield f"{name} dimensions", lambda f=loss: f(z[0], z[0]), ("(3,)",)
-        yield f"{name} integers", lambda f=loss: f(z.long(), z.long()), ("int64",)
-    for name, loss in LOSSES_ON_LABELS.items():
-        yield f"{name} labels", lambda f=loss: f(z, y[:5]), ("labels", "(6,)", "(5,)")
-        yield f"{name} float labels", lambda f=loss: f(z, y.float()), ("labels", "float32")
-        yield f"{name} dimensions", lambda f=loss: f(z[None], y), ("z", "(1, 6, 3)")
-    yield "same values", lambda: losses.contrastive_loss(z, z, y), ("same",)
-    yield "same shape", lambda: losses.contrastive_loss(z, z, bits[:5]), ("same", "(5,)")
-    yield "triplet shapes", lambda: losses.triplet_loss(z, z, z[:, :2]), ("negative", "(6, 2)")
-    yield "margin hard", lambda: losses.triplet_loss(z, z, z, "hard"), ("margin", "hard", "soft")
-    yield (
-        "mining",
-        lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"),
-        ("mining", "easy", "semihard"),
-    )
-    for bad in (-0.1, 1.1, nan):
-        yield f"beta {bad}", lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
-    yield "an empty class", lambda: losses.class_balanced_weights(torch.tensor([3, 0])), ("counts", "0")
-    yield "no classes", lambda: losses.class_balanced_weights(torch.tensor([])), ("counts", "[]")
-    yield "no tasks", lambda: losses.UncertaintyWeighting(0), ("n_tasks", "0")
-    yield "no tasks", lambda: losses.GradNorm(0), ("n_tasks", "0")
-    yield "3 losses", lambda: losses.UncertaintyWeighting(2)(torch.ones(3)), ("losses", "(2,)", "(3,)")
-    w = torch.ones(3, requires_grad=True)
-    yield "3 losses", lambda: losses.GradNorm(2)(w * 1, w), ("losses", "(2,)", "(3,)")
-    yield "first loss 0", lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
-
-
-def test_losses_bad_input_is_a_value_error():
-    names = []
-    for name, call, words in losses_bad_calls():
-        with pytest.raises(ValueError) as error:
-            call()
-        for word in words:
-            assert word in str(error.value), (name, word, str(error.value))
-        names.append(name)
-    assert len(names) > 100
-
-
-# -----------------------------------------------------------------------------
-# losses.py: weighting
-
-
-def test_losses_class_balanced_weights_by_hand():
-    counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
-    for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
-        effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series, summed up
-        expected = torch.tensor(
-            [3 / e / sum(1 / e for e in effective) for e in effective], dtype=torch.float64
-        )
-        check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
-    check_close(losses.class_balanced_weights(counts), losses.class_balanced_weights(counts, 0.999), 0)
-    inverse = 3 / counts / (1 / counts).sum()
-    check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
-    check_close(losses.class_balanced_weights([1000, 50, 1], 1.0), inverse.float(), 1e-6)
-    assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
-    for wrong in (torch.ones(2, 2), torch.ones(0), torch.tensor(3)):
-        with pytest.raises(ValueError, match="counts must be"):
-            losses.class_balanced_weights(wrong)
-
-
-def test_losses_uncertainty_weighting_by_hand():
-    weighting = losses.UncertaintyWeighting(2).double()
-    task_losses = torch.tensor([3.0, 0.5], dtype=torch.float64, requires_grad=True)
-    assert weighting(task_losses) == 1.75  # s = 0: half the sum
-    with torch.no_grad():
-        weighting.log_variances.copy_(torch.tensor([math.log(2.0), 1.0]))
-    total = weighting(task_losses)
-    total.backward()
-    expected = (3 / 2 + math.log(2) + 0.5 / math.e + 1) / 2
-    check_close(total.detach(), torch.tensor(expected).double(), 1e-7)
-    check_close(task_losses.grad, torch.tensor([0.25, 0.5 / math.e]).double(), 1e-7)
-    check_close(weighting.log_variances.grad, torch.tensor([-0.25, (1 - 0.5 / math.e) / 2]).double(), 1e-7)
-
-
-def test_losses_uncertainty_weighting_reaches_the_analytic_optimum():
-    """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i there, and sum L_i' / L_i = 0 puts x half-way."""
-    x, weighting = (
-        torch.zeros(1, dtype=torch.float64, requires_grad=True),
-        losses.UncertaintyWeighting(2).double(),
-    )
-
-    def tasks():
-        return torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1)))
-
-    optimizer = torch.optim.LBFGS([x, *weighting.parameters()], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        total = weighting(tasks())
-        total.backward()
-        return total
-
-    optimizer.step(closure)
-    check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
-    check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
-
-
-def test_losses_gradnorm_by_hand():
-    """Two linear tasks with gradient norms 3 and 4 on the shared weights; see the numbers in the comments."""
-    gradnorm = losses.GradNorm(2, alpha=1.5).double()
-    w = torch.tensor([1.0, 1.0], dtype=torch.float64, requires_grad=True)
-    tasks = torch.stack((3 * w[0], 4 * w[1]))
-    total = gradnorm(tasks, w)
-    assert total == 7.0  # weights 1, 1
-    gradient_w, gradient_s = torch.autograd.grad(total, (w, gradnorm.log_weights), retain_graph=True)
-    check_close(gradient_w, torch.tensor([3.0, 4.0]).double(), 1e-12)
-    # G = 3, 4, targets 3.5 each: signs -, +; d w_i / d s_j = w_i (delta_ij - w_j / 2): -1.5 - 2
-    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
-    # task 0 has done half its way, task 1 nothing: r = 2/3, 4/3; targets 3.5 r^1.5 = 1.905, 5.389: signs +, -
-    moved = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    check_close(gradient_s, torch.tensor([3.5, -3.5]).double(), 1e-12)
-    # with alpha = 0 progress plays no part
-    gradnorm.alpha = 0.0
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    check_close(gradient_s, torch.tensor([-3.5, 3.5]).double(), 1e-12)
-    # weights 2 softmax(log 3, 0) = 1.5, 0.5: the total, and what the model's weights get
-    with torch.no_grad():
-        gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())
-    total = gradnorm(moved, w)
-    check_close(total.detach(), torch.tensor(1.5 * 1.5 + 0.5 * 4).double(), 1e-12)
-    check_close(torch.autograd.grad(total, w, retain_graph=True)[0], torch.tensor([4.5, 2.0]).double(), 1e-12)
-    # alpha = 1, weights 1.5, 0.5: G = 4.5, 2, mean 3.25, r = 2/3, 4/3, targets 2.17, 4.33: signs +, -
-    gradnorm.alpha = 1.0
-    gradient_s = torch.autograd.grad(gradnorm(moved, w), gradnorm.log_weights, retain_graph=True)[0]
-    # d G_0 / d s_0 = 3 * 1.5 * (1 - 0.75) = 1.125, d G_1 / d s_0 = 4 * 0.5 * -0.75 = -1.5: 1.125 + 1.5
-    check_close(gradient_s, torch.tensor([2.625, -2.625]).double(), 1e-12)
-    assert losses.GradNorm(2).alpha == 1.5
-
-
-def test_losses_gradnorm_of_losses_that_reached_0_and_of_several_weights():
-    for tasks in (1, 2):
-        gradnorm, w = losses.GradNorm(tasks), torch.ones(tasks, requires_grad=True)
-        gradnorm(2 * w, w)
-        for later in (torch.zeros(tasks), -torch.ones(tasks), torch.tensor([0.0, 1.0][:tasks])):
-            total = gradnorm(later * w, w)
-            gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
-            assert total == later.sum() and gradient.isfinite().all(), later
-    a, b = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (1.0, 1.0))
-    tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
-    gradients = []
-    for shared in ([a, b], (b, a)):
-        gradnorm = losses.GradNorm(2).double()
-        total = gradnorm(tasks, shared)
-        gradients.append(torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0])
-    check_close(gradients[0], torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
-    check_close(gradients[1], gradients[0], 1e-12)
-
-
-@torch.no_grad()
-def test_losses_gradnorm_without_gradients_is_the_weighted_sum():
-    """Of a validation's losses."""
-    weighting, shared = losses.GradNorm(2), torch.ones(3)
-    weighting.log_weights.copy_(torch.tensor([1.0, 0.0]))
-    values = torch.tensor([2.0, 3.0])
-    check_close(weighting(values, shared), (weighting.weights() * values).sum(), 1e-6)
-
-
-def test_losses_gradnorm_keeps_its_first_losses():
-    gradnorm, w = losses.GradNorm(2), torch.ones(2, requires_grad=True)
-    gradnorm(2 * w, w)
-    gradnorm(5 * w, w)
-    copy = losses.GradNorm(2)
-    copy.load_state_dict(gradnorm.state_dict())
-    copy(3 * w, w)
-    assert torch.equal(copy.first_losses, torch.tensor([2.0, 2.0]))
-    check_close(copy.weights().sum().detach(), torch.tensor(2.0), 1e-6)
-
-
-def losses_gradnorm_pulls(alpha: float, scales: tuple, steps: int = 400):
-    """Two regressions on shared weights, in units 1 : 100 or so; returns G_i and r_i at the end."""
-    x = torch.randn(64, 6, dtype=torch.float64)
-    trunk, heads = nn.Linear(6, 8).double(), nn.ModuleList(nn.Linear(8, 1) for _ in scales).double()
-    goals = [scale * (x @ torch.randn(6, 1, dtype=torch.float64)).tanh() for scale in scales]
-    gradnorm = losses.GradNorm(len(scales), alpha).double()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [*trunk.parameters(), *heads.parameters()], "lr": 1e-4},
-            {"params": gradnorm.parameters(), "lr": 0.025},
-        ]
-    )
-    for _ in range(steps):
-        hidden = trunk(x).tanh()
-        task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
-        optimizer.zero_grad()
-        gradnorm(task_losses, trunk.weight).backward()
-        optimizer.step()
-    hidden = trunk(x).tanh()
-    task_losses = torch.stack([F.mse_loss(h(hidden), g) for h, g in zip(heads, goals, strict=True)])
-    norms = [torch.autograd.grad(loss, trunk.weight, retain_graph=True)[0].norm() for loss in task_losses]
-    progress = task_losses.detach() / gradnorm.first_losses
-    return gradnorm.weights().detach() * torch.stack(norms), progress / progress.mean()
-
-
-def test_losses_gradnorm_reaches_its_targets():
-    pulls, _ = losses_gradnorm_pulls(0.0, (1.0, 30.0))
-    check_close(pulls / pulls.mean(), torch.ones(2).double(), 0.1, "alpha 0: equal norms")
-    pulls, r = losses_gradnorm_pulls(1.0, (1.0, 30.0))
-    assert (r - 1).abs().max() > 0.2  # the tasks don't learn at one pace: the target isn't that of alpha 0
-    check_close(pulls / pulls.mean(), r, 0.1, "alpha 1")
-
-
-# -----------------------------------------------------------------------------
-# losses.py: across processes
+def losses_logits(n=9, k=5):
+    y = torch.randint(k, (n,))
+    y[::4] = -100
+    return [3 * torch.randn(n, k, dtype=torch.float64)], y
+
+
+def losses_bits(n=9):
+    return [3 * torch.randn(n, dtype=torch.float64)], torch.arange(n) % 2
+
+
+def losses_labelled(n=9):
+    y = torch.randint(3, (n,))
+    y[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
+    return [torch.randn(n, 3, dtype=torch.float64)], y
+
+
+def losses_two(n=6):
+    return list(torch.randn(2, n, 4, dtype=torch.float64)), torch.arange(n) % 2
+
+
+def losses_three(n=6):
+    return list(torch.randn(3, n, 4, dtype=torch.float64)), torch.arange(n)
+
+
+LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
+
+
+def losses_table() -> dict[str, tuple]:
+    """name: (the loss of (*inputs, targets), its oracle, sampler)"""
+    partial, weight = functools.partial, LOSSES_WEIGHT
+    smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
+    smoothed, weighted = {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "weight": weight}
+    focal = {"gamma": 0.5, "alpha": weight}
+    table = {
+        "smoothing": (smoothing, partial(F.cross_entropy, **smoothed), losses_logits),
+        "weight": (
+            partial(smoothing, smoothing=0.3, weight=weight),
+            partial(F.cross_entropy, **weighted),
+            losses_logits,
+        ),
+        "focal": (losses.focal_loss, losses_focal, losses_logits),
+        "alpha": (partial(losses.focal_loss, **focal), partial(losses_focal, **focal), losses_logits),
+        "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
+        "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
+        "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
+        "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
+        "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
+        "supcon": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
+        "triplet": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n),
+            lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
+            losses_three,
+        ),
+        "soft": (
+            lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
+            lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
+            losses_three,
+        ),
+        "batch_hard": (mined, losses_mined, losses_labelled),
+    }
+    margin, cold = {"margin": 3.0}, {"temperature": 0.2}
+    for name, options in (("contrastive", margin), ("supcon", cold)):
+        loss, oracle, sampler = table[name]
+        table[f"{name}_option"] = (partial(loss, **options), partial(oracle, **options), sampler)
+    for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
+        options = {"mining": mining, "margin": margin}
+        pair = (partial(mined, **options), partial(losses_mined, **options))
+        table[f"batch_{mining}_{margin}"] = (*pair, losses_labelled)
+    return table
+
+
+LOSSES = losses_table()
+LOSSES_ON_LOGITS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_logits}
+LOSSES_ON_LABELS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_labelled}
+
+
+def losses_results(loss, inputs: list, y) -> list[Tensor]:
+    """Value, and the gradient of each input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = loss(*leaves, y)
+    return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
+
+
+def losses_check(loss, oracle, inputs: list, y=None, tolerance: float = 1e-10) -> None:
+    results = zip(losses_results(loss, inputs, y), losses_results(oracle, inputs, y), strict=True)
+    for i, (actual, expected) in enumerate(results):
+        check_close(actual, expected, tolerance, f"gradient of input {i - 1}" if i else "value")
 
 
 def losses_gather_model():
@@ -3888,9 +2284,6 @@ def losses_gather_batch():
 
 def losses_gather_worker(rank: int, folder: str) -> None:
     """One of two processes with half of the batch: writes its loss and the averaged gradients."""
-    import os
-    import sys
-
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -3902,17 +2295,8 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= 2
-    a, b, weight = torch.ones(2, 3).requires_grad_(), torch.ones(2, 3).requires_grad_(), torch.arange(12.0)
-    ((losses.gather_batch(a) + losses.gather_batch(b)) * weight.view(4, 3)).sum().backward()
-    for x in (a, b):  # one gradient tensor goes to both gathers
-        assert torch.equal(x.grad, 2 * weight.view(2, 2, 3)[rank])
-    cubed = losses.gather_batch(a).sum() ** 3
-    (first,) = torch.autograd.grad(cubed, a, create_graph=True)
-    try:
-        first.sum().backward()
-        raise AssertionError("a second derivative without the other process's part")
-    except RuntimeError as error:
-        assert "differentiate twice" in str(error)
+    a, weight = torch.ones(2, 3).requires_grad_(), torch.arange(12.0).view(4, 3)
+    (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # a loss of its own on each process
     labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
     try:
         losses.gather_batch(torch.ones(2 + rank, 3))
@@ -3920,668 +2304,617 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     except ValueError as error:
         message = str(error)
     result = {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()], "labels": labels}
-    torch.save(result | {"message": message}, f"{folder}/{rank}.pt")
+    torch.save(result | {"message": message, "sum": a.grad}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
 
 
-def test_losses_targets_of_any_integer_type_and_the_dtype_of_results():
-    logits, targets, _ = losses_class_data(ignored=False)
-    for loss, dtype in itertools.product(LOSSES_ON_LOGITS.values(), (torch.uint8, torch.int32)):
-        assert torch.equal(loss(logits, targets.to(dtype)), loss(logits, targets))
-    z, y = torch.randn(6, 3), torch.arange(6) % 3
-    assert losses.focal_loss(z, y, alpha=torch.ones(3).double()).dtype == torch.float32
-    assert losses.binary_focal_loss(z[:, 0].bfloat16(), y % 2).dtype == torch.float32
+def losses_refused():
+    """(call, words of its ValueError)"""
+    z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    bits, one, nan = (y > 0).long(), z[:1], math.nan
+    for loss in (losses.label_smoothing_cross_entropy, losses.focal_loss, losses.ordinal_loss):
+        for bad, words in (
+            (y + 1, ("targets", "0 .. 2", "3")),
+            (y - 1, ("targets", "0 .. 2", "-1")),
+            (y.float(), ("targets", "integers", "float32")),
+            (y > 0, ("targets", "integers", "bool")),
+            (y + 0j, ("targets", "complex64")),
+            (y[:5], ("targets", "(6,)", "(5,)")),
+            (F.one_hot(y), ("targets", "(6,)", "(6, 3)")),
+        ):
+            yield functools.partial(loss, z, bad), words
+        yield functools.partial(loss, z, y, reduction="avg"), ("reduction", "avg", "none")
+    for bad in (-0.1, 1.0, nan):
+        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b), ("smoothing", "[0, 1)")
+    for bad in (torch.ones(2), torch.ones(3, 1), 0.5, -torch.ones(3), torch.tensor([1, math.inf, 1])):
+        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
+        yield lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
+    yield lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
+    for bad in (-1.0, nan, math.inf, "hard"):
+        for name, call in (
+            ("gamma", functools.partial(losses.focal_loss, z, y)),
+            ("gamma", functools.partial(losses.binary_focal_loss, z[:, 0], bits)),
+            ("margin", functools.partial(losses.contrastive_loss, z, z, bits)),
+            ("margin", functools.partial(losses.triplet_loss, z, z, z)),
+            ("margin", functools.partial(losses.batch_hard_triplet_loss, z, y)),
+            ("alpha", functools.partial(losses.GradNorm, 2)),
+        ):
+            yield functools.partial(call, bad), (name, str(bad))
+    for bad in (-0.1, 1.1, nan):
+        yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b), ("alpha", "[0, 1]")
+        yield lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
+    yield lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
+    yield lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
+    yield lambda: losses.binary_focal_loss(z[:, :1], bits), ("targets", "(6, 1)", "(6,)")
+    yield lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None), ("reduction", "None")
+    for bad in (0.0, -1.0, nan, math.inf):
+        yield lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
+        yield lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
+        yield lambda b=bad: losses.supervised_contrastive_loss(z, y, b), ("temperature", str(bad))
+    for loss in (losses.nt_xent_loss, losses.info_nce_loss):
+        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
+            yield functools.partial(loss, *pair), ("(N, D)", str(tuple(pair[1].shape)))
+    for loss in (losses.supervised_contrastive_loss, losses.batch_hard_triplet_loss):
+        yield functools.partial(loss, z, y[:1]), ("labels", "(6,)", "(1,)")
+        yield functools.partial(loss, z, y.float()), ("labels", "float32")
+        yield functools.partial(loss, z[None], y), ("z", "(1, 6, 3)")
+        yield functools.partial(loss, one, y[:1]), ("z", "2", "(1, 3)")
+    yield lambda: losses.triplet_loss(z, z, one), ("negative", "(1, 3)")
+    yield lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "(0, 3)")
+    yield lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "(0, 3)")
+    yield lambda: losses.contrastive_loss(z, z, y), ("same", "0 or 1", "2")
+    yield lambda: losses.contrastive_loss(z, z, bits[:, None]), ("same", "(6, 1)")
+    yield lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"), ("mining", "easy", "semihard")
+    yield lambda: losses.has_collapsed(one), ("z", "2")
 
 
-def test_losses_edges():
-    """What is just allowed, and just not."""
-    z, one = torch.randn(6), torch.randn(1, 3)
-    assert losses.binary_focal_loss(z, (z > 0).long(), 2.0, 1.0).isfinite()
-    check_close(losses.contrastive_loss(one, one + 1, torch.ones(1)), torch.tensor(1.5), 1e-6)
-    assert losses.settings_from_command_line(["--batch-size", "4"]).batch_size == 4
-    assert losses.has_collapsed(torch.zeros(2, 2).bfloat16(), 0.2)
-    assert losses.GradNorm(1).weights() == 1 and losses.UncertaintyWeighting(1).weights() == 0.5
-    for call in (
-        lambda: losses.nt_xent_loss(torch.eye(3), torch.eye(3), math.inf),
-        lambda: losses.has_collapsed(one, 0.2),
-        lambda: losses.has_collapsed(torch.eye(3), "hard"),
-        lambda: losses.has_collapsed(torch.eye(3), -0.2),
-        lambda: losses.focal_loss(torch.eye(3), torch.arange(3), alpha=torch.tensor([1.0, math.inf, 1.0])),
-    ):
-        with pytest.raises(ValueError):
-            call()
+def losses_refused_by_weighting():
+    w = torch.ones(3, requires_grad=True)
+    for bad in ([3, 0], [], [[2, 2]], 3):
+        yield lambda b=bad: losses.class_balanced_weights(torch.tensor(b)), ("counts", str(bad))
+    for bad in (torch.ones(3), torch.ones(1)):
+        yield lambda b=bad: losses.UncertaintyWeighting(2)(b), ("losses", "(2,)", str(tuple(bad.shape)))
+        yield lambda b=bad: losses.GradNorm(2)(b * w[0], w), ("losses", "(2,)", str(tuple(bad.shape)))
+    yield lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
+    yield lambda: losses.make_optimizers("lion", [w], [], 0.1, 0.1), ("name", "lion", "muon")
+    yield lambda: losses.main(losses.Settings(n_seeds=1)), ("n_seeds", "2", "1")
 
 
-def test_losses_nt_xent_on_two_processes_is_one(tmp_path):
-    torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
-    model = losses_gather_model()
-    loss = losses.nt_xent_loss(
-        *(losses.gather_batch(model(x)) for x in losses_gather_batch())
-    )  # one process: as is
-    loss.backward()
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        check_close(result["loss"], loss.detach(), 1e-12)
-        for actual, p in zip(result["gradients"], model.parameters(), strict=True):
-            check_close(actual, p.grad, 1e-12)
-        assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1]
-        assert "2 to 3" in result["message"]
+class TestLosses:
+    # Oracles
 
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_equals_its_oracle(self, name):
+        """Values and gradients, float64, 1e-10."""
+        loss, oracle, sampler = LOSSES[name]
+        for n in (6, 9, 12):
+            losses_check(loss, oracle, *sampler(n))
 
-# -----------------------------------------------------------------------------
-# losses.py: optimization strategies and the demo's own parts
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_gradcheck(self, name):
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(7)
+        leaves = [x.requires_grad_() for x in inputs]
+        assert torch.autograd.gradcheck(lambda *x: loss(*x, y), leaves, atol=1e-7)
 
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+    def test_label_smoothing_cross_entropy_equals_torch(self, smoothing, weighted, reduction):
+        for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
+            for ignore_index in (-1, 0):  # a class may be ignored, too: a pad id
+                logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
+                y = torch.randint(k, shape)
+                y.view(-1)[0] = k - 1
+                y.view(-1)[1::4] = ignore_index
+                weight = torch.rand(k, dtype=torch.float64) if weighted else None
+                kw = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
+                if k > 1 or ignore_index < 0:
+                    losses_check(
+                        lambda z, y, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
+                        lambda z, y, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
+                        [logits], y,
+                    )  # fmt: skip
 
-def test_losses_parameter_groups():
-    model = nn.Sequential(
-        nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    def test_focal_losses_equal_their_formulas(self, reduction):
+        inputs, y = losses_logits(17)
+        for gamma in (0.0, 0.5, 1.0, 3.5):
+            for alpha in (None, LOSSES_WEIGHT):
+                losses_check(
+                    lambda z, y, g=gamma, a=alpha: losses.focal_loss(z, y, g, a, reduction=reduction),
+                    lambda z, y, g=gamma, a=alpha: losses_focal(z, y, g, a, reduction),
+                    inputs, y,
+                )  # fmt: skip
+        losses_check(
+            lambda z, y: losses.focal_loss(z, y, 0.0, reduction=reduction),
+            lambda z, y: F.cross_entropy(z, y, reduction=reduction), inputs, y,
+        )  # fmt: skip
+        z, bits = torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4))
+        for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0), (2.0, 1.0)):
+            for y in (bits, bits.bool(), bits.double(), bits.to(torch.uint16)):
+                losses_check(
+                    lambda z, y, g=gamma, a=alpha: losses.binary_focal_loss(z, y, g, a, reduction),
+                    lambda z, y, g=gamma, a=alpha: losses_torchvision_focal(z, y, a, g, reduction),
+                    [z], y,
+                )  # fmt: skip
+
+    # Properties
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_permutation_of_rows(self, name):
+        """Duplicates tie for the hardest; their gradients are shared, whoever comes first."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(12)
+        for x in inputs:
+            x[8] = x[1]
+        if sampler is losses_labelled:
+            y[8:10] = torch.tensor([0, 1])
+            inputs[0][9] = inputs[0][0]
+        order = torch.randperm(12)
+        value, *gradients = losses_results(loss, inputs, y)
+        permuted, *others = losses_results(loss, [x[order] for x in inputs], y[order])
+        check_close(permuted, value, 1e-12)
+        for gradient, other in zip(gradients, others, strict=True):
+            check_close(other, gradient[order], 1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_in_half_precision(self, name, dtype):
+        """Computed, and returned, in float32 from the rounded inputs, under autocast too."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(8)
+        inputs = [(100 * x).to(dtype) for x in inputs]
+        value, *gradients = losses_results(loss, inputs, y)
+        expected, *_ = losses_results(loss, [x.float() for x in inputs], y)
+        assert value.dtype == torch.float32
+        check_close(value, expected, 1e-6)
+        for gradient in gradients:
+            assert gradient.dtype == dtype and gradient.isfinite().all()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            check_close(losses_results(loss, [x.float() for x in inputs], y)[0], expected, 1e-6)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_at_extremes(self, name):
+        """Rows of 1e4, 1e-20 and 0, and equal rows: as float64 has it, with finite gradients."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(12)
+        for x in inputs:
+            x[:3] = 1e4 * x[:3].sign()
+            x[3:6] *= 1e-20
+            x[6:10] = 0.0
+        for dtype in (torch.float64, torch.float32):
+            results = losses_results(loss, [x.to(dtype) for x in inputs], y)
+            assert all(result.isfinite().all() and result.dtype == dtype for result in results)
+            if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
+                check_close(results[0].double(), loss(*inputs, y), 1e-6)
+
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
+        """Where new tensors would go elsewhere by default: as on a GPU."""
+        loss, _, sampler = LOSSES[name]
+        inputs, y = sampler(8)
+        with torch.device("meta"):
+            value = loss(*inputs, y)
+        assert value.device.type == "cpu" and value == loss(*inputs, y)
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_ignored_rows_change_nothing(self, name):
+        loss = LOSSES_ON_LOGITS[name]
+        logits, y = 3 * torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 5
+        value, gradient = losses_results(loss, [logits], y)
+        ignored = torch.cat((y, torch.tensor([-100, -100])))
+        for junk in (0.0, 1e4, math.inf, math.nan):
+            more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
+            value_more, gradient_more = losses_results(loss, [more], ignored)
+            assert torch.equal(value_more, value)
+            assert torch.equal(gradient_more, torch.cat((gradient, 0 * gradient[:2])))
+        rows = loss(more, ignored, reduction="none")
+        assert rows.shape == (19,) and (rows[-2:] == 0).all()
+        check_close(loss(more, ignored, reduction="sum"), rows.sum(), 1e-12)
+        for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
+            marked = y.masked_fill(y == 3, other)
+            expected = loss(logits[y != 3], y[y != 3])
+            check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
+        volume = logits[:16].view(2, 8, 5).movedim(-1, 1)  # (2, 5, 8)
+        check_close(loss(volume, y[:16].view(2, 8), reduction="none"), rows[:16].view(2, 8), 1e-12)
+        for dtype in (torch.uint8, torch.uint16, torch.int32):
+            assert torch.equal(loss(logits, y.to(dtype)), value)
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_over_no_rows_is_0(self, name):
+        loss = LOSSES_ON_LOGITS[name]
+        for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
+            y = torch.full((len(logits),), -100)
+            for reduction in ("mean", "sum"):
+                value, gradient = losses_results(functools.partial(loss, reduction=reduction), [logits], y)
+                assert value == 0 and (gradient == 0).all()
+        weight = torch.tensor([0.0, 1, 1, 1, 1])  # rows that count, of weight 0
+        of_class_0 = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
+        value, gradient = losses_results(of_class_0, [torch.randn(4, 5)], torch.zeros(4).long())
+        assert value == 0 and (gradient == 0).all()
+
+    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    def test_loss_with_classes_ruled_out(self, name):
+        """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
+        loss = LOSSES_ON_LOGITS[name]
+        if name in ("smoothing", "weight"):
+            loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
+        logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
+        logits[0, 0] = logits[1, 1] = 1.0
+        value, gradient = losses_results(loss, [logits], torch.tensor([0, 1]))
+        assert value == 0 and (gradient == 0).all()
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
+    def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
+        """p rounds to 1 from a logit gap of 37 (float64), 17 (float32)."""
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
+                z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
+                y = torch.tensor([0, 1, 1])
+                two = losses_results(functools.partial(losses.focal_loss, gamma=gamma), [z], y)
+                binary = functools.partial(losses.binary_focal_loss, gamma=gamma)
+                one = losses_results(binary, [z[:, 1] - z[:, 0]], y)
+                assert all(result.isfinite().all() for result in (*two, *one)), (dtype, gap)
+        z = torch.tensor([[30.0, 0.0]]).double()  # and digits: 1 - p in float32 would be 0
+        expected = math.exp(-30 * gamma) * F.cross_entropy(z, torch.tensor([0]))
+        assert losses.focal_loss(z, torch.tensor([0]), gamma) / expected == pytest.approx(1, abs=1e-6)
+
+    def test_batch_without_pairs_or_triplets_is_0(self):
+        z = torch.randn(4, 3)
+        for name, loss in LOSSES_ON_LABELS.items():
+            for y in (torch.arange(4), torch.zeros(4).long()):
+                if "supcon" not in name or y[3]:  # one class: every anchor has positives
+                    value, gradient = losses_results(loss, [z], y)
+                    assert value == 0 and (gradient == 0).all(), name
+            assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
+        semihard = functools.partial(losses.batch_hard_triplet_loss, mining="semihard")
+        value, gradient = losses_results(semihard, [torch.zeros(6, 3)], torch.arange(6) % 2)
+        assert value == 0 and (gradient == 0).all()  # among ties no negative is farther
+
+    def test_batch_hard_triplet_loss_of_near_duplicates(self):
+        """Beyond 25 rows cdist goes by matrix products, which lose distances of 1e-4 at 100."""
+        z = 100 + 1e-4 * torch.randn(60, 8)
+        y = torch.arange(60) % 3
+        for mining in ("hard", "semihard", "all"):
+            actual = losses.batch_hard_triplet_loss(z, y, 0.0, mining)
+            expected = losses.batch_hard_triplet_loss(z.double(), y, 0.0, mining)
+            assert actual.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
+
+    def test_has_collapsed_where_the_loss_is_the_margin(self):
+        point, y = torch.randn(1, 5).expand(8, 5), torch.arange(8) % 2
+        assert losses.has_collapsed(point) and losses.has_collapsed(torch.zeros(2, 2).bfloat16())
+        for mining in ("hard", "all"):
+            for margin, stands_at in ((0.2, 0.2), ("soft", 0.6931472)):
+                loss = losses.batch_hard_triplet_loss(point, y, margin, mining)
+                assert loss.item() == pytest.approx(stands_at, abs=1e-6)
+        spread = torch.randn(8, 5)
+        spread = spread / torch.pdist(spread).mean()
+        assert losses.has_collapsed(0.009 * spread) and not losses.has_collapsed(0.011 * spread)
+        assert losses.has_collapsed(0.4 * spread, 0.5) and not losses.has_collapsed(0.6 * spread, 0.5)
+
+    def test_ordinal_loss_far_mistakes_cost_more(self):
+        wrong, zeros = 5.0 * torch.eye(5, dtype=torch.float64), torch.zeros(5).long()
+        costs = losses.ordinal_loss(wrong, zeros, reduction="none")
+        _, gradient = losses_results(losses.ordinal_loss, [wrong], zeros)
+        assert (costs.diff() > 0.5).all() and (gradient[:, 0].diff() < 0).all()
+        for k in (2, 5, 50):  # at the start it costs about the same whatever K
+            assert 0.5 < losses.ordinal_loss(torch.zeros(k, k), torch.arange(k)) < 0.7
+        # a proper score: the expected cost under a truth q is least where the softmax is q
+        q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+        z = q.log().requires_grad_()
+        expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
+        assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
+
+    @pytest.mark.parametrize(
+        ("bug", "claim"),
+        [
+            (lambda z, y: losses.ordinal_loss(z, y), None),
+            (lambda z, y: F.cross_entropy(z, y), "limit"),
+            (lambda z, y: losses.ordinal_loss(z, y) - 5, "never negative"),
+            (lambda z, y: losses.ordinal_loss(z, y) + 0.1, "0 at best"),
+            (lambda z, y: losses.ordinal_loss(z, 4 - y), "downhill"),
+            (lambda z, y: losses.ordinal_loss(z, y) * losses.ordinal_loss(z, y).detach(), "gradcheck"),
+            (lambda z, y: 2 * losses.ordinal_loss(z, y).detach() - losses.ordinal_loss(z, y), "small step"),
+            (lambda z, y: 20 * losses.ordinal_loss(z, y), "scale"),
+            (lambda z, y: 0.01 * losses.ordinal_loss(z, y), "scale"),
+            (lambda z, y: losses_ordinal(z.float(), y), "float32"),
+            (lambda z, y: losses_ordinal(z, y), "float16"),
+        ],
     )
-    model[1].weight.requires_grad_(False)
-    decayed, free = losses.parameter_groups(model.parameters(), 0.1)
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
-    assert sorted(p.shape[0] for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+    def test_check_loss_refutes(self, bug, claim):
+        """Each planted bug fails its claim; the loss itself passes all."""
+        y = torch.arange(5).repeat(4)
+        best = 50.0 * F.one_hot(y, 5)
+        limits = {"as ordinal_loss": (lambda z: losses.ordinal_loss(z, y), lambda z: bug(z, y), best / 30)}
+        holds = losses.check_loss(lambda z: bug(z, y), 0 * best, best, limits)
+        failed = [name for name, held in holds.items() if not held]
+        assert any(claim in name for name in failed) if claim else not failed, failed
+        assert len(holds) == 11 and all(type(held) is bool for held in holds.values())
 
+    def test_check_loss_takes_embedding_losses(self):
+        y = torch.arange(12) % 3
+        best = F.one_hot(y, 3).double()
+        loss = functools.partial(losses.batch_hard_triplet_loss, labels=y, margin=0.2)
+        assert all(losses.check_loss(loss, torch.randn(12, 3), best).values())
+        collapsed = losses.check_loss(loss, torch.randn(12, 3), 0 * best)
+        assert not collapsed["lower bound: about 0 at best"]
 
-def test_losses_make_their_own_tensors_on_their_input_s_device():
-    """Real inputs where new tensors would go elsewhere by default: as on a GPU."""
-    z, y = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 1, 2, 0, 1, 2])
-    calls = [
-        lambda: losses.label_smoothing_cross_entropy(z, y), lambda: losses.focal_loss(z, y),
-        lambda: losses.ordinal_loss(z, y), lambda: losses.contrastive_loss(z, z.flip(0), y == 0),
-        lambda: losses.info_nce_loss(z, z.flip(0)), lambda: losses.nt_xent_loss(z, z.flip(0)),
-        lambda: losses.supervised_contrastive_loss(z, y),
-        lambda: losses.triplet_loss(z, z.flip(0), z.roll(1, 0)),
-        *[lambda m=m: losses.batch_hard_triplet_loss(z, y, mining=m) for m in ("hard", "semihard", "all")],
-    ]  # fmt: skip
-    for call in calls:
-        with torch.device("meta"):
-            loss = call()
-        assert loss.device.type == "cpu" and loss == call()
-    q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-    for rung in (attention.attention_loop, *attention.RUNGS.values()):
-        with torch.device("meta"):
-            output = rung(q, k, k, None, True)
-        check_close(output, rung(q, k, k, None, True), 1e-6)
+    # Refusals
 
+    def test_losses_refuse_what_would_be_silently_wrong(self):
+        for i, (call, words) in enumerate([*losses_refused(), *losses_refused_by_weighting()]):
+            with pytest.raises(ValueError) as error:
+                call()
+            assert all(word in str(error.value) for word in words), (i, words, str(error.value))
 
-def test_losses_the_demo_knows_at_once_that_a_library_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(losses, "ProcessPoolExecutor", lambda *_: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["losses.py", "--out", str(tmp_path)])
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    with pytest.raises(ImportError, match="matplotlib"):
-        losses.main()
+    # Weighting
 
+    def test_class_balanced_weights_by_hand(self):
+        counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
+        for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
+            effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series
+            shares = torch.tensor([1 / e for e in effective], dtype=torch.float64)
+            expected = 3 * shares / shares.sum()
+            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
+        inverse = 3 / counts / (1 / counts).sum()
+        check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
+        for given in ([1000, 50, 1], counts.to(torch.uint16)):
+            check_close(losses.class_balanced_weights(given, 1.0), inverse.float(), 1e-6)
+        assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
 
-def test_losses_warmup_cosine_at_its_ends():
-    """LambdaLR asks for the step behind the last one, too."""
-    for warmup, total in ((4, 4), (0, 1), (2, 10)):
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        factor = functools.partial(losses.warmup_cosine, warmup=warmup, total=total)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        for _ in range(total):
-            optimizer.step()
-            schedule.step()
-        assert losses.warmup_cosine(total + 8, warmup, total) <= (1 if warmup == total else 1e-9)
-    assert losses.warmup_cosine(18, 2, 10) == pytest.approx(0, abs=1e-9)
+    def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
+        """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i, and sum L_i' / L_i = 0 puts x half-way."""
+        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        weighting = losses.UncertaintyWeighting(2).double()
+        assert weighting(torch.tensor([3.0, 0.5])) == 1.75  # s = 0: half the sum
+        parameters = [x, *weighting.parameters()]
+        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
+        def closure():
+            optimizer.zero_grad()
+            total = weighting(torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1))))
+            total.backward()
+            return total
 
-def test_losses_warmup_cosine():
-    factors = [losses.warmup_cosine(step, 4, 12) for step in range(12)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0
-    assert abs(factors[8] - 0.5) < 1e-12 and abs(factors[6] - (1 + math.sqrt(0.5)) / 2) < 1e-12
-    assert all(a > b > 0 for a, b in itertools.pairwise(factors[4:]))
+        optimizer.step(closure)
+        check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
+        check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
+        by_hand = (1 + math.log(1.25) + 1 + math.log(125)) / 2
+        assert closure().item() == pytest.approx(by_hand, abs=1e-6)
 
+    def test_gradnorm_by_hand(self):
+        """Two linear tasks with gradient norms 3 and 4 on the shared weights: d w_i / d s_j is
+        w_i (delta_ij - w_j / 2)."""
+        gradnorm = losses.GradNorm(2).double()
+        w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        tasks = torch.stack((3 * w[0], 4 * w[1]))
+        half_way = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
 
-def test_losses_optimizers_decay_and_their_parameters():
-    """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
-    for name, expected in (("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 2 - 0.1 * 0.2)):
+        def check(tasks, of_weights, total, alpha=1.5):
+            gradnorm.alpha = alpha
+            value = gradnorm(tasks, w)
+            gradients = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
+            assert value.item() == pytest.approx(total)
+            model = gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double()
+            check_close(gradients[0], model, 1e-12)
+            check_close(gradients[1], torch.tensor([of_weights, -of_weights]).double(), 1e-12)
+
+        assert gradnorm.alpha == 1.5
+        check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
+        check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
+        check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
+        with torch.no_grad():
+            gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())  # weights 1.5, 0.5
+        check(half_way, 2.625, 1.5 * 1.5 + 0.5 * 4, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
+        with torch.no_grad():  # a validation's losses: the weighted sum alone
+            assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
+
+    def test_gradnorm_of_losses_that_reached_0_and_of_several_weights(self):
+        for n in (1, 2):
+            gradnorm, w = losses.GradNorm(n), torch.ones(n, requires_grad=True)
+            gradnorm(2 * w, w)
+            for later in (torch.zeros(n), -torch.ones(n), torch.tensor([0.0, 1.0][:n])):
+                total = gradnorm(later * w, w)
+                gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
+                assert total == later.sum() and gradient.isfinite().all(), later
+            copied = losses.GradNorm(n)
+            copied.load_state_dict(gradnorm.state_dict())
+            copied(3 * w, w)
+            assert torch.equal(copied.first_losses, torch.full((n,), 2.0))
+        a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
+        for shared in ([a, b], (b, a), iter([a, b])):
+            gradnorm = losses.GradNorm(2).double()
+            total = gradnorm(tasks, shared)
+            gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
+            check_close(gradient, torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
+
+    def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
+        torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
+        model = losses_gather_model()
+        z1, z2 = (losses.gather_batch(model(x)) for x in losses_gather_batch())  # one process: as it is
+        loss = losses.nt_xent_loss(z1, z2)
+        loss.backward()
+        for rank in range(2):
+            result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+            check_close(result["loss"], loss.detach(), 1e-12)
+            for actual, p in zip(result["gradients"], model.parameters(), strict=True):
+                check_close(actual, p.grad, 1e-12)
+            assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1] and "2 to 3" in result["message"]
+            assert torch.equal(result["sum"], 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+
+    # Optimization strategies
+
+    def test_parameter_groups_decay_matrices_alone(self):
+        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
+        model = nn.Sequential(*layers)
+        model[1].weight.requires_grad_(False)
+        decayed, free = losses.parameter_groups(model.parameters(), 0.1)
+        assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+        assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
+        assert sorted(len(p) for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 1.98)]
+    )
+    def test_make_optimizers_decay(self, name, expected):
+        """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
         hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in ((3, 3), (2, 3), (3,)))
-        optimizers = losses.make_optimizers(name, [hidden], [head, bias], lr=0.1, weight_decay=0.1)
+        optimizers = losses.make_optimizers(name, iter([hidden]), iter([head, bias]), 0.1, 0.1)
         for p in (hidden, head, bias):
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4, name)
-        check_close(head.detach(), torch.full((2, 3), expected), 1e-4, name)
-        assert torch.equal(bias.detach(), torch.full((3,), 2.0)), name
-    muon, adamw = losses.make_optimizers("muon", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
-    assert [p.shape for group in muon.param_groups for p in group["params"]] == [(3, 3)]
-    assert muon.param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-    (sgd,) = losses.make_optimizers("sgd", [hidden], [head, bias], lr=0.1, weight_decay=0.1)
-    assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.9
-    with pytest.raises(ValueError, match="lion"):
-        losses.make_optimizers("lion", [hidden], [head], lr=0.1, weight_decay=0.1)
+        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4)
+        check_close(head.detach(), torch.full((2, 3), expected), 1e-4)
+        assert torch.equal(bias.detach(), torch.full((3,), 2.0))
+        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
+        assert kinds == [name, "adamw"][: len(kinds)] and (len(kinds) == 2) == (name == "muon")
+        if name == "muon":
+            assert [len(group["params"]) for group in optimizers[0].param_groups] == [1]
+            assert optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
+        assert optimizers[0].param_groups[0].get("momentum", 0.9) == (0.95 if name == "muon" else 0.9)
 
+    def test_warmup_cosine_by_hand(self):
+        factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
+        falling = [(1 + math.cos(math.pi * part / 8)) / 2 for part in range(8)]
+        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling, 0.0, 0.0], abs=1e-12)
+        assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]  # cut to the run
 
-def test_losses_calibration_by_hand():
-    p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
-    y = torch.tensor([0, 1, 1, 1, 0])
-    shares, confidence, right = losses.calibration_bins(p, y, 10)
-    check_close(shares, torch.tensor([0, 0, 0, 0, 0, 0, 0.4, 0, 0, 0.6]), 1e-6)
-    check_close(confidence[[6, 9]], torch.tensor([0.61, 2.86 / 3]).double(), 1e-6)
-    check_close(right[[6, 9]], torch.tensor([0.5, 2 / 3]).double(), 1e-6)
-    # of 15 bins: 0.95, 0.91 and 1.0 share [14/15, 1] but for 0.91; 0.6 and 0.62 share [9/15, 10/15)
-    expected = 0.4 * 0.11 + 0.4 * (0.975 - 1) * -1 + 0.2 * 0.91
-    check_close(losses.calibration_error(p, y), torch.tensor(expected).double(), 1e-6)
+    # The demo
 
+    def test_calibration_error_and_best_temperature_by_hand(self):
+        p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
+        y = torch.tensor([0, 1, 1, 1, 0])
+        # of 15 bins: 0.95 and 1.0 share the last, 0.91 is in the one before, 0.6 and 0.62 share another
+        expected = 0.4 * 0.11 + 0.4 * (1 - 0.975) + 0.2 * 0.91
+        assert losses.calibration_error(p, y) == pytest.approx(expected, abs=1e-6)
+        truth = torch.randn(20_000, 4)
+        drawn = truth.softmax(1).multinomial(1)[:, 0]
+        assert losses.best_temperature(3 * truth, drawn) == pytest.approx(3, rel=0.1)
 
-def test_losses_side_by_side_is_each_network_alone():
-    s = losses.Settings(n_seeds=3)
-    model, x = losses.SideBySide((5, 4, 4, 2), s), torch.randn(3, 6, 5)
-    for k, out in enumerate(model(x)):
-        first, second, last = (layer[k] for layer in model.layers)
-        check_close(out, last(second(first(x[k]).relu()).relu()), 1e-6)
-    assert not torch.equal(model.layers[0][0].weight, model.layers[0][1].weight)
-    again = losses.SideBySide((5, 4, 4, 2), s)
-    assert torch.equal(again(x), model(x))
+    def test_digits_parts_share_no_image(self):
+        sets = losses.digits(losses.Settings(n_seeds=3), 957, 240)
+        for data in sets:
+            assert [len(data[part][1]) for part in ("train", "dev", "test")] == [957, 240, 600]
+            assert len(torch.cat([x for x, _ in data.values()]).unique(dim=0)) == 1797
+            assert torch.equal(data["test"][0], sets[0]["test"][0])  # no seed trains on another's test
+        assert not torch.equal(sets[0]["train"][1], sets[1]["train"][1])
 
+    def test_judge_by_hand(self):
+        """Paired: a constant difference in noisy rows is found; noise is not. Less is better for some."""
+        base = [0.5, 0.9, 0.1, 0.7, 0.3]
+        up = [0.61, 1.0, 0.2, 0.79, 0.4]
+        noise = [0.6, 0.8, 0.2, 0.6, 0.4]
+        rows = {
+            name: {"values": {"accuracy": values, "NLL": values}}
+            for name, values in (("base", base), ("up", up), ("noise", noise))
+        }
+        sentence = losses.judge(rows)
+        mean, error, verdict = rows["up"]["difference"]["accuracy"]
+        assert mean == pytest.approx(0.1) and verdict == "better"
+        assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / math.sqrt(5))
+        assert rows["up"]["difference"]["NLL"][2] == "worse" and rows["noise"]["difference"]["NLL"][2] == ""
+        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
+        del rows["up"]
+        assert "beyond chance" in losses.judge(rows)
 
-def test_losses_digits_splits_share_no_image():
-    s = losses.Settings(n_seeds=3)
-    data = losses.digits(s)
-    assert [data[part][0].shape[1] for part in ("train", "dev", "test")] == [1000, 297, 500]
-    for k in range(3):
-        rows = torch.cat([data[part][0][k] for part in data])
-        labels = torch.cat([data[part][1][k] for part in data])
-        assert len(rows.unique(dim=0)) == 1797 and labels.bincount().min() > 170
-        assert torch.equal(
-            data["test"][0][k], data["test"][0][0]
-        )  # no seed trains or tunes on another's test
-    assert not torch.equal(data["train"][1][0], data["train"][1][1])
+    def test_tune_takes_the_rate_that_is_best_on_dev(self):
+        """On average, though not for seed 1; the test counts for nothing; an edge is told."""
+        dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
 
+        def evaluate(model, k, part):
+            lr = model
+            return {"score": dev[lr][k] if part == "dev" else 10 * lr, "other": -dev[lr][k]}
 
-def test_losses_two_views_shift_the_same_image():
-    torch.manual_seed(3)
-    x = torch.zeros(2, 3, 8, 8)
-    x[..., 3, 4] = 10.0
-    views = losses.two_views(x.flatten(2))  # (2, 6, 64)
-    assert views.shape == (2, 6, 64)
-    peak = views.argmax(-1)
-    assert ((peak // 8 - 3).abs() <= 1).all() and ((peak % 8 - 4).abs() <= 1).all() and len(peak.unique()) > 3
-    marked = torch.arange(3.0)[:, None].expand(1, 3, 64) * 100
-    assert (losses.two_views(marked)[0].amax(1) / 100).round().tolist() == [0, 1, 2, 0, 1, 2]
+        s = losses.Settings(n_seeds=2)
+        models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, (0.1, 0.2, 0.3))
+        assert models == [0.2, 0.2] and row["rate"] == 0.2 and not row["at_edge"]
+        assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.3]["score"] == pytest.approx(0.55)
+        for rates, best in (((0.2, 0.3), 0.2), ((0.1, 0.2), 0.2)):
+            _, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
+            assert row["rate"] == best and row["at_edge"]
 
+    def test_train_options_do_something(self):
+        """Same seed, same weights; each option gives others; the batches don't depend on the sizes."""
+        s = losses.Settings(n_seeds=1, steps=12)
+        sets = losses.digits(s, 200, 50)
+        runs = {"plain": {}, "cosine": {"cosine": True}, "sgd": {"optimizer": "sgd"}}
+        weights, seen = {}, []
 
-@pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
-def test_losses_learning_rate_comes_from_dev_alone(name, monkeypatch):
-    """Test labels turned to nonsense change no choice and no dev score; dev labels do."""
-    s, digits = losses.Settings(n_seeds=2, steps=6, batch_size=8), losses.digits
-    demo = getattr(losses, f"demo_{name}")
+        def loss_of(z, y):
+            seen.append(y)
+            return F.cross_entropy(z, y)
 
-    def rows_with_nonsense(*parts: str) -> dict:
-        def nonsense(settings):
-            data = digits(settings)
-            return data | {part: (data[part][0], (data[part][1] + 1) % 10) for part in parts}
+        for label, options in (runs | {"again": {}}).items():
+            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), loss_of, s, **options)
+            weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert torch.equal(weights.pop("again"), weights["plain"])
+        for one, other in itertools.combinations(weights, 2):
+            assert not torch.allclose(weights[one], weights[other]), (one, other)
+        losses.train(0.01, 0, sets, (64, 10), loss_of, s)
+        assert torch.equal(torch.stack(seen[-12:]), torch.stack(seen[:12]))
 
-        monkeypatch.setattr(losses, "digits", nonsense)
-        return demo(s)[0]["rows"]
+    @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
+    def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
+        """Test labels turned to nonsense change no rate and no dev score, but the values."""
+        digits, s = losses.digits, losses.Settings(n_seeds=2, steps=4)
+        demo = getattr(losses, f"demo_{name}")
+        honest = demo(s)
 
-    honest, other = rows_with_nonsense(), rows_with_nonsense("test")
-    for row, values in honest.items():
-        for column in {"dev", "learning rate", "weight norm", "confidence"} & set(values):
-            assert other[row][column] == values[column], (row, column)
-        if "dev at worst rate" in values:
-            assert values["dev"][0] > values["dev at worst rate"][0], row
-    assert any("learning rate" in values for values in honest.values()) and honest != other
+        def with_nonsense(*arguments):
+            return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
 
+        monkeypatch.setattr(losses, "digits", with_nonsense)
+        other = demo(s)
+        for row, values in honest.items():
+            assert other[row]["rate"] == values["rate"] and other[row]["dev"] == values["dev"]
+            assert other[row]["values"] != values["values"]
 
-def test_losses_tuned_takes_the_rate_that_is_best_on_dev():
-    s, seen = losses.Settings(n_seeds=2), []
-
-    def train(lr: float) -> float:
-        seen.append(lr)
-        return 10 * lr
-
-    def dev_score(result: float) -> Tensor:  # best on average at the third rate, though not for seed 1
-        i = losses.RATES.index(result / 10)
-        return torch.tensor([[0.0, 0.0], [0.2, 0.9], [1.0, 0.3], [0.1, 0.2]][i])
-
-    result, rate = losses.tuned(train, dev_score, s)
-    assert tuple(seen) == losses.RATES and result == 10 * losses.RATES[2]
-    assert rate.tolist() == pytest.approx([losses.RATES[2]] * 2)
-
-
-def test_losses_optimizer_options_do_something():
-    """Each option gives other weights than the plain run; clipping bounds each seed's gradient by itself."""
-    s = losses.Settings(n_seeds=2, steps=12, batch_size=8)
-    data = losses.digits(s)
-    runs = {
-        "plain": {},
-        "schedule": {"schedule": True},
-        "clip": {"clip": True},
-        "ema": {"ema": True},
-        "decay": {"decay": 1},
-    }
-    weights = {}
-    for label, options in runs.items():
-        model, norms = losses.train_with("sgd", 0.3, data, s, **options)
-        weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        assert norms.shape == (2,) and norms[0] != norms[1]
-    for one, other in itertools.combinations(weights, 2):
-        assert not torch.allclose(weights[one], weights[other]), (one, other)
-    clipped = losses.train_with(
-        "sgd", 0.3, data, losses.Settings(n_seeds=2, steps=1, batch_size=8), clip=True, decay=0
-    )[0]
-    start = losses.SideBySide((64, 64, 64, 10), s)
-    for k in range(2):
-        step = [a[k].weight - b[k].weight for a, b in zip(clipped.layers, start.layers, strict=True)]
-        step += [a[k].bias - b[k].bias for a, b in zip(clipped.layers, start.layers, strict=True)]
-        assert torch.cat([p.detach().flatten() for p in step]).norm() <= 0.3 * 1.0001
-
-
-def test_losses_script(tmp_path):
-    (tmp_path / "here").mkdir()  # of an earlier run
-    result = run_script(
-        "losses.py", "--steps", "6", "--n-seeds", "2", "--batch-size", "8", "--out", "here", cwd=tmp_path
-    )
-    report = last_json(result)
-    assert report == json_of(tmp_path / "here" / "report.json")
-    assert list(report["tables"]) == [
-        "smoothing",
-        "imbalance",
-        "embeddings",
-        "tasks",
-        "optimizers",
-        "ordinal",
-    ]
-    for title in ("smoothing:", "imbalance", "embeddings", "two tasks", "optimizers", "design your own"):
-        assert title in result.stdout
-    assert len(report["tables"]["optimizers"]["rows"]) == 13
-    for table in report["tables"].values():
-        assert table["conclusion"] in result.stdout
-        for row in table["rows"].values():
-            assert all(len(cell) == 2 and math.isfinite(sum(cell)) for cell in row.values())
-    for key in ("settings", "seconds", "torch", "threads", "cpu", "gemm_gflops"):
-        assert report[key]
-    assert report["settings"]["n_seeds"] == 2 and len(report["pictures"]) == 4
-    for picture in report["pictures"]:
-        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
-    assert len(list((tmp_path / "here").iterdir())) == 5
-
-
-def test_losses_script_bad_input(tmp_path):
-    (tmp_path / "file").write_text("")
-    for arguments, words in (
-        (("--n-seeds", "1"), ("n_seeds", "2", "1")),
-        (("--steps", "5"), ("steps", "6", "5")),
-        (("--batch-size", "7"), ("batch_size", "even", "7")),
-        (("--batch-size", "2"), ("batch_size", "4", "2")),
-    ):
-        with pytest.raises(ValueError) as error:
-            losses.settings_from_command_line(list(arguments))
-        assert all(word in str(error.value) for word in words), error.value
-    with pytest.raises(SystemExit) as leaving:
-        losses.settings_from_command_line(["--learning-rate", "1"])
-    assert leaving.value.code == 2
-    check_one_line_error(run_script("losses.py", "--out", "file/below", cwd=tmp_path), "losses.py", "file")
-    (tmp_path / "sklearn").mkdir()
-    (tmp_path / "sklearn" / "__init__.py").write_text("raise ModuleNotFoundError('no', name='sklearn')")
-    check_one_line_error(
-        run_script("losses.py", cwd=tmp_path, PYTHONPATH=str(tmp_path)), "losses.py", "scikit-learn"
-    )
-    assert list((tmp_path / "out" / "losses").iterdir()) == []
+    def test_demo_script(self, tmp_path):
+        result = run_script("losses.py", "--steps", "2", "--n-seeds", "2", "--out", "here", cwd=tmp_path,
+                            PYTHONIOENCODING="ascii")  # fmt: skip
+        summary = last_json(result)
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        report = json_of(tmp_path / summary["report"])
+        assert list(report["tables"]) == ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"]
+        assert all(report["checklist"].values()) and len(report["checklist"]) == 11
+        edges = 0
+        for title, rows in report["tables"].items():
+            assert title in result.stdout and report["conclusions"][title] in result.stdout
+            for name, row in rows.items():
+                assert name in result.stdout
+                assert all(len(v) == 2 and math.isfinite(sum(v)) for v in row["values"].values())
+                edges += row["at_edge"]
+        assert summary["rates_on_an_edge"] == edges and report["settings"]["n_seeds"] == 2
+        assert (tmp_path / "here" / "losses.png").read_bytes()[:4] == b"\x89PNG"
+        for key in ("seconds", "torch", "threads", "cpu"):
+            assert report[key]
 
 
 # -----------------------------------------------------------------------------
-# losses.py: the embedding losses and the ordinal one against loops, gradients by autograd
-
-
-def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
-
-
-def losses_loop_info_nce(query: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    rows = []
-    for i, q in enumerate(query):
-        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
-        rows.append(-(scores[i] / sum(scores)).log())
-    return sum(rows) / len(rows)
-
-
-def losses_loop_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    z, n = [*z1, *z2], len(z1)
-    rows = []
-    for i in range(2 * n):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(2 * n) if j != i}
-        rows.append(-(scores[(i + n) % (2 * n)] / sum(scores.values())).log())
-    return sum(rows) / len(rows)
-
-
-def losses_loop_supcon(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    rows = []
-    for i in range(len(z)):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
-        positives = [j for j in scores if labels[j] == labels[i]]
-        if positives:
-            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
-    return sum(rows) / len(rows)
-
-
-def losses_loop_contrastive(x1: Tensor, x2: Tensor, same: Tensor, margin: float) -> Tensor:
-    rows = []
-    for a, b, together in zip(x1, x2, same.tolist(), strict=True):
-        d = (a - b).square().sum().sqrt()
-        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
-    return sum(rows) / len(rows)
-
-
-def losses_loop_ordinal(logits: Tensor, targets: Tensor) -> Tensor:
-    p, terms = logits.softmax(1), []
-    for row, target in zip(p, targets.tolist(), strict=True):
-        for k in range(len(row) - 1):
-            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log())
-    return sum(terms) / len(terms)
-
-
-def test_losses_on_embeddings_are_their_loops_gradients_included():
-    """float64, 1e-10: value and gradient of each against the formula written as loops over pairs."""
-    for n, width in ((2, 3), (5, 4), (6, 1), (7, 8)):
-        a, b = (torch.randn(n, width, dtype=torch.float64) for _ in range(2))
-        same, labels = torch.rand(n) < 0.5, torch.randint(0, 3, (n,))
-        labels[:2] = 1  # at least one pair
-        for t in (0.07, 0.5, 2.0):
-            losses_check(
-                lambda x, y, t=t: losses.info_nce_loss(x, y, t),
-                lambda x, y, t=t: losses_loop_info_nce(x, y, t),
-                a,
-                b,
-            )
-            losses_check(
-                lambda x, y, t=t: losses.nt_xent_loss(x, y, t),
-                lambda x, y, t=t: losses_loop_nt_xent(x, y, t),
-                a,
-                b,
-            )
-            losses_check(
-                lambda z, t=t, labels=labels: losses.supervised_contrastive_loss(z, labels, t),
-                lambda z, t=t, labels=labels: losses_loop_supcon(z, labels, t),
-                a,
-            )
-        for margin in (0.5, 1.0, 3.0):
-            losses_check(
-                lambda x, y, m=margin, same=same: losses.contrastive_loss(x, y, same, m),
-                lambda x, y, m=margin, same=same: losses_loop_contrastive(x, y, same, m),
-                a,
-                b,
-            )
-
-
-def test_losses_ordinal_is_its_loop_gradients_included():
-    for n, n_classes in ((1, 2), (4, 3), (6, 7)):
-        logits = 3 * torch.randn(n, n_classes, dtype=torch.float64)
-        targets = torch.randint(0, n_classes, (n,))
-        losses_check(
-            lambda z, targets=targets: losses.ordinal_loss(z, targets),
-            lambda z, targets=targets: losses_loop_ordinal(z, targets),
-            logits,
-        )
-
-
-# -----------------------------------------------------------------------------
-# train_ddp.py: the model and the data
-
-
-def test_train_ddp_gpt_equals_torch_layers():
-    """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
-    model = train_ddp.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
-    layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
-    oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
-    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
-        pairs = [
-            (theirs.self_attn.in_proj_weight, ours.qkv.weight),
-            (theirs.self_attn.in_proj_bias, ours.qkv.bias),
-        ]
-        for name, other in (("self_attn.out_proj", ours.out), ("norm1", ours.norm1), ("norm2", ours.norm2)):
-            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
-        for name, other in (("linear1", ours.mlp[0]), ("linear2", ours.mlp[2])):
-            pairs += [(getattr(theirs.get_submodule(name), w), getattr(other, w)) for w in ("weight", "bias")]
-        for target, source in pairs:
-            target.data = source.detach().clone()
-    oracle.norm.load_state_dict(model.norm.state_dict())
-    tokens = torch.randint(256, (4, 17))
-    x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
-    table = model.embedding.weight.detach().clone().requires_grad_()
-    hidden = oracle(
-        x, mask=nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64), is_causal=True
-    )
-    expected, logits = hidden @ table.T, model(tokens)
-    check_close(logits, expected, 1e-10, "logits")
-    logits.square().sum().backward()
-    expected.square().sum().backward()
-    for ours, theirs in zip(model.blocks, oracle.layers, strict=True):
-        check_close(ours.qkv.weight.grad, theirs.self_attn.in_proj_weight.grad, 1e-10, "qkv")
-        check_close(ours.mlp[0].weight.grad, theirs.linear1.weight.grad, 1e-10, "mlp")
-    check_close(model.norm.weight.grad, oracle.norm.weight.grad, 1e-10, "norm")
-
-
-def test_train_ddp_gpt_is_causal_and_checks_its_input():
-    model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
-    tokens = torch.randint(256, (2, 12))
-    before = model(tokens)
-    for place in range(12):
-        changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 1) % 256
-        difference = (model(changed) - before).abs().amax(-1)  # (B, T)
-        assert (difference[:, :place] == 0).all()
-        assert (difference[:, place] > 0).all()
-    with pytest.raises(ValueError, match="T <= 12"):
-        model(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
-        train_ddp.GPT(16, 3, 1, 8)
-    model.train()
-    torch.manual_seed(1)
-    first = model(tokens)
-    assert not torch.equal(first, model(tokens)), "dropout while training"
-
-
-def test_train_ddp_start_weights():
-    torch.manual_seed(0)
-    model = train_ddp.GPT(64, 4, 8, 128)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert p.abs().max() == 0, name
-        elif p.ndim == 2:
-            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
-            assert abs(p.std().item() / std - 1) < 0.1, name
-        else:
-            assert (p == 1).all(), name
-
-
-@pytest.mark.parametrize("max_len", [7, 32, 128])
-def test_train_ddp_every_byte_of_the_manual_is_a_target_once(max_len):
-    from pydoc_data.topics import topics
-
-    texts = sorted(set(topics.values()))
-    assert len(texts) > 50
-    train, dev = train_ddp.load_manual(max_len)
-    for sequences, expected in (
-        (dev, texts[9::10]),
-        (train, [t for i, t in enumerate(texts) if i % 10 != 9]),
-    ):
-        inputs, targets = sequences.batch(torch.arange(len(sequences.lengths)), torch.device("cpu"))
-        assert inputs.shape == targets.shape == (len(sequences.lengths), max_len)
-        real = targets != -100
-        assert torch.equal(real.sum(1), sequences.lengths) and (sequences.lengths > 0).all()
-        assert bytes(targets[real].tolist()) == "".join(expected).encode()
-        assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
-        newline = [len(text.encode()) for text in expected]
-        starts = torch.tensor([0, *newline[:-1]]).cumsum(0)
-        flat_inputs = inputs[real]
-        assert (flat_inputs[starts] == 10).all(), "a text starts from a line's end"
-    assert (train.lengths < max_len).sum() > 20, "rows of unequal length"
-
-
-def test_train_ddp_rows_of_step_are_an_endless_row_of_shuffles():
-    for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
-        steps = 3 * n
-        rows = torch.cat([train_ddp.rows_of_step(step, n, batch_size, seed=4) for step in range(steps)])
-        epochs = rows[: len(rows) // n * n].view(-1, n)
-        assert len(rows) == steps * batch_size
-        assert (epochs.sort(dim=1).values == torch.arange(n)).all()
-        assert len(epochs[:4].unique(dim=0)) == min(4, len(epochs)) if n > 5 else True
-        assert torch.equal(train_ddp.rows_of_step(2, n, batch_size, 4), rows[2 * batch_size : 3 * batch_size])
-    other = train_ddp.rows_of_step(0, 100, 32, seed=5)
-    assert not torch.equal(other, train_ddp.rows_of_step(0, 100, 32, seed=4))
-
-
-def test_train_ddp_learning_rate_and_decay():
-    s = train_ddp.Settings(steps=30, warmup=10, lr=0.5, weight_decay=0.3)
-    rates = [train_ddp.learning_rate(step, s) for step in range(30)]
-    assert rates[:10] == pytest.approx([0.05 * (i + 1) for i in range(10)])
-    assert rates[10] == 0.5 and rates[20] == pytest.approx(0.25) and 0 < rates[29] < 0.01
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert train_ddp.learning_rate(0, train_ddp.Settings(steps=5, warmup=0, lr=0.1)) == 0.1
-    model = train_ddp.GPT(16, 2, 1, 8)
-    optimizer = train_ddp.make_optimizer(model, s, torch.device("cpu"))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert isinstance(optimizer, torch.optim.AdamW) and len(decay) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
-
-
-def test_train_ddp_evaluation_and_flops_and_sample():
-    model = train_ddp.GPT(16, 2, 1, 32)
-    _, dev = train_ddp.load_manual(32)
-    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
-    x, y = dev.batch(torch.arange(len(dev.lengths)), alone.device)
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()  # the mean over real tokens
-    assert train_ddp.evaluate(model, dev, alone) == pytest.approx(expected, rel=1e-6)
-    assert model.training
-    noisy, plain = train_ddp.GPT(16, 2, 1, 32, dropout=0.5), train_ddp.GPT(16, 2, 1, 32)
-    for weight in noisy.parameters():
-        nn.init.normal_(weight, std=0.3)
-    plain.load_state_dict(noisy.state_dict())
-    few = train_ddp.Sequences(dev.tokens[:99], dev.lengths[:99])
-    losses = [train_ddp.evaluate(m, few, alone) for m in (noisy, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "no dropout in evaluation"
-    weights = sum(p.numel() for p in model.parameters()) - 32 * 16
-    assert train_ddp.flops_per_token(model) == 6 * weights + 6 * 1 * 32 * 16
-    text = train_ddp.generate(model, "The ", 50, alone.device)
-    assert text.startswith("The ") and text == train_ddp.generate(model, "The ", 50, alone.device)
-    with torch.no_grad():  # a model that is sure of "ab" again and again, past its max_len
-        model.embedding.weight.zero_()
-        model.embedding.weight[ord("a"), 0] = model.embedding.weight[ord("b"), 1] = 1.0
-
-    class Alternates(nn.Module):
-        max_len, widest = 8, 0
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            Alternates.widest = max(Alternates.widest, tokens.shape[1])
-            following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
-            return 50.0 * F.one_hot(following, 256)
-
-    assert train_ddp.generate(Alternates(), "xa", 12, alone.device, temperature=0.02) == "xa" + "ba" * 6
-    assert Alternates.widest == 7  # one less than max_len, see there
-    assert train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, alone.device) == "\ufffd[2J\nxaba"
-    texts = [train_ddp.generate(m, "The ", 60, alone.device) for m in (noisy.train(), plain)]
-    assert texts[0] == texts[1], "no dropout"
-
-
-# -----------------------------------------------------------------------------
-# train_ddp.py: checkpoints
-
-
-def ddp_state(step: int) -> dict:
-    return {"step": step, "weights": torch.arange(1000.0) + step}
-
-
-def test_train_ddp_checkpoints_keep_the_last_and_leave_no_parts(tmp_path):
-    folder = tmp_path / "new/folder"
-    train_ddp.save_checkpoint(folder, 1, ddp_state(1))
-    (folder / "step_00000001.abc.pt.part").write_bytes(b"of a killed process")
-    (folder / "mine.txt").write_text("not a checkpoint")
-    for step in (5, 50, 500, 5000):
-        path = train_ddp.save_checkpoint(folder, step, ddp_state(step), keep=2)
-        assert path.exists()
-    names = sorted(p.name.split(".")[0] for p in folder.iterdir())
-    assert names == ["mine", "step_00000500", "step_00005000"]
-    loaded = train_ddp.load_checkpoint(folder)
-    assert loaded["step"] == 5000 and torch.equal(loaded["weights"], ddp_state(5000)["weights"])
-    assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_train_ddp_damaged_checkpoint_is_reported_and_the_one_before_taken(damage, tmp_path, capsys):
-    train_ddp.save_checkpoint(tmp_path, 1, ddp_state(1))
-    path = train_ddp.save_checkpoint(tmp_path, 2, ddp_state(2))
-    data = bytearray(path.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    path.write_bytes(data if damage == "flip" else data[: len(data) // 2 * (damage == "truncate")])
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
-    assert f"{path} is damaged" in capsys.readouterr().err
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
-    assert capsys.readouterr().err == "" and len(list(tmp_path.glob("*.damaged"))) == 1
-
-
-def test_train_ddp_checkpoint_runs_no_code(tmp_path):
-
-    class Evil:
-        def __reduce__(self):
-            return (Path(tmp_path / "ran").touch, ())
-
-    data = pickle.dumps({"step": Evil()}, protocol=2)
-    (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
-    with contextlib.suppress(Exception):
-        train_ddp.load_checkpoint(tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_train_ddp_checkpoint_on_a_full_disk(tmp_path):
-    """A process that may write no file above 100 kB: OSError, and what was there stays."""
-    code = f"""
-import resource, sys, torch
-sys.path.insert(0, {str(ROOT)!r})
-import train_ddp
-from pathlib import Path
-folder = Path({str(tmp_path)!r})
-train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
-except OSError as error:
-    print("OSError", train_ddp.load_checkpoint(folder)["step"])
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.stdout == "OSError 1\n", result
-
-
-# -----------------------------------------------------------------------------
-# train_ddp.py: runs of one and of several processes
-
-DDP_TINY = "--steps 20 --batch-size 13 --max-len 24 --d-model 16 --n-heads 2 --n-layers 1 --warmup 3".split()
-DDP_TINY += "--eval-every 10 --timeout 40".split()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
+# train_ddp.py and train_fsdp.py
 
 # A process that has imported torch once; each rank is a fork of it: a start costs 0.1 s, not 3. Ranks are
-# processes of their own, with the variables that torchrun sets, and end as a script does. They measure no
-# matmul and draw no picture: half a second each.
+# processes of their own, with the variables that torchrun sets, and end as a script does.
 LAUNCHER = """
-import gc, importlib, json, os, sys, traceback
+import gc, importlib, json, os, signal, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
-import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm
+import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm, tyro
 import torch, torch._dynamo, torch.distributed.checkpoint._fsspec_filesystem, torch.utils.serialization
 import pydoc_data.topics
+from pathlib import Path
 script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
 script.hardware = lambda p: {"processes": p.world, "gemm_gflops": 1.0}
-savefig = matplotlib.pyplot.Figure.savefig
 def no_network(*_):
     raise OSError("no network")
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
+def run():
+    script.exit_now(script.main(tyro.cli(script.Settings)))
 gc.collect()
 gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
@@ -4598,11 +2931,11 @@ for line in sys.stdin:
             try:
                 exec(job["code"])
             except SystemExit as error:
-                script.leave(error.code)
+                script.exit_now(error.code)
             except BaseException:
                 traceback.print_exc()
-                script.leave(77)
-            script.leave(0)
+                script.exit_now(77)
+            script.exit_now(0)
         pids.append(pid)
     print(json.dumps(pids), flush=True)
     if sys.stdin.readline():
@@ -4610,12 +2943,26 @@ for line in sys.stdin:
 """
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_until(condition, seconds: float, what) -> None:
+    """what: said if the condition isn't met in time; a function is called for it."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what() if callable(what) else what}"
+        time.sleep(0.005)
+
+
 class Launcher:
-    """Runs train_ddp.py or train_fsdp.py on any number of ranks, one run at a time."""
+    """Runs a script on any number of ranks, one run at a time."""
 
     def __init__(self, folder: Path, module: str):
         (folder / "launcher.py").write_text(LAUNCHER)
-        self.folder, self.pids, self.ranks = folder, [], []
+        self.folder, self.module, self.pids, self.ranks = folder, module, [], []
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.process = subprocess.Popen(
             [sys.executable, str(folder / "launcher.py"), str(ROOT), module],
@@ -4626,32 +2973,35 @@ class Launcher:
             stdout=subprocess.PIPE,
         )
 
-    def start(self, world: int, *arguments: str, of_rank=None, code="script.leave(script.main())") -> None:
-        """of_rank: more arguments for a rank; None: this rank never starts."""
+    def start(self, world: int, *arguments: str, of_rank=None, code="run()", **environment) -> None:
+        """of_rank: more arguments for a rank; None: this rank never starts. code: what each rank runs."""
         of_rank = of_rank or {}
         self.ranks = [rank for rank in range(world) if of_rank.get(rank, []) is not None]
         for log in self.folder.glob("log.*"):
             log.unlink()
         job = {"world": world, "ranks": self.ranks, "code": code, "log": str(self.folder / "log")}
         job["arguments"] = [[*arguments, *(of_rank.get(rank) or [])] for rank in range(world)]
-        job["env"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        job["env"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         self.pids = json.loads(self.process.stdout.readline())
 
     def out(self, rank: int, name: str = "out") -> str:
         log = Path(f"{self.folder}/log.{rank}.{name}")
-        return log.read_text() if log.exists() else ""
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def kill(self, ranks, number: int = signal.SIGKILL) -> None:
         for rank in ranks:
             os.kill(self.pids[rank], number)
 
-    def wait(self) -> list[subprocess.CompletedProcess]:
-        """What each rank printed; none is left behind, as no rank waits longer than --timeout."""
+    def wait(self, seconds: float = 240) -> list[subprocess.CompletedProcess]:
+        """What each rank printed; ranks that don't end within seconds are killed."""
+        late = threading.Timer(seconds, self.kill, [range(len(self.pids))])
+        late.start()
         self.process.stdin.write("wait\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
+        late.cancel()
         outputs = [(self.out(rank), self.out(rank, "err")) for rank in self.ranks]
         return [subprocess.CompletedProcess([], c, *o) for c, o in zip(codes, outputs, strict=True)]
 
@@ -4664,14 +3014,8 @@ class Launcher:
         assert all(r.returncode == 0 for r in results), results
         return results
 
-    def wait_for(self, text: str) -> None:
-        self.wait_until(lambda: text in self.out(0))
-
     def wait_until(self, condition) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < deadline, (self.out(0), self.out(0, "err"))
-            time.sleep(0.005)
+        wait_until(condition, 120, lambda: (self.out(0), self.out(0, "err")))
 
     def end(self) -> None:
         self.process.stdin.close()
@@ -4687,20 +3031,29 @@ def beside_other_tests(request, name: str, run):
         yield pool.submit(run) if asked_for else None
 
 
-@pytest.fixture(scope="module")
-def ddp_elastic_begun(request, tmp_path_factory):
-    launcher, folder = Launcher(tmp_path_factory.mktemp("elastic"), "train_ddp"), tmp_path_factory.mktemp("e")
-    name = "test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again"
-    with beside_other_tests(request, name, functools.partial(ddp_elastic, launcher, folder)) as curves:
-        yield curves
-    launcher.end()
+# Rows of the parameters divide neither by 4 nor all by 2, batches neither: every slice and part is uneven.
+TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
+TINY += "--lr 3e-3 --eval-every 10 --save-every 0 --timeout 40".split()
+KILLS = int(os.environ.get("KILLS", 3))  # KILLS=20 KILL_SEED=7: a longer search, and which
+KILL_SEED = int(os.environ.get("KILL_SEED", time.time()))
+CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory, ddp_elastic_begun):
-    launcher = Launcher(tmp_path_factory.mktemp("ddp"), "train_ddp")
-    yield launcher
-    launcher.end()
+def saved(out: Path) -> list[Path]:
+    """Checkpoints of either script, oldest first."""
+    return sorted(p for p in out.glob("step_*") if not p.name.endswith((".part", ".damaged")))
+
+
+def ddp_newest(out: Path) -> str:
+    return max((path.name for path in saved(out)), default="")
+
+
+def saved_state(out: Path) -> dict:
+    """The numbers of the newest checkpoint, whichever script's."""
+    newest = saved(out)[-1]
+    if newest.is_dir():
+        return json_of(newest / "manifest.json")
+    return torch.load(newest, weights_only=True)
 
 
 def final_weights(out: Path) -> Tensor:
@@ -4708,736 +3061,64 @@ def final_weights(out: Path) -> Tensor:
     return torch.cat([value.flatten() for value in state.values()])
 
 
-def distance_of_weights(a: Path, b: Path) -> float:
+def distance_of_weights(a: Path, b: Path | Tensor) -> float:
     """Norm of the difference of all weights, relative to the norm."""
-    a, b = final_weights(a), final_weights(b)
+    a, b = final_weights(a), b if isinstance(b, Tensor) else final_weights(b)
+    assert a.dtype == b.dtype
     return ((a - b).norm() / b.norm()).item()
 
 
-def by_hand(s, initialise=None) -> tuple[Tensor, Tensor]:
+def by_hand(module, s) -> tuple[Tensor, Tensor]:
     """The same training as a plain loop over whole batches: the weights and the losses of the steps, which
-    all ways of splitting the batches must give.
-
-    initialise(model, seed): train_fsdp.py's start weights; None: train_ddp.py's."""
-    text, _ = train_ddp.load_manual(s.max_len)
+    all ways of splitting the batches must give."""
+    (inputs, targets), _ = train_ddp.load_manual(s.max_len)
     torch.manual_seed(s.seed)
-    model = train_ddp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
-    if initialise:
-        initialise(model, s.seed)
+    model = module.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
+    if module is train_fsdp:
+        module.initialise(model, s.seed)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: train_ddp.learning_rate(step, s))
     losses = []
     for step in range(s.steps):
-        rows = train_ddp.rows_of_step(step, len(text.lengths), s.batch_size, s.seed)
-        x, y = text.batch(rows, torch.device("cpu"))
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())  # the mean over real tokens
+        warm = (step + 1) / s.warmup if step < s.warmup else 1.0
+        half = math.pi * max(0, step - s.warmup) / (s.steps - s.warmup)
+        rows = train_ddp.rows_of_step(step, len(inputs), s.batch_size, s.seed)
+        loss = F.cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())  # of real tokens
         loss.backward()
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * warm * (1 + math.cos(half)) / 2
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
     weights = torch.cat([value.detach().flatten() for value in model.state_dict().values()])
     return weights, torch.tensor(losses, dtype=torch.float64)
 
 
-def test_train_ddp_same_weights_however_the_batch_is_split(ddp, tmp_path):
-    """13 sequences of unequal length on 1 to 4 processes, with and without accumulation, in float64."""
-    arguments = [*DDP_TINY, "--dtype", "float64", "--seed", "3"]
-    s = train_ddp.settings_from_command_line(arguments)
-    (expected, by_step), losses = by_hand(s), {}
-    for world, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)):
-        out = tmp_path / f"{world}x{accumulate}"
-        ddp.run(world, *arguments, "--accumulate", str(accumulate), "--out", str(out))
-        weights = final_weights(out)
-        distance = ((weights - expected).norm() / expected.norm()).item()
-        assert weights.dtype == torch.float64 and distance <= 1e-12, (world, accumulate, distance)
-        report = json_of(out / "report.json")
-        losses[world, accumulate] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == world and len(report["losses"]) == 20
-        check_close(losses[world, accumulate], losses[1, 1], 1e-12, "losses")
-    check_close(losses[1, 1][:-1], by_step, 1e-12, "losses")
-
-
-def test_train_ddp_two_processes_are_bitwise_one_with_two_micro_batches(ddp, tmp_path):
-    """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
-    arguments = [*DDP_TINY, "--dropout", "0.2", "--clip", "0.5"]
-    first = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
-    ddp.run(2, *arguments, "--out", str(tmp_path / "b"))
-    ddp.run(1, *arguments, "--out", str(tmp_path / "c"))
-    assert torch.equal(final_weights(tmp_path / "a"), final_weights(tmp_path / "b"))
-    assert 1e-3 < distance_of_weights(tmp_path / "c", tmp_path / "a"), "other micro-batches, other dropout"
-    ddp.run(1, *DDP_TINY, "--out", str(tmp_path / "d"))
-    ddp.run(3, *DDP_TINY, "--out", str(tmp_path / "e"))
-    assert distance_of_weights(tmp_path / "d", tmp_path / "e") <= 1e-5
-    assert last_json(first[0])["dev_loss"] < 5.6
-    again = ddp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "a"))
-    assert "this run is finished" in again[0].stdout and last_json(again[0]) == json_of(
-        tmp_path / "a" / "report.json"
-    )
-
-
-def test_train_ddp_gradients_travel_with_the_last_micro_batch_alone(ddp, tmp_path):
-    """Each rank's own gradient until then; in training the last of three micro-batches sends."""
-    code = """
-p = train_ddp.start_processes("cpu", 30)
-model = train_ddp.wrap(torch.nn.Linear(3, 1), p)
-for now in (False, True):
-    with train_ddp.gradients_travel(model, now):
-        model(torch.full((2, 3), 1.0 + p.rank)).sum().backward()
-    print(model.module.weight.grad.flatten().tolist())
-"""
-    alone, both = zip(*(r.stdout.splitlines() for r in ddp.run(2, code="import torch\n" + code)), strict=True)
-    assert list(alone) == ["[2.0, 2.0, 2.0]", "[4.0, 4.0, 4.0]"] and set(both) == {"[6.0, 6.0, 6.0]"}
-    code = """
-travel, said, ticks = train_ddp.gradients_travel, [], iter(range(10**6))
-train_ddp.gradients_travel = lambda parallel, now: said.append(now) or travel(parallel, now)
-train_ddp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
-train_ddp.main()
-print(said)
-"""
-    arguments = [*DDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
-    for result in ddp.run(2, *arguments, code=code):
-        assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
-    assert train_ddp.load_checkpoint(tmp_path)["seconds"] == 4
-
-
-def check_clip_0_is_no_clipping(launcher: Launcher, folder: Path) -> None:
-    weights = []
-    for clip in ("0", "1e9", "0.01"):
-        launcher.run(1, *DDP_TINY, "--steps", "4", "--clip", clip, "--out", str(folder / clip))
-        weights.append(final_weights(folder / clip))
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def check_finished_means_that_all_is_there(launcher: Launcher, folder: Path) -> None:
-    """What is missing or damaged is made again; what is finished needs no place to write in."""
-    arguments = [*DDP_TINY, "--steps", "4", "--out", str(folder)]
-    (first,) = launcher.run(1, *arguments)
-    report, weights = json_of(folder / "report.json"), final_weights(folder)
-    assert f"step 4/4: loss {report['loss']:.3f}, held out {report['dev_loss']:.3f} nats" in first.stdout
-    assert len(set(report["losses"])) == 4 and report["loss"] == report["losses"][-1]
-    (folder / "final.pt").unlink()
-    launcher.run(1, *arguments)
-    assert torch.equal(final_weights(folder), weights)
-    (folder / "report.json").write_text((folder / "report.json").read_text()[:-9])
-    launcher.run(1, *arguments)
-    assert json_of(folder / "report.json")["losses"] == report["losses"]
-    (again,) = launcher.run(1, *arguments, code="script.check_place = None; script.leave(script.main())")
-    assert "this run is finished" in again.stdout and last_json(again)["loss"] == report["loss"]
-
-
-def check_the_last_step(launcher: Launcher, folder: Path) -> None:
-    """A signal within it ends nothing any more. One that diverges is an error, and leaves no final.pt."""
-    code = """
-import signal
-sent = []
-def learning_rate(step, s, rate=script.learning_rate):
-    if step == s.steps - 1 and not sent:
-        sent.append(os.kill(os.getpid(), signal.SIGTERM))
-    return rate(step, s)
-script.learning_rate = learning_rate
-script.leave(script.main())
-"""
-    launcher.run(1, *DDP_TINY, "--steps", "4", "--out", str(folder / "signal"), code=code)
-    assert (folder / "signal/report.json").exists()
-    arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
-    (result,) = launcher.attempt(1, *DDP_TINY, *arguments, "--out", str(folder / "diverged"))
-    check_one_line_error(result, "the loss is", "at step 0: try a smaller --lr")
-    assert not (folder / "diverged/final.pt").exists()
-
-
-def check_an_overflow_is_skipped(launcher: Launcher, folder: Path) -> None:
-    """fp16: a step whose gradients aren't finite changes no weight."""
-    code = """
-scaler = torch.amp.GradScaler
-torch.amp.GradScaler = lambda *args, **kwargs: scaler(*args, init_scale=2.0**40, **kwargs)
-script.main()
-torch.amp.GradScaler = scaler
-"""
-    launcher.run(1, *DDP_TINY, "--amp", "fp16", "--out", str(folder), code=code)
-    assert final_weights(folder).isfinite().all()
-
-
-def check_ranks_that_cannot_agree(launcher: Launcher, folder: Path) -> None:
-    """Other texts (a Python with another manual), and nan, which isn't equal to itself."""
-    code = """
-if os.environ["RANK"] == "1":
-    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
-script.leave(script.main())
-"""
-    results = launcher.attempt(2, *DDP_TINY, "--out", str(folder), code=code)
-    assert [r.returncode for r in results] == [2, 2]
-    assert re.search("rank 1 was started with other settings than rank 0: .*text ", results[0].stderr)
-    results = launcher.attempt(2, *DDP_TINY, "--lr", "nan", "--out", str(folder))
-    assert [r.returncode for r in results] == [2, 2] and "lr must be at least 0, got nan" in results[0].stderr
-
-
-CHECKS_OF_BOTH = (check_finished_means_that_all_is_there, check_the_last_step, check_ranks_that_cannot_agree)
-
-
-@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
-def test_train_ddp_passes_what_both_must(ddp, check, tmp_path):
-    check(ddp, tmp_path)
-
-
-def test_train_ddp_an_overflow_is_skipped(ddp, tmp_path):
-    check_an_overflow_is_skipped(ddp, tmp_path)
-    assert train_ddp.load_checkpoint(tmp_path)["scaler"]["scale"] < 2**40
-
-
-def test_train_ddp_and_train_fsdp_say_what_torchrun_would_have_set(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for module in BOTH:
-        with pytest.raises(
-            ValueError, match="WORLD_SIZE is 2, but MASTER_ADDR isn't set: start with torchrun"
-        ):
-            module.start_processes("cpu", 5.0)
-
-
-def test_train_ddp_final_weights_come_before_the_sample_which_ends_in_time(tmp_path, monkeypatch):
-    """The other ranks wait for it, and not for ever."""
-    s = train_ddp.Settings(out=str(tmp_path), timeout=8.0)
-    model, asked = train_ddp.GPT(16, 2, 1, 24), []
-
-    def generate(*_, seconds):
-        asked.append(seconds)
-        raise KeyboardInterrupt
-
-    long = train_ddp.generate(model, "The ", 50, "cpu", seconds=0.0)
-    assert len(long.encode()) <= len("The ") + 3  # one byte more; what is no UTF-8 takes three
-    monkeypatch.setattr(train_ddp, "generate", generate)
-    with pytest.raises(KeyboardInterrupt):
-        train_ddp.finish(model, {}, {}, s)
-    assert asked == [2.0] and len(final_weights(tmp_path)) == sum(p.numel() for p in model.parameters())
-
-
-def test_train_ddp_clip_0_is_no_clipping(ddp, tmp_path):
-    check_clip_0_is_no_clipping(ddp, tmp_path)
-
-
-def test_train_ddp_mixed_precision_and_data_parallel(ddp, tmp_path):
-    """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the
-    same way); DataParallel is the plain model on CPU."""
-    arguments = [*DDP_TINY, "--clip", "0.3"]
-    ddp.run(1, *arguments, "--out", str(tmp_path / "fp32"))
-    ddp.run(1, *arguments, "--data-parallel", "--out", str(tmp_path / "dp"))
-    assert torch.equal(final_weights(tmp_path / "fp32"), final_weights(tmp_path / "dp"))
-    for amp in ("bf16", "fp16"):
-        ddp.run(2, *arguments, "--amp", amp, "--out", str(tmp_path / amp))
-        assert 0 < distance_of_weights(tmp_path / amp, tmp_path / "fp32") < 0.02, amp
-        assert final_weights(tmp_path / amp).dtype == torch.float32
-
-
-KILLS = int(os.environ.get("KILLS", 3))  # KILLS=20 for a longer search
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_train_ddp_killed_at_random_moments(ddp, world, tmp_path):
-    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-    arguments = [*DDP_TINY, "--steps", "60", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
-    ddp.run(world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
-    out, rng, kills = tmp_path / "killed", random.Random(int(time.time())), 0
-    while kills < KILLS:
-        ddp.start(world, *arguments, "--out", str(out))
-        before, deadline = ddp_newest(out), time.monotonic() + 60
-        while ddp_newest(out) == before and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.05)
-        ddp.kill(range(world) if kills % 2 else [world - 1])
-        results = ddp.wait()
-        kills += any(r.returncode == -signal.SIGKILL for r in results)
-        if (out / "report.json").exists():
-            shutil.rmtree(out)
-    results = ddp.run(world, *arguments, "--out", str(out))
-    assert "going on at step" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert not list(out.glob("*.part")) and len(list(out.glob("step_*.pt"))) == 2
-
-
-def ddp_newest(out: Path) -> str:
-    return max((p.name for p in out.glob("step_*.pt")), default="")
-
-
-@pytest.mark.parametrize(
-    "world, who, number", [(1, "all", "SIGTERM"), (2, "last", "SIGTERM"), (2, "all", "SIGINT")]
-)
-def test_train_ddp_signal_stops_all_ranks_at_one_step(ddp, world, who, number, tmp_path):
-    arguments = [*DDP_TINY, "--steps", "200", "--save-every", "0", "--amp", "fp16", "--dropout", "0.1"]
-    arguments += ["--eval-every", "50"]
-    ddp.run(world, *arguments, "--save-every", "20", "--out", str(tmp_path / "whole"))
-    out = tmp_path / "stopped"
-    ddp.start(world, *arguments, "--out", str(out))
-    ddp.wait_for("step 50/")
-    ddp.kill(range(world) if who == "all" else [world - 1], getattr(signal, number))
-    results = ddp.wait()
-    code = 128 + getattr(signal, number)
-    assert [r.returncode for r in results] == [code] * world, results
-    assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "final.pt").exists()
-    assert "the same command goes on from there" in results[0].stderr
-    assert all(r.stderr == "" for r in results[1:]), "one line an event"
-    state = train_ddp.load_checkpoint(out)
-    assert 50 <= state["step"] < 200 and state["scaler"]["_growth_tracker"] == state["step"]
-    results = ddp.run(world, *arguments, "--out", str(out))
-    assert f"going on at step {state['step']}" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert train_ddp.load_checkpoint(out)["scaler"]["_growth_tracker"] == 200
-
-
-def test_train_ddp_damaged_newest_checkpoint_gives_the_same_end(ddp, tmp_path):
-    """On other numbers of processes before and after, too: world size, save_every, threads may change."""
-    arguments = [*DDP_TINY, "--dtype", "float64", "--save-every", "5", "--out", str(tmp_path / "a")]
-    ddp.run(2, *arguments)
-    expected = final_weights(tmp_path / "a")
-    (tmp_path / "a" / "final.pt").unlink()
-    (tmp_path / "a" / "report.json").unlink()
-    newest = sorted((tmp_path / "a").glob("step_*.pt"))[-1]
-    data = bytearray(newest.read_bytes())
-    data[-2000] ^= 16
-    newest.write_bytes(data)
-    result = ddp.run(1, *arguments, "--save-every", "3")[0]
-    assert f"{newest} is damaged" in result.stderr and "going on at step 15" in result.stdout
-    assert ((final_weights(tmp_path / "a") - expected).norm() / expected.norm()).item() <= 1e-12
-
-
-def test_train_ddp_lost_and_late_processes(ddp, tmp_path):
-    """One that dies and one that never comes: the others say what they waited for, and end."""
-    arguments = [*DDP_TINY, "--steps", "5000", "--save-every", "0", "--out", str(tmp_path / "a")]
-    ddp.start(3, *arguments)
-    ddp.wait_for("step 10/")
-    ddp.kill([1])
-    results = ddp.wait()
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
-    for rank in (0, 2):
-        assert f"rank {rank} waited for" in results[rank].stderr and "Traceback" not in results[rank].stderr
-    code = """
-rows = train_ddp.rows_of_step
-def die(step, *rest):
-    if step == 1 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
-    return rows(step, *rest)
-train_ddp.rows_of_step = die
-script.leave(script.main())
-"""
-    results = ddp.attempt(2, *arguments, code=code)  # DDP's second forward exchanges something, too
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL]
-    assert results[0].stderr.startswith("train_ddp.py: rank 0 waited for the gradients of step 1; in vain")
-    start = time.monotonic()
-    ddp.start(2, *DDP_TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
-    result = ddp.wait()[0]
-    assert (
-        result.returncode == 1
-        and "waited for up to 3 s for 2 processes to meet at 127.0.0.1" in result.stderr
-    )
-    assert time.monotonic() - start < 40
-
-
-def test_train_ddp_newest_of_two_saves_of_a_step_and_files_of_others(tmp_path):
-    (tmp_path / "video.part").write_text("not ours")
-    (tmp_path / "step_00000003.abc.pt.part").write_text("of a killed save")
-    for attempt in range(8):  # the names' order is that of their sha256
-        train_ddp.save_checkpoint(tmp_path, 7, {"attempt": attempt})
-        assert train_ddp.load_checkpoint(tmp_path) == {"attempt": attempt}
-    assert len(list(tmp_path.glob("step_*"))) == 1 and (tmp_path / "video.part").exists()
-    others = {
-        tmp_path / name for name in ("step_1.pt", "step_00000009.pt", "step_00000009.ab.pt", "step_best.pt")
-    }
-    for other in others:
-        other.write_text("not ours")
-    path = train_ddp.save_checkpoint(tmp_path, 10, {"attempt": 10}, keep=1)
-    assert set(tmp_path.glob("step_*")) == others | {path}
-    assert train_ddp.load_checkpoint(tmp_path) == {"attempt": 10}
-    train_ddp.save_checkpoint(tmp_path, 10, {"step": 10, "weights": 1})  # another program's state
-    with pytest.raises(ValueError, match="holds a run of other settings"):
-        train_ddp.earlier_run(train_ddp.Settings(out=str(tmp_path)), {"lr": 1.0})
-
-
-def test_train_ddp_unequal_settings_are_found_at_the_start(ddp, tmp_path):
-    results = ddp.attempt(2, *DDP_TINY, "--out", str(tmp_path / "out"), of_rank={1: ["--lr", "0.5"]})
-    assert [r.returncode for r in results] == [2, 2]
-    check_one_line_error(
-        results[0], "rank 1 was started with other settings than rank 0", "lr 0.5 there, 0.004 here"
-    )
-    assert results[1].stderr == "" and not (tmp_path / "out").exists()
-
-
-def test_train_ddp_bad_input(ddp, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    wrong = {
-        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
-        "file": ["--out", str(tmp_path / "file")],
-        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
-    }
-    for message, arguments in wrong.items():
-        results = ddp.attempt(2, *DDP_TINY, "--out", str(tmp_path / "out"), *arguments)
-        check_one_line_error(results[0], message)
-        assert results[1].returncode == 2 and results[1].stderr == ""
-    wrong = [
-        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
-        (["--device", "tpu"], "device must be auto, cuda, cpu or mps, got tpu"),
-        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
-        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32, got float64"),
-    ]
-    for arguments, message in wrong:
-        check_one_line_error(ddp.attempt(1, *DDP_TINY, *arguments)[0], message)
-    assert not (tmp_path / "out").exists() and not (ddp.folder / "out").exists()
-
-
-BOTH = (train_ddp, train_fsdp)
-
-
-def as_ranks(monkeypatch, change: dict | None = None) -> None:
-    """Without a group: what all ranks say is what this one says, but that the last one's has a change."""
-
-    def gather(out, mine):
-        out[:] = [mine] * (len(out) - 1) + [mine | (change or {})]
-
-    def from_all(thing, p):
-        out = [None] * p.world
-        gather(out, thing)
-        return out
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(train_fsdp, "from_all", from_all)
-
-
-def check_train_settings(module, world: int = 1, **more) -> None:
-    p = module.Processes(0, world, torch.device("cpu"))
-    module.check_settings(
-        module.Settings(**({"steps": 20, "warmup": 0} | more)), p, *[{}] * (module is train_ddp)
-    )
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_settings_are_checked(module, monkeypatch):
-    """The least value of each is taken, one below it is not; and what doesn't go together."""
-    as_ranks(monkeypatch)
-    ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
-    zeros = "lr warmup weight_decay clip seed save_every".split()
-    for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0) | {"max_len": 2}).items():
-        check_train_settings(module, **{name: least})
-        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got"):
-            check_train_settings(module, **{name: least - 1})
-    wrong = {
-        "dropout": (-0.1, 1.0),
-        "dtype": ("float16",),
-        "amp": ("fp8",),
-        "warmup": (20,),
-        "seed": (2**32,),
-    }
-    for name, values in wrong.items():
-        for value in values:
-            with pytest.raises(ValueError, match=name):
-                check_train_settings(module, **{name: value})
-    check_train_settings(module, warmup=19, seed=2**32 - 1, dropout=0.99)
-    with pytest.raises(ValueError, match="lr must be at least 0, got nan"):
-        check_train_settings(module, lr=float("nan"))
-    with pytest.raises(ValueError, match="amp bf16 needs dtype float32"):
-        check_train_settings(module, amp="bf16", dtype="float64")
-    check_train_settings(module, 2, batch_size=6, accumulate=3)
-    with pytest.raises(ValueError, match="accumulate 3"):
-        check_train_settings(module, 2, batch_size=5, accumulate=3)
-
-
-def test_train_ddp_and_train_fsdp_ranks_must_agree_on_every_setting(monkeypatch):
-    as_ranks(monkeypatch, {"save_every": 7})
-    for module in BOTH:  # save_every may change between runs, but not between ranks
-        with pytest.raises(ValueError, match="rank 1 .*save_every 7 there, 50 here"):
-            check_train_settings(module, 2, save_every=50)
-
-
-def test_train_ddp_data_parallel_is_one_process(monkeypatch):
-    as_ranks(monkeypatch)
-    with pytest.raises(ValueError, match="data_parallel"):
-        check_train_settings(train_ddp, 2, data_parallel=True)
-    with pytest.raises(ValueError, match="data_parallel has no amp.*bf16"):
-        check_train_settings(train_ddp, 1, data_parallel=True, amp="bf16")
-    alone = train_ddp.Processes(0, 1, torch.device("cpu"))
-    wrapped = train_ddp.wrap(nn.Linear(2, 2), alone, data_parallel=True)
-    assert isinstance(wrapped, nn.Linear)  # on a CPU, also of a machine with GPUs
-    monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")
-    gpu, model = train_ddp.Processes(0, 1, torch.device("cuda:0")), nn.Linear(2, 2)
-    assert train_ddp.wrap(model, gpu) is model and train_ddp.wrap(model, gpu, True) == "copies"
-
-
-def test_train_ddp_float64_and_processes_on_mps(monkeypatch):
-    mps = train_ddp.Processes(0, 1, torch.device("mps"))
-    with pytest.raises(ValueError, match="float64.*mps"):
-        train_ddp.check_settings(train_ddp.Settings(dtype="float64"), mps, {})
-    for world, have in (("1", False), ("2", True)):
-        monkeypatch.setenv("WORLD_SIZE", world)
-        monkeypatch.setattr(torch.backends.mps, "is_available", lambda have=have: have)
-        with pytest.raises(ValueError, match="needs a Mac's GPU and one process"):
-            train_ddp.start_processes("mps")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train_ddp.start_processes("mps") == mps
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_what_binds_a_run(module):
-    """The text and every setting that changes the weights; the others may change when it goes on."""
-    text = module.Sequences(torch.zeros(1, 3, dtype=torch.uint8), torch.tensor([2]))
-    other = module.Sequences(text.tokens + 1, text.lengths)
-    may = {"eval_every", "save_every", "keep", "timeout", "device", "out"}
-    may |= {"data_parallel"} if module is train_ddp else {"replicate", "recompute"}
-    s = module.Settings()
-    assert set(module.bound(s, text)) == (set(vars(s)) - may) | {"text"}
-    assert module.bound(s, text)["text"] != module.bound(s, other)["text"]
-
-
-@pytest.mark.parametrize(
-    "rank, agent, nodes, prefix",
-    [(0, "", "1", "2"), (0, "True", "1", "2"), (1, "", "1", "2"), (0, "", "2", "several nodes")],
-)
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_processes_meet_within_the_timeout(
-    module, rank, agent, nodes, prefix, monkeypatch
-):
-    """Rank 0 hosts the store unless torchrun does; each attempt has a part of it; one limit for all."""
-    environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 5}
-    environment |= {"GROUP_WORLD_SIZE": nodes, "TORCHELASTIC_RESTART_COUNT": 2}
-    for name, value in (environment | {"TORCHELASTIC_USE_AGENT_STORE": agent}).items():
-        monkeypatch.setenv(name, str(value))
-    made, limit = [], module.timedelta(seconds=7)
-    monkeypatch.setattr(module.dist, "TCPStore", lambda *a: made.append(a))
-    monkeypatch.setattr(module.dist, "PrefixStore", lambda name, _: made.append(name))
-    monkeypatch.setattr(module.dist, "init_process_group", lambda *_, **k: made.append(k.get("timeout")))
-    module.start_processes("cpu", 7)
-    assert made == [("host", 5, 2, rank == 0 and not agent, limit), prefix, limit]
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_signals_are_noted_and_given_back(module):
-    before = signal.getsignal(signal.SIGTERM)
-    for world in (1, 2):
-        signals = module.Signals(module.Processes(0, world, torch.device("cpu")))
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.received() == (0, 1)
-        alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
-        assert alone == (world == 1)
-        signals.restore()
-        assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_errors_on_rank_0_reach_all_ranks(module, monkeypatch):
-    sent, two = [], module.Processes(0, 2, torch.device("cpu"))
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", sent.append)
-    for kind in (ValueError, OSError, ImportError):
-
-        def fail(kind=kind):
-            raise kind("why")
-
-        with pytest.raises(kind, match="why"):
-            module.on_rank_0(fail, two)
-    assert len(sent) == 3
-    cases = ((1, RuntimeError, RuntimeError), (2, RuntimeError, module.Lost))
-    for world, kind, seen in (*cases, (2, torch.OutOfMemoryError, torch.OutOfMemoryError)):
-        p = module.Processes(0, world, torch.device("cpu"))
-        with pytest.raises(seen), module.waiting("it", p):
-            raise kind("why")
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_exit_codes(module, monkeypatch, capsys):
-    codes = {ValueError("x"): 2, OSError("x"): 2, ImportError("x", name="y"): 2, KeyboardInterrupt(): 130}
-    codes |= {module.Interrupted(15, "x"): 143, module.Lost("x"): 1}
-    for error, code in codes.items():
-
-        def fail(error=error):
-            raise error
-
-        monkeypatch.setattr(module, "settings_from_command_line", fail)
-        assert module.main() == code
-        assert len(capsys.readouterr().err.splitlines()) == 1
-    # Rank 1 says what is wrong with it alone, and that rank 0 is gone.
-    two = module.Processes(1, 2, torch.device("cpu"))
-    monkeypatch.setattr(module, "settings_from_command_line", lambda: module.Settings())
-    monkeypatch.setattr(module, "start_processes", lambda *_: two)
-    for error, of_all, lines in (
-        *((error, False, 1) for error in (OSError("x"), ImportError("x", name="y"), module.Lost("x"))),
-        *((error, True, 0) for error in (OSError("x"), ImportError("x", name="y"), ValueError("x"))),
-    ):
-        answer = [(None, error)]
-        monkeypatch.setattr(module.dist, "broadcast_object_list", lambda x, a=answer: x.__setitem__(0, a[0]))
-
-        def job(*_, error=error, of_all=of_all):
-            if of_all:
-                module.on_rank_0(None, two)
-            raise error
-
-        monkeypatch.setattr(module, "run_job", job)
-        assert module.main() in (1, 2) and len(capsys.readouterr().err.splitlines()) == lines, (error, of_all)
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_say_that_their_output_was_lost(module, monkeypatch, capsys):
-    class Gone(io.StringIO):  # `| head` has ended
-        def flush(self):
-            raise BrokenPipeError(32, "Broken pipe")
-
-    codes = []
-    monkeypatch.setattr(module.os, "_exit", codes.append)
-    monkeypatch.setattr(module.sys, "stdout", Gone())
-    module.leave(0)
-    module.leave(143)
-    assert codes == [2, 143]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"{module.__name__}.py: stdout: [Errno 32] Broken pipe"] * 2
-
-
-def test_train_ddp_and_train_fsdp_know_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path):
-    for module in BOTH:
-        with pytest.raises(OSError, match="read-only"):
-            module.check_place(tmp_path)
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_begin_with_nothing(module, tmp_path, monkeypatch):
-    as_ranks(monkeypatch)
-    begun, alone = [], module.Processes(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(train_fsdp, "on_rank_0", lambda action, p: action())
-    monkeypatch.setattr(train_fsdp, "sharded_model", lambda s, p: train_fsdp.GPT(4, 1, 1, 8))
-    monkeypatch.setattr(train_fsdp, "whole_weights", lambda *_: {})
-    monkeypatch.setattr(module, "train", lambda *a: begun.extend(x for x in a if isinstance(x, dict)))
-    for name in ("hardware", "finish"):
-        monkeypatch.setattr(module, name, lambda *_: {})
-    module.run_job(module.Settings(out=str(tmp_path / "new")), alone)
-    (run,) = begun
-    assert run["step"] == run["tokens"] == run["seconds"] == 0 and run["loss"] == run["dev"] == []
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_timeouts(module):
-    assert module.settings_from_command_line(["--timeout", "0.5"]).timeout == 0.5
-    for wrong in ("0", "-1", "nan", "inf", "1e30"):
-        with pytest.raises(ValueError, match="timeout must be above 0"):
-            module.settings_from_command_line(["--timeout", wrong])
-    with pytest.raises(module.Lost, match="NotImplementedError"):  # an error without a message
-        with module.waiting("it", module.Processes(0, 2, torch.device("cpu"))):
-            raise NotImplementedError
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_end_the_group_after_success_alone(module, monkeypatch):
-    done = []
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: done.append("group"))
-    monkeypatch.setattr(module.os, "_exit", done.append)
-    module.leave(0)
-    module.leave(1)
-    assert done == ["group", 0, 1]
-
-
-def test_train_ddp_and_train_fsdp_reports_hold_the_last_figures(tmp_path, monkeypatch):
-    run = {"tokens": 6000, "seconds": 2.0, "loss": [5.0, 4.0, 3.0], "dev": [[2, 4.5], [3, 3.5]]}
-    run |= {"settings": {}, "held": []}
-    model = train_ddp.GPT(16, 2, 1, 8)
-    machine = {"gemm_gflops": 4 * 3000 * train_ddp.flops_per_token(model) / 1e9}
-    for module, name in ((train_ddp, "generate"), (train_ddp, "plot_loss"), (train_fsdp, "show_memory")):
-        monkeypatch.setattr(module, name, lambda *_, **__: "")
-    s = train_fsdp.Settings(out=str(tmp_path), d_model=16, n_layers=1, max_len=8)
-    reports = [train_ddp.finish(model, run, machine, train_ddp.Settings(out=str(tmp_path)))]
-    reports.append(train_fsdp.finish(model.state_dict(), run, machine, s))
-    for report in reports:
-        figures = [report[name] for name in ("loss", "dev_loss", "tokens_per_second", "mfu")]
-        assert figures == [3.0, 3.5, 3000, 0.25]
-
-
-@pytest.mark.parametrize("module", BOTH)
-def test_train_ddp_and_train_fsdp_gflops_are_the_median_s(module, monkeypatch):
-    alone = module.Processes(0, 1, torch.device("cpu"))
-    monkeypatch.setattr(module, "sum_over_ranks", lambda values, p: values)
-    ticks = itertools.accumulate(t for ms in (7, 1, 3, 2, 6, 5, 4) for t in (0, ms / 1000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(ticks))
-    assert module.hardware(alone)["gemm_gflops"] == 536.9  # 2 * 1024^3 in 4 ms
-
-
-def test_train_fsdp_peak_rss_is_the_kernel_s():
-    peak = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    assert 0.9 * peak <= train_fsdp.peak_rss() < 1.5 * peak
-
-
-def test_train_ddp_dropout_is_new_in_each_part_of_each_step(tmp_path, monkeypatch):
-    """For the largest seed too; and tokens are counted, and the signals' handlers are put back."""
-    seeds, seed, before = [], torch.manual_seed, signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(torch, "manual_seed", lambda n: seeds.append(n) or seed(n))
-    _, dev = train_ddp.load_manual(8)
-    few = train_ddp.Sequences(dev.tokens[:50], dev.lengths[:50])
-    s = train_ddp.Settings(steps=4, warmup=0, batch_size=6, accumulate=3, max_len=8, save_every=0)
-    s = dataclasses.replace(s, out=str(tmp_path), seed=2**32 - 1)
-    run = {"step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
-    train_ddp.train(
-        train_ddp.GPT(4, 1, 1, 8), (few, few), run, s, train_ddp.Processes(0, 1, torch.device("cpu"))
-    )
-    assert len(seeds) == len(set(seeds)) == 4 * 3
-    assert {n // 4_096 // 1_000_003 for n in seeds} == {s.seed}, "no other seed's"
-    rows = torch.cat([train_ddp.rows_of_step(step, 50, 6, s.seed) for step in range(4)])
-    assert run["tokens"] == few.lengths[rows].sum()
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_train_ddp_other_settings_do_not_mix(ddp, tmp_path):
-    run = [*DDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
-    ddp.run(1, *run)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    for extra, difference in (
-        (["--lr", "0.01"], "lr 0.004 there, 0.01 here"),
-        (["--steps", "5"], "steps 4 there, 5 here"),
-        (["--max-len", "20"], "max_len 24 there, 20 here"),
-    ):
-        (result,) = ddp.attempt(1, *run, *extra)
-        check_one_line_error(result, "holds a run of other settings", difference, "another --out")
-    assert before == {p: p.read_bytes() for p in (tmp_path / "a").iterdir()}
-    (tmp_path / "a/report.json").unlink()  # killed between the last step and the report
-    assert "going on at step 4" in ddp.run(1, *run)[0].stdout and (tmp_path / "a/report.json").exists()
-
-
-def test_train_ddp_diverging_run_ends_with_advice(ddp, tmp_path):
-    result = run_script("train_ddp.py", *DDP_TINY, "--lr", "1e30", "--clip", "0", cwd=tmp_path)
-    check_one_line_error(result, "the loss is", "try a smaller --lr, or --clip 1")
-
-
-def test_train_ddp_under_torchrun_survives_a_killed_worker(ddp, tmp_path):
-    """And, copied alone into an empty folder, needs nothing of the others."""
-    script = shutil.copy(ROOT / "train_ddp.py", tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    command += [
-        f"--master_port={free_port()}",
-        script,
-        *DDP_TINY,
-        "--steps",
-        "150",
-        "--save-every",
-        "5",
-        "--eval-every",
-        "75",
-    ]
-    with subprocess.Popen(
-        [*command, "--out", "out"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as torchrun:
-        while not ddp_newest(tmp_path / "out"):
-            assert torchrun.poll() is None
-            time.sleep(0.01)
-        os.kill(children(torchrun)[1], signal.SIGKILL)
-        out, err = torchrun.communicate(timeout=120)
-    assert torchrun.returncode == 0, err
-    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
-    assert "to meet at" not in err, "the second attempt met at once"
-    ddp.run(2, *DDP_TINY, "--steps", "150", "--out", str(tmp_path / "whole"))
-    assert torch.equal(final_weights(tmp_path / "out"), final_weights(tmp_path / "whole"))
-    assert (tmp_path / "out" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    report = json_of(tmp_path / "out" / "report.json")
-    assert report["gemm_gflops"] > 1 and 0 < report["mfu"] < 1 and report["torch"] == torch.__version__
+def settings_of(module, *arguments: str):
+    return tyro.cli(module.Settings, args=[*arguments])
+
+
+def torchrun(script, *arguments: str, node=(), prefix=(), cwd: Path, **environment) -> subprocess.Popen:
+    """As a user starts it, with two processes; what it prints goes to cwd/agentN.log."""
+    node = node or ["--nproc_per_node=2", f"--master_port={free_port()}"]
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *node, str(script), *arguments]
+    log = open(cwd / f"agent{len(list(cwd.glob('agent*')))}.log", "w")  # closed with the process
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log)
 
 
 def children(process: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent's look doesn't."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def kill_with_children(agent: subprocess.Popen) -> None:
@@ -5448,696 +3129,10 @@ def kill_with_children(agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-def ddp_agent(folder: Path, node: list[str], *arguments: str, prefix=(), **environment) -> subprocess.Popen:
-    """A torchrun, as on a machine of its own."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} | environment
-    command = [
-        *prefix,
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *node,
-        str(ROOT / "train_ddp.py"),
-        *arguments,
-    ]
-    log = open(folder / f"agent{len(list(folder.glob('agent*')))}.log", "w")  # closed with the process
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers below /proc")
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def test_train_ddp_elastic_goes_on_with_one_node_and_with_two_again(ddp_elastic_begun):
-    """The node that doesn't host the rendezvous is killed and comes back; the loss curve stays."""
-    curves = ddp_elastic_begun.result()
-    check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-5, "loss curve")
-
-
-def ddp_elastic(ddp: Launcher, tmp_path: Path) -> list[list[float]]:
-    """The losses of a run on 1, 2, 1 and 2 nodes, and those of an undisturbed one."""
-    arguments = [
-        *DDP_TINY,
-        "--dtype",
-        "float64",
-        "--steps",
-        "100000",
-        "--save-every",
-        "20",
-        "--eval-every",
-        "9999",
-    ]
-    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
-    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
-    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
-    out, agents = tmp_path / "elastic", []
-
-    def step(folder: Path = out) -> int:
-        return int(ddp_newest(folder)[5:13] or 0)
-
-    def starts(processes: int) -> int:
-        return sum(log.read_text().count(f"processes={processes} ") for log in tmp_path.glob("agent*.log"))
-
-    def steps_with(processes: int, n_starts: int) -> None:
-        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
-        reached = step()
-        wait_until(lambda: step() > reached + 20, 60, f"steps with {processes} node(s)")
-
-    try:
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(1, 1)
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(2, 1)
-        kill_with_children(agents[1])
-        steps_with(1, 2)
-        agents.append(ddp_agent(tmp_path, node, *arguments, "--out", str(out)))
-        steps_with(2, 2)
-    finally:
-        for agent in agents:
-            kill_with_children(agent)
-    elastic = train_ddp.load_checkpoint(out)["loss"]
-    ddp.start(1, *arguments, "--out", str(tmp_path / "whole"))
-    wait_until(lambda: step(tmp_path / "whole") >= len(elastic), 120, "the undisturbed run")
-    ddp.kill([0])
-    ddp.wait()
-    return [elastic, train_ddp.load_checkpoint(tmp_path / "whole")["loss"][: len(elastic)]]
-
-
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_train_ddp_two_hosts(rendezvous, tmp_path):
-    """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("two hosts are simulated with `ip netns`: needs root and iproute2")
-    tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
-    names = [f"nsA{tag}", f"nsB{tag}"]
-    cables = [f"vA{tag}", f"vB{tag}"]
-    arguments, agents = [*DDP_TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
-
-    def ip(*words: str) -> None:
-        done = subprocess.run(["ip", *words], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"two hosts can't be simulated here: ip {' '.join(words)}: {done.stderr.strip()}")
-
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
-        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", cable)
-            for device in ("lo", cable):
-                ip("-n", name, "link", "set", device, "up")
-        for i, (name, cable) in enumerate(zip(names, cables, strict=True)):
-            node = ["--nnodes=2", "--nproc_per_node=2"]
-            if rendezvous == "static":
-                node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
-            else:
-                node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
-                node += [f"--local-addr=10.77.0.{i + 1}", f"--rdzv-conf=is_host={1 - i}"]
-            within = ["ip", "netns", "exec", name]
-            agents.append(ddp_agent(tmp_path, node, *arguments, prefix=within, GLOO_SOCKET_IFNAME=cable))
-        codes = [agent.wait(90) for agent in agents]
-        assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
-    finally:
-        for agent in agents:
-            kill_with_children(agent)
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-    expected, _ = by_hand(train_ddp.settings_from_command_line(arguments))
-    assert ((final_weights(tmp_path / "out") - expected).norm() / expected.norm()).item() <= 1e-12
-    assert json_of(tmp_path / "out" / "report.json")["processes"] == 4
-
-
-def test_train_ddp_loop_is_short():
-    """From batch to step in one place, at most 60 lines."""
-
-    lines = inspect.getsource(train_ddp.train).splitlines()
-    assert len(lines) - inspect.getdoc(train_ddp.train).count("\n") - 1 <= 60
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: what it carries over from train_ddp.py
-
-
-def test_train_fsdp_copies_of_train_ddp():
-    """Model, data, schedule: the same numbers from the same weights; the same flags and defaults."""
-    ours, theirs = train_fsdp.GPT(24, 3, 2, 20), train_ddp.GPT(24, 3, 2, 20)
-    ours.load_state_dict(theirs.state_dict())
-    x, y = torch.randint(256, (3, 20)), torch.randint(256, (3, 20))
-    for model in (ours, theirs):
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
-    assert torch.equal(ours(x), theirs(x))
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad)
-    outputs = []
-    for model in (train_fsdp.GPT(16, 2, 1, 8, dropout=0.5), train_ddp.GPT(16, 2, 1, 8, dropout=0.5)):
-        torch.manual_seed(3)
-        for p in model.parameters():
-            nn.init.normal_(p)
-        outputs.append(model(torch.arange(8)[None]))
-    assert torch.equal(*outputs), "dropout in the same places"
-    for a, b in zip(train_fsdp.load_manual(50), train_ddp.load_manual(50), strict=True):
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.lengths, b.lengths)
-        rows = torch.randint(len(a.lengths), (9,))
-        for left, right in zip(a.batch(rows, "cpu"), b.batch(rows, "cpu"), strict=True):
-            assert torch.equal(left, right)
-    for step, n, batch_size, seed in ((0, 10, 3, 0), (7, 10, 13, 2), (1, 5, 12, 3)):
-        rows = train_fsdp.rows_of_step(step, n, batch_size, seed)
-        assert torch.equal(rows, train_ddp.rows_of_step(step, n, batch_size, seed))
-    s = train_fsdp.Settings(steps=30, warmup=10, lr=0.5)
-    for step in range(30):
-        assert train_fsdp.learning_rate(step, s) == train_ddp.learning_rate(step, s)
-    for name in (
-        "finished_report",
-        "check_place",
-        "check_finite",
-        "write_atomically",
-        "differences",
-        "Signals",
-    ):
-        assert inspect.getsource(getattr(train_fsdp, name)) == inspect.getsource(getattr(train_ddp, name)), (
-            name
-        )
-    ours, theirs = vars(train_fsdp.Settings()), vars(train_ddp.Settings())
-    assert set(ours) ^ set(theirs) == {"exact", "replicate", "recompute", "data_parallel"}
-    assert {k for k in theirs if k in ours and ours[k] != theirs[k]} == {"out"}
-    with pytest.raises(ValueError, match="T <= 20"):
-        train_fsdp.GPT(16, 2, 1, 20)(torch.zeros(1, 21, dtype=torch.long))
-    with pytest.raises(ValueError, match="d_model must be a multiple of n_heads, got 16 and 3"):
-        train_fsdp.GPT(16, 3, 1, 8)
-    model = train_ddp.GPT(24, 3, 2, 20)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    s = train_fsdp.Settings(d_model=24, n_layers=2, max_len=20)
-    assert train_fsdp.flops_per_token(s, n_parameters) == train_ddp.flops_per_token(model)
-
-
-def test_train_fsdp_start_weights_depend_on_seed_and_name_alone():
-    models = {}
-    for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
-        torch.manual_seed(len(models))  # of no consequence
-        models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
-        train_fsdp.initialise(models[key], seed)
-    a, other, deeper = (dict(models[key].named_parameters()) for key in ("a", "other", "deeper"))
-    for name, p in models["b"].named_parameters():
-        assert torch.equal(p, a[name])
-        if name.endswith("bias"):
-            assert p.abs().max() == 0, name
-        elif p.ndim == 2:
-            std = 0.005 if name.endswith(("out.weight", "mlp.2.weight")) else 0.02
-            assert abs(p.std().item() / std - 1) < 0.1 and abs(p.mean()) < std / 20, name
-            assert not torch.equal(p, other[name]), name
-            check_close(deeper[name] * (3 / 8**0.5 if std == 0.005 else 1), p, 1e-6, name)
-        else:
-            assert (p == 1).all(), name
-    assert not torch.equal(a["blocks.0.qkv.weight"], a["blocks.1.qkv.weight"]), "a draw for each parameter"
-    double = train_fsdp.GPT(64, 4, 8, 128).double()
-    train_fsdp.initialise(double, 0)
-    for name, p in double.named_parameters():
-        check_close(p, a[name].double(), 1e-9, name)
-
-
-def test_train_fsdp_recomputes_blocks_only_where_asked():
-    model, calls, tokens = train_fsdp.GPT(8, 2, 3, 6), [], torch.arange(6)[None]
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: calls.append(1))
-    for recompute, expected in ((None, 3), (True, 6)):  # forward, and once more in backward
-        model.recompute = recompute or model.recompute
-        calls.clear()
-        model(tokens).sum().backward()
-        assert len(calls) == expected
-
-
-def test_train_fsdp_clipping_both_ways_on_a_plain_model():
-    for largest in (0.01, 1.0, 100.0):
-        grads = []
-        for way in ("torch", False, True):
-            torch.manual_seed(1)
-            model = nn.Linear(30, 40)
-            model(torch.randn(5, 30)).square().sum().backward()
-            if way == "torch":
-                norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
-                for p in model.parameters():
-                    p.grad *= min(1.0, largest / norm)
-            else:
-                train_fsdp.clip_gradients(model, largest, exact=way)
-            grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        check_close(grads[1], grads[0], 1e-5, "torch's")
-        check_close(grads[2], grads[0], 1e-5, "exact")
-        assert grads[2].norm() <= largest * 1.00001
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: runs of one and of several processes
-
-
-@pytest.fixture(scope="module")
-def fsdp_torchrun_begun(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("torchrun")
-    name = "test_train_fsdp_under_torchrun_survives_a_killed_worker"
-    with beside_other_tests(request, name, functools.partial(fsdp_torchrun, folder)) as run:
-        yield folder, run
-
-
-def fsdp_lost_and_late(fsdp: Launcher, folder: Path) -> list[subprocess.CompletedProcess]:
-    """Killed, halted, halted while the mesh forms: the others say what they wait for. Then one whose other
-    rank never starts: what became of it."""
-    arguments = [*FSDP_TINY, "--steps", "5000", "--n-layers", "1", "--replicate", "2"]
-    arguments += ["--out", str(folder), "--eval-every", "3", "--timeout"]
-    for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "6")):
-        fsdp.start(4, *arguments, timeout)
-        fsdp.wait_for("step 3/")
-        os.kill(fsdp.pids[1], number)
-        check_fsdp_lost(fsdp, "every rank's part of|a sum over all ranks|rank 0's files")
-    code = """
-import signal
-if os.environ["RANK"] == "1":
-    train_fsdp.make_mesh = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
-script.leave(script.main())
-"""
-    fsdp.start(4, *arguments, "5", code=code)
-    check_fsdp_lost(fsdp, "the groups of the mesh")
-    fsdp.start(2, *FSDP_TINY, "--timeout", "4", of_rank={1: None})
-    return fsdp.wait()
-
-
-@pytest.fixture(scope="module")
-def fsdp_lost_begun(request, tmp_path_factory):
-    launcher, folder = Launcher(tmp_path_factory.mktemp("lost"), "train_fsdp"), tmp_path_factory.mktemp("l")
-    name = "test_train_fsdp_lost_and_late_processes"
-    with beside_other_tests(request, name, functools.partial(fsdp_lost_and_late, launcher, folder)) as run:
-        yield run
-    launcher.end()
-
-
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory, fsdp_torchrun_begun, fsdp_lost_begun):
-    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
-    yield launcher
-    launcher.end()
-
-
-# Rows of the parameters divide neither by 4 nor all by 2; batches neither: every slice and part is uneven.
-FSDP_TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
-FSDP_TINY += "--lr 3e-3 --eval-every 20 --save-every 0 --timeout 40".split()
-
-
-def test_train_fsdp_same_weights_on_any_number_of_ranks(fsdp, tmp_path):
-    """Float64, clipped: 1 to 4 ranks, with accumulation, as HSDP (2 x 2, 2 x 1); and by hand."""
-    arguments = [*FSDP_TINY, "--steps", "10", "--dtype", "float64", "--clip", "0.4", "--seed", "3"]
-    s = train_fsdp.settings_from_command_line(arguments)
-    (expected, by_step), losses = by_hand(s, train_fsdp.initialise), {}
-    runs = {"1": [], "2": ["--accumulate", "2"], "3": ["--exact"], "4": []}
-    runs |= {"4, 2 x 2": ["--replicate", "2", "--accumulate", "2"], "2, 2 x 1": ["--replicate", "2"]}
-    for name, more in runs.items():
-        out = tmp_path / name.replace(" ", "_")
-        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        weights = final_weights(out)
-        distance = ((weights - expected).norm() / expected.norm()).item()
-        assert weights.dtype == torch.float64 and distance <= 1e-12, (name, distance)
-        report = json_of(out / "report.json")
-        losses[name] = torch.tensor(report["losses"] + [report["dev_loss"]], dtype=torch.float64)
-        assert report["processes"] == int(name[0]) and len(report["losses"]) == 10
-        check_close(losses[name], losses["1"], 1e-12, "losses")
-    check_close(losses["1"][:-1], by_step, 1e-12, "losses")
-    assert 4 < report["dev_loss"] < 5.5
-
-
-def test_train_fsdp_two_ranks_are_bitwise_one_with_two_micro_batches(fsdp, tmp_path):
-    """--exact, float32, clipped, with dropout: its masks belong to a part of the batch, not to a process."""
-    arguments = [*FSDP_TINY, "--exact", "--dropout", "0.2", "--clip", "0.3"]
-    fsdp.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
-    expected = final_weights(tmp_path / "1x2")
-    for name, more in {"2": [], "recompute": ["--recompute"]}.items():
-        fsdp.run(2, *arguments, *more, "--out", str(tmp_path / name))
-        assert torch.equal(final_weights(tmp_path / name), expected), name
-    fsdp.run(1, *arguments, "--out", str(tmp_path / "1"))
-    assert 1e-3 < distance_of_weights(tmp_path / "1", tmp_path / "1x2"), "other parts, other dropout"
-    weights = fsdp.run(2, *arguments, "--out", str(tmp_path / "2"))  # again
-    assert "this run is finished" in weights[0].stdout and weights[1].stdout == ""
-    assert last_json(weights[0]) == json_of(tmp_path / "2" / "report.json")
-
-
-@pytest.mark.parametrize("check", CHECKS_OF_BOTH)
-def test_train_fsdp_passes_what_both_must(fsdp, check, tmp_path):
-    check(fsdp, tmp_path)
-
-
-def test_train_fsdp_an_overflow_is_skipped(fsdp, tmp_path):
-    check_an_overflow_is_skipped(fsdp, tmp_path)
-    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["scaler"]["scale"] < 2**40
-
-
-def test_train_fsdp_out_that_not_all_machines_see_is_an_error(tmp_path):
-    """Each would write its slices on its own disk: no checkpoint could ever be read."""
-    part = tmp_path / "step_00000005.part"
-    part.mkdir()
-    manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
-    for there in ("__0_0.distcp", ".metadata"):
-        (part / there).touch()
-        with pytest.raises(OSError, match="lacks .*__1_0.distcp.*all machines must see the same --out"):
-            train_fsdp.publish(part, manifest, 3)
-    (part / "__1_0.distcp").touch()
-    assert train_fsdp.publish(part, manifest, 3).exists()
-
-
-def test_train_fsdp_clip_0_is_no_clipping(fsdp, tmp_path):
-    check_clip_0_is_no_clipping(fsdp, tmp_path)
-
-
-def test_train_fsdp_gradients_travel_with_the_last_micro_batch_alone(fsdp, tmp_path):
-    code = """
-from torch.distributed.fsdp import FSDPModule
-set_sync, said, ticks = FSDPModule.set_requires_gradient_sync, [], iter(range(10**6))
-train_fsdp.time.perf_counter = lambda: float(next(ticks))  # a step takes a second
-FSDPModule.set_requires_gradient_sync = lambda self, now: said.append(now) or set_sync(self, now)
-train_fsdp.main()
-print(said)
-"""
-    arguments = [*FSDP_TINY, "--steps", "4", "--accumulate", "3", "--out", str(tmp_path)]
-    for result in fsdp.run(2, *arguments, code=code):
-        assert result.stdout.splitlines()[-1] == str([False, False, True] * 4)
-    assert json_of(fsdp_checkpoints(tmp_path)[-1] / "manifest.json")["seconds"] == 4
-
-
-def test_train_fsdp_float32_and_mixed_precision(fsdp, tmp_path):
-    """Four ranks sum in another order; without --exact norms and AdamW round otherwise; bf16 and scaled fp16
-    stay near float32 (a loss that wasn't unscaled before clipping wouldn't move the same way)."""
-    arguments = [*FSDP_TINY, "--steps", "10", "--clip", "0.3"]
-    fsdp.run(1, *arguments, "--exact", "--out", str(tmp_path / "1"))
-    runs = {"4 exact": 1e-5, "4 exact replicas": 1e-5, "2": 1e-4}
-    for name, limit in (runs | {"2 bf16": 0.02, "2 fp16": 0.02}).items():
-        more = [*["--exact"] * ("exact" in name), *["--replicate", "2"] * ("replicas" in name)]
-        more += ["--amp", name[2:]] * ("16" in name)
-        out = tmp_path / name.replace(" ", "_") / "run"
-        fsdp.run(int(name[0]), *arguments, *more, "--out", str(out))
-        distance = distance_of_weights(out, tmp_path / "1")
-        assert distance <= limit and (distance > 5e-5 or "16" not in name), (name, distance)
-        assert final_weights(out).dtype == torch.float32
-
-
-FSDP_ROWS = """
-batch, seen, seed, seeds = train_fsdp.Sequences.batch, [], torch.manual_seed, []
-torch.manual_seed = lambda number: seeds.append(number) or seed(number)
-def note(self, rows, device):
-    seen.append((len(self.lengths), rows.tolist()))
-    return batch(self, rows, device)
-train_fsdp.Sequences.batch = note
-import signal
-before = signal.getsignal(signal.SIGTERM)
-train_fsdp.main()
-assert signal.getsignal(signal.SIGTERM) == before
-print(json.dumps([seen, seeds]))
-"""
-
-
-def test_train_fsdp_each_rank_has_its_own_share_of_the_data(fsdp, tmp_path):
-    """Training: each row of a step on one rank in one micro-batch. Evaluation: each held-out row once, and
-    as many forwards on every rank."""
-    seed = 2**32 - 1  # the largest
-    arguments = [*FSDP_TINY, "--accumulate", "2", "--seed", str(seed), "--out", str(tmp_path / "a")]
-    results = fsdp.run(3, *arguments, code=FSDP_ROWS)
-    seen, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
-    assert len(set(sum(seeds, []))) == 20 * 2 * 3, "dropout of its own in each part of each step"
-    assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {seed}, "and no other seed's"
-    text, dev = train_ddp.load_manual(21)
-    n, n_dev = len(text.lengths), len(dev.lengths)
-    training = [[rows for size, rows in of_rank if size == n] for of_rank in seen]
-    for step in range(20):
-        parts = [of_rank[2 * step + micro] for of_rank in training for micro in (0, 1)]
-        expected = train_ddp.rows_of_step(step, n, 13, seed).tolist()
-        assert sorted(sum(parts, [])) == sorted(expected) and all(parts)
-        assert sum(sum(of_rank[2 * step : 2 * step + 2], []) != sum(parts, []) for of_rank in training) == 3
-    evaluations = [[rows for size, rows in of_rank if size == n_dev] for of_rank in seen]
-    assert len({len(e) for e in evaluations}) == 1
-    both = sum((rows for of_rank in evaluations for rows in of_rank), [])
-    assert set(both) == set(range(n_dev)) and len(both) <= 2 * n_dev + 4
-
-
-def test_train_fsdp_evaluation_when_ranks_run_out_of_rows(fsdp):
-    """Two rows left for three ranks: the third takes part, and counts nothing."""
-    code = """
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5)
-model = train_fsdp.sharded_model(s, p)
-_, dev = train_fsdp.load_manual(8)
-few = train_fsdp.Sequences(dev.tokens[-194:], dev.lengths[-194:])
-print(train_fsdp.evaluate(model, few, p), model.training)
-"""
-    results = fsdp.run(3, code=code)
-    model = train_fsdp.GPT(16, 2, 1, 8)
-    train_fsdp.initialise(model, 0)
-    _, dev = train_ddp.load_manual(8)
-    x, y = dev.batch(torch.arange(len(dev.lengths))[-194:], torch.device("cpu"))
-    expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
-    for result in results:
-        loss, training = result.stdout.split()
-        assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
-
-
-def fsdp_slices(n: int, rank: int) -> int:
-    """Weights in a rank's slices, by torch.chunk in dimension 0."""
-    model = train_ddp.GPT(18, 2, 2, 21)
-    chunks = [p.chunk(n) for p in model.parameters()]
-    return sum(c[rank].numel() for c in chunks if rank < len(c))
-
-
-def test_train_fsdp_each_rank_holds_its_slices_and_no_more(fsdp, tmp_path):
-    """1/N of weights, gradients and moments, counted by the script from its tensors, in HSDP of a replica;
-    the whole model is never made, but for one parameter at a time."""
-    whole = sum(p.numel() for p in train_ddp.GPT(18, 2, 2, 21).parameters())
-    for world, replicate in ((2, 1), (4, 1), (4, 2)):
-        out = tmp_path / f"{world}x{replicate}"
-        arguments = [*FSDP_TINY, "--steps", "2", "--warmup", "1", "--replicate", str(replicate)]
-        stdout = fsdp.run(world, *arguments, "--out", str(out))[0].stdout
-        report, shards = json_of(out / "report.json"), world // replicate
-        assert report["n_parameters"] == whole and report["held"]["whole"] == {
-            "weights": 4 * whole, "gradients": 4 * whole, "moments": 8 * whole
-        }  # fmt: skip
-        for rank in range(world):
-            held, expected = report["held"][f"rank {rank}"], fsdp_slices(shards, rank % shards)
-            assert held.pop("peak_rss") > 50e6
-            assert held == {"weights": 4 * expected, "gradients": 4 * expected, "moments": 8 * expected}
-            assert expected <= whole / shards * 1.05
-            assert f"rank {rank}   {4 * expected / 2**20:12,.3f}" in stdout
-    code = """
-largest = []
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=64, n_heads=2, n_layers=8, max_len=8)
-original = torch.randn
-torch.randn = lambda *a, **k: largest.append(original(*a, **k)) or largest[-1]
-model = train_fsdp.sharded_model(s, p)
-whole = sum(w.numel() for w in model.parameters())
-local = sum(w.to_local().untyped_storage().nbytes() for w in model.parameters()) / 4
-assert local <= whole * 0.51 and not any(w.is_meta for w in model.parameters()), (local, whole)
-assert max(w.numel() for w in largest) == 4 * 64 * 64
-reference = train_fsdp.GPT(64, 2, 8, 8)
-train_fsdp.initialise(reference, 0)
-for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
-    assert torch.equal(a.full_tensor(), b), name
-    assert a.placements == (torch.distributed.tensor.Shard(0),)
-"""
-    fsdp.run(2, code=code)
-
-
-def test_train_fsdp_blocks_are_gathered_one_at_a_time(fsdp):
-    """While a block computes it is whole, and the others are in slices."""
-    code = """
-from torch.distributed.tensor import DTensor
-p = train_fsdp.start_processes("cpu", 30)
-s = train_fsdp.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
-model = train_fsdp.sharded_model(s, p)
-seen = []
-for block in model.blocks:
-    block.norm2.register_forward_hook(lambda *_: seen.append(
-        [not isinstance(b.qkv.weight, DTensor) for b in model.blocks]))
-model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
-assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
-assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
-
-s.amp, dtypes = "bf16", set()
-model = train_fsdp.sharded_model(s, p)
-model.blocks[1].norm2.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
-model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
-grads = [w.grad.to_local() for w in model.parameters()]
-assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
-assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
-
-s.recompute, calls = True, []
-model = train_fsdp.sharded_model(s, p)
-model.blocks[1].norm2.register_forward_hook(lambda *_: calls.append(1))
-model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
-assert len(calls) == 2, "once in forward, once in backward"
-"""
-    fsdp.run(2, code=code)
-
-
-# -----------------------------------------------------------------------------
-# train_fsdp.py: checkpoints
-
-
-def fsdp_checkpoints(out: Path) -> list[Path]:
-    return sorted(path for path in out.glob("step_*") if path.suffix not in (".part", ".damaged"))
-
-
-FSDP_DIGEST = """
-import hashlib
-from pathlib import Path
-def digest(p, path, arguments):
-    s = train_fsdp.settings_from_command_line(arguments)
-    if p:
-        model = train_fsdp.sharded_model(s, p)
-    else:
-        model = train_fsdp.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
-    optimizer = train_fsdp.make_optimizer(model, s)
-    tensors = train_fsdp.state_tensors(model, optimizer)
-    train_fsdp.load_tensors(Path(path), tensors, p)
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(name.encode() + train_fsdp.whole(value).numpy().tobytes())
-    return sha.hexdigest(), len(tensors), optimizer.param_groups[0]["lr"]
-"""
-
-
-def test_train_fsdp_saved_on_2_loaded_on_1_on_4_and_on_none(fsdp, tmp_path):
-    """Weights, moments and step counts have the same digest; the weights are those of final.pt."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
-    fsdp.run(2, *arguments)
-    path = fsdp_checkpoints(tmp_path / "a")[-1]
-    assert path.name.startswith("step_00000020.")
-    code = FSDP_DIGEST + f"print(*digest(train_fsdp.start_processes('cpu', 30), {str(path)!r}, sys.argv[1:]))"
-    found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
-    found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
-    scope = {"train_fsdp": train_fsdp, "torch": torch}
-    exec(FSDP_DIGEST, scope)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
-        found += [" ".join(map(str, scope["digest"](None, path, arguments))) + "\n"]
-    assert len(set(found)) == 1, found
-    n_parameters = len(list(train_ddp.GPT(18, 2, 2, 21).parameters()))
-    assert found[0].split()[1:] == [str(4 * n_parameters), "0.003"], "weight, two moments, a step count each"
-    model = train_fsdp.GPT(18, 2, 2, 21)
-    optimizer = train_fsdp.make_optimizer(model, train_fsdp.Settings())
-    tensors = train_fsdp.state_tensors(model, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        train_fsdp.load_tensors(path, tensors)
-    final = torch.load(tmp_path / "a/final.pt", weights_only=True)
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
-    assert (
-        {name[6:] for name in tensors if name.startswith("model.")} == set(final) == set(model.state_dict())
-    )
-    assert all(state["step"] == 20 and state["exp_avg_sq"].max() > 0 for state in optimizer.state.values())
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert set(manifest["files"]) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    files = {p.name for p in path.iterdir()}
-    assert files == set(manifest["files"]) | {"manifest.json"}, "nothing that no checksum covers"
-
-
-def test_train_fsdp_goes_on_after_resharding(fsdp, tmp_path):
-    """Six steps on 2 ranks, six more on 1, on 4, on 2 x 2: the undisturbed run's weights; on 2 bitwise."""
-    arguments = [*FSDP_TINY, "--steps", "12", "--dtype", "float64", "--out"]
-    fsdp.run(2, *arguments, str(tmp_path / "whole"), "--save-every", "6")
-    for name, more in {"1": [], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}.items():
-        out = tmp_path / name.replace(" ", "_")
-        shutil.copytree(
-            fsdp_checkpoints(tmp_path / "whole")[0], out / fsdp_checkpoints(tmp_path / "whole")[0].name
-        )
-        stdout = fsdp.run(int(name[0]), *arguments, str(out), *more)[0].stdout
-        assert "going on at step 6" in stdout
-        assert distance_of_weights(out, tmp_path / "whole") <= (0 if name == "2" else 1e-12), name
-        losses = [
-            torch.tensor(json_of(o / "report.json")["losses"], dtype=torch.float64)
-            for o in (out, tmp_path / "whole")
-        ]
-        check_close(*losses, 1e-12, "losses")
-
-
-FSDP_NEWEST = """
-p = train_fsdp.start_processes("cpu", 30)
-for out in sys.argv[1:]:
-    path, manifest = train_fsdp.newest_checkpoint(train_fsdp.Path(out), p)
-    print(path.name[:13], manifest["step"])
-"""
-
-
-def test_train_fsdp_damaged_checkpoint_is_reported_and_the_one_before_taken(fsdp, tmp_path):
-    """Before training goes on, whichever rank finds it, on another number of ranks too."""
-    arguments = [*FSDP_TINY, "--save-every", "8", "--exact", "--out"]
-    fsdp.run(2, *arguments, str(tmp_path / "whole"))
-    expected, newest = final_weights(tmp_path / "whole"), {}
-    (tmp_path / "whole/report.json").unlink()
-    files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
-    files |= {
-        "altered metadata": ".metadata",
-        "altered manifest": "manifest.json",
-        "missing manifest": "manifest.json",
-    }
-    for damage, name in files.items():
-        out = tmp_path / damage
-        shutil.copytree(tmp_path / "whole", out)
-        newest[damage] = fsdp_checkpoints(out)[-1]
-        file = newest[damage] / name
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 4 * ("altered" in damage)
-        file.write_bytes(data[:-1] if damage == "truncated" else data)
-        if "missing" in damage:
-            file.unlink()
-    for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
-        out = tmp_path / damage
-        results = fsdp.run(world, *arguments, str(out))
-        assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
-        assert "going on at step 16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
-        distance = ((final_weights(out) - expected).norm() / expected.norm()).item()
-        assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
-        assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
-    assert "this run is finished" in fsdp.run(2, *arguments, str(out))[0].stdout
-    others = [damage for damage in files if damage not in ("truncated", "missing")]
-    for world in (2, 1):  # the second time nothing is left to report
-        results = fsdp.run(world, *(str(tmp_path / damage) for damage in others), code=FSDP_NEWEST)
-        assert all(r.stdout == "step_00000016 16\n" * len(others) for r in results), results
-        said = results[0].stderr.splitlines()
-        for damage, line in zip(others, said, strict=True) if world == 2 else ():
-            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in line
-            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
-    assert said == []
-
-
-def test_train_fsdp_all_checkpoints_damaged(fsdp, tmp_path):
-    """Two in a row: both are reported, and training starts anew."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--keep", "2", "--exact", "--out", str(tmp_path / "a")]
-    fsdp.run(1, *arguments)
-    expected = final_weights(tmp_path / "a")
-    assert len(fsdp_checkpoints(tmp_path / "a")) == 2
-    names = ("__0_0.distcp", ".metadata")
-    for path, name in zip(fsdp_checkpoints(tmp_path / "a"), names, strict=True):
-        (path / name).write_bytes(b"")
-    result = fsdp.run(1, *arguments)[0]
-    assert result.stderr.count("is damaged") == 2 and "going on" not in result.stdout
-    assert torch.equal(final_weights(tmp_path / "a"), expected)
-
-
-def test_train_fsdp_metadata_names_no_function_of_torch():
-    def named(name: bytes):
-        return train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
-
-    assert named(b"float32") is torch.float32
-    for name in (b"load", b"os.system"):
-        with pytest.raises(pickle.UnpicklingError, match="has no place there"):
-            named(name)
-
-
-def test_train_fsdp_failure_on_several_ranks_names_the_first():
-    for cause, reason in ((OSError("a"), "a"), (MemoryError(), "MemoryError")):
-        failures = {1: (OSError("b"), []), 0: (cause, [])}
-        with pytest.raises(OSError, match=f"x: rank 0: {reason}"):
-            with train_fsdp.shards_travel(Path("x"), None):
-                raise train_fsdp.dcp.CheckpointException("write", failures)
-
-
-class FsdpEvil:
+class EvilPickle:
     """Pickled, it makes who unpickles it touch a file."""
 
     def __init__(self, path: Path):
@@ -6147,282 +3142,1140 @@ class FsdpEvil:
         return Path.touch, (self.path,)
 
 
-def test_train_fsdp_deletes_no_checkpoint_under_its_name(tmp_path, monkeypatch):
-    """Killed while it deletes an old one: what is left must not look like a whole checkpoint."""
-    removed, rmtree = [], shutil.rmtree
-    monkeypatch.setattr(train_fsdp.shutil, "rmtree", lambda path: removed.append(path.suffix) or rmtree(path))
-    for step in (1, 2, 3):
-        (tmp_path / f"step_{step}.part").mkdir()
-        train_fsdp.publish(tmp_path / f"step_{step}.part", b'{"files": {}, "step": %d}' % step, keep=2)
-    assert removed == [".part"]
-    assert [path.stem for path in train_fsdp.finished_checkpoints(tmp_path)] == ["step_2", "step_3"]
+@pytest.fixture(scope="module", params=["train_ddp", "train_fsdp"])
+def trainer(request, tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp(request.param), request.param)
+    yield launcher
+    launcher.end()
 
 
-@pytest.mark.parametrize("where", ["metadata", "bytes"])
-def test_train_fsdp_checkpoint_runs_no_code(where, tmp_path):
-    """Neither from .metadata nor from an entry that .metadata calls an object's."""
-    import torch.distributed.checkpoint as dcp
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("ddp"), "train_ddp")
+    yield launcher
+    launcher.end()
 
-    tensors = {"a": torch.zeros(3)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(
-            {"a": FsdpEvil(tmp_path / "ran")} if where == "bytes" else tensors, checkpoint_id=tmp_path / "c"
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
+    yield launcher
+    launcher.end()
+
+
+def elastic(folder: Path) -> tuple[list[float], list[str]]:
+    """The losses of a run on 1, 2, 1 and 2 nodes, and its arguments."""
+    arguments = [*TINY, "--dtype", "float64", "--steps", "100000", "--save-every", "20"]
+    arguments += ["--eval-every", "9999"]
+    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
+    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
+    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
+    out, agents = folder / "elastic", []
+
+    def add_node() -> None:
+        variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        command = (ROOT / "train_ddp.py", *arguments, "--out", str(out))
+        agents.append(torchrun(*command, node=node, cwd=folder, **variable))
+
+    def step() -> int:
+        return int(ddp_newest(out)[5:13] or 0)
+
+    def starts(processes: int) -> int:
+        return sum(log.read_text().count(f"processes={processes} ") for log in folder.glob("agent*.log"))
+
+    def steps_with(processes: int, n_starts: int) -> None:
+        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
+        reached = step()
+        wait_until(lambda: step() > reached + 20, 60, f"steps with {processes} node(s)")
+
+    try:
+        add_node()
+        steps_with(1, 1)
+        add_node()
+        steps_with(2, 1)
+        kill_with_children(agents[1])
+        steps_with(1, 2)
+        add_node()
+        steps_with(2, 2)
+    finally:
+        for agent in agents:
+            kill_with_children(agent)
+    return train_ddp.load_checkpoint(out)["losses"], arguments
+
+
+@pytest.fixture(scope="module")
+def elastic_begun(request, tmp_path_factory):
+    folder, name = tmp_path_factory.mktemp("elastic"), "test_main_elastic_on_one_node_and_on_two_again"
+    with beside_other_tests(request, name, functools.partial(elastic, folder)) as losses:
+        yield losses
+
+
+class TestTraining:
+    """Both scripts: what is parametrized with `trainer` starts processes of one or the other."""
+
+    # ---- oracle: the model, the data, the schedule
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_gpt_equals_torch_layers(self, module):
+        """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
+        model = module.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.3)
+        layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
+        oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
+        names = {"qkv_proj.": "self_attn.in_proj_", "out_proj.": "self_attn.out_proj."}
+        names |= {"self_attention_norm.": "norm1.", "ffn_norm.": "norm2."}
+        names |= {"ffn.0.": "linear1.", "ffn.2.": "linear2."}
+        pairs = {"norm.weight": oracle.norm.weight, "norm.bias": oracle.norm.bias}
+        for i, theirs in enumerate(oracle.layers):
+            for ours, name in names.items():
+                for kind in ("weight", "bias"):
+                    pairs[f"blocks.{i}.{ours}{kind}"] = dict(theirs.named_parameters())[name + kind]
+        own = dict(model.named_parameters())
+        assert set(own) == set(pairs) | {"embedding.weight", "position.weight"}
+        for name, theirs in pairs.items():
+            theirs.data = own[name].detach().clone()
+        tokens = torch.randint(256, (4, 17))
+        table = model.embedding.weight.detach().clone().requires_grad_()
+        mask = nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64)
+        x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
+        expected = oracle(x, mask=mask, is_causal=True) @ table.T
+        logits = model(tokens)
+        check_close(logits, expected, 1e-10, "logits")
+        logits.square().sum().backward()
+        expected.square().sum().backward()
+        for name, theirs in pairs.items():
+            check_close(own[name].grad, theirs.grad, 1e-10, name)
+
+    def test_gpt_is_causal_and_drops_out_in_training_alone(self):
+        model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
+        tokens = torch.randint(256, (2, 12))
+        before = model(tokens)
+        for place in range(12):
+            changed = tokens.clone()
+            changed[:, place] = (changed[:, place] + 1) % 256
+            difference = (model(changed) - before).abs().amax(-1)  # (B, T)
+            assert (difference[:, :place] == 0).all()
+            assert (difference[:, place] > 0).all()
+        noisy = []
+        for module in (train_ddp, train_fsdp):
+            other = module.GPT(16, 2, 2, 12, dropout=0.5).double()
+            other.load_state_dict(model.state_dict())
+            torch.manual_seed(3)
+            noisy.append(other(tokens))
+        assert torch.equal(*noisy) and not torch.equal(noisy[0], before)
+
+    def test_initialise_depends_on_seed_and_name_alone(self):
+        """GPT-2's start weights in both scripts; train_fsdp.py's don't depend on the model around them."""
+        torch.manual_seed(0)
+        models = {"ddp": train_ddp.GPT(64, 4, 8, 128)}
+        for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
+            models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
+            train_fsdp.initialise(models[key], seed)
+        models["double"] = train_fsdp.GPT(64, 4, 8, 128).double()
+        train_fsdp.initialise(models["double"], 0)
+        a, b, other, deeper, double, ddp = (
+            dict(models[key].named_parameters()) for key in ("a", "b", "other", "deeper", "double", "ddp")
         )
-        (tmp_path / "ran").unlink(missing_ok=True)
-        if where == "metadata":
-            (tmp_path / "c/.metadata").write_bytes(pickle.dumps(FsdpEvil(tmp_path / "ran")))
-        with pytest.raises(OSError, match="which has no place there"):
-            train_fsdp.load_tensors(tmp_path / "c", tensors)
-    assert not (tmp_path / "ran").exists()
+        for name, p in a.items():
+            assert torch.equal(p, b[name])
+            check_close(double[name], p.double(), 1e-9, name)
+            deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
+            for drawn in (p, ddp[name]):
+                if p.ndim == 2:
+                    std = 0.005 if deep else 0.02
+                    assert abs(drawn.std() / std - 1) < 0.1 and abs(drawn.mean()) < std / 20, name
+                else:
+                    assert (drawn == (0 if name.endswith("bias") else 1)).all(), name
+            if p.ndim == 2:
+                assert not torch.equal(p, other[name]), name
+                check_close(deeper[name] * (3 / 8**0.5 if deep else 1), p, 1e-6, name)
+        assert not torch.equal(a["blocks.0.qkv_proj.weight"], a["blocks.1.qkv_proj.weight"])
 
+    @pytest.mark.parametrize("max_len", [7, 32, 128])
+    def test_load_manual_has_every_byte_as_a_target_once(self, max_len):
+        from pydoc_data.topics import topics
 
-def test_train_fsdp_full_disk_while_saving(fsdp, tmp_path):
-    """Rank 1 may write no file above 20 kB: every rank ends with the reason, and the older one stays."""
-    arguments = [*FSDP_TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
-    code = """
-import resource
-if os.environ["RANK"] == "1":
-    save = train_fsdp.save_checkpoint
-    def limited(folder, step, *rest):
-        if step == 20:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        return save(folder, step, *rest)
-    train_fsdp.save_checkpoint = limited
-script.leave(script.main())
+        texts = sorted(set(topics.values()))
+        assert len(texts) > 50
+        train, dev = train_ddp.load_manual(max_len)
+        for ours, theirs in zip(
+            [*train, *dev], itertools.chain(*train_fsdp.load_manual(max_len)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        learnt = [t for i, t in enumerate(texts) if i % 10 != 9]
+        for (inputs, targets), expected in ((dev, texts[9::10]), (train, learnt)):
+            real = targets != -100
+            assert inputs.shape == targets.shape == (len(inputs), max_len) and inputs.min() >= 0
+            assert bytes(targets[real].tolist()) == "".join(expected).encode()
+            assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
+            assert (real[:, 1:] <= real[:, :-1]).all() and real[:, 0].all(), "the end alone is filled up"
+            starts = torch.tensor([0, *(len(text.encode()) for text in expected[:-1])]).cumsum(0)
+            assert (inputs[real][starts] == 10).all(), "a text starts from a line's end"
+        assert ((train[1] != -100).sum(1) < max_len).sum() > 20, "rows of unequal length"
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_rows_of_step_is_an_endless_row_of_shuffles(self, module):
+        for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
+            rows = torch.cat([module.rows_of_step(step, n, batch_size, seed=4) for step in range(3 * n)])
+            epochs = rows[: len(rows) // n * n].view(-1, n)
+            assert len(rows) == 3 * n * batch_size
+            assert (epochs.sort(dim=1).values == torch.arange(n)).all()
+            assert n < 6 or len(epochs[:4].unique(dim=0)) == min(4, len(epochs))
+            again = module.rows_of_step(2, n, batch_size, 4)
+            assert torch.equal(again, rows[2 * batch_size : 3 * batch_size])
+        assert not torch.equal(module.rows_of_step(0, 100, 32, 5), module.rows_of_step(0, 100, 32, 4))
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_micro_batches_give_each_row_to_one_rank_once(self, module):
+        """And say how many tokens the whole batch has, on every rank and in every micro-batch."""
+        targets = torch.arange(40).repeat_interleave(3).view(40, 3)
+        targets[::7, 1:] = -100
+        text = (torch.arange(40)[:, None].expand(40, 3), targets)
+        s = module.Settings(batch_size=11, accumulate=2, seed=5)
+        ranks = [module.micro_batches(text, 6, s, module.Processes(rank, 3, CPU)) for rank in range(3)]
+        for step in range(6, 12):
+            parts = [next(rank) for rank in ranks for _ in range(2)]
+            rows = torch.cat([x[:, 0] for x, _, _ in parts])
+            expected = module.rows_of_step(step, 40, 11, 5)
+            assert torch.equal(rows.sort().values, expected.sort().values) and all(
+                len(x) for x, _, _ in parts
+            )
+            assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
+            for x, y, _ in parts:
+                assert torch.equal(targets[x[:, 0]], y)
+
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_warmup_cosine(self, module):
+        rates = [module.warmup_cosine(step, 10, 30) for step in range(30)]
+        assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+        assert rates[10] == 1 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        for step, warmup, total, rate in ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5)):
+            assert module.warmup_cosine(step, warmup, total) == rate
+
+    def test_make_optimizer_decays_matrices_alone(self):
+        for module, more in ((train_ddp, [CPU]), (train_fsdp, [])):
+            model = module.GPT(16, 2, 1, 8)
+            optimizer = module.make_optimizer(model, module.Settings(lr=0.5, weight_decay=0.3), *more)
+            decay = {
+                id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+            }
+            assert len(decay) == len(list(model.parameters())) and optimizer.defaults["lr"] == 0.5
+            for name, p in model.named_parameters():
+                assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
+
+    def test_evaluate_is_the_mean_over_real_tokens(self):
+        alone, autocast = train_ddp.Processes(0, 1, CPU), torch.autocast("cpu", enabled=False)
+        _, (inputs, targets) = train_ddp.load_manual(32)
+        model = train_ddp.GPT(16, 2, 1, 32, dropout=0.5)
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.3)
+        plain = train_ddp.GPT(16, 2, 1, 32)
+        plain.load_state_dict(model.state_dict())
+        for n in (99, 64, 1):
+            x, y = inputs[-n:], targets[-n:]
+            expected = F.cross_entropy(plain(x).flatten(0, 1), y.flatten()).item()
+            assert train_ddp.evaluate(model, (x, y), autocast, alone) == pytest.approx(expected, rel=1e-6)
+            assert model.training
+
+    def test_generate_goes_on_past_max_len(self):
+        class Alternates(nn.Module):
+            """Sure of "ab" again and again; of nothing while it trains."""
+
+            max_len, widest = 8, 0
+
+            def forward(self, tokens: Tensor) -> Tensor:
+                Alternates.widest = max(Alternates.widest, tokens.shape[1])
+                following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
+                return (not self.training) * 50.0 * F.one_hot(following, 256)
+
+        assert train_ddp.generate(Alternates(), "xa", 12, CPU, temperature=0.02) == "xa" + "ba" * 6
+        assert Alternates.widest == 7  # one less than max_len, see there
+        assert "\x1b" not in train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, CPU)
+
+    # ---- properties: the same weights, however the work is split
+
+    def test_train_same_weights_however_the_batch_is_split(self, trainer, tmp_path):
+        """13 sequences of unequal length on 1 to 4 processes, accumulated, as HSDP, in float64; by hand."""
+        module = importlib.import_module(trainer.module)
+        arguments = [*TINY, "--dtype", "float64", "--seed", "3", "--clip", "0.4"]
+        (expected, by_step), losses = by_hand(module, settings_of(module, *arguments)), {}
+        runs = {"1": [], "1 accumulated": ["--accumulate", "4"], "2 accumulated": ["--accumulate", "2"]}
+        runs |= {"2": [], "3": [], "4": []}
+        if module is train_fsdp:
+            runs |= {"3": ["--exact"], "4, 2 x 2": ["--replicate", "2", "--accumulate", "2"]}
+            runs |= {"2, 2 x 1": ["--replicate", "2"], "2": ["--recompute"]}
+        for name, more in runs.items():
+            out, world = tmp_path / name.replace(" ", "_"), int(name[0])
+            trainer.run(world, *arguments, *more, "--out", str(out))
+            assert distance_of_weights(out, expected) <= 1e-12, name
+            report = json_of(out / "report.json")
+            assert report["processes"] == world and len(report["losses"]) == 20
+            dev_losses = [row["dev_loss"] for row in report["log"]]
+            losses[name] = torch.tensor(report["losses"] + dev_losses, dtype=torch.float64)
+            check_close(losses[name], losses["1"], 1e-12, "losses")
+        check_close(losses["1"][:-2], by_step, 1e-12, "losses")
+
+    def test_train_two_processes_are_bitwise_one_with_two_micro_batches(self, trainer, tmp_path):
+        """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
+        arguments = [*TINY, "--dropout", "0.2", "--clip", "0.3"]
+        arguments += ["--exact"] * (trainer.module == "train_fsdp")
+        trainer.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
+        expected = final_weights(tmp_path / "1x2")
+        runs = {"2": []} | ({"recompute": ["--recompute"]} if trainer.module == "train_fsdp" else {})
+        for name, more in runs.items():
+            trainer.run(2, *arguments, *more, "--out", str(tmp_path / name))
+            assert torch.equal(final_weights(tmp_path / name), expected), name
+        trainer.run(1, *arguments, "--out", str(tmp_path / "1"))
+        assert distance_of_weights(tmp_path / "1", expected) > 1e-3, "other micro-batches, other dropout"
+
+    def test_train_float32_and_mixed_precision(self, trainer, tmp_path):
+        """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move
+        the same way); more ranks sum in another order."""
+        arguments, fsdp = [*TINY, "--clip", "0.3"], trainer.module == "train_fsdp"
+        trainer.run(1, *arguments, *["--exact"] * fsdp, "--out", str(tmp_path / "1"))
+        runs = {"3": [], "2 bf16": ["--amp", "bf16"], "2 fp16": ["--amp", "fp16"]}
+        runs |= {"4 x": ["--exact"], "4 r": ["--exact", "--replicate", "2"]} if fsdp else {}
+        for name, more in runs.items():
+            out = tmp_path / name.replace(" ", "_")
+            trainer.run(int(name[0]), *arguments, *more, "--out", str(out))
+            distance = distance_of_weights(out, tmp_path / "1")
+            assert final_weights(out).dtype == torch.float32
+            assert 5e-5 < distance < 0.02 if "16" in name else distance <= 1e-4, (name, distance)
+
+    def test_train_clip_0_is_no_clipping(self, trainer, tmp_path):
+        for clip in ("0", "1e9", "0.01"):
+            trainer.run(1, *TINY, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip))
+        a, b, c = (final_weights(tmp_path / clip) for clip in ("0", "1e9", "0.01"))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+    def test_train_gradients_travel_with_the_last_micro_batch_alone(self, trainer, tmp_path):
+        """Three micro-batches a step: counted where the gradients leave; each has dropout of its own, for the
+        largest seed too."""
+        code = """
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
+sent, seeds, seed = [], [], torch.manual_seed
+torch.manual_seed = lambda number: seeds.append(number) or seed(number)
+if hasattr(script, "wrap"):
+    wrap = script.wrap
+    def hooked(*arguments):
+        parallel = wrap(*arguments)
+        parallel.register_comm_hook(None, lambda _, bucket: sent.append(1) or allreduce_hook(None, bucket))
+        return parallel
+    script.wrap = hooked
+else:
+    set_sync = FSDPModule.set_requires_gradient_sync
+    FSDPModule.set_requires_gradient_sync = lambda self, now: sent.extend([1] * now) or set_sync(self, now)
+script.main(tyro.cli(script.Settings))
+print(json.dumps([len(sent), seeds]))
 """
-    fsdp.start(2, *arguments, code=code)
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [2, 2], results
-    check_one_line_error(results[0], "step_00000020.part: rank 1: ")
-    assert "File too large" in results[0].stderr or "failed writing" in results[0].stderr, results[0].stderr
-    assert [path.name[:13] for path in fsdp_checkpoints(tmp_path / "a")] == ["step_00000010"]
-    (tmp_path / "a/step_00000003.part").mkdir()  # of a process killed earlier
-    assert "going on at step 10" in fsdp.run(2, *arguments)[0].stdout
-    assert not list((tmp_path / "a").glob("*.part"))
+        arguments = [*TINY, "--steps", "4", "--accumulate", "3", "--seed", str(2**32 - 1)]
+        results = trainer.run(2, *arguments, "--out", str(tmp_path), code=code)
+        sent, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
+        assert sent == (4, 4)
+        seeds = [
+            [n for n in of_rank if n > 2**32] for of_rank in seeds
+        ]  # but those of generate and the model
+        assert len(set(sum(seeds, []))) == 4 * 3 * 2, "dropout of its own in each part of each step"
+        assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {2**32 - 1}, "and no other seed's"
 
+    def test_compile_saves_a_plain_state_dict(self, trainer, tmp_path):
+        """torch's "eager" backend stands for the compiler; going on without --compile gives the same."""
+        code = """
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self: print("compiled") or compile(self, backend="eager")
+run()
+"""
+        arguments = [*TINY, "--steps", "4", "--save-every", "2", "--out"]
+        trainer.run(1, *arguments, str(tmp_path / "plain"))
+        done = trainer.run(2, *arguments, str(tmp_path / "compiled"), "--compile", code=code)[0]
+        assert (
+            "compiled" in done.stdout
+            and distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+        )
+        state = torch.load(tmp_path / "compiled/final.pt", weights_only=True)
+        assert state.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        (tmp_path / "compiled/final.pt").unlink()
+        saved(tmp_path / "compiled")[-1].rename(tmp_path / "removed")
+        assert "from_step=2" in trainer.run(1, *arguments, str(tmp_path / "compiled"))[0].stdout
+        assert distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
 
-def test_train_fsdp_killed_at_random_moments(fsdp, tmp_path):
-    """kill -9 of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-    arguments = [*FSDP_TINY, "--steps", "30", "--dropout", "0.1", "--keep", "2"]
-    fsdp.run(2, *arguments, "--out", str(tmp_path / "whole"))
-    out, rng, kills, in_a_save = tmp_path / "killed", random.Random(int(time.time())), 0, 0
-    while kills < KILLS:
-        before, deadline = fsdp_checkpoints(out), time.monotonic() + 60
-        fsdp.start(2, *arguments, "--save-every", "1", "--out", str(out))
-        while fsdp_checkpoints(out) == before and time.monotonic() < deadline:
-            time.sleep(0.002)
-        time.sleep(rng.random() * 0.1)
-        if kills in (1, 2):  # these in a save
-            while not list(out.glob("*.part")) and not (out / "report.json").exists():
-                pass
-        for pid in fsdp.pids if kills % 2 else fsdp.pids[-1:]:
-            os.kill(pid, signal.SIGKILL)
-        results = fsdp.wait()
-        in_a_save += bool(list(out.glob("*.part")))
-        kills += any(r.returncode == -signal.SIGKILL for r in results)
-        if (out / "report.json").exists():
-            shutil.rmtree(out)
-    results = fsdp.run(2, *arguments, "--save-every", "1", "--out", str(out))
-    assert "going on at step" in results[0].stdout and in_a_save > 0
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    assert (
-        not list(out.glob("*.part")) and not list(out.glob("*.damaged")) and len(fsdp_checkpoints(out)) == 2
-    )
+    def test_wrap_data_parallel_is_the_plain_model_on_a_cpu(self, ddp, tmp_path, monkeypatch):
+        for name, more in {"plain": [], "dp": ["--data-parallel"]}.items():
+            ddp.run(1, *TINY, "--steps", "4", *more, "--out", str(tmp_path / name))
+        assert torch.equal(final_weights(tmp_path / "plain"), final_weights(tmp_path / "dp"))
+        monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")  # as on a machine with GPUs
+        gpu, model = train_ddp.Processes(0, 1, torch.device("cuda:0")), nn.Linear(2, 2)
+        assert train_ddp.wrap(model, gpu) is model and train_ddp.wrap(model, gpu, True) == "copies"
 
+    # ---- properties: shards
 
-# -----------------------------------------------------------------------------
-# train_fsdp.py: signals, lost processes, wrong input
+    def test_clip_gradients_both_ways(self):
+        for largest in (0.01, 1.0, 100.0, math.inf):
+            for exact in (False, True):
+                torch.manual_seed(1)
+                model = nn.Linear(30, 40)
+                model(torch.randn(5, 30)).square().sum().backward()
+                before = torch.cat([p.grad.flatten() for p in model.parameters()])
+                norm = train_fsdp.clip_gradients(model, largest, exact)
+                after = torch.cat([p.grad.flatten() for p in model.parameters()])
+                check_close(norm, before.norm(), 1e-5, "norm")
+                check_close(after, before * min(1.0, largest / before.norm()), 1e-5, f"{largest} {exact}")
 
+    def test_shard_each_rank_holds_its_slices_and_no_more(self, fsdp, tmp_path):
+        """1/N of weights, gradients and moments, of a replica with HSDP, as the report counts them."""
+        model = train_ddp.GPT(18, 2, 2, 21)
+        n_all = sum(p.numel() for p in model.parameters())
+        for world, replicate in ((2, 1), (4, 1), (4, 2)):
+            out = tmp_path / f"{world}x{replicate}"
+            arguments = [*TINY, "--steps", "2", "--replicate", str(replicate), "--out", str(out)]
+            stdout = fsdp.run(world, *arguments)[0].stdout
+            report, shards = json_of(out / "report.json"), world // replicate
+            assert report["n_parameters"] == n_all
+            all_of_it = {"weights": 4 * n_all, "gradients": 4 * n_all, "moments": 8 * n_all}
+            assert report["held"]["all"] == all_of_it
+            for rank in range(world):
+                chunks = [p.chunk(shards) for p in model.parameters()]
+                n = sum(c[rank % shards].numel() for c in chunks if rank % shards < len(c))
+                held = report["held"][f"rank {rank}"]
+                assert held.pop("peak") > 50e6
+                assert held == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
+                assert n <= n_all / shards * 1.05 and f"rank {rank}   {4 * n / 2**20:12,.3f}" in stdout
 
-@pytest.mark.parametrize("world, who, number", [(1, "all", "SIGINT"), (2, "last", "SIGTERM")])
-def test_train_fsdp_signal_stops_all_ranks_at_one_step(world, who, number, fsdp, tmp_path):
-    arguments = [*FSDP_TINY, *"--steps 25 --amp fp16 --dropout 0.1 --eval-every 5 --out".split()]
-    fsdp.run(world, *arguments, str(tmp_path / "whole"))
-    out = tmp_path / "stopped"
-    fsdp.start(world, *arguments, str(out))
-    fsdp.wait_for("step 5/")
-    for pid in fsdp.pids if who == "all" else fsdp.pids[-1:]:
-        os.kill(pid, getattr(signal, number))
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [128 + getattr(signal, number)] * world, results
-    assert "the same command goes on from there" in results[0].stderr
-    assert all(r.stderr == "" for r in results[1:]), "one line an event"
-    (path,) = fsdp_checkpoints(out)
-    manifest = json.loads((path / "manifest.json").read_text())
-    assert 5 <= manifest["step"] < 25 and 0 < manifest["scaler"]["_growth_tracker"] <= manifest["step"]
-    results = fsdp.run(world, *arguments, str(out))
-    assert f"going on at step {manifest['step']}" in results[0].stdout
-    assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-    ends = [
-        json.loads((fsdp_checkpoints(o)[-1] / "manifest.json").read_text()) for o in (out, tmp_path / "whole")
-    ]
-    assert ends[0]["scaler"] == ends[1]["scaler"] and ends[0]["scaler"]["_growth_tracker"] > manifest["step"]
+    def test_shard_gathers_one_block_at_a_time(self, fsdp):
+        """While a block computes it is whole, and the others are in slices; the whole model is never made."""
+        code = """
+from torch.distributed.tensor import DTensor, Shard
+largest, randn = [], torch.randn
+torch.randn = lambda *a, **k: largest.append(randn(*a, **k)) or largest[-1]
+p = script.start_processes("cpu", 30)
+s = script.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
+model, reference = script.sharded_model(s, p), script.GPT(16, 2, 3, 8)
+assert max(w.numel() for w in largest) == 256 * 16
+n = sum(w.numel() for w in model.parameters())
+local = sum(w.to_local().untyped_storage().nbytes() for w in model.parameters()) / 4
+assert local <= n * 0.52 and not any(w.is_meta for w in model.parameters()), (local, n)
+script.initialise(reference, 0)
+for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+    assert torch.equal(a.full_tensor(), b) and a.placements == (Shard(0),), name
+seen = []
+for block in model.blocks:
+    block.ffn_norm.register_forward_hook(lambda *_: seen.append(
+        [not isinstance(b.qkv_proj.weight, DTensor) for b in model.blocks]))
+model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
+assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
 
+s.amp, dtypes = "bf16", set()
+model = script.sharded_model(s, p)
+model.blocks[1].ffn_norm.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
+model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
+grads = [w.grad.to_local() for w in model.parameters()]
+assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
+assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
 
-def test_train_fsdp_lost_and_late_processes(fsdp_lost_begun):
-    (result,) = fsdp_lost_begun.result()
-    assert result.returncode == 1
-    assert "rank 0 waited for up to 4 s for 2 processes to meet at 127.0.0.1" in result.stderr
+for recompute in (False, True):
+    s.recompute, calls = recompute, []
+    model = script.sharded_model(s, p)
+    model.blocks[1].ffn_norm.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    assert len(calls) == 1 + recompute, "once in forward, once more in backward"
+"""
+        for result in fsdp.run(2, code=code):
+            assert result.stderr == ""
 
+    def test_evaluate_sharded_when_ranks_run_out_of_rows(self, fsdp):
+        """194 rows on three ranks: two are left for the last forward; the third counts nothing."""
+        code = """
+p = script.start_processes("cpu", 30)
+model = script.sharded_model(script.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5), p)
+_, (inputs, targets) = script.load_manual(8)
+print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training)
+"""
+        results = fsdp.run(3, code=code)
+        model = train_fsdp.GPT(16, 2, 1, 8)
+        train_fsdp.initialise(model, 0)
+        _, (inputs, targets) = train_ddp.load_manual(8)
+        expected = F.cross_entropy(model(inputs[-194:]).flatten(0, 1), targets[-194:].flatten()).item()
+        for result in results:
+            loss, training = result.stdout.split()
+            assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
 
-def check_fsdp_lost(fsdp: Launcher, words: str) -> None:
-    """Ranks other than 1 end by themselves with code 1; then 1 is killed, in case it is only halted."""
-    deadline = time.monotonic() + 40
-    while any("in vain" not in fsdp.out(rank, "err") for rank in (0, 2, 3)):
-        assert time.monotonic() < deadline, [fsdp.out(rank, "err") for rank in range(4)]
-        time.sleep(0.05)
-    os.kill(fsdp.pids[1], signal.SIGKILL)
-    results = fsdp.wait()
-    assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1, 1], results
-    for rank in (0, 2, 3):
-        line = next(line for line in results[rank].stderr.splitlines() if "in vain" in line)
-        assert line.startswith(f"train_fsdp.py: rank {rank} waited for "), line
-        assert any(word in line for word in words.split("|")), line
+    # ---- properties: checkpoints
 
+    def test_save_checkpoint_keeps_the_last_and_leaves_no_parts(self, tmp_path):
+        folder = tmp_path / "new/folder"
+        for attempt in range(6):  # of one step: the names' order is that of their sha256
+            train_ddp.save_checkpoint(folder, 1, {"attempt": attempt})
+            assert train_ddp.load_checkpoint(folder) == {"attempt": attempt}
+        assert len(list(folder.iterdir())) == 1
+        others = [folder / f"step_{name}.pt" for name in ("1", "00000009", "00000009.ab", "best")]
+        others += [folder / "video.part"]
+        for other in others:
+            other.write_text("not ours")
+        for step in (5, 50, 500, 5000):
+            weights = torch.arange(1000.0) + step
+            path = train_ddp.save_checkpoint(folder, step, {"step": step, "weights": weights}, keep=2)
+        names = {p.name.split(".")[0] for p in set(folder.iterdir()) - set(others)}
+        assert names == {"step_00000500", "step_00005000"} and all(other.exists() for other in others)
+        loaded = train_ddp.load_checkpoint(folder)
+        assert path.exists() and loaded["step"] == 5000 and torch.equal(loaded["weights"], weights)
+        assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
 
-def test_train_fsdp_unequal_settings_are_found_at_the_start(fsdp, tmp_path):
-    """Those that may change between runs too: ranks that save at other steps would wait for each other."""
-    for extra, difference in (
-        (["--lr", "0.5"], "lr 0.5 there, 0.003 here"),
-        (["--save-every", "7"], "save_every 7"),
-    ):
-        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
-        results = fsdp.wait()
-        assert [r.returncode for r in results] == [2, 2]
-        check_one_line_error(results[0], "rank 1 was started with other settings than rank 0", difference)
-        assert results[1].stderr == "" and not (tmp_path / "out").exists()
+    @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+    def test_load_checkpoint_damaged_is_reported_and_the_one_before_taken(self, damage, tmp_path, capsys):
+        for step in (1, 2):
+            path = train_ddp.save_checkpoint(tmp_path, step, {"step": step, "weights": torch.arange(99.0)})
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= damage == "flip"
+        path.write_bytes(data[: {"flip": None, "truncate": len(data) // 2, "empty": 0}[damage]])
+        for said in (str(path), ""):  # the second time nothing is left to report
+            assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
+            err = capsys.readouterr().err
+            assert said in err and bool(err) == bool(said)
+        assert len(list(tmp_path.glob("*.damaged"))) == 1
 
+    def test_load_checkpoint_runs_no_code(self, tmp_path):
+        data = pickle.dumps({"step": EvilPickle(tmp_path / "ran")}, protocol=2)
+        (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
+        with contextlib.suppress(Exception):
+            train_ddp.load_checkpoint(tmp_path)
+        assert not (tmp_path / "ran").exists()
 
-def test_train_fsdp_bad_input(fsdp, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    wrong = {
-        "batch_size 1 is smaller than 2 process(es) x accumulate 1": ["--batch-size", "1"],
-        "replicate 3 doesn't divide the 2 process(es): no mesh fits": ["--replicate", "3"],
-        "file": ["--out", str(tmp_path / "file")],
-        "warmup must be shorter than steps (20), got 20": ["--warmup", "20"],
-        "amp bf16 needs dtype float32 and no --exact": ["--amp", "bf16", "--exact"],
-        "d_model must be a multiple of n_heads, got 18 and 4": ["--n-heads", "4"],
-        "the loss is": ["--lr", "1e30", "--clip", "0"],
+    @pytest.mark.parametrize("where", ["metadata", "bytes"])
+    def test_load_tensors_runs_no_code(self, where, tmp_path):
+        """Neither from .metadata nor from an entry that .metadata calls an object's."""
+        import torch.distributed.checkpoint as dcp
+
+        tensors = {"a": torch.zeros(3)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            what = {"a": EvilPickle(tmp_path / "ran")} if where == "bytes" else tensors
+            dcp.save(what, checkpoint_id=tmp_path / "c")
+            (tmp_path / "ran").unlink(missing_ok=True)
+            if where == "metadata":
+                (tmp_path / "c/.metadata").write_bytes(pickle.dumps(EvilPickle(tmp_path / "ran")))
+            with pytest.raises(OSError):
+                train_fsdp.load_tensors(tmp_path / "c", tensors)
+        assert not (tmp_path / "ran").exists()
+        for name in (b"load", b"os.system"):
+            with pytest.raises(pickle.UnpicklingError):
+                train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
+
+    def test_write_atomically_two_writers_and_a_full_disk(self, tmp_path):
+        """Readers see one writer's bytes or the other's, and what can't be written leaves nothing behind."""
+        path = tmp_path / "file"
+        texts = [letter * 200_000 for letter in (b"a", b"b")]
+        path.write_bytes(texts[0])
+        stop = time.monotonic() + 1
+
+        def write(text: bytes) -> None:
+            while time.monotonic() < stop:
+                train_ddp.write_atomically(path, text)
+
+        with ThreadPoolExecutor(2) as pool:
+            writers = [pool.submit(write, text) for text in texts]
+            while time.monotonic() < stop:
+                assert path.read_bytes() in texts
+        for writer in writers:
+            writer.result()
+        code = f"""
+import resource, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddp
+folder = Path({str(tmp_path)!r})
+train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
+except OSError as error:
+    print("OSError", train_ddp.load_checkpoint(folder)["step"])
+"""
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.stdout == "OSError 1\n", result
+        assert sorted(p.name[:13] for p in tmp_path.iterdir()) == ["file", "step_00000001"]
+
+    def test_load_optimizer_after_a_change_of_device(self):
+        """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
+        weights = []
+        for kinds in itertools.product((False, True), repeat=2):
+            torch.manual_seed(0)
+            model, state = nn.Linear(3, 2), None
+            for fused in kinds:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+                if state:
+                    train_ddp.load_optimizer(optimizer, state, train_ddp.Processes(0, 1, CPU))
+                scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    scaler.scale(model(torch.ones(1, 3)).square().sum()).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                state = optimizer.state_dict()
+            assert state["param_groups"][0]["fused"] is fused and state["state"][0]["step"] == 6
+            weights.append(model.weight.detach())
+            check_close(weights[-1], weights[0], 1e-6, str(kinds))
+
+    def test_load_tensors_on_any_number_of_ranks(self, fsdp, tmp_path):
+        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: the same digest of weights,
+        moments and step counts; the weights are those of final.pt."""
+        digest = """
+def digest(p, path, s):
+    import hashlib
+    model = script.sharded_model(s, p) if p else script.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len)
+    optimizer = script.make_optimizer(model, s)
+    tensors = script.state_tensors(model, optimizer)
+    script.load_tensors(path, tensors, p)
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(name.encode() + script.full_tensor(value).numpy().tobytes())
+    return sha.hexdigest(), len(tensors)
+"""
+        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
+        fsdp.run(2, *arguments)
+        path = saved(tmp_path / "a")[-1]
+        code = digest + "p = script.start_processes('cpu', 30)\n"
+        code += f"print(*digest(p, Path({str(path)!r}), tyro.cli(script.Settings)))"
+        found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
+        found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
+        scope, s = {"script": train_fsdp}, settings_of(train_fsdp, *arguments)
+        exec(digest, scope)
+        model = train_fsdp.GPT(18, 2, 2, 21)
+        optimizer = train_fsdp.make_optimizer(model, s)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
+            found += [" ".join(map(str, scope["digest"](None, path, s))) + "\n"]
+            train_fsdp.load_tensors(path, train_fsdp.state_tensors(model, optimizer))
+        n_parameters = len(list(model.parameters()))
+        assert len(set(found)) == 1 and found[0].split()[1] == str(4 * n_parameters), found
+        assert all(v["step"] == 20 and v["exp_avg_sq"].max() > 0 for v in optimizer.state.values())
+        final = torch.load(tmp_path / "a/final.pt", weights_only=True)
+        assert final.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
+        table = safetensors.torch.load_file(tmp_path / "a/final.safetensors")
+        assert final.keys() == table.keys() and all(torch.equal(final[name], table[name]) for name in final)
+        files = set(json_of(path / "manifest.json")["files"])
+        assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert {p.name for p in path.iterdir()} == files | {"manifest.json"}, "a checksum covers each"
+
+    def test_newest_checkpoint_is_an_undamaged_one(self, fsdp, tmp_path):
+        """Whichever rank finds the damage, on another number of ranks too: reported, renamed, and training
+        goes on from the one before to the same end."""
+        arguments = [*TINY, "--save-every", "8", "--exact", "--out"]
+        fsdp.run(2, *arguments, str(tmp_path / "whole"))
+        (tmp_path / "whole/report.json").unlink()
+        files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
+        files |= {"altered metadata": ".metadata"}
+        files |= {"altered manifest": "manifest.json", "missing manifest": "manifest.json"}
+        newest = {}
+        for damage, name in files.items():
+            shutil.copytree(tmp_path / "whole", tmp_path / damage)
+            newest[damage] = saved(tmp_path / damage)[-1]
+            file = newest[damage] / name
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 4 * ("altered" in damage)
+            file.write_bytes(data[:-1] if damage == "truncated" else data)
+            if "missing" in damage:
+                file.unlink()
+        for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
+            results = fsdp.run(world, *arguments, str(tmp_path / damage))
+            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
+            assert "from_step=16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
+            distance = distance_of_weights(tmp_path / damage, tmp_path / "whole")
+            assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
+            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
+        others = [str(tmp_path / damage) for damage in files if damage not in ("truncated", "missing")]
+        code = """
+p = script.start_processes("cpu", 30)
+for out in sys.argv[1:]:
+    print(script.newest_checkpoint(Path(out), p)[0].name[:13])
+"""
+        for world in (2, 1):  # the second time nothing is left to report
+            results = fsdp.run(world, *others, code=code)
+            assert all(r.stdout == "step_00000016\n" * len(others) for r in results), results
+            assert len(results[0].stderr.splitlines()) == (len(others) if world == 2 else 0)
+        for path in saved(tmp_path / "altered"):  # the last good ones: training begins anew
+            (path / ".metadata").write_bytes(b"")
+        assert "from_step=0" in fsdp.run(2, *arguments, str(tmp_path / "altered"))[0].stdout
+        assert distance_of_weights(tmp_path / "altered", tmp_path / "whole") == 0
+
+    def test_publish_needs_an_out_that_all_machines_see(self, tmp_path):
+        """Each would write its slices on its own disk: no checkpoint could ever be read."""
+        part = tmp_path / "step_00000005.part"
+        part.mkdir()
+        manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
+        for there in ("__0_0.distcp", ".metadata"):
+            (part / there).touch()
+            with pytest.raises(OSError, match="__1_0.distcp"):
+                train_fsdp.publish(part, manifest, 3)
+        (part / "__1_0.distcp").touch()
+        assert train_fsdp.publish(part, manifest, 3).exists()
+
+    # ---- refusals
+
+    REFUSED = {  # one line on stderr with these words, exit 2, no traceback
+        "batch_size": ["--batch-size", "1"],
+        "n_heads": ["--n-heads", "4"],
+        "lr": ["--lr", "nan"],
+        "steps": ["--steps", "0"],
+        "clip": ["--clip", "-1"],
+        "seed": ["--seed", str(2**32)],
+        "timeout": ["--timeout", "0"],
+        "amp bf16 needs dtype float32": ["--amp", "bf16", "--dtype", "float64"],
+        "needs a GPU": ["--device", "cuda"],
     }
-    for message, arguments in wrong.items():
-        fsdp.start(2, *FSDP_TINY, "--out", str(tmp_path / "out"), *arguments)
-        results = fsdp.wait()
-        check_one_line_error(results[0], message)
-        assert results[1].returncode == 2 and results[1].stderr == ""
-        assert (results[0].stdout == "") == (message != "the loss is")  # known before the work, or not
-    wrong = [
-        (["--device", "cuda"], "device cuda: process 0 of this machine needs a GPU, it has 0"),
-        (["--device", "mps"], "device must be auto, cuda or cpu, got mps"),
-        (["--timeout", "0"], "timeout must be above 0 and below 1e9 (seconds), got 0.0"),
-        (["--dtype", "float64", "--amp", "bf16"], "amp bf16 needs dtype float32"),
-        (["--replicate", "0"], "replicate must be at least 1, got 0"),
-        (["--dropout", "1"], "dropout must be in [0, 1), got 1.0"),
-        (["--lr", "nan"], "lr must be at least 0, got nan"),
-        (["--dtype", "float16"], "dtype must be float32 or float64"),
-    ]
-    for arguments, message in wrong:
-        fsdp.start(1, *FSDP_TINY, *arguments)
-        check_one_line_error(fsdp.wait()[0], message)
-    fsdp.start(1, "--no-such-flag")
-    (result,) = fsdp.wait()
-    assert result.returncode == 2 and "unrecognized arguments" in result.stderr
-    code = "sys.modules['safetensors.torch'] = sys.modules['safetensors'] = None\n"
-    code += "script.leave(script.main())"
-    fsdp.start(1, *FSDP_TINY, "--out", str(tmp_path / "b"), code=code)
-    check_one_line_error(fsdp.wait()[0], "the package safetensors")
-    assert "going on at step 20" in fsdp.run(1, *FSDP_TINY, "--out", str(tmp_path / "b"))[0].stdout
+    OWN = {
+        "train_ddp": {"data_parallel": ["--data-parallel", "--amp", "bf16"]},
+        "train_fsdp": {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]},
+    }
 
+    def test_main_refuses_in_one_line(self, trainer, tmp_path):
+        """Two processes, of which one says it; nothing is written."""
+        (tmp_path / "file").write_text("not a folder")
+        refused = self.REFUSED | self.OWN[trainer.module] | {"file": ["--out", str(tmp_path / "file")]}
+        for words, arguments in refused.items():
+            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), *arguments)
+            check_one_line_error(results[0], words)
+            assert results[1].returncode == 2
+            assert results[1].stderr == "" or words in ("timeout", "needs a GPU"), "before they have met"
+        assert not (tmp_path / "out").exists()
 
-def test_train_fsdp_other_settings_do_not_mix(fsdp, tmp_path):
-    """World size, mesh, recomputing and save_every may change between parts of a run, other settings not."""
-    run = [*FSDP_TINY, "--steps", "4", "--out", str(tmp_path / "a")]
-    fsdp.run(2, *run)
-    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    for extra, difference in (
-        (["--lr", "0.01"], "lr 0.003 there, 0.01 here"),
-        (["--steps", "5"], "steps 4 there, 5 here"),
-        (["--exact"], "exact False there, True here"),
-    ):
-        fsdp.start(2, *run, *extra)
-        results = fsdp.wait()
-        check_one_line_error(results[0], "holds a run of other settings", difference, "another --out")
-        assert results[1].returncode == 2 and results[1].stderr == ""
-    assert before == {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
-    may = ["--replicate", "2", "--recompute", "--save-every", "3", "--timeout", "39", "--keep", "1"]
-    assert "this run is finished" in fsdp.run(2, *run, *may)[0].stdout
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_check_settings_takes_the_least_of_each_and_no_less(self, module):
+        ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
+        zeros = "lr warmup weight_decay clip seed save_every dropout".split()
+        alone = module.Processes(0, 1, CPU)
+        for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
+            module.check_settings(module.Settings(**({"n_heads": 1} | {name: least})), alone)
+            with pytest.raises(ValueError, match=name):
+                module.check_settings(module.Settings(**{name: least - 1}), alone)
+        two = module.Processes(0, 2, CPU)
+        module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
+        with pytest.raises(ValueError, match="accumulate 3"):
+            module.check_settings(module.Settings(batch_size=5, accumulate=3), two)
+        if module is train_ddp:
+            with pytest.raises(ValueError, match="data_parallel"):
+                module.check_settings(module.Settings(data_parallel=True, amp="bf16"), alone)
 
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+        for lacking in names:
+            for name, value in names.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.delenv(lacking)
+            with pytest.raises(ValueError, match=lacking):
+                module.start_processes("cpu", 5.0)
+        monkeypatch.setenv("MASTER_PORT", "1")
+        restarts = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        for name, value in (restarts | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
+            module.start_processes("cpu", 5.0)
 
-# -----------------------------------------------------------------------------
-# train_fsdp.py as a user starts it
-
-
-def test_train_fsdp_alone_in_an_empty_folder_and_its_exported_weights(tmp_path):
-    """`python train_fsdp.py`; then a fresh process reads the safetensors file into the plain class: the same
-    logits as final.pt's."""
-    script = shutil.copy(ROOT / "train_fsdp.py", tmp_path)
-    result = run_script(Path(script).name, *FSDP_TINY, cwd=tmp_path, folder=tmp_path)
-    report, out = last_json(result), tmp_path / "out/train_fsdp"
-    assert result.stderr == "" and "processes=1" in result.stdout
-    assert report == json_of(out / "report.json") and report["gemm_gflops"] > 0 and 0 < report["mfu"] < 1
-    assert report["dev_loss"] < report["losses"][0] and report["settings"]["steps"] == 20
-    assert (tmp_path / report["picture"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    code = """
-import hashlib, safetensors.torch, torch, train_ddp
-model = train_ddp.GPT(18, 2, 2, 21)
-model.load_state_dict(safetensors.torch.load_file(FILE))
-logits = model(torch.arange(42).view(2, 21))
-print(hashlib.sha256(logits.detach().numpy().tobytes()).hexdigest(), torch.distributed.is_initialized())
+    def test_main_refuses_ranks_that_disagree(self, trainer, tmp_path):
+        """On a setting, one that may change between runs too (ranks that save at other steps would wait for
+        each other), or on the text (a Python with another manual)."""
+        for extra in (["--lr", "0.5"], ["--save-every", "7"]):
+            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
+            assert all(r.returncode in (1, 2) for r in results), results
+            check_one_line_error(results[1], "rank 1", f"{extra[0][2:].replace('-', '_')} ")
+        code = """
+if os.environ["RANK"] == "1":
+    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
+run()
 """
-    code = code.replace("FILE", repr(str(out / "final.safetensors")))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    fresh = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    model = train_fsdp.GPT(18, 2, 2, 21)
-    model.load_state_dict(torch.load(out / "final.pt", weights_only=True))
-    logits = model(torch.arange(42).view(2, 21)).detach()
-    assert fresh.stdout.split() == [hashlib.sha256(logits.numpy().tobytes()).hexdigest(), "False"], fresh
+        results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), code=code)
+        check_one_line_error(results[1], "rank 1", "text ")
+        assert not (tmp_path / "out/final.pt").exists()
 
+    def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
+        """Other settings, another version's checkpoint, the other script's run; what may change may."""
+        run, out = [*TINY, "--steps", "4", "--out", str(tmp_path / "a")], tmp_path / "a"
+        trainer.run(2, *run)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        for finished in (True, False):
+            for extra, words in (["--lr", "0.01"], "lr 0.003"), (["--steps", "5"], "steps 4"):
+                results = trainer.attempt(2, *run, *extra)
+                check_one_line_error(results[0], words, "--out")
+                assert results[1].returncode == 2 and results[1].stderr == ""
+            other = {"train_ddp": "train_fsdp.py", "train_fsdp": "train_ddp.py"}[trainer.module]
+            if finished:
+                check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{other} here")
+                (out / "report.json").rename(tmp_path / "report.json")
+        (tmp_path / "report.json").rename(out / "report.json")
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        may = ["--save-every", "3", "--timeout", "39", "--keep", "1", "--eval-every", "7", "--compile"]
+        may += ["--replicate", "2", "--recompute"] * (trainer.module == "train_fsdp")
+        assert "this run is finished" in trainer.run(2, *run, *may)[0].stdout
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        if trainer.module == "train_ddp":
+            train_ddp.save_checkpoint(tmp_path / "old", 10, {"step": 10, "model": {}})
+            check_one_line_error(
+                trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))[0], "another --out"
+            )
 
-def test_train_fsdp_under_torchrun_survives_a_killed_worker(fsdp, fsdp_torchrun_begun, tmp_path):
-    folder, run = fsdp_torchrun_begun
-    code, workers, out, err = run.result()
-    assert code == 0, err
-    assert out.count("going on at step") == 1 and out.count("processes=2") == 2, "once by each start"
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), "no orphans"
-    fsdp.run(2, *FSDP_TINY, "--steps", "40", "--out", str(tmp_path / "whole"))
-    assert torch.equal(final_weights(folder / "out"), final_weights(tmp_path / "whole"))
+    # ---- runs: going on, ending, failing
 
+    def test_main_goes_on_where_it_was_on_other_processes(self, trainer, tmp_path):
+        """Half on 2 processes, half on 1, 2, 3, 4, as HSDP, recomputed: the undisturbed run's weights; on 2
+        bitwise. A damaged newest checkpoint is passed over."""
+        arguments = [*TINY, "--dtype", "float64", "--save-every", "8", "--dropout", "0"]
+        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
+        runs = {"1": [], "2": [], "3": [], "4": []}
+        if trainer.module == "train_fsdp":
+            runs = {"1": ["--recompute"], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}
+        for name, more in runs.items():
+            out = tmp_path / name.replace(" ", "_")
+            out.mkdir()
+            for path in saved(tmp_path / "whole"):
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, out / path.name)
+            damaged = saved(out)[-1] / "__0_0.distcp" if saved(out)[-1].is_dir() else saved(out)[-1]
+            data = bytearray(damaged.read_bytes())
+            data[-2000] ^= 16
+            damaged.write_bytes(data)
+            result = trainer.run(int(name[0]), *arguments, *more, "--out", str(out))[0]
+            assert "is damaged" in result.stderr and "from_step=16" in result.stdout
+            distance = distance_of_weights(out, tmp_path / "whole")
+            assert distance <= (0 if name == "2" else 1e-12), (name, distance)
+            curves = [json_of(o / "report.json")["losses"] for o in (out, tmp_path / "whole")]
+            check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-12, "losses")
 
-def fsdp_torchrun(folder: Path) -> tuple[int, list[str], str, str]:
-    """Exit code, the first workers' ids, and what was printed, of a run of which a worker is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
-    command += [
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-        str(ROOT / "train_fsdp.py"),
-    ]
-    command += [*FSDP_TINY, "--steps", "40", "--save-every", "5", "--out", "out"]
-    streams, env = (
-        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
-        os.environ | {"OMP_NUM_THREADS": "1"},
+    def test_main_finished_means_that_all_is_there(self, trainer, tmp_path):
+        """What is missing or damaged is made again; what is finished needs no lock, nor to write."""
+        out, arguments = tmp_path / "out", [*TINY, "--steps", "4", "--out", str(tmp_path / "out")]
+        first = last_json(trainer.run(1, *arguments)[0])
+        report, weights = json_of(out / "report.json"), final_weights(out)
+        assert first["report"] == str(out / "report.json") and len(json.dumps(first)) < 300
+        assert first["loss"] == report["losses"][-1] == report["loss"] and len(set(report["losses"])) == 4
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert rows == report["log"] and rows[-1]["dev_loss"] == report["dev_loss"] == first["dev_loss"]
+        (inputs, targets), _ = train_ddp.load_manual(21)
+        steps = [train_ddp.rows_of_step(step, len(inputs), 13, 0) for step in range(4)]
+        assert report["tokens"] == (targets[torch.cat(steps)] != -100).sum()
+        rate = report["tokens"] / report["train_seconds"]
+        assert report["tokens_per_second"] == round(rate) and rows[-1]["gradient_norm"] > 0
+        (out / "final.pt").unlink()
+        trainer.run(1, *arguments)
+        assert torch.equal(final_weights(out), weights)
+        (out / "report.json").write_text((out / "report.json").read_text()[:-9])
+        trainer.run(1, *arguments)
+        assert json_of(out / "report.json")["losses"] == report["losses"]
+        lock = train_ddp.lock_out(out)
+        out.chmod(0o500)
+        (again,) = trainer.run(1, *arguments)
+        out.chmod(0o700)
+        assert "this run is finished" in again.stdout and last_json(again) == first
+        lock.close()
+
+    def test_train_a_step_that_diverges_ends_the_run(self, trainer, tmp_path):
+        """An inf gradient is never applied nor saved: the run goes on from before. In fp16 that step is
+        skipped. A last step that diverges leaves no final.pt."""
+        code = """
+cross_entropy, steps = torch.nn.functional.cross_entropy, [0]
+def explode(logits, *rest, **options):
+    loss = cross_entropy(logits, *rest, **options)
+    if torch.is_grad_enabled():
+        steps[0] += 1
+        if steps[0] == 9 and os.environ.get("RANK", "0") == "0":  # the value stays, the gradient doesn't
+            if "LOSS" in os.environ:
+                return loss + float("inf")
+            return loss + (0 * logits.sum()).clamp(min=0).sqrt()
+    return loss
+script.F.cross_entropy = explode
+run()
+"""
+        for clip in ("1", "0"):
+            arguments = [*TINY, "--save-every", "2", "--clip", clip, "--out", str(tmp_path / clip)]
+            results = trainer.attempt(2, *arguments, code=code)
+            assert [r.returncode for r in results] == [1, 1], results
+            assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == ""
+            assert "norm" in results[0].stderr and "step 8" in results[0].stderr
+            assert saved_state(tmp_path / clip)["step"] == 8
+            assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
+            assert final_weights(tmp_path / clip).isfinite().all()
+        arguments = [*TINY, "--out", str(tmp_path / "loss")]
+        results = trainer.attempt(2, *arguments, code=code, LOSS="1")
+        assert [r.returncode for r in results] == [1, 1] and "loss is inf at step 8" in results[0].stderr
+        trainer.run(2, *TINY, "--amp", "fp16", "--out", str(tmp_path / "fp16"), code=code)
+        assert final_weights(tmp_path / "fp16").isfinite().all()
+        assert saved_state(tmp_path / "fp16")["scaler"]["_growth_tracker"] == 11
+        assert json.loads((tmp_path / "fp16/log.jsonl").read_text().splitlines()[-1])["step"] == 20
+        arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
+        (result,) = trainer.attempt(1, *TINY, *arguments, "--out", str(tmp_path / "last"))
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--lr" in result.stderr
+        assert not (tmp_path / "last/final.pt").exists() and not saved(tmp_path / "last")
+
+    FAILURES = {  # a user's own errors: (what goes wrong, what the traceback says, on which ranks)
+        "a wrong shape": ("script.Block.forward = lambda self, x: x[..., :-1]", "RuntimeError", (0, 1)),
+        "a loss on one rank": (
+            "import torch.nn.functional as F\n"
+            "if RANK == 1: F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)",
+            "RuntimeError",
+            (1,),
+        ),
+        "a data set on one rank": (
+            "if RANK == 1:\n"
+            "    rows = script.rows_of_step\n"
+            "    script.rows_of_step = lambda step, *a: rows(step, *a) if step < 4 else {}['no such row']",
+            "KeyError: 'no such row'",
+            (1,),
+        ),
+    }
+
+    @pytest.mark.parametrize("failure", FAILURES)
+    def test_waiting_leaves_a_user_s_error_its_traceback(self, failure, trainer, tmp_path):
+        """The rank that has it shows it; the others end too, within the time limit, as a process is lost."""
+        code, said, ranks = self.FAILURES[failure]
+        start = time.monotonic()
+        code = f"RANK = int(os.environ['RANK'])\n{code}\nrun()"
+        results = trainer.attempt(2, *TINY, "--timeout", "20", "--out", str(tmp_path), code=code)
+        assert time.monotonic() - start < 60
+        for rank, result in enumerate(results):
+            assert result.returncode == 1, results
+            assert ("Traceback" in result.stderr and said in result.stderr) == (rank in ranks), result.stderr
+            assert rank in ranks or f"rank {rank} waited for" in result.stderr, result.stderr
+
+    def test_waiting_says_what_a_lost_process_was_needed_for(self, trainer, tmp_path):
+        """One that is killed, one that halts, one that never comes."""
+        arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
+        for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
+            trainer.start(3, *arguments, timeout)
+            trainer.wait_until(lambda: "step 3/" in trainer.out(0))
+            trainer.kill([1], number)
+            trainer.wait_until(lambda: all("waited for" in trainer.out(rank, "err") for rank in (0, 2)))
+            trainer.kill([1])  # in case it is only halted
+            results = trainer.wait()
+            assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
+            for rank in (0, 2):
+                assert f"rank {rank} waited for" in results[rank].stderr
+                assert "Traceback" not in results[rank].stderr
+        trainer.start(2, *TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
+        (result,) = trainer.wait(60)
+        assert result.returncode == 1 and "rank 0 waited for up to 3 s for 2 processes" in result.stderr
+
+    def test_on_rank_0_may_take_longer_than_the_timeout(self, trainer, tmp_path):
+        """A slow disk kills no job: neither while rank 0 saves, nor at the end, nor another rank's slices."""
+        code = """
+replace = os.replace
+def slow(*arguments):
+    time.sleep(3)
+    return replace(*arguments)
+os.replace = slow
+if os.environ["RANK"] == "1" and hasattr(script, "dcp"):
+    save = script.dcp.save
+    script.dcp.save = lambda *a, **k: time.sleep(3) or save(*a, **k)
+run()
+"""
+        arguments = [*TINY, "--steps", "4", "--timeout", "2", "--out", str(tmp_path)]
+        results = trainer.run(2, *arguments, code=code)
+        assert last_json(results[0])["loss"] > 0
+
+    def test_save_checkpoint_on_a_full_disk_ends_the_run(self, trainer, tmp_path):
+        """A rank may write no file above 10 kB: a sentence, the older checkpoint stays, nothing half written
+        does, and the same command goes on."""
+        limited = {"train_ddp": "0", "train_fsdp": "1"}[trainer.module]
+        code = f"""
+import resource
+save = script.save_checkpoint
+def limited(folder, step, *rest):
+    if step == 20 and os.environ["RANK"] == "{limited}":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    return save(folder, step, *rest)
+script.save_checkpoint = limited
+run()
+"""
+        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path)]
+        results = trainer.attempt(2, *arguments, code=code)
+        assert [r.returncode for r in results] == [1, 1], results
+        assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == "", results
+        assert trainer.module == "train_ddp" or "rank 1" in results[0].stderr
+        assert [path.name[:13] for path in saved(tmp_path)] == ["step_00000010"]
+        (tmp_path / "tmpx.part").mkdir()  # of a process killed earlier
+        assert "from_step=10" in trainer.run(2, *arguments)[0].stdout
+        assert not list(tmp_path.glob("*.part"))
+
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_save_checkpoint_survives_kill_9_at_random_moments(self, trainer, world, tmp_path):
+        """Of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
+        arguments = [*TINY, "--steps", "40", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
+        trainer.run(world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
+        out, rng, kills = tmp_path / "killed", random.Random(KILL_SEED), 0
+        print(f"KILL_SEED={KILL_SEED}")
+        in_a_save = """
+replace, left = os.replace, [SAVES]
+def die(*arguments):
+    left[0] -= 1
+    return replace(*arguments) if left[0] else os.kill(os.getpid(), signal.SIGKILL)
+os.replace = die
+run()
+"""
+        for attempt in range(2 * KILLS + 2):
+            if kills == KILLS:
+                break
+            code = in_a_save.replace("SAVES", str(rng.randint(2, 9))) if attempt % 2 else "run()"
+            before = ddp_newest(out)
+            trainer.start(world, *arguments, "--out", str(out), code=code)
+            if attempt % 2 == 0:
+                trainer.wait_until(lambda before=before: ddp_newest(out) != before)
+                time.sleep(rng.random() * 0.1)
+                with contextlib.suppress(ProcessLookupError):
+                    trainer.kill(range(world) if attempt % 4 else [world - 1])
+            results = trainer.wait()
+            killed = any(r.returncode == -signal.SIGKILL for r in results)
+            assert killed or all(r.returncode == 0 for r in results), results
+            kills += killed
+            if (out / "report.json").exists():
+                shutil.rmtree(out)
+        assert kills == KILLS, results
+        result = trainer.run(world, *arguments, "--out", str(out))[0]
+        assert "from_step=" in result.stdout
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        assert not list(out.glob("*.part")) and len(saved(out)) == 2
+
+    @pytest.mark.parametrize(
+        "world, who, name", [(1, [0], "SIGHUP"), (2, [1], "SIGTERM"), (2, [0, 1], "SIGINT")]
     )
-    with subprocess.Popen(command, cwd=folder, env=env, text=True, **streams) as torchrun:
-        while not fsdp_checkpoints(folder / "out"):
-            assert torchrun.poll() is None
-            time.sleep(0.01)
-        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(workers[1]), signal.SIGKILL)
-        out, err = torchrun.communicate(timeout=120)
-    return torchrun.returncode, workers, out, err
+    def test_signals_stop_all_ranks_at_one_step(self, trainer, world, who, name, tmp_path):
+        """Saved, with the scaler; the same command goes on to the same end."""
+        number = getattr(signal, name)
+        arguments = [*TINY, *"--steps 40 --amp fp16 --dropout 0.1".split()]
+        trainer.run(world, *arguments, "--out", str(tmp_path / "whole"))
+        out = tmp_path / "stopped"
+        trainer.start(world, *arguments, "--out", str(out))
+        trainer.wait_until(lambda: "step 10/" in trainer.out(0))
+        trainer.kill(who, number)
+        results = trainer.wait()
+        assert [r.returncode for r in results] == [128 + number] * world, results
+        assert len(saved(out)) == 1 and not (out / "final.pt").exists()
+        assert "the same command goes on" in results[0].stderr
+        assert all(r.stderr == "" for r in results[1:]), "one line an event"
+        state = saved_state(out)
+        assert 10 <= state["step"] < 40 and state["scaler"]["_growth_tracker"] > 0
+        result = trainer.run(world, *arguments, "--out", str(out))[0]
+        assert f"from_step={state['step']}" in result.stdout
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        assert saved_state(out)["scaler"] == saved_state(tmp_path / "whole")["scaler"]
 
+    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    def test_signals_are_noted_and_given_back(self, module):
+        before = signal.getsignal(signal.SIGTERM)
+        for world in (1, 2):
+            signals = module.Signals(module.Processes(0, world, CPU))
+            assert not signals.received()
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.received() and signals.noted == [signal.SIGTERM]
+            alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
+            assert alone == (world == 1)
+            signals.restore()
+            assert signal.getsignal(signal.SIGTERM) == before
 
-def test_train_fsdp_loop_is_short():
-    """From batch to step in one place, at most 60 lines; no function is longer."""
-    for _, function in inspect.getmembers(train_fsdp, inspect.isfunction):
-        if function.__module__ == "train_fsdp":
-            doc = (inspect.getdoc(function) or "").count("\n") + 1
-            assert len(inspect.getsource(function).splitlines()) - doc <= 60, function
+    def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
+        """A second start on the same OUT waits a while, then says so; the first one's work stays."""
+        arguments = [*TINY, "--out", str(tmp_path)]
+        lock = train_ddp.lock_out(tmp_path)
+        code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
+        results = trainer.attempt(2, *arguments, code=code)
+        check_one_line_error(results[0], "is in use by another run")
+        assert results[1].returncode == 2 and results[1].stderr == ""
+        trainer.start(1, *arguments)
+        time.sleep(1)
+        lock.close()
+        assert trainer.wait()[0].returncode == 0, "it has waited"
+
+    # ---- runs: as a user starts them
+
+    @linux
+    def test_main_under_torchrun_survives_a_killed_worker(self, trainer, tmp_path):
+        """Alone in an empty folder, with a short warm-up; no orphan is left. Then torchrun itself is killed:
+        its workers leave, and the same command goes on."""
+        script = shutil.copy(ROOT / f"{trainer.module}.py", tmp_path)
+        arguments = [*TINY, "--steps", "150", "--save-every", "5", "--eval-every", "75", "--warmup", "200"]
+        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
+        out = tmp_path / "out"
+        node = ["--nproc_per_node=2", "--max-restarts=3", f"--master_port={free_port()}"]
+        agent = torchrun(script, *arguments, "--out", "out", node=node, cwd=tmp_path)
+        wait_until(lambda: ddp_newest(out), 60, "a checkpoint")
+        workers = children(agent)
+        os.kill(workers[1], signal.SIGKILL)
+        assert agent.wait(120) == 0, (tmp_path / "agent0.log").read_text()
+        log = (tmp_path / "agent0.log").read_text()
+        assert log.count("processes=2") == 2 and log.count("from_step=0") == 1, "once by each start"
+        assert "to meet at" not in log, "the second attempt met at once"
+        assert not any(is_alive(pid) for pid in workers), "no orphans"
+        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+
+        again = tmp_path / "again"
+        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
+        wait_until(lambda: ddp_newest(again), 60, "a checkpoint")
+        workers = children(agent)
+        agent.kill()
+        agent.wait()
+        wait_until(lambda: not any(is_alive(pid) for pid in workers), 10, "the orphans to leave")
+        assert not (again / "final.pt").exists()
+        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
+        assert agent.wait(120) == 0, (tmp_path / "agent2.log").read_text()
+        assert "from_step=0" not in (tmp_path / "agent2.log").read_text()
+        assert torch.equal(final_weights(again), final_weights(tmp_path / "whole"))
+
+    @linux
+    def test_main_elastic_on_one_node_and_on_two_again(self, elastic_begun, ddp, tmp_path):
+        """The node that doesn't host the rendezvous comes, is killed and comes back; the loss curve stays."""
+        curve, arguments = elastic_begun.result()
+        ddp.start(1, *arguments, "--out", str(tmp_path))
+        ddp.wait_until(lambda: int(ddp_newest(tmp_path)[5:13] or 0) >= len(curve))
+        ddp.kill([0])
+        ddp.wait()
+        undisturbed = train_ddp.load_checkpoint(tmp_path)["losses"][: len(curve)]
+        curves = (torch.tensor(losses, dtype=torch.float64) for losses in (curve, undisturbed))
+        check_close(*curves, 1e-5, "loss curve")
+
+    @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+    def test_main_on_two_hosts(self, rendezvous, tmp_path):
+        """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
+        if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
+            pytest.skip("two hosts are simulated with `ip netns`: needs Linux, root and iproute2")
+        tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
+        hosts = [(f"nsA{tag}", f"vA{tag}", "10.77.0.1"), (f"nsB{tag}", f"vB{tag}", "10.77.0.2")]
+        arguments, agents = [*TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
+
+        def ip(*words: str) -> None:
+            done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
+            if done.returncode:
+                pytest.skip(f"two hosts can't be simulated: ip {' '.join(words)}: {done.stderr.strip()}")
+
+        try:
+            for name, _, _ in hosts:
+                ip("netns", "add", name)
+            ip("link", "add", hosts[0][1], "type", "veth", "peer", "name", hosts[1][1])
+            for name, cable, address in hosts:
+                ip("link", "set", cable, "netns", name)
+                ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
+                for device in ("lo", cable):
+                    ip("-n", name, "link", "set", device, "up")
+            for i, (name, cable, address) in enumerate(hosts):
+                node = ["--nnodes=2", "--nproc_per_node=2"]
+                if rendezvous == "static":
+                    node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
+                else:
+                    node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
+                    node += [f"--local-addr={address}", f"--rdzv-conf=is_host={1 - i}"]
+                options = {"prefix": ["ip", "netns", "exec", name], "cwd": tmp_path}
+                command = (ROOT / "train_ddp.py", *arguments)
+                agents.append(torchrun(*command, node=node, GLOO_SOCKET_IFNAME=cable, **options))
+            codes = [agent.wait(90) for agent in agents]
+            assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
+        finally:
+            for agent in agents:
+                kill_with_children(agent)
+            for name, _, _ in hosts:
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
+        expected, _ = by_hand(train_ddp, settings_of(train_ddp, *arguments))
+        assert distance_of_weights(tmp_path / "out", expected) <= 1e-12
+        assert json_of(tmp_path / "out/report.json")["processes"] == 4
 
 
 # -----------------------------------------------------------------------------
@@ -7215,194 +5068,60 @@ print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name,
 
 
 # -----------------------------------------------------------------------------
-# classify_imdb.py: data
+# classify_imdb.py
 
-NO_NETWORK = {
-    "https_proxy": "http://127.0.0.1:9",
-    "HTTPS_PROXY": "http://127.0.0.1:9",
-}  # nothing listens there
+NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}  # nothing listens
+IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
+IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
 
+# For the launcher: a run on few demo reviews without export and page. {here} makes something different.
+IMDB_FEW = """
+script.exit_now = script.ddp.exit_now
+import os, sys
+script.hardware = lambda device: {"gemm_gflops": 1.0}
 
-def imdb_files(per_folder: int) -> dict[str, str]:
-    """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
-    return {
-        f"{folder}/{number}_{7 if 'pos' in folder else 2}.txt": f"{folder} {number}, a film<br />Über alles."
-        for folder in imdb.PER_FOLDER
-        for number in range(per_folder)
-    }
+def no_network():
+    raise OSError("no network")
 
+script.find_imdb = no_network
+whole = script.load_corpus(script.Settings(data=""))
+few = script.Corpus("demo", whole.labels, whole.train[:300], whole.test[:300], whole.unlabelled[:300])
+script.load_corpus = lambda s: few
+script.BUCKETS = 10_007  # a small table of odds: every step is saved
+export_models, script.export_models = script.export_models, lambda *_: {"exported": True}
+script.write_page = lambda *_: None
 
-def imdb_tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        folder = tarfile.TarInfo(prefix + "train/pos")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name, text in files.items():
-            member = tarfile.TarInfo(prefix + name)
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    return path
+def die(*_, **__):
+    os.kill(os.getpid(), 9)
 
+def again(*_, **__):
+    raise AssertionError("done again")
 
-def imdb_folder(path: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text, encoding="utf-8")
-    return path
+def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
+    return die() if step == 12 else rate(step, warmup, steps)
 
+{here}
+script.exit_now(script.main(sys.argv[1:]))
+"""
 
-def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    unasked = {"train/unsup/0_0.txt": "no label", "README": "read me", "train/pos/._0_7.txt": "no review"}
-    from_tar = imdb.read_imdb(imdb_tarball(tmp_path / "aclImdb_v1.tar.gz", files | unasked))
-    outer = imdb_folder(tmp_path / "there" / "aclImdb", files | unasked).parent
-    assert from_tar == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
-    assert imdb.read_imdb(imdb_tarball(tmp_path / "again.tar.gz", files, prefix="./aclImdb/")) == from_tar
-    for split in ("train", "test"):
-        assert [(r.number, r.label) for r in from_tar[split]] == [(i, 1) for i in range(30)] + [
-            (i, 0) for i in range(30)
-        ]
-        for review in from_tar[split]:
-            assert review.text.startswith(f"{split}/{'pos' if review.label else 'neg'} {review.number},")
-    other = imdb.read_imdb(imdb_folder(tmp_path / "other", files | {"test/neg/3_2.txt": "a word changed"}))
-    assert imdb.fingerprint(other) != imdb.fingerprint(from_tar)
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
-    more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
-    for path in (
-        imdb_tarball(tmp_path / "all.tar.gz", files | more),
-        imdb_folder(tmp_path / "all", files | more),
-    ):
-        with_unlabelled = imdb.read_imdb(path, unlabelled=True)
-        unlabelled = with_unlabelled.pop("unlabelled")
-        assert with_unlabelled == from_tar == imdb.read_imdb(path)
-        assert unlabelled == [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-    with pytest.raises(ValueError, match="1 reviews in train/unsup, not 12"):
-        imdb.read_imdb(tmp_path / "aclImdb_v1.tar.gz", unlabelled=True)
+IMDB_SNIPPET = """
+import json
 
+import numpy as np
+import onnxruntime
+import tiktoken
 
-def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    long = " ".join(
-        f"{random.Random(i).random()}" for i in range(5000)
-    )  # most of the bytes lie inside a text
-    whole = imdb_tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-
-    def refused(path: Path, *words: str):
-        with pytest.raises(ValueError) as error:
-            imdb.read_imdb(path)
-        assert all(word in str(error.value) for word in ("data:", str(path), *words)), error.value
-
-    refused(tmp_path / "nowhere", "does not exist")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no folder train/pos")
-    no_test_neg = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-    refused(imdb_folder(tmp_path / "part", no_test_neg), "no folder test/neg")
-    refused(imdb_tarball(tmp_path / "part.tar.gz", no_test_neg), "0 reviews in test/neg")
-    one_less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-    refused(imdb_folder(tmp_path / "less", one_less), "29 reviews in train/neg", "30")
-    refused(
-        imdb_tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"}),
-        "31 reviews in test/pos",
-    )
-    (tmp_path / "text").write_text("no tarball")
-    refused(tmp_path / "text", "no .tar.gz")
-    plain = tmp_path / "plain.gz"
-    plain.write_bytes(gzip.compress(b"no tar in it" * 100))
-    refused(plain, "truncated, altered")
-    data = whole.read_bytes()
-    for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1):
-        whole.write_bytes(data[:cut])
-        refused(whole, "truncated, altered")
-    header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
-    for place in random.Random(0).sample(range(header, len(data)), 60):
-        altered = bytearray(data)
-        altered[place] ^= 1 << place % 8
-        whole.write_bytes(altered)
-        refused(whole, "truncated, altered")
-    whole.write_bytes(data)
-    assert len(imdb.read_imdb(whole)["test"]) == 60
-
-
-def test_classify_imdb_loads_what_is_given(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 3})
-    files = imdb_files(5) | {f"train/unsup/{i}_0.txt": "?" for i in range(3)}
-    path = imdb_tarball(tmp_path / "all.tar.gz", files)
-    for unlabelled in (False, True):
-        s = imdb.Settings(data=str(path), unlabelled=unlabelled)
-        assert imdb.load_reviews(s) == ("imdb", imdb.read_imdb(path, unlabelled))
-        assert "not exactly the published" in capsys.readouterr().out
-    monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(imdb.read_imdb(path)))
-    imdb.load_reviews(s)
-    assert not capsys.readouterr().out
-
-
-def test_classify_imdb_constants_are_the_published_ones():
-    assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
-    assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
-    log = json_of(ROOT / "assets/imdb.json")
-    assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
-
-
-def test_classify_imdb_fingerprint_sees_each_label_and_text():
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    seen = {imdb.fingerprint(reviews)}
-    for split in ("train", "test", "unlabelled"):
-        for change in ({"text": "x"}, {"label": 7}):
-            rows = list(reviews[split])
-            rows[3] = rows[3]._replace(**change)
-            seen.add(imdb.fingerprint(reviews | {split: rows}))
-    assert len(seen) == 7
-
-
-def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
-    """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    evil = {"../evil.txt": "out", f"{tmp_path}/absolute.txt": "out", "train/pos/../../../evil.txt": "out"}
-    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5) | evil, prefix="")
-    assert len(imdb.read_imdb(path)["train"]) == 10
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.tar.gz", "here"]
-
-
-def test_classify_imdb_dev_split_is_blocks_of_neighbours():
-    """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
-    for per_class in (12_500, 4000, 50):
-        reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
-        train, dev = imdb.split_dev(reviews)
-        assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
-        for label in (0, 1):
-            numbers = {r.number for r in dev if r.label == label}
-            assert len(numbers) == per_class // 10
-            edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
-            assert len(edges) == 10 and max(edges) - min(edges) > per_class // 2  # drawn from several places
-    assert sorted(imdb.dev_numbers(50)) == [4, 14, 24, 34, 44]
-
-
-def test_classify_imdb_cleans_and_finds_shared_texts():
-    assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-    texts = ["Good film!", "good   FILM", "A bad one.<br />Really"]
-    one = [imdb.Review(i, 1, text) for i, text in enumerate(texts)]
-    other = [
-        imdb.Review(i, 0, text) for i, text in enumerate(["good film", "a bad one, really!", "goodfilm", ""])
-    ]
-    assert imdb.shared_texts(one, other) == 2 and imdb.shared_texts(other, one) == 3
-
-
-def test_classify_imdb_demo_reviews_share_no_text():
-    reviews = imdb.demo_reviews(0)
-    train, dev = imdb.split_dev(reviews["train"])
-    assert (len(train), len(dev), len(reviews["test"])) == (7200, 800, 2000)
-    assert imdb.shared_texts(train, dev) == imdb.shared_texts(train + dev, reviews["test"]) == 0
-    assert all(2 * sum(r.label for r in part) == len(part) for part in (train, dev, reviews["test"]))
-
-
-IMDB_GIVEN = pytest.mark.skipif(
-    not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
-)
+session = onnxruntime.InferenceSession("out/classify_imdb/model.onnx")
+about = session.get_modelmeta().custom_metadata_map
+labels, max_len, pattern, tokens = (json.loads(about[x]) for x in ("labels", "max_len", "pattern", "tokens"))
+ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
+bpe = tiktoken.Encoding("reviews", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+text = " ".join("A film to remember.<br />".replace("<br />", " ").lower().split())
+ids = 2 + np.array(bpe.encode_ordinary(text))  # 0 and 1 are padding and hidden words
+ids = ids if len(ids) <= max_len else np.concatenate((ids[: max_len // 2], ids[max_len // 2 - max_len :]))
+logits = session.run(None, {"tokens": ids[None]})[0][0]
+print(dict(zip(labels, np.exp(logits) / np.exp(logits).sum())))
+"""
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
@@ -7426,1468 +5145,1047 @@ class BreakingServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def serve():
-    """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
-    servers = []
+class TestClassifyImdb:
+    @pytest.fixture(autouse=True)
+    def small_table(self, monkeypatch):
+        """A table of odds of two million rows takes a tenth of a second each time."""
+        monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
-    def start(data: bytes, **given):
-        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
+    @staticmethod
+    def corpus(n: int = 200, seed: int = 5) -> imdb.Corpus:
+        pairs = enumerate(encoder.generate_reviews(3 * n, seed))
+        reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
+        unlabelled = [imdb.Review(i, -1, review.text) for i, review in enumerate(reviews[2 * n :])]
+        return imdb.Corpus("demo", ["negative", "positive"], reviews[:n], reviews[n : 2 * n], unlabelled)
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    @staticmethod
+    def model(**settings) -> imdb.ReviewClassifier:
+        sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "max_len": 64, **settings}
+        model = imdb.make_model(imdb.Settings(**sizes), 300).eval()
+        if model.odds is not None:
+            model.odds.table[1:] = torch.randn(imdb.BUCKETS, 1)
+            model.odds.without_fold.copy_(torch.randn_like(model.odds.without_fold))
+            model.odds.without_fold[:: imdb.BUCKETS + 1] = 0.0
+        return model
 
+    def training(self, out: Path, **settings):
+        """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
+        sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1, "n_layers": 1, "max_len": 16, "vocab_size": 300}
+        rest = {"batch_size": 10, "epochs": 1, "min_steps": 0, "out": str(out)}
+        s = imdb.Settings(**{**sizes, **rest, **settings})
+        corpus = self.corpus()
+        tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
+        parts = []
+        for reviews in (corpus.train, corpus.test[:50]):
+            parts.append(imdb.encode(tokenizer, reviews, [r.label for r in reviews], s.max_len))
+        model = imdb.make_model(s, tokenizer.vocab_size)
+        model.odds.fit(parts[0])
+        return model, *parts, imdb.Run({}, tokenizer.ranks), s
 
-def test_classify_imdb_download(tmp_path, serve):
-    data = random.Random(0).randbytes(1_000_000)
-    md5 = hashlib.md5(data).hexdigest()
-    fetch = functools.partial(imdb.download, size=len(data), md5=md5)
-    part = tmp_path / "got.part"
+    @staticmethod
+    def imdb_files(per_folder: int) -> dict[str, str]:
+        """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
+        names = [f"{f}/{i}_{7 if 'pos' in f else 2}.txt" for f in imdb.PER_FOLDER for i in range(per_folder)]
+        return {name: f"{name}, a film<br />Über alles." for name in names}
 
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == [None] and not part.exists()
+    @staticmethod
+    def tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
+        with tarfile.open(path, "w:gz") as tar:
+            folder = tarfile.TarInfo(prefix + "train/pos")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name, text in files.items():
+                member = tarfile.TarInfo(prefix + name)
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+        return path
 
-    url, breaking = serve(data, sent_at_most=300_000)  # breaks off, and goes on where it was asked to
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
-    assert breaking.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+    @staticmethod
+    def folder(path: Path, files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text, encoding="utf-8")
+        return path
 
-    part.write_bytes(data[:400_000])  # left by a run that was killed
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == ["bytes=400000-"]
+    @staticmethod
+    def table(path: Path, rows: list[tuple], columns=("text", "label")) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+        return path
 
-    part.write_bytes(data[:400_000])  # a server that knows no ranges sends all from the start
-    url, _ = serve(data, ranges=False)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
+    @staticmethod
+    def own_rows(n: int) -> list[tuple[str, str]]:
+        """Reviews as people store them: quotes, commas, line breaks, emoji, nothing at all."""
+        odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<script>{}</script> $x_1$"]
+        reviews = encoder.generate_reviews(n, 7)
+        return [(odd[i % len(odd)].format(t), ("bad", "good & fine")[y]) for i, (t, y) in enumerate(reviews)]
 
+    # ---- oracles
 
-def test_classify_imdb_download_that_fails_leaves_what_was_there(tmp_path, serve):
-    data = random.Random(1).randbytes(500_000)
-    md5 = hashlib.md5(data).hexdigest()
-    got, part = tmp_path / "got", tmp_path / "got.part"
-    altered = bytearray(data)
-    altered[123_456] ^= 1
+    def test_ngram_ids_equal_a_loop(self):
+        """By place: the bucket of the single, pair, triple that end there; 0 where one isn't a word."""
+        for T in (1, 2, 3, 40):
+            tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
+            buckets = imdb.ngram_ids(tokens)
+            assert buckets.shape == (4, T, 3)
+            for b, t, n in itertools.product(range(4), range(T), (1, 2, 3)):
+                gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else []
+                hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
+                assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= 2 else 0)
+        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
+        assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
+        largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
+        assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
+        assert (imdb.PAD, imdb.MASK, imdb.SPECIAL) == (0, 1, 2)
+        for prime in (2_097_143, *imdb.FACTORS):
+            assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
 
-    def fails(url: str, *words: str):
-        with pytest.raises(OSError) as error:
-            imdb.download(url, got, len(data), md5)
-        assert all(word in str(error.value) for word in (url, *words)), error.value
-        assert not got.exists()
-
-    fails(serve(bytes(altered))[0], "md5")
-    assert not part.exists()  # wrong bytes are no start for the next attempt
-    fails(serve(data + b"more")[0], "md5")
-    fails(serve(data, status=404)[0], "404")
-    fails(serve(data, status=503)[0], "503")
-    fails("http://127.0.0.1:9/file", "refused")
-    assert not part.exists()
-    fails(serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 500,000")  # never gets further
-    assert part.read_bytes() == data[:100_000]
-    imdb.download(serve(data)[0], got, len(data), md5)
-    assert got.read_bytes() == data
-
-
-def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
-    data = b"tarball"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
-    monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
-    url, server = serve(data)
-    monkeypatch.setattr(imdb, "IMDB_URL", url)
-    assert imdb.find_imdb("given") == Path("given") and not server.asked
-    (tmp_path / "imdb").mkdir()  # left by a download that broke off
-    path = imdb.find_imdb("")
-    assert path == tmp_path / "imdb/aclImdb_v1.tar.gz" == imdb.find_imdb("") and path.read_bytes() == data
-    assert len(server.asked) == 1  # the second time it was there
-    path.unlink()
-    both = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:  # two first runs
-        paths = list(pool.map(lambda _: (both.wait(), imdb.find_imdb(""))[1], range(2)))
-    assert paths == [path, path] and path.read_bytes() == data and len(server.asked) == 2
-    path.unlink()
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    assert imdb.find_imdb("").read_bytes() == data
-
-
-def test_classify_imdb_a_stalled_server_is_given_up(tmp_path, monkeypatch):
-    def urlopen(request, timeout=None):
-        assert timeout and timeout <= 60
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(imdb.urllib.request, "urlopen", urlopen)
-    with pytest.raises(OSError, match="timed out after 0 of 5 bytes"):
-        imdb.download("http://127.0.0.1/a", tmp_path / "a", 5, "")
-
-
-# -----------------------------------------------------------------------------
-# classify_imdb.py: tokenizer, batches, training
-
-
-def test_classify_imdb_tokenizer():
-    texts = [review.text for review in imdb.demo_reviews(0)["train"][:500]]
-    tokenizer = imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400)
-    assert tokenizer.ranks == imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400).ranks
-    assert 300 < tokenizer.vocab_size <= 400
-    odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0], "don't it's"]
-    again = imdb.Tokenizer(list(tokenizer.ranks))  # what a checkpoint holds is enough
-    every_byte = [bytes([i, j]) for i in range(256) for j in (0, 34, 92, 255)]
-    assert imdb.unpacked(imdb.packed(every_byte)) == every_byte
-    assert imdb.unpacked(imdb.packed(tokenizer.ranks)) == tokenizer.ranks
-    for text, ids, same in zip(odd, tokenizer.encode(odd, 1000), again.encode(odd, 1000), strict=True):
-        assert ids.dtype == torch.long and torch.equal(ids, same)
-        assert ids.numel() == 0 or imdb.SPECIAL <= ids.min() <= ids.max() < tokenizer.vocab_size
-        assert tokenizer.bpe.decode([i - imdb.SPECIAL for i in ids.tolist()]) == imdb.clean(text)
-    assert (
-        len(tokenizer.encode([texts[0]], 1000)[0]) < len(texts[0].split()) * 2
-    )  # merged: no letter-by-letter
-    (whole,) = tokenizer.encode([" ".join(texts[:20])], 10_000)
-    for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
-        (short,) = tokenizer.encode([" ".join(texts[:20])], max_len)
-        head = min(max_len, len(whole)) // 2 if max_len < len(whole) else len(whole)
-        tail = min(max_len, len(whole)) - head
-        assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
-    assert imdb.pad([whole[:3], whole[:0], whole[:1]]).tolist() == [
-        whole[:3].tolist(),
-        [0, 0, 0],
-        [whole[0], 0, 0],
-    ]
-    assert imdb.pad([whole[:0]]).tolist() == [[imdb.PAD]]
-
-
-def test_classify_imdb_batches_hold_each_review_once_and_little_padding():
-    rng = random.Random(0)
-    for n in (1, 31, 32, 33, 5000):
-        lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-        batches = imdb.batches(lengths, 32, seed=1)
-        assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
-        assert batches == imdb.batches(lengths, 32, seed=1)
-    assert batches != imdb.batches(lengths, 32, seed=2)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert padded < 1.1 * sum(lengths)
-    longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
-    assert longest != sorted(longest)  # batches come in random order, not the short ones first
-    other = {tuple(sorted(batch)) for batch in imdb.batches(lengths, 32, seed=2)}
-    assert len({tuple(sorted(batch)) for batch in batches} & other) < 3
-
-
-def test_classify_imdb_upcoming_goes_on_in_any_epoch():
-    s, lengths = imdb.Settings(epochs=3, batch_size=4), [7] * 10  # 3 steps an epoch
-    whole = list(imdb.upcoming(lengths, s, 0))
-    assert len(whole) == 9 and whole[:3] != whole[3:6] != whole[6:]
-    assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3, 6))
-    assert all(list(imdb.upcoming(lengths, s, step)) == whole[step:] for step in range(10))
-    other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0))
-    assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3, 6) for f in (0, 3, 6))
-
-
-def test_classify_imdb_hides_a_share_of_the_words_and_counts():
-    seen, ids = [], [torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)]
-
-    def model(tokens, fold):
-        seen.append((tokens, fold))
-        return torch.zeros(len(tokens), 2)
-
-    data, s = (ids, [0.2, 0.3, 0.9], [0, 1, 2]), imdb.Settings(mask_words=0.3)
-    loss, right = imdb.share_of_batch(model, [0, 1, 2], data, False, s, imdb.ALONE)
-    assert right == 2 and loss.item() == pytest.approx(3 * math.log(2))
-    ((tokens, fold),) = seen
-    assert (tokens[0, 400:] == imdb.PAD).all() and fold.tolist() == [0, 1, 2]
-    assert abs((tokens == imdb.MASK).sum().item() / 2400 - 0.3) < 0.05
-
-
-def test_classify_imdb_weights_follow_the_seed():
-    a, b, c = (imdb.make_model(imdb.Settings(seed=n), 300).head.weight for n in (0, 1, 0))
-    assert torch.equal(a, c) and not torch.equal(a, b)
-
-
-def test_classify_imdb_optimizer_and_schedule():
-    s = imdb.Settings(lr=2.0, warmup=10, weight_decay=0.5)
-    model = imdb.make_model(s, 300)
-    optimizer = imdb.make_optimizer(model, s)
-    decayed, spared = optimizer.param_groups
-    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2, 3} and {p.dim() for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
-    assert rates[:10] == pytest.approx(
-        [0.2 * i for i in range(1, 11)], rel=1e-3
-    )  # 1 / warmup first, then the peak
-    assert (
-        rates[500] == pytest.approx(1.0) and rates[250] == pytest.approx(1 + 2**-0.5) and 0 < rates[-1] < 1e-4
-    )
-
-
-def test_classify_imdb_bf16_only_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert imdb.choose_bf16("auto", cpu) is has
-        assert imdb.choose_bf16("bf16", cpu) is True and imdb.choose_bf16("off", cpu) is False
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert imdb.choose_bf16("auto", cpu) is False
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert imdb.choose_bf16("auto", torch.device("cuda")) is False
-
-
-def test_classify_imdb_probabilities_are_each_text_s_own():
-    """In the order given, whatever stands beside a text in its batch; P(positive) is class 1's."""
-    model = imdb.make_model(imdb.Settings(d_model=16, d_ff=16, max_len=50), 300)
-    ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    for i in (0, 1, 70, 149):
-        check_close(p[i : i + 1], model(imdb.pad([ids[i]])).softmax(-1)[:, 1].detach(), 1e-5)
-    labels = torch.tensor([1, 0, 1, 0])
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.2, 0.6]), labels) == 0.5
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.8, 0.4]), labels) == 1.0
-
-
-def test_classify_imdb_training_flops_count_the_matrix_products():
-    """2 operations for each weight and place, 4 * C for each pair of places; twice that backward."""
-    s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
-    model = imdb.make_model(s, 300)
-    weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
-    weights += model.shorten.weight.numel()
-    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (5, 2))
-    assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
-
-
-def test_classify_imdb_ngram_ids_equal_a_loop():
-    """By place: the bucket of the single, the pair, the triple that end there; 0 where one isn't a word."""
-    for T in (1, 2, 3, 40):
-        tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
-        buckets = imdb.ngram_ids(tokens)
-        assert buckets.shape == (4, T, 3) and torch.equal(imdb.ngram_ids(tokens.int()), buckets)
-        for b, row in enumerate(tokens.tolist()):
-            for t in range(T):
-                for n in (1, 2, 3):
-                    gram = row[t - n + 1 : t + 1] if t >= n - 1 else []
-                    hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
-                    assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= imdb.SPECIAL else 0)
-    short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
-    assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
-    largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
-    assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
-    words = torch.randint(2, 16_000, (1, 3000))
-    assert len(imdb.ngram_ids(words).unique()) > 0.99 * (len(words.unique()) + 2 * 3000 - 3)  # few collide
-
-
-def test_classify_imdb_hidden_words_and_padding_have_no_odds():
-    assert not imdb.ngram_ids(torch.tensor([[imdb.MASK, imdb.PAD]])).any()
-    assert 0.8 < imdb.make_model(imdb.Settings(), 300).from_odds.weight.std() < 1.2  # see there
-    assert len({imdb.PAD, imdb.MASK, imdb.SPECIAL}) == 3 and imdb.SPECIAL > max(imdb.PAD, imdb.MASK)
-    for prime in (imdb.BUCKETS, *imdb.FACTORS):
-        assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
-
-
-def test_classify_imdb_odds_equal_counting_and_never_see_a_review_s_own_label():
-    rng = random.Random(0)
-    ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
-    labels, folds = [rng.randrange(2) for _ in ids], [rng.randrange(imdb.FOLDS) for _ in ids]
-    odds = imdb.ngram_odds(ids, labels, folds)
-    assert odds.shape == (imdb.FOLDS + 1, imdb.BUCKETS + 1) and (odds[:, 0] == 0).all()
-    seen = set()
-    for left_out in range(imdb.FOLDS + 1):
-        counts = collections.defaultdict(lambda: [1, 1])
-        for x, label, fold in zip(ids, labels, folds, strict=True):
-            if fold != left_out:
+    def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
+        rng = random.Random(0)
+        ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
+        ids[0] = torch.tensor([imdb.BUCKETS])  # falls into bucket 1, the first
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's opinion counts on its side
+        folds = [rng.randrange(imdb.FOLDS) for _ in ids]
+        odds = imdb.NgramOdds()
+        odds.fit(imdb.Examples(ids, targets, folds))
+        tables = [*odds.without_fold.view(imdb.FOLDS, -1), odds.table[:, 0]]
+        for left_out, table in enumerate(tables):
+            counts = collections.defaultdict(lambda: [1, 1])
+            for x, target, fold in zip(ids, targets, folds, strict=True):
                 for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
-                    counts[bucket][label] += 1
-        seen |= set(counts)
-        for bucket in seen:
-            negative, positive = counts[bucket]
-            assert odds[left_out, bucket].item() == pytest.approx(math.log(positive / negative), abs=1e-6)
-    assert (odds != 0).any(0).sum() <= len(seen)
-    turned = [1 - label if fold == 2 else label for label, fold in zip(labels, folds, strict=True)]
-    others = imdb.ngram_odds(ids, turned, folds)
-    assert torch.equal(others[2], odds[2]) and not torch.equal(others[1], odds[1])
+                    counts[bucket][target > 0.5] += fold != left_out
+            expected = torch.zeros(imdb.BUCKETS + 1)
+            for bucket, (negative, positive) in counts.items():
+                expected[bucket] = math.log(positive / negative)
+            check_close(table, expected, 1e-6)
+        turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
+        others = imdb.NgramOdds()
+        others.fit(imdb.Examples(ids, turned, folds))
+        x = ids[folds.index(2)][None]
+        assert torch.equal(others(x, torch.tensor([2])), odds(x, torch.tensor([2])))
+        assert not torch.equal(others(x), odds(x)) and not torch.equal(odds(x), odds(x, torch.tensor([2])))
+        assert list(odds.state_dict()) == ["table"]
 
+    @pytest.mark.parametrize("n", [21, 22, 23, 24])
+    def test_model_is_its_parts_written_out(self, n):
+        """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place."""
+        model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
+        fold = torch.tensor([1, 3])
+        rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
+        for given, table in ((None, model.odds.table[imdb.ngram_ids(tokens), 0]),
+                             (fold, model.odds.without_fold[rows, 0])):  # fmt: skip
+            x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
+            x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
+            places = []
+            for start in range(0, n + 2, 4):  # while one of five tokens is there
+                window = x[:, start : start + 5]  # (B, 5, C)
+                conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
+                places.append(conv + window.mean(1))
+            y = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
+            for layer in model.encoder.layers:
+                y = layer(y, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
+            y = model.encoder.final_norm(y)
+            check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
 
-def imdb_random_model(**settings) -> imdb.ReviewClassifier:
-    model = imdb.make_model(imdb.Settings(d_model=16, n_heads=2, d_ff=24, max_len=64, **settings), 300).eval()
-    model.set_odds(torch.randn(imdb.FOLDS + 1, imdb.BUCKETS + 1).index_fill(1, torch.tensor(0), 0.0))
-    return model
-
-
-def test_classify_imdb_model_padding_and_batch_invariance():
-    model = imdb_random_model()
-    for n in (1, 2, 3, 4, 5, 17, 62):
-        tokens = torch.randint(2, 300, (3, n))
-        alone = model(tokens)
-        for T in (n, n + 1, n + 2, 64):
-            padded = torch.zeros(4, T, dtype=torch.long)
-            padded[:3, :n] = tokens
-            check_close(model(padded)[:3], alone, 1e-5)
-            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        model(torch.ones(1, 65, dtype=torch.long))
-    with pytest.raises(ValueError, match="integers.*float"):
-        model(torch.ones(1, 5))
-
-
-@pytest.mark.parametrize("n", [21, 22, 23, 24])
-def test_classify_imdb_model_is_its_parts_written_out(n):
-    """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place; then
-    encoder.py's parts."""
-    model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, n))
-    x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
-    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-    places = []
-    for start in range(0, n + 2, 4):  # while one of five tokens is there
-        window = x[:, start : start + 5]  # (B, 5, C)
-        conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
-        places.append(conv + window.mean(1))
-    x = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
-    for layer in model.encoder.layers:
-        x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
-    check_close(model(tokens), model.head(model.encoder.final_norm(x).mean(1)), 1e-5)
-
-
-@torch.no_grad()
-def test_classify_imdb_every_token_counts():
-    """Wherever it stands: also the last one of a text whose length the stride divides."""
-    model = imdb_random_model()
-    for run in (model, imdb.FusedClassifier(model)):
-        for T in range(1, 14):
+    @torch.no_grad()
+    @pytest.mark.parametrize("odds", [True, False])
+    def test_fused_is_the_same_function(self, odds):
+        """On every length; the model itself stays as it is. Every token counts, wherever it stands."""
+        model = self.model(odds=odds)
+        before = copy.deepcopy(model.state_dict())
+        fused = imdb.FusedClassifier(model)
+        for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
+            tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
+            (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
+            check_close(y[mask], x[mask], 1e-5)
+            assert torch.equal(mask, fused_mask) and not fused.training
+            check_close(fused(tokens), model(tokens), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        for run, T in itertools.product((model, fused), range(1, 14)):
             tokens = torch.full((1, T), 7)
-            for i in range(T):
-                other = tokens.clone()
-                other[0, i] = 8
-                assert not torch.equal(run(other), run(tokens)), (T, i)
-
-
-def test_classify_imdb_refuses_the_weights_of_another_model():
-    model, other = imdb_random_model(), imdb.make_model(imdb.Settings(d_model=8, n_heads=2), 300)
-    with pytest.raises(ValueError, match="out holds another model's weights .*delete it"):
-        imdb.load_weights(model, other.state_dict(), "out")
-    other = imdb_random_model()
-    imdb.load_weights(model, other.state_dict(), "out")
-    assert torch.equal(model.shorten.weight, other.shorten.weight)
-
-
-@torch.no_grad()
-def test_classify_imdb_dropout_is_of_words_and_odds():
-    """And of the pooled vector."""
-    model, tokens = imdb_random_model().train(), torch.randint(2, 300, (2, 10))
-    model.dropout.forward = torch.zeros_like
-    check_close(model(tokens).detach(), model.head.bias.detach().expand(2, -1), 1e-6)
-    model.encoder.dropout.forward = torch.zeros_like
-    places, _ = model.embed(tokens)
-    check_close(places, (model.shorten.bias + model.encoder.positions[:4]).expand(2, 4, 16), 1e-6)
-    for max_len in (1, 2, 3, 4, 5, 63, 64, 65):
-        model = imdb.make_model(imdb.Settings(max_len=max_len, d_model=16, n_heads=2), 300)
-        assert model.encoder.positions.shape == (max_len // 4 + 2, 16)
-        assert model(torch.full((1, max_len), 7)).shape == (1, 2)
-
-
-def test_classify_imdb_pruned_copy_keeps_the_lower_layers(monkeypatch):
-    """And is trained by the whole model, which stays as it is."""
-    seen = []
-    s = imdb.Settings(d_model=16, n_heads=8, n_layers=5, d_ff=24, max_len=64)
-    model = imdb.make_model(s, 300).eval()
-    for i, layer in enumerate(model.encoder.layers):
-        nn.init.constant_(layer.attention_norm.bias, float(i))
-    before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(imdb, "fine_tuned", lambda *a: seen.append(a) or a[0])
-    sample = [((torch.randint(2, 300, (4, 9)),), torch.tensor([0, 1, 1, 0]))]
-    pruned = imdb.pruned_copy(model, sample, {"train": ()}, s)
-    ((tuned, *rest),) = seen
-    assert rest == [model, {"train": ()}, s] and tuned is not model
-    assert isinstance(pruned, imdb.FusedClassifier) and len(model.encoder.layers) == 5
-    assert not isinstance(tuned, imdb.FusedClassifier) and model.fold_odds.numel() > 0
-    tokens = torch.randint(2, 300, (3, 20))
-    check_close(pruned(tokens).detach(), tuned.eval()(tokens).detach(), 1e-5)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert [layer.attention_norm.bias[0].item() for layer in pruned.encoder.layers] == [0.0, 1.0]
-    for layer in pruned.encoder.layers:
-        assert layer.attention.n_heads == 2 and (24 // 4, 16) in {p.shape for p in layer.parameters()}
-
-
-def test_classify_imdb_fine_tuning_ends_after_700_steps(tmp_path, monkeypatch):
-    model, data, s, _ = imdb_tiny_training(tmp_path)
-    calls, parameter = [], next(model.parameters())
-    monkeypatch.setattr(imdb, "batches", lambda *_, **__: [[0, 1]] * 800)
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *_: calls.append(0) or (parameter.sum(), 0))
-    imdb.fine_tuned(model, copy.deepcopy(model).eval(), data, s)
-    assert len(calls) == 700
-
-
-@torch.no_grad()
-def test_classify_imdb_fused_model_is_the_same_function():
-    """On every length; the model itself stays as it is."""
-    model = imdb_random_model()
-    before = copy.deepcopy(model.state_dict())
-    fused = imdb.FusedClassifier(model.train())
-    assert not fused.training
-    model.eval()
-    for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
-        tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
-        (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
-        check_close(y[mask], x[mask], 1e-5)
-        assert torch.equal(mask, fused_mask)
-        check_close(fused(tokens), model(tokens), 1e-5)
-    assert "shorten.weight" not in fused.state_dict() and not hasattr(fused, "fold_odds")
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        fused(torch.ones(1, 65, dtype=torch.long))
-
-
-def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
-    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS, 30))
-    answers, odds = model(tokens, torch.arange(imdb.FOLDS)), model.fold_odds.view(imdb.FOLDS, -1)
-    for fold in range(imdb.FOLDS):
-        model.odds.copy_(odds[fold][:, None])
-        check_close(answers[fold], model(tokens)[fold], 1e-5)
-    assert "fold_odds" not in model.state_dict() and "odds" in model.state_dict()
-
-
-def test_classify_imdb_linear_model_weighs_by_naive_bayes():
-    reviews = [r._replace(text=f"The<br />{r.text}") for r in imdb.demo_reviews(1)["train"][:400]]
-    labels = [r.label for r in reviews]
-    model = imdb.LinearModel(reviews, labels)
-    names = model.counts.get_feature_names_out()
-    holders = {0: collections.Counter(), 1: collections.Counter()}
-    all_grams = collections.Counter()
-    for review in reviews:
-        words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
-        holders[review.label].update(grams & set(names))
-        all_grams.update(grams)
-    assert set(names) == {gram for gram, n in all_grams.items() if n >= 2}
-    total = [sum(holders[label][name] + 1 for name in names) for label in (0, 1)]
-    for i in range(0, len(names), 50):
-        n0, n1 = (holders[label][names[i]] + 1 for label in (0, 1))
-        assert model.weights[i] == pytest.approx(math.log(n1 / total[1]) - math.log(n0 / total[0]))
-    p = torch.tensor(model([r.text for r in reviews]))
-    assert imdb.accuracy(p, torch.tensor(labels)) > 0.8
-    # Where the penalised loss is least, the weights are C times what the errors pull at.
-    x = model.counts.transform([imdb.clean(r.text) for r in reviews]).toarray() * model.weights
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    pull, weights = 30 * x.T @ (np.array(labels) - p.numpy()), model.model.coef_[0]
-    assert np.abs(pull - weights).max() < 0.2 * np.abs(weights).max()  # it stops a little before that
-
-
-@functools.cache
-def imdb_demo_run(folder: Path) -> subprocess.CompletedProcess:
-    return run_script(
-        "classify_imdb.py", *IMDB_SMALL, "--no-export", "--out", "run", cwd=folder, **NO_NETWORK
-    )
-
-
-IMDB_SMALL = (
-    "--d-model",
-    "32",
-    "--d-ff",
-    "32",
-    "--epochs",
-    "1",
-    "--n-heads",
-    "1",
-    "--vocab-size",
-    "500",
-    "--lr",
-    "5e-3",
-)
-
-
-IMDB_REAL_DATA = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import classify_imdb as imdb
-reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-found = {"fingerprint": imdb.fingerprint(reviews)}
-for split, rows in reviews.items():
-    found[split] = [len(rows), sum(r.label for r in rows), sum(len(r.text.encode()) for r in rows)]
-train, dev = imdb.split_dev(reviews["train"])
-found["parts"] = [len(train), len(dev)]
-found["shared"] = [imdb.shared_texts(reviews["train"], reviews["test"]), imdb.shared_texts(train, dev)]
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def imdb_real_data_begun(request):
-    """Ten seconds, beside other tests of classify_imdb.py."""
-    command = [sys.executable, "-c", IMDB_REAL_DATA, str(ROOT)]
-    run = functools.partial(subprocess.run, command, capture_output=True, text=True, timeout=300)
-    given = "test_classify_imdb_real_data" if os.environ.get("IMDB_DATA") else ""
-    with beside_other_tests(request, given, run) as begun:
-        yield begun
-
-
-@pytest.fixture(scope="module")
-def imdb_run(imdb_formats_begun, imdb_real_data_begun, tmp_path_factory):
-    """A finished run on demo data: (the folder that holds it, what it printed)."""
-    folder = tmp_path_factory.mktemp("imdb")
-    return folder, imdb_demo_run(folder)
-
-
-def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
-    folder, result = imdb_run
-    report = last_json(result)
-    banner = result.stdout.split("preset=")[0]
-    assert banner.count("!" * 100) == 2 and "NOT FOUND" in banner and "127.0.0.1" not in result.stderr
-    assert "refused" in banner and "--data aclImdb_v1.tar.gz" in banner and imdb.IMDB_URL in banner
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.7
-    names = "test_accuracy dev_accuracy train_seconds total_seconds n_parameters preset seed"
-    names += " cpu threads gemm_gflops torch"
-    assert all(report[name] is not None for name in names.split())
-    assert report == json.loads((folder / "run/report.json").read_text())
-    assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
-    assert 0 < report["prepare_seconds"] < report["total_seconds"] < 240
-    assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
-    assert 0.4 < report["history"][0]["train_accuracy"] < report["history"][-1]["train_accuracy"] <= 1
-    made = {"confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
-    made |= {"calibration.png", "test.json", "index.html"}
-    made |= {f"attention_{label}.{kind}" for label in imdb.LABELS for kind in ("png", "html")}
-    checkpoints = {path.name for path in (folder / "run").glob("step_*.pt")}
-    assert {path.name for path in (folder / "run").iterdir()} == made | checkpoints
-    assert ddp_newest(folder / "run").startswith("step_00000225.") and len(checkpoints) == 2
-    mistakes = json.loads((folder / "run/mistakes.json").read_text())
-    surenesses = [m["probability"] for m in mistakes]
-    assert len(mistakes) == min(20, round(2000 * (1 - report["test_accuracy"])))
-    assert surenesses == sorted(surenesses) and all(sureness <= 0.5 for sureness in surenesses)
-    lines = [
-        line for line in result.stdout.splitlines() if "train accuracy" in line and "dev accuracy" in line
-    ]
-    assert len(lines) == 4
-
-
-def test_classify_imdb_finished_run_says_so(imdb_run):
-    folder, result = imdb_run
-    before = (folder / "run/model.pt").stat().st_mtime_ns
-    again = imdb_demo_run.__wrapped__(folder)
-    assert last_json(again) == last_json(result) and "finished" in again.stdout
-    assert (folder / "run/model.pt").stat().st_mtime_ns == before
-
-
-def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
-    """weights_only=True reads it; with the tokenizer in it, it gives the report's accuracy again."""
-    folder, result = imdb_run
-    state = torch.load(folder / "run/model.pt", weights_only=True)
-    assert set(state) == {"settings", "config", "ranks", "model"}
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    test_set = imdb.demo_reviews(0)["test"]
-    ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    assert imdb.accuracy(p, torch.tensor([r.label for r in test_set])) == last_json(result)["test_accuracy"]
-
-
-def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
-    folder, _ = imdb_run
-    monkeypatch.chdir(tmp_path)
-    long = "the plot was clever , " * 2000  # far over the length that a file name may have
-    (tmp_path / "texts.txt").write_text(
-        "a superb film , the plot was clever\n\na dull\x85film\n", encoding="utf-8"
-    )
-
-    def predict(what: str) -> list[dict]:
-        imdb.run_job(["--out", str(folder / "run"), "--predict", what])
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    (answer,) = predict("a superb film , the plot was clever")
-    assert list(answer) == ["label", "probability", "text"]
-    assert answer["label"] == "positive" and answer["text"] == "a superb film , the plot was clever"
-    assert 0.5 < answer["probability"] <= 1
-    from_file = predict("texts.txt")
-    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull\x85film"]
-    assert from_file[0] == answer and from_file[2]["label"] == "negative"
-    assert from_file[2]["probability"] > 0.5  # the answer's, not P(positive)
-    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfa superb film , the plot was clever\ncaf\xe9\n")
-    assert predict("latin.txt")[0] == answer  # without the mark that some editors put in front
-    assert predict("latin.txt")[1]["text"] == "caf\ufffd"
-    reader, writer = os.pipe()
-    os.write(writer, b"a superb film , the plot was clever\n")
-    os.close(writer)
-    assert predict(f"/dev/fd/{reader}") == [answer]
-    os.close(reader)
-    with pytest.raises(IsADirectoryError):
-        predict(".")
-    command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
-    piped = subprocess.run(
-        command, input=f"a dull\x85film\n{long}", capture_output=True, text=True, timeout=60
-    )
-    assert [json.loads(line) for line in piped.stdout.splitlines()] == [from_file[2], predict(long)[0]], (
-        piped.stderr
-    )
-
-
-def test_classify_imdb_predict_errors(imdb_run, tmp_path):
-    folder, _ = imdb_run
-    with pytest.raises(ValueError, match="nowhere/model.pt.*train a model first"):
-        imdb.run_job(["--predict", "a text", "--out", "nowhere"])
-    for nothing in ("", "  "):
-        with pytest.raises(ValueError, match="no text"):
-            imdb.run_job(["--predict", nothing, "--out", str(folder / "run")])
-    data = bytearray((folder / "run/model.pt").read_bytes())
-    (tmp_path / "bad").mkdir()
-    for place in (len(data) // 2, len(data) // 3):
-        data[place] ^= 1  # inside a tensor: torch.load would not notice
-        (tmp_path / "bad/model.pt").write_bytes(data)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    bad = run_script("classify_imdb.py", "--predict", "a text", "--out", "bad", cwd=tmp_path)
-    check_one_line_error(bad, "bad/model.pt", "damaged")
-    for content in (b"", b"no checkpoint", bytes(data[:1000])):
-        (tmp_path / "bad/model.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "bad/model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "bad/model.pt")
-    (checkpoint, *_) = (folder / "run").glob("step_*.pt")  # has settings and a model, but no config
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(checkpoint)
-
-
-class Evil:
-    """Unpickled, it makes a file: what any code in a checkpoint could do."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_classify_imdb_loading_runs_no_code_from_the_file(tmp_path):
-    torch.save({"settings": {}, "model": Evil(tmp_path / "evil")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "model.pt")
-    assert not (tmp_path / "evil").exists()
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    one, other = (torch.load(path, weights_only=True)["model"] for path in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def imdb_ranks(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
-    yield launcher
-    launcher.end()
-
-
-IMDB_OFFLINE = "script.find_imdb = no_network; script.leave(script.main())"
-
-
-def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run, imdb_ranks, tmp_path):
-    """kill -9 twice, once during a save, then the same command: the undisturbed run's weights."""
-    folder, result = imdb_run
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--no-export", "--out", str(out)]
-    for kill in range(2):
-        before = max(ddp_newest(out), "step_00000001")
-        imdb_ranks.start(1, *arguments, "--save-every", "0", code=code)  # after each step
-        imdb_ranks.wait_until(lambda before=before: ddp_newest(out) > before)
-        if kill == 1:
-            imdb_ranks.wait_until(lambda: list(out.glob("*.part")))
-        else:
-            time.sleep(0.2)
-        imdb_ranks.kill([0])
-        imdb_ranks.wait()
-        assert not (out / "model.pt").exists()
-    left = train_ddp.load_checkpoint(out)
-    assert 2 < left["step"] < 225
-    (last,) = imdb_ranks.run(1, *arguments, code=code)
-    assert f"going on at step {left['step']}" in last.stdout
-    assert same_weights(out / "model.pt", folder / "run/model.pt")
-    mine, other = last_json(last), last_json(result)
-    assert mine["test_accuracy"] == other["test_accuracy"]
-    drop = [{k: v for k, v in row.items() if k != "seconds"} for row in mine["history"]]
-    assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
-
-
-IMDB_FEW = """
-import signal
-rows = {split: rows[:300] for split, rows in script.demo_reviews(0).items()}
-script.demo_reviews, script.find_imdb = lambda seed: rows, no_network
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def again(*_, **__):
-    raise AssertionError("done again")
-
-def late(step, steps, s, rate=script.learning_rate):
-    return die() if step == 12 else rate(step, steps, s)
-
-{here}
-script.leave(script.main())
-"""
-IMDB_TINY = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --unlabelled"
-IMDB_TINY += " --epochs 1 --no-export --save-every 0"
-
-
-def imdb_code(here: str = "") -> str:
-    """For the launcher: a run on 270 + 300 reviews, in which something is different."""
-    return IMDB_FEW.replace("{here}", here)
-
-
-def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
-    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
-    (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    stages = [  # where it is killed; the step of what is left
-        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", 0), ("learning_rate", 12),
-        ("record_dev", 13), ("plot_confusion", 18), ("write_page", 18),
-    ]  # fmt: skip
-    for place, wanted in stages:
-        here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
-        (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
-        assert killed.returncode == -signal.SIGKILL, (place, killed)
-        left = train_ddp.load_checkpoint(out)
-        assert (left and left["step"]) == wanted, place
-    assert left["total_seconds"] > 0 and left["prepare"] > 0
-    for old in out.glob("step_*.pt"):
-        old.unlink()
-    train_ddp.save_checkpoint(out, 18, left | {"total_seconds": 1000.0, "prepare": 500.0})
-    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "test")
-    nothing = "".join(f"script.{name} = " for name in done_once) + "again"
-    (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
-    assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
-    assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
-    assert last_json(done)["total_seconds"] > 1000 and last_json(done)["prepare_seconds"] >= 500
-
-
-def imdb_tiny_training(tmp_path: Path, **settings):
-    """(model, data, settings, run) of a training on 200 demo reviews."""
-    s = imdb.Settings(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, batch_size=10, vocab_size=300)
-    s = dataclasses.replace(s, **{"out": str(tmp_path), "epochs": 1} | settings)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(5).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False}
-    run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
-    data = imdb.encoded(imdb.Tokenizer(run["ranks"]), reviews["train"], reviews["test"][:50], reviews, run, s)
-    return imdb.model_of(run, data, s), data, s, run
-
-
-def test_classify_imdb_every_step_and_rank_has_its_own_randomness(tmp_path, monkeypatch):
-    """And gradients are clipped to the norm asked for."""
-    seeds, norms, share, clip = [], [], imdb.share_of_batch, nn.utils.clip_grad_norm_
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *a: seeds.append(torch.initial_seed()) or share(*a))
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
-    for rank, seed in ((1, 0), (1, 1), (0, 0)):  # rank 1 saves nothing
-        model, data, s, run = imdb_tiny_training(tmp_path, clip=0.125, seed=seed)
-        imdb.train(model, data, s, run, imdb.Processes(rank, 1, torch.device("cpu")))
-    assert len(set(seeds)) == 60 and norms == [0.125] * 60
-
-
-def test_classify_imdb_a_stage_of_another_run_is_done_again(tmp_path):
-    run, path = {"settings": {"seed": 0}, "history": [1], "start": 0.0}, tmp_path / "stage.json"
-    for now, made, result in (
-        (run, 1, 1),
-        (run, 2, 1),
-        (run | {"history": [2]}, 3, 3),
-        (run | {"settings": 0}, 4, 4),
-    ):
-        assert imdb.stage(path, now, lambda made=made: {"a": made}) == {"a": result}
-    for damaged in ("", "{}", "[]", "5", path.read_text()[:-9]):
-        path.write_text(damaged)
-        assert imdb.stage(path, run, lambda: {"a": 5}) == {"a": 5} == json_of(path)["result"], damaged
-
-
-def test_classify_imdb_a_kept_stage_counts_its_seconds(tmp_path):
-    run = {"settings": {}, "history": [], "start": 100.0}
-    imdb.stage(tmp_path / "a.json", run, lambda: time.sleep(0.2) or {})
-    assert run["start"] == 100.0
-    imdb.stage(tmp_path / "a.json", run, lambda: {})
-    assert 99 < run["start"] <= 99.8
-
-
-def test_classify_imdb_dev_loss_and_accuracy_by_hand(monkeypatch):
-    p, labels = torch.tensor([0.9, 0.2, 0.6, 0.4]), [1, 0, 0, 1]
-    monkeypatch.setattr(imdb, "probabilities", lambda *_: p)
-    run = {"step": 3, "seconds": 1.26, "right": 3, "seen": 4, "history": [], "bf16": False}
-    line = imdb.record_dev(None, ([], labels), run, imdb.ALONE)
-    loss = -sum(math.log(x) for x in (0.9, 0.8, 0.4, 0.4)) / 4
-    row = {"step": 3, "seconds": 1.3, "train_accuracy": 0.75, "dev_accuracy": 0.5, "dev_loss": round(loss, 4)}
-    assert run["history"] == [row] and run["right"] == run["seen"] == 0 and "dev loss" in line
-
-
-def test_classify_imdb_confusion_counts_stand_in_the_row_of_the_actual_label(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    written, text = {}, Axes.text
-    monkeypatch.setattr(
-        Axes, "text", lambda self, x, y, t, **kw: written.update({(x, y): t}) or text(self, x, y, t, **kw)
-    )
-    predicted, actual = torch.tensor([1, 1, 1, 0, 0, 1]) == 1, torch.tensor([0, 0, 1, 1, 0, 0]) == 1
-    imdb.plot_confusion(predicted, actual, tmp_path / "a.png")
-    cells = {place: words.split("\n") for place, words in written.items()}
-    assert cells[0, 0] == ["1", "25.0%"] and cells[1, 0] == ["3", "75.0%"]  # x: predicted, y: actual
-    assert cells[0, 1] == ["1", "50.0%"] and cells[1, 1] == ["1", "50.0%"]
-
-
-def test_classify_imdb_curves_are_named_right_and_time_left_counts_from_a_resume(
-    tmp_path, monkeypatch, capsys
-):
-    from matplotlib.axes import Axes
-
-    drawn, plot = {}, Axes.plot
-    monkeypatch.setattr(
-        Axes,
-        "plot",
-        lambda self, x, y, *a, **kw: drawn.update({kw["label"]: y}) or plot(self, x, y, *a, **kw),
-    )
-    imdb.plot_curves([{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}], tmp_path / "a.png")
-    assert drawn == {"training, words hidden": [50.0], "dev, other films": [25.0]}
-    progress = imdb.Progress(50, 100, imdb.ALONE)
-    progress.start = progress.said = time.monotonic() - 20
-    progress.show(60, 0.5)
-    assert "step 60/100, loss 0.500, 80 s left" in capsys.readouterr().err
-
-
-def test_classify_imdb_learns_in_bf16(tmp_path):
-    """Autocast for real: the loss in float32, the weights near those of float32 and not the same."""
-    ends = []
-    for bf16 in (False, True):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(bf16))
-        run["bf16"] = bf16
-        share = imdb.share_of_batch(model, [0, 1, 2], data["train"], bf16, s, imdb.ALONE)
-        assert share[0].dtype == torch.float32
-        imdb.train(model, data, s, run, imdb.ALONE)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        p = imdb.probabilities(model, data["dev"][0], imdb.ALONE, bf16)
-        assert (torch.equal(p, imdb.probabilities(model, data["dev"][0], imdb.ALONE))) != bf16
-    assert 1e-5 < ((ends[0] - ends[1]).norm() / ends[0].norm()).item() < 0.05
-
-
-def test_classify_imdb_keeps_two_checkpoints_and_the_time(tmp_path):
-    for step in range(4):
-        run = {"step": step, "start": time.perf_counter() - 5}
-        imdb.save_run(run, {}, imdb.Settings(out=str(tmp_path)))
-    assert len(list(tmp_path.glob("step_*.pt"))) == 2
-    assert 5 <= train_ddp.load_checkpoint(tmp_path)["total_seconds"] < 60
-
-
-def test_classify_imdb_looks_sixteen_times_an_epoch_for_its_target(tmp_path):
-    for epochs in (1, 2):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(epochs), target=0.99, epochs=epochs)
-        imdb.train(model, data, s, run, imdb.ALONE)
-        assert len(run["history"]) == 16 * epochs
-
-
-def test_classify_imdb_knows_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    with pytest.raises(OSError, match="read-only"):
-        imdb.begin(imdb.Settings(out=str(tmp_path), export=False))
-
-
-def test_classify_imdb_tokenizer_learns_clean_texts(tmp_path):
-    s = imdb.Settings(out=str(tmp_path), vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    raw = {
-        split: [r._replace(text=r.text.upper() + "<br />") for r in rows] for split, rows in reviews.items()
-    }
-    run = imdb.earlier_run(s, "demo", raw) | {"start": 0.0}
-    merged = b"".join(token for token in imdb.prepared(raw["train"], raw, run, s)["ranks"] if len(token) > 1)
-    assert merged and merged == merged.lower() and b"<" not in merged
-
-
-def test_classify_imdb_fine_tuning_is_its_loop(tmp_path):
-    (model, data, s, _), (other, *_) = (imdb_tiny_training(tmp_path, clip=0.05) for _ in range(2))
-    teacher = copy.deepcopy(model).eval()
-    teacher.head.bias.data += torch.tensor([0.0, 2.0])
-    ids, targets, folds = data["train"]
-    torch.manual_seed(1)  # must not matter
-    tuned = imdb.fine_tuned(model.eval(), teacher, data, s)
-    optimizer = torch.optim.AdamW(other.train().parameters(), lr=1.0)
-    torch.manual_seed(s.seed)
-    for step, rows in enumerate(imdb.batches([len(x) for x in ids], 10, seed=s.seed)):
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 - step / 20)
-        halfway = list(targets)
-        for i in rows:
-            said = teacher(ids[i][None], torch.tensor([folds[i]])).softmax(-1)[0, 1].item()
-            halfway[i] = 0.5 * targets[i] + 0.5 * said
-        (imdb.share_of_batch(other, rows, (ids, halfway, folds), False, s, imdb.ALONE)[0] / 10).backward()
-        nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        optimizer.step()
-    assert not tuned.training
-    for one, two in zip(tuned.parameters(), other.parameters(), strict=True):
-        check_close(one.detach(), two.detach(), 1e-5)
-
-
-def test_classify_imdb_batches_for_the_formats_are_padded_and_of_classes():
-    (((tokens,), labels),) = imdb.in_batches([torch.full((2,), 5), torch.full((1,), 5)], [0.9, 0.2])
-    assert labels.tolist() == [0, 1] and tokens.tolist() == [[5, imdb.PAD], [5, 5]]  # the shorter first
-
-
-def test_classify_imdb_mfu_and_calibration_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    run |= {"step": 10, "steps": 20, "seconds": 2.0, "history": [{"dev_accuracy": 0.5}]}
-    flops = imdb.training_flops(model.config, [len(x) for x in data["train"][0]])
-    assert imdb.results(model, data, run, s, flops / 8 / 1e9)["mfu"] == pytest.approx(2.0)
-    p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
-    # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
-    expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
-    assert imdb.plot_calibration(p, y, tmp_path / "c.png") == pytest.approx(expected, abs=1e-5)
-
-
-def test_classify_imdb_saves_every_so_often_and_after_the_last_step(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path, save_every=10.0)
-    saved, seconds = [], itertools.count()
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: saved.append(run["step"]))
-    monkeypatch.setattr(imdb.time, "monotonic", lambda: float(next(seconds)))  # each look at the clock: 1 s
-    imdb.train(model, data, s, run, imdb.ALONE)
-    assert saved[-1] == 20 and 3 <= len(saved) <= 6
-    gaps = [b - a for a, b in itertools.pairwise(saved[:-1])]
-    assert max(gaps) - min(gaps) <= 1
-
-
-def test_classify_imdb_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: signal.raise_signal(signal.SIGINT))  # the last save
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            imdb.train(model, data, s, run, imdb.ALONE)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_classify_imdb_diverging_is_an_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    with torch.no_grad():
-        model.head.weight.fill_(math.nan)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(ValueError, match="loss is nan at step 0.*--lr"):
-        imdb.train(model, data, s, run, imdb.ALONE)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def test_classify_imdb_training_accuracy_is_of_the_steps_since_the_last_time(tmp_path):
-    model, data, _, run = imdb_tiny_training(tmp_path)
-    for right, seen in ((3, 4), (1, 2)):
-        run |= {"right": run["right"] + right, "seen": run["seen"] + seen, "step": run["step"] + 1}
-        imdb.record_dev(model, data["dev"], run, imdb.ALONE)
-    assert [row["train_accuracy"] for row in run["history"]] == [0.75, 0.5]
-
-
-def test_classify_imdb_finished_means_all_that_was_asked_for(tmp_path, monkeypatch):
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", reviews))
-    s, without = (imdb.Settings(out=str(tmp_path), export=export_) for export_ in (True, False))
-    report = {"settings": imdb.begin(s)[-1]["settings"]}
-    for content, finished in (
-        (json.dumps(report), (False, True)),  # a run without the export isn't all of one with it
-        (json.dumps(report | {"models": []}), (True, True)),
-        (json.dumps(report | {"settings": {}}), (False, False)),
-        ("no json", (False, False)),
-        ("[]", (False, False)),
-        ("5", (False, False)),
-    ):
-        (tmp_path / "report.json").write_text(content)
-        assert tuple(bool(imdb.begin(each)[0]) for each in (s, without)) == finished, content
-
-
-def test_classify_imdb_shuffled_labels_teach_the_teacher_too(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(imdb, "LinearModel", lambda _, labels: given.append(labels) or (lambda texts: [0.5]))
-    s = imdb.Settings(out=str(tmp_path), shuffle_labels=True, unlabelled=True, vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0}
-    made = imdb.prepared(reviews["train"], reviews, run, s)
-    assert given == [imdb.shuffled_labels(reviews["train"], s)] != [[r.label for r in reviews["train"]]]
-    assert made["prepare"] > 0 and made["linear"] == {"unlabelled": [0.5], "test": [0.5]}
-
-
-def test_classify_imdb_a_new_model_ends_what_predict_used_before(tmp_path):
-    """A demo's model.onnx must not answer for a model of IMDB that wasn't exported."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    (tmp_path / "model.onnx").write_bytes(b"of another run")
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:30]
-    imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    assert not (tmp_path / "model.onnx").exists() and (tmp_path / "model.pt").exists()
-
-
-def test_classify_imdb_unlabelled_reviews_carry_the_linear_model_s_opinion():
-    """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
-    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(3).items()}
-    ranks = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
-    opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
-    run = {"step": 0, "ranks": ranks, "linear": {"unlabelled": opinions}}
-    data = imdb.encoded(imdb.Tokenizer(ranks), reviews["train"], reviews["test"], reviews, run, s)
-    ids, targets, folds = data["train"]
-    assert len(ids) == len(folds) == 400 and targets == [r.label for r in reviews["train"]] + opinions
-    assert set(folds[:200]) == set(folds[200:]) == set(range(imdb.FOLDS))
-    for part, of in ((reviews["train"], folds[:200]), (reviews["unlabelled"], folds[200:])):
-        by_number = sorted(zip([r.number for r in part], of, strict=True))
-        assert sorted(of) == [fold for _, fold in by_number]
-    model = imdb.model_of(run, data, s)
-    odds = imdb.ngram_odds(ids, [round(t) for t in targets], folds)
-    check_close(model.odds[:, 0], odds[-1], 1e-6)
-    check_close(model.fold_odds.view(imdb.FOLDS, -1), odds[:-1], 1e-6)
-
-
-def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:300]
-    linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
-    run["linear"] = {"test": linear.tolist()}
-    with torch.no_grad():
-        model.head.weight.mul_(5)  # an untrained model is never sure
-    result = imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    own = imdb.probabilities(model, tokenizer.encode([r.text for r in test_set], 16), imdb.ALONE)
-    labels = torch.tensor([r.label for r in test_set])
-    both, alone = (own.logit() + linear.logit() > 0) == labels.bool(), (linear > 0.5) == labels.bool()
-    assert result["with_linear_test_accuracy"] == pytest.approx(both.double().mean().item(), abs=1e-5)
-    assert result["linear_test_accuracy"] == pytest.approx(alone.double().mean().item(), abs=1e-5)
-    assert len({*result.values()}) == 4
-    worst = torch.where(labels == 1, own, 1 - own).sort().values[:20].tolist()
-    given = [mistake["probability"] for mistake in json_of(tmp_path / "mistakes.json")]
-    assert given == pytest.approx(worst, abs=1e-4)
-    right = [r for r, p in zip(test_set, own.tolist(), strict=True) if (p > 0.5) == r.label]
-    for few in (right[:9], right[:9] + [r for r in test_set if r not in right][:2]):  # fewer than 20 mistakes
-        imdb.test(model, tokenizer, few, run | {"linear": {}}, tmp_path, imdb.ALONE)
-        assert len(json_of(tmp_path / "mistakes.json")) == len(few) - 9
-
-
-def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
-    """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4".split()]
-    arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
-    reports = {}
-    for world in (1, 2, 3):
-        results = imdb_ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=imdb_code())
-        reports[world] = last_json(results[0])
-        assert all(not result.stdout for result in results[1:])  # rank 0 alone speaks
-    states = {world: train_ddp.load_checkpoint(tmp_path / str(world)) for world in reports}
-    for world in (2, 3):
-        for name, value in states[1]["model"].items():
-            check_close(states[world]["model"][name], value, 2e-5)
-        for i, moments in states[1]["optimizer"]["state"].items():  # an average of the last gradients
-            check_close(states[world]["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
-        for mine, other in zip(reports[world]["history"], reports[1]["history"], strict=True):
-            assert mine["dev_loss"] == pytest.approx(other["dev_loss"], abs=2e-4)
-            assert mine["train_accuracy"] == other["train_accuracy"]
-        assert reports[world]["processes"] == world
-
-
-def test_classify_imdb_a_lost_process_ends_the_others_and_any_number_goes_on(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --lr 1e-4".split()]
-    imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    out = tmp_path / "lost"
-    here = "script.learning_rate = late if os.environ['RANK'] == '1' else script.learning_rate"
-    first, second = imdb_ranks.attempt(2, *arguments, "--out", str(out), code=imdb_code(here))
-    assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
-    assert "rank 0 waited for the gradients of step 12" in first.stderr and "Traceback" not in first.stderr
-    assert train_ddp.load_checkpoint(out)["step"] == 12
-    last = imdb_ranks.run(3, *arguments, "--out", str(out), code=imdb_code())[0]
-    assert "going on at step 12" in last.stdout
-    one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
-    assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
-
-
-def test_classify_imdb_an_error_of_one_rank_alone_is_said(imdb_ranks, tmp_path):
-    here = """
-def broken(*_):
-    raise OSError("the disk of rank 1")
-if os.environ["RANK"] == "1":
-    script.learning_rate = broken
-"""
-    arguments = [*IMDB_TINY.split(), "--out", str(tmp_path)]
-    first, second = imdb_ranks.attempt(2, *arguments, code=imdb_code(here))
-    assert second.returncode == 2 and "classify_imdb.py: the disk of rank 1" in second.stderr
-    assert first.returncode == 1 and "rank 0 waited for the gradients of step 0" in first.stderr
-
-
-def test_classify_imdb_signal_stops_all_ranks_at_one_step(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), "--epochs", "50", "--out", str(tmp_path / "run")]
-    imdb_ranks.start(2, *arguments, code=imdb_code())
-    imdb_ranks.wait_until(lambda: ddp_newest(tmp_path / "run") >= "step_00000005")
-    imdb_ranks.kill([1], signal.SIGTERM)
-    results = imdb_ranks.wait()
-    assert [result.returncode for result in results] == [143, 143], results
-    step = train_ddp.load_checkpoint(tmp_path / "run")["step"]
-    assert f"step {step} of 900 is saved" in results[0].stderr and not results[1].stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(imdb_ranks, tmp_path, number):
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--out", str(out), "--epochs", "50", "--save-every", "0.1"]
-    imdb_ranks.start(1, *arguments, code=code)
-    imdb_ranks.wait_until(lambda: ddp_newest(out) > "step_00000001")
-    imdb_ranks.kill([0], number)
-    (stopped,) = imdb_ranks.wait()
-    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr
-    assert "the same command goes on" in stopped.stderr and f"run/{ddp_newest(out)}" in stopped.stderr
-    state = train_ddp.load_checkpoint(out)
-    assert state["step"] > 0 and f"step {state['step']} of" in stopped.stderr
-    (other,) = imdb_ranks.attempt(1, *arguments, "--seed", "7", "--dropout", "0.5", code=code)
-    check_one_line_error(other, "seed 0 there, 7 here", "dropout 0.1 there, 0.5 here", "--out")
-
-
-def test_classify_imdb_ctrl_c_before_training(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(imdb, "run_job", interrupted)
-    assert imdb.main() == 130 and "same command goes on" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(imdb, "run_job", lambda: imdb.baseline(imdb.Settings()))
-    assert imdb.main() == 2 and "scikit-learn" in capsys.readouterr().err
-    monkeypatch.setattr(imdb, "run_job", lambda: importlib.import_module("no_such_package"))
-    assert imdb.main() == 2 and "package no_such_package is missing" in capsys.readouterr().err
-
-
-def test_classify_imdb_shuffled_labels_teach_nothing(imdb_ranks, tmp_path):
-    """The honesty check; the test set has 2,000 demo reviews, so 50 +- 4% is 3.6 standard deviations."""
-    arguments = [*IMDB_SMALL, "--no-export", "--shuffle-labels", "--out", str(tmp_path)]
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    assert abs(report["test_accuracy"] - 0.5) <= 0.04
-
-
-def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
-    """A demo run in OUT gives way to IMDB; a run on IMDB is never overwritten by a demo."""
-    reviews = imdb.demo_reviews(0)
-    s = imdb.Settings(out=str(tmp_path))
-    new = imdb.earlier_run(s, "demo", reviews)
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    assert imdb.earlier_run(s, "demo", reviews)["step"] == 5
-    new = imdb.earlier_run(s, "imdb", reviews)
-    assert new["step"] == 0 and not ddp_newest(tmp_path)  # or the demo's would still be the newest
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    with pytest.raises(ValueError, match="dataset imdb there, demo here"):
-        imdb.earlier_run(s, "demo", reviews)
-    reviews["test"][7] = reviews["test"][7]._replace(text="another text")
-    with pytest.raises(ValueError, match="texts"):
-        imdb.earlier_run(s, "imdb", reviews)
-    train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-    with pytest.raises(ValueError, match="another run"):
-        imdb.earlier_run(s, "imdb", reviews)
-
-
-def test_classify_imdb_settings_that_may_change_within_a_run(tmp_path):
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    s = imdb.Settings(out=str(tmp_path))
-    train_ddp.save_checkpoint(tmp_path, 5, imdb.earlier_run(s, "demo", reviews))
-    changeable = "data predict explain baseline device export save_every".split()
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        other = (
-            not value if f.type is bool else f"{value}x" if isinstance(value, str) or not value else value + 1
+            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            assert (run(others) != run(tokens)).any(1).all(), T
+
+    def test_linear_model_weighs_by_naive_bayes(self):
+        """Where the penalised loss is least, the weights are C times what the errors pull at."""
+        reviews = [r._replace(text=f"The<br />{r.text}") for r in self.corpus(200, 1).train]
+        labels = [r.label for r in reviews]
+        linear, n_parameters = imdb.linear_model(reviews, labels)
+        grams = []
+        for review in reviews:
+            words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
+            spans = [(i, n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+            grams.append({" ".join(words[i : i + n]) for i, n in spans})
+        counts = collections.Counter(gram for held in grams for gram in held)
+        names = sorted(gram for gram, n in counts.items() if n >= 2)
+        x = np.array([[name in held for name in names] for held in grams]) * 1.0
+        y = np.array(labels)
+        assert n_parameters == len(names) + 1
+        n0, n1 = (1 + x[y == label].sum(0) for label in (0, 1))
+        x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        p = np.array(linear(reviews))
+        pull = 30 * x.T @ (y - p)
+        logits = x @ pull  # with weights = pull, up to the intercept
+        assert np.abs(logits - logits.mean() - (np.log(p / (1 - p)) - np.log(p / (1 - p)).mean())).max() < 1
+        assert ((p > 0.5) == y).mean() > 0.8
+
+    def test_train_is_its_loop(self, tmp_path):
+        """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
+        sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
+        model, examples, dev, run, s = self.training(tmp_path, **sizes)
+        other = copy.deepcopy(model)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        step, right = 0, []
+        for epoch in range(2):
+            for rows in imdb.batches([len(x) for x in examples.ids], 10, seed=3 * 1_000_003 + epoch):
+                torch.manual_seed(3 * 1_000_003 + step)
+                tokens = imdb.pad([examples.ids[i] for i in rows])
+                hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+                logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
+                labels = torch.tensor(examples.targets)[rows]
+                right += (logits.argmax(1) == labels).tolist()
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels).backward()
+                nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+                for group in optimizer.param_groups:
+                    cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
+                    group["lr"] = 1e-3 * min((step + 1) / 7, cosine)
+                optimizer.step()
+                step += 1
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            check_close(one.detach(), two.detach(), 1e-6)
+        assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
+        shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
+        assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
+        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
+        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
+        assert run.history[-1]["dev_loss"] == round(loss.item(), 4)
+        assert run.seconds > 0 and [p.name for p in tmp_path.glob("step_*")][0].startswith("step_00000040")
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert torch.equal(saved["model"]["head.weight"], model.head.weight)
+
+    def test_pruned_copy_is_its_loop(self, tmp_path):
+        """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
+        sizes = {"d_model": 16, "n_heads": 8, "n_layers": 5, "d_ff": 24, "clip": 0.05, "lr": 3e-3}
+        model, examples, *_, s = self.training(tmp_path, **sizes)
+        model.eval()
+        model.head.bias.data += torch.tensor([0.0, 2.0])
+        before = copy.deepcopy(model.state_dict())
+        sample = imdb.in_batches(examples, every=2)
+        assert sum(len(labels) for _, labels in sample) == 100
+        other = copy.deepcopy(model)
+        other.encoder.layers = other.encoder.layers[:2]
+        other = export.prune_heads(other, export.head_importance(other, sample), keep=2)
+        other = export.prune_neurons(other, export.neuron_importance(other, sample), keep=6).train()
+        pruned = imdb.pruned_copy(model, sample, examples, s)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+        torch.manual_seed(s.seed)
+        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], 10, seed=s.seed)):
+            tokens, targets, folds = examples.batch(rows, torch.device("cpu"))
+            halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
+            (imdb.hidden_loss(other, tokens, halfway, folds, s)[0] / 10).backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+            optimizer.step()
+        tokens = torch.randint(2, 300, (3, 16))
+        check_close(pruned(tokens).detach(), other.eval()(tokens).detach(), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_plot_results_calibration_error_by_hand(self, tmp_path):
+        p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
+        # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
+        expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
+        history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        error = imdb.plot_results(history, p.logit(), y, tmp_path / "c.png")
+        assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
+
+    # ---- properties
+
+    def test_tokenizer_encodes_any_text(self):
+        reviews = [r._replace(text=r.text.upper() + "<br />") for r in self.corpus().train]
+        tokenizer = imdb.Tokenizer.train(reviews, 400)
+        assert tokenizer.ranks == imdb.Tokenizer.train(reviews, 400).ranks
+        assert 300 < tokenizer.vocab_size <= 400
+        merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
+        assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
+        text = reviews[0].text
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", text, "don't it's"]
+        for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
+            assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
+            assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
+        assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
+        assert len(tokenizer.encode([text], 1000)[0]) < len(text.split()) * 3  # merged: no letter by letter
+        long = " ".join(r.text for r in reviews[:20])
+        (whole,) = tokenizer.encode([long], 10_000)
+        for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+            (short,) = tokenizer.encode([long], max_len)
+            head = max_len // 2 if max_len < len(whole) else len(whole)
+            tail = min(max_len, len(whole)) - head
+            assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
+        one, two = whole[0].item(), whole[1].item()
+        assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
+        assert imdb.pad([whole[:0]]).tolist() == [[0]]
+
+    def test_batches_hold_each_text_once_and_little_padding(self):
+        rng = random.Random(0)
+        for n in (1, 31, 32, 33, 5000):
+            lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
+            batches = imdb.batches(lengths, 32, seed=1)
+            assert sorted(i for batch in batches for i in batch) == list(range(n))
+            assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
+        other = imdb.batches(lengths, 32, seed=2)
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert padded < 1.1 * sum(lengths)
+        longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
+        assert longest != sorted(longest)  # batches come in random order, not the short ones first
+        same = {tuple(sorted(batch)) for batch in batches} & {tuple(sorted(batch)) for batch in other}
+        assert batches == imdb.batches(lengths, 32, seed=1) and len(same) < 3
+
+    def test_upcoming_goes_on_in_any_epoch(self):
+        s, lengths = imdb.Settings(batch_size=4), [7] * 10  # 3 steps an epoch
+        whole = list(imdb.upcoming(lengths, s, 0, 8))
+        assert len(whole) == 8 and whole[:3] != whole[3:6]
+        assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3))
+        assert all(list(imdb.upcoming(lengths, s, step, 8)) == whole[step:] for step in range(9))
+        other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0, 8))
+        assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3) for f in (0, 3))
+
+    def test_dev_split_is_blocks_of_neighbours(self):
+        """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
+        for per_class in (12_500, 4000, 50):
+            reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
+            train, dev = imdb.split_dev(imdb.Corpus("imdb", ["a", "b"], reviews, []))
+            assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+            for label in (0, 1):
+                numbers = {r.number for r in dev if r.label == label}
+                edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
+                assert len(numbers) == per_class // 10 and len(edges) == 10
+                assert max(edges) - min(edges) > per_class // 2  # drawn from several places
+        assert sorted({r.number for r in dev}) == [4, 14, 24, 34, 44]
+        own = imdb.Corpus("own", ["a", "b"], [imdb.Review(i, i % 3 == 0, "") for i in range(60)], [])
+        train, dev = imdb.split_dev(own)
+        assert sorted(train + dev) == sorted(own.train) and sum(r.label for r in dev) == 2 and len(dev) == 6
+
+    @torch.no_grad()
+    def test_model_padding_and_batch_invariance(self):
+        model = self.model()
+        for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
+            tokens = torch.randint(2, 300, (3, n))
+            padded = torch.zeros(4, max(n + T if T < 64 else 64, n), dtype=torch.long)[:, :64]
+            padded[:3, :n] = tokens
+            check_close(model(padded)[:3], model(tokens), 1e-5)
+            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+        for max_len in (4, 5, 63, 64, 65):
+            assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
+
+    def test_hidden_loss_hides_a_share_of_the_words(self):
+        seen, tokens = [], imdb.pad([torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)])
+
+        def model(tokens, folds):
+            seen.append((tokens, folds))
+            return torch.tensor([[0.0, 1.0]] * 3)
+
+        s, targets = imdb.Settings(mask_words=0.3), torch.tensor([0.2, 0.6, 0.9])
+        loss, right = imdb.hidden_loss(model, tokens, targets, torch.arange(3), s)
+        log_p = torch.tensor([0.0, 1.0]).log_softmax(0)
+        assert right == 2 and loss.item() == pytest.approx(-(log_p[1] * 1.7 + log_p[0] * 1.3).item())
+        assert (seen[0][0][0, 400:] == 0).all() and seen[0][1].tolist() == [0, 1, 2]
+        assert abs((seen[0][0] == 1).sum().item() / 2400 - 0.3) < 0.05
+
+    def test_weights_follow_the_seed(self):
+        a, b, c = (self.model(seed=n).head.weight for n in (0, 1, 0))
+        assert torch.equal(a, c) and not torch.equal(a, b)
+        assert 0.8 < self.model(d_model=128).from_odds.weight.std() < 1.2  # odds count from the start
+        assert not hasattr(self.model(odds=False), "from_odds")
+
+    def test_log_odds_are_each_text_s_own(self):
+        """In the order given, whatever stands beside a text in its batch."""
+        model = self.model()
+        ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+        scores = imdb.log_odds(model, ids, imdb.ALONE)
+        for i in (0, 1, 70, 149):
+            logits = model(imdb.pad([ids[i]])).detach().double()[0]
+            check_close(scores[i], logits[1] - logits[0], 1e-5)
+        labels = torch.tensor([1, 0, 1, 0])
+        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), labels) == 0.5
+
+    def test_fingerprint_sees_each_label_and_text(self):
+        corpus = self.corpus(20)
+        seen = {imdb.fingerprint(corpus)}
+        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
+            rows = list(getattr(corpus, part))
+            rows[3] = rows[3]._replace(**change)
+            seen.add(imdb.fingerprint(dataclasses.replace(corpus, **{part: rows})))
+        assert len(seen) == 7
+
+    def test_explain_speaks_in_log_odds(self):
+        """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
+        tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
+        (ids,) = tokenizer.encode(["a superb film, naïve хорошо don't and superb"], 99)
+        film = tokenizer.encode(["a film"], 99)[0][-1]
+
+        def run(tokens: torch.Tensor) -> torch.Tensor:
+            there = (tokens == film).any(1).float()
+            return torch.stack((torch.zeros(len(tokens)), 9 + 5 * there), 1)
+
+        answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
+        assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
+        assert sorted(word for word, _ in answer) == sorted(
+            "a superb film, naïve хорошо don't and superb".split()
         )
-        changed = dataclasses.replace(s, **{f.name: other})
-        if f.name in changeable:
-            assert imdb.earlier_run(changed, "demo", reviews)["settings"]
-        elif f.name != "out":
-            with pytest.raises(ValueError, match=f.name):
-                imdb.earlier_run(changed, "demo", reviews)
+        assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
+        (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
+        assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
 
-
-def test_classify_imdb_missing_packages_are_known_before_the_work(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    for missing, settings in (
-        ("rustbpe", {"export": False}), ("matplotlib", {"export": False}), ("onnxruntime", {}),
-        ("sklearn", {"export": False, "unlabelled": True}),
-    ):  # fmt: skip
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else find(name)
+    def test_worst_mistakes_come_first(self):
+        corpus = self.corpus(40)
+        labels = torch.tensor([r.label for r in corpus.test])
+        scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
+        found = imdb.worst_mistakes(scores, corpus)
+        right = torch.where(labels == 1, scores, -scores).sigmoid()
+        n_wrong = min(20, ((scores > 0) != (labels == 1)).sum().item())
+        assert [m["probability"] for m in found] == pytest.approx(
+            right.sort().values[:n_wrong].tolist(), abs=1e-4
         )
-        with pytest.raises(ValueError, match={"sklearn": "scikit-learn"}.get(missing, missing)):
-            imdb.begin(imdb.Settings(out=str(tmp_path), **settings))
+        by_text = {r.text: r.label for r in corpus.test}
+        assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
 
+    # ---- data
 
-def test_classify_imdb_amp_reaches_the_training(tmp_path, monkeypatch):
-    few = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    monkeypatch.setattr(imdb, "prepared", lambda train_set, reviews, run, s: {}[run["bf16"]])
-    for amp, expected in (("off", False), ("bf16", True)):
-        with pytest.raises(KeyError) as error:
-            imdb.classify(imdb.Settings(out=str(tmp_path), amp=amp, export=False), imdb.ALONE)
-        assert error.value.args == (expected,)
+    def test_read_imdb_takes_tarball_and_folder_alike(self, tmp_path, monkeypatch):
+        """Nothing is unpacked: members whose paths lead elsewhere are no reviews."""
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        files = self.imdb_files(12)
+        odd = {"README": "", "train/pos/._0_7.txt": "", "train/pos/../../../evil.txt": "out"}
+        more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
+        tarball = self.tarball(tmp_path / "a.tar.gz", files | odd | more)
+        found = imdb.read_imdb(tarball)
+        outer = self.folder(tmp_path / "there" / "aclImdb", files | more).parent
+        assert found == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
+        assert found == imdb.read_imdb(self.tarball(tmp_path / "b.tar.gz", files, prefix="./aclImdb/"))
+        assert (found.name, found.labels, found.unlabelled) == ("imdb", ["negative", "positive"], [])
+        for split in ("train", "test"):
+            reviews = getattr(found, split)
+            assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
+            for r in reviews:
+                assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
+        expected = dataclasses.replace(
+            found, unlabelled=[imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
+        )
+        assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
+        with pytest.raises(ValueError, match="0 reviews in train/unsup, not 12"):
+            imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
+        assert not list(tmp_path.rglob("evil*"))
+        gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
+        assert [r.number for r in imdb.read_imdb(self.folder(tmp_path / "gaps", gaps)).test[:12]] == [
+            *range(12)
+        ]
 
+    def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        files = self.imdb_files(12)
+        long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
+        whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
 
-def test_classify_imdb_errors_on_the_command_line(tmp_path):
-    run = functools.partial(run_script, "classify_imdb.py", cwd=tmp_path, **NO_NETWORK)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    check_one_line_error(run(IMDB_DATA="nowhere"), "data: nowhere does not exist")
-    with pytest.raises(OSError, match="file/below"):
-        imdb.run_job(["--out", str(tmp_path / "file/below")])
-    for argument in ("folder", "file"):
-        with pytest.raises(ValueError, match=f"data: {tmp_path}/{argument}"):
-            imdb.run_job(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "cache").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "file",
-        "folder",
-        "out",
+        def refused(path: Path, *words: str):
+            with pytest.raises(ValueError) as error:
+                imdb.load_corpus(imdb.Settings(data=str(path)))
+            assert all(word in str(error.value) for word in ("--data", *words)), error.value
+
+        refused(tmp_path / "nowhere", "does not exist")
+        fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
+        refused(self.folder(tmp_path / "part/aclImdb", fewer), "no folder test/neg")
+        refused(tmp_path / "part", "no folder test/neg")
+        refused(tmp_path / "part/aclImdb/train", "no folder train/pos")
+        refused(self.tarball(tmp_path / "part.tar.gz", fewer), "0 reviews in test/neg")
+        less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
+        refused(self.folder(tmp_path / "less/aclImdb", less), "11 reviews in train/neg", "12")
+        more = self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
+        refused(more, "13 reviews in test/pos")
+        (tmp_path / "text").write_text("no tarball")
+        (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
+        for path in (tmp_path / "text", tmp_path / "plain.gz"):
+            refused(path, "truncated, altered", str(path))
+        data = whole.read_bytes()
+        header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
+        broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
+        for place in random.Random(0).sample(range(header, len(data)), 20):
+            altered = bytearray(data)
+            altered[place] ^= 1 << place % 8
+            broken.append(altered)
+        for content in broken:
+            whole.write_bytes(content)
+            refused(whole, "truncated, altered")
+        whole.write_bytes(data)
+        folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
+        for path in (whole, folder):
+            assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
+            assert "not exactly the published" in capsys.readouterr().out
+        corpus = imdb.read_imdb(whole)
+        monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(corpus))
+        assert imdb.load_corpus(imdb.Settings(data=str(whole))) == corpus and not capsys.readouterr().out
+
+    def test_read_own_takes_tables_and_folders(self, tmp_path):
+        rows = self.own_rows(100)
+        corpus = imdb.load_corpus(imdb.Settings(data=str(self.table(tmp_path / "my.csv", rows))))
+        assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
+        assert len(corpus.train) == 90 and len(corpus.test) == 10 and sum(r.label for r in corpus.test) == 5
+        found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
+        assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
+        for part in ("train", "test"):
+            self.table(
+                tmp_path / f"two/{part}.csv", [(r[1], part, r[0]) for r in rows], ("label", "x", "text")
+            )
+        two = imdb.read_own(tmp_path / "two")
+        assert (
+            [(r.text, two.labels[r.label]) for r in two.train]
+            == rows
+            == [(r.text, two.labels[r.label]) for r in two.test]
+        )
+        numbers = [r.number for r in two.train if r.label == 1]
+        assert numbers == list(range(50))  # of its label: a table may be sorted by label
+        texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
+                 for label in ("no", "yes") for i in range(n)}  # fmt: skip
+        folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
+        (folder / "train/yes/0.txt").write_bytes(b"\xef\xbb\xbfmark")
+        own = imdb.read_own(folder)
+        assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
+        assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
+
+    OWN_REFUSED = [  # files, words
+        (
+            {"train.csv": "text,label\na,x\nb,y\nc,z\n", "test.csv": "text,label\na,x\n"},
+            "x, y, z.*exactly two",
+        ),
+        ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, "the labels x;"),
+        (
+            {"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": "text,label\na,x\n"},
+            "9 texts x",
+        ),
+        ({"train.csv": "review,label\na,x\n", "test.csv": ""}, "train.csv has no column 'text', but review"),
+        ({"train.csv": "text,label\na,x\nb\n", "test.csv": ""}, "line 3 lacks a text or a label"),
+        ({"train.csv": "text,label\na,x\nb,\n", "test.csv": ""}, "line 3 lacks"),
+        ({"train.csv": 'text,label\n"a,x\n', "test.csv": ""}, "train.csv: line"),
+        ({"train.csv": "text,label\na,x\nb,y\n"}, "no texts in test.csv"),
+        ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "no texts in test.csv or test/LABEL"),
+        ({"a.txt": "a"}, "no texts in train.csv or train/LABEL"),
     ]
-    with pytest.raises(SystemExit, match="2"):
-        imdb.settings_from_command_line(["--widht", "3"])
-    for arguments, words in [
-        ("--lr nan", "lr.*nan"), ("--seed 4294967296", "seed.*4294967296"),
-        ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
-        ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
-        ("--vocab-size 100", "vocab_size.*258.*100"),
-        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
-        ("--target 1", "target.*1"), ("--explain", "explain.*predict"),
-        ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
-        ("--weight-decay -1", "weight_decay.*-1"), ("--save-every nan", "save_every.*nan"),
-    ]:  # fmt: skip
+
+    @pytest.mark.parametrize("files, words", OWN_REFUSED)
+    def test_read_own_refuses(self, tmp_path, files, words):
         with pytest.raises(ValueError, match=words):
-            imdb.settings_from_command_line(arguments.split())
+            imdb.read_own(self.folder(tmp_path / "own", files))
 
+    def test_read_own_refuses_other_encodings_and_unlabelled_texts(self, tmp_path):
+        for data in ("naïve".encode("latin-1"), "naïve".encode("utf-16")):
+            (tmp_path / "a.csv").write_bytes(data)
+            with pytest.raises(ValueError, match="a.csv is not UTF-8"):
+                imdb.read_own(tmp_path / "a.csv")
+        self.table(tmp_path / "a.csv", self.own_rows(60))
+        with pytest.raises(ValueError, match="no unlabelled"):
+            imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
 
-def test_classify_imdb_presets_give_way_to_flags():
-    assert imdb.settings_from_command_line(["--vocab-size", "258"]).vocab_size == 258  # the least
-    assert imdb.settings_from_command_line([]).preset == "fast"
-    best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
-    assert best.epochs == 1 and best.unlabelled and not imdb.Settings().unlabelled
-    assert (best.max_len, imdb.Settings().max_len) == (1024, 512)
-    with pytest.raises(ValueError, match="max_len must be at least 4, got 3"):
-        imdb.settings_from_command_line(["--max-len", "3"])
-    fewer = imdb.settings_from_command_line("--preset best --no-unlabelled".split())
-    assert fewer.preset == "best" and not fewer.unlabelled
+    @pytest.fixture
+    def serve(self):
+        """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
+        servers = []
 
+        def start(data: bytes, **given):
+            handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
+            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
 
-IMDB_FORMATS = """
-script.find_imdb = no_network
-matplotlib.pyplot.Figure.savefig = savefig
-measure = script.export.benchmark
-script.export.benchmark = lambda runners, cases, seconds: measure(runners, cases, 0.01)
-script.leave(script.main())
-"""
+        yield start
+        for server in servers:
+            server.shutdown()
+            server.server_close()
 
+    def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch, serve):
+        data = random.Random(0).randbytes(1_000_000)
+        md5 = hashlib.md5(data).hexdigest()
+        got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
+        got.parent.mkdir()
+        for before, given, asked in [
+            (b"", {}, [None]),
+            (b"", {"sent_at_most": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),  # breaks off
+            (data[:400_000], {}, ["bytes=400000-"]),  # left by a run that was killed
+            (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
+        ]:
+            part.write_bytes(before)
+            url, server = serve(data, **given)
+            imdb.download(url, got, len(data), md5)
+            assert got.read_bytes() == data and server.asked == asked and not part.exists()
+            got.unlink()
 
-@pytest.fixture(scope="module")
-def imdb_formats_begun(request, tmp_path_factory):
-    """A run with the unlabelled reviews and all formats, killed among the formats and started again. Where it
-    is needed it goes on beside the other tests of classify_imdb.py, as it takes as long as half of them."""
-    folder = tmp_path_factory.mktemp("formats")
-    launcher = Launcher(folder, "classify_imdb")
+        def fails(url: str, *words: str):
+            with pytest.raises(OSError) as error:
+                imdb.download(url, got, len(data), md5)
+            assert all(word in str(error.value) for word in (url, *words)) and not got.exists(), error.value
 
-    def run() -> tuple[int, dict]:
-        """(when the test was done before the kill, the report)"""
-        arguments = [*IMDB_SMALL, "--preset", "best", "--out", str(folder / "run")]
-        launcher.start(1, *arguments, code=IMDB_FORMATS)
-        launcher.wait_until((folder / "run/export/original.trace.ts").exists)
-        launcher.kill([0])
-        launcher.wait()
-        tested = (folder / "run/test.json").stat().st_mtime_ns
-        return tested, last_json(launcher.run(1, *arguments, code=IMDB_FORMATS)[0])
+        altered = bytearray(data)
+        altered[123_456] ^= 1
+        fails(serve(bytes(altered))[0], "md5")
+        assert not part.exists()  # wrong bytes are no start for the next attempt
+        fails(serve(data + b"more")[0], "md5")
+        fails(serve(data, status=404)[0], "404")
+        fails("http://127.0.0.1:9/file", "refused")
+        fails(
+            serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 1,000,000"
+        )  # never gets further
+        assert part.read_bytes() == data[:100_000]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        for name, value in (("URL", serve(data)[0]), ("SIZE", len(data)), ("MD5", md5)):
+            monkeypatch.setattr(imdb, f"IMDB_{name}", value)
+        assert imdb.find_imdb() == got and got.read_bytes() == data
+        monkeypatch.setattr(imdb, "download", None)
+        assert imdb.find_imdb() == got  # the second time it is there
 
-    with beside_other_tests(request, "imdb_formats", run) as begun:
-        yield folder, begun
-    launcher.end()
+    # ---- command line and the run in OUT
 
+    def test_parse_flags_override_their_preset(self):
+        assert imdb.parse([]) == imdb.Settings() and imdb.Settings().preset == "fast"
+        best = imdb.parse("--preset best --epochs 1 --no-export".split())
+        assert (best.epochs, best.unlabelled, best.max_len, best.export) == (1, True, 1024, False)
+        assert not imdb.parse(["--preset=plain"]).odds and imdb.parse(["--preset=plain"]).max_len == 512
+        assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
+        assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
 
-@pytest.fixture(scope="module")
-def imdb_formats(imdb_formats_begun):
-    folder, run = imdb_formats_begun
-    return folder, *run.result()
+    REFUSED = ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1", "--mask-words 1",
+               "--vocab-size 257", "--n-heads 3", "--target 1", "--explain", "--warmup 0", "--clip 0",
+               "--max-len 3", "--weight-decay -1", "--save-every nan", "--dropout 1")  # fmt: skip
 
+    @pytest.mark.parametrize("arguments", REFUSED)
+    def test_parse_refuses(self, arguments, capsys, monkeypatch):
+        monkeypatch.setattr(imdb, "classify", None)
+        name = arguments.split()[0].lstrip("-").replace("-", "_")
+        assert imdb.main(arguments.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert name in line
 
-def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats):
-    """With the unlabelled reviews; killed among the formats: what was finished then isn't done again."""
-    import onnx
+    @pytest.mark.parametrize("arguments", ["--widht 3", "--preset slow", "--device tpu", "--epochs x"])
+    def test_parse_leaves_other_words_to_tyro(self, arguments):
+        with pytest.raises(SystemExit, match="2"):
+            imdb.parse(arguments.split())
+        with pytest.raises(ValueError, match="--predict needs a text"):
+            imdb.parse(["--predict", ""])
 
-    folder, tested, report = imdb_formats
-    assert (folder / "run/test.json").stat().st_mtime_ns == tested
-    assert report["with_linear_test_accuracy"] > 0.9 and report["linear_test_accuracy"] > 0.9
-    rows = {row["name"]: row for row in report["models"]}
-    assert {
-        "eager",
-        "TorchScript, trace",
-        "torch.export",
-        "ONNX",
-        "ONNX int8, static",
-        "pruned, ONNX",
-    } <= set(rows)
-    for name in ("TorchScript, trace", "torch.export", "ONNX"):
-        assert rows[name]["max_abs_diff"] <= 1e-5 and rows[name]["agreement"] == 1
-    assert all(row["agreement"] >= 0.99 for name, row in rows.items() if not name.startswith("pruned"))
-    assert report["deployed"]["size_bytes"] <= 0.3 * rows["ONNX"]["size_bytes"]
-    assert rows[report["deployed"]["name"]]["agreement"] >= 0.995
-    smaller = [r for r in rows.values() if r["size_bytes"] < report["deployed"]["size_bytes"]]
-    assert all(row["agreement"] < 0.995 for row in smaller if row["file"].endswith(".onnx"))
-    assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
-    found = onnx.load(folder / "run/model.onnx").metadata_props
-    assert json.loads({x.key: x.value for x in found}["max_len"]) == report["settings"]["max_len"]
-    shapes = [weight.shape for weight in export_graph(folder / "run/export/pruned.onnx")[1].values()]
-    assert shapes.count((32, 8)) == 1  # of two layers one, of 32 neurons 8
-    assert (15, 32) in shapes or (32, 15) in shapes  # fused
-    assert rows["eager"]["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)  # all are compared
-    for name in ("TorchScript, trace", "torch.export"):  # the counts for training are not in them
-        assert rows[name]["size_bytes"] < 1.2 * rows["ONNX"]["size_bytes"]
-    page, times = (folder / "run/index.html").read_text(), rows["eager"]["latency"]
-    assert f"<td>{times['1 x 256']['p50_ms']}</td><td>{times['32 x 256']['p50_ms']}</td>" in page
-    assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
-    assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
-    assert f"{report['test_accuracy']}" in page
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere/model.onnx").write_bytes((folder / "run/model.onnx").read_bytes())
-    arguments = (
-        "--predict",
-        "the plot was superb , and not only for fans",
-        "--explain",
-        "--out",
-        "elsewhere",
-    )
-    answer = last_json(run_script("classify_imdb.py", *arguments, cwd=folder))  # the file alone is enough
-    assert answer["label"] == "positive" and len(answer["explain"]) == 10
-    effects = [abs(effect) for _, effect in answer["explain"]]
-    assert effects == sorted(effects, reverse=True)
-    shutil.copy(folder / "run/model.onnx.sha256", folder / "elsewhere")
-    imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    data = bytearray((folder / "run/model.onnx").read_bytes())
-    data[len(data) // 2] ^= 1  # in a table of weights: onnxruntime would not notice
-    (folder / "elsewhere/model.onnx").write_bytes(data)
-    with pytest.raises(ValueError, match="model.onnx is damaged"):
-        imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    (folder / "elsewhere/model.onnx").write_bytes(b"no model")
-    bad = run_script("classify_imdb.py", *arguments, cwd=folder)
-    check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
+    def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
+        """Settings that are bound to a run, its texts, other programs' files, finished runs."""
+        corpus = self.corpus(20)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
+        s = imdb.Settings(out=str(tmp_path))
+        _, run = imdb.open_run(s, {})
+        imdb.save(dataclasses.replace(run, step=5), s, {"model": {}})
+        (tmp_path / "tmp1.part").mkdir()
+        may_change = {
+            "data",
+            "predict",
+            "explain",
+            "baseline",
+            "device",
+            "export",
+            "keep_exports",
+            "save_every",
+        }
+        for name, value in dataclasses.asdict(s).items():
+            other = f"{value}x" if isinstance(value, str) else 1 - value
+            changed = dataclasses.replace(s, **{name: other})
+            if name in may_change:
+                assert imdb.open_run(changed, {})[1].step == 5
+            elif name != "out":
+                with pytest.raises(ValueError, match=f"another run.*{name}"):
+                    imdb.open_run(changed, {})
+        assert not (tmp_path / "tmp1.part").exists()
+        monkeypatch.setattr(imdb, "print_end", print)
+        for content, finished in [
+            ({"settings": run.settings, "exported": False}, (False, True)),  # not all of a run with exports
+            ({"settings": run.settings, "exported": True}, (True, True)),
+            ({"settings": {}, "exported": True}, (False, False)),
+            ([], (False, False)),
+        ]:
+            (tmp_path / "report.json").write_text(json.dumps(content))
+            runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
+            assert tuple(run is None for run in runs) == finished, content
+        (tmp_path / "report.json").write_text("no json")
+        kept = {}
+        assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
+        corpus.test[7] = corpus.test[7]._replace(text="another text")
+        with pytest.raises(ValueError, match="texts"):
+            imdb.open_run(s, {})
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
+        with pytest.raises(ValueError, match="another run"):
+            imdb.open_run(s, {})
 
+    def test_open_run_refuses_a_place_in_use(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: self.corpus(20))
+        monkeypatch.setattr(train_ddp, "lock_out", functools.partial(train_ddp.lock_out, patience=0.1))
+        s, kept = imdb.Settings(out=str(tmp_path)), {}
+        imdb.open_run(s, kept)
+        with pytest.raises(ValueError, match="in use"):
+            imdb.open_run(s, {})
+        kept["lock"].close()
 
-def test_classify_imdb_exports_short_texts_and_what_agrees_most(tmp_path, monkeypatch):
-    """Nothing longer than max_len is timed; reviews of both classes judge the heads; where no file agrees on
-    99.5% the one that agrees most is taken."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    seen = {}
+    def test_train_stops_at_its_target(self, tmp_path):
+        """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
+        model, examples, dev, run, s = self.training(tmp_path, target=0.55, epochs=8, lr=1e-2, warmup=1)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        limit = 0.55 + (0.55 * 0.45 / 50) ** 0.5
+        accuracies = [row["dev_accuracy"] for row in run.history]
+        assert run.reached and run.step < 160 and accuracies[-1] > limit >= max(accuracies[:-1])
+        assert run.history[0]["step"] == round(160 / (16 * 8))
+        saved = train_ddp.load_checkpoint(tmp_path)
+        again = imdb.Run(**saved["run"])
+        imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
+        assert again.step == run.step == saved["run"]["step"]
 
-    def export_all(models, example, evaluation, cases, calibration, out, metadata, **choice):
-        seen["cases"] = cases
-        out.mkdir()
-        rows = [{"name": "eager", "file": "weights.pt", "agreement": 1.0, "size_bytes": 1}]
-        for name, agreement, size in (("a", 0.90, 5), ("b", 0.95, 9), ("c", 0.93, 4)):
-            (out / f"{name}.onnx").write_text(name)
-            rows.append({"name": name, "file": f"{name}.onnx", "agreement": agreement, "size_bytes": size})
-        return {"models": rows, "refused": {}}
+    def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
+        """One infinite gradient, as of a bad batch: the last checkpoint stays finite."""
+        model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
+        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
+        calls = itertools.count()
+        model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
+        with pytest.raises(FloatingPointError, match="gradient.*step 5.*--lr"):
+            imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert saved["run"]["step"] == 5
+        assert all(x.isfinite().all() for x in saved["model"].values())
 
-    monkeypatch.setattr(imdb, "pruned_copy", lambda model, sample, *_: seen.update(sample=sample) or model)
-    monkeypatch.setattr(imdb, "onnx_probabilities", lambda path, ids: torch.full((len(ids),), 0.9))
-    for name, stub in (("export_all", export_all), ("print_table", print), ("plot_rows", print)):
-        monkeypatch.setattr(export, name, stub)
-    ids = [torch.tensor([5, 6, 7])] * 3000
-    data = {"train": (ids, [0.0] * 1500 + [1.0] * 1500, [0] * 3000)}  # in order, as read_imdb gives them
-    test_set = imdb.demo_reviews(1)["test"][:40]
-    report = imdb.export_models(model, imdb.Tokenizer(run["ranks"]), data, test_set, s, tmp_path)
-    assert report["deployed"]["name"] == (tmp_path / "model.onnx").read_text() == "b"
-    assert len(seen["cases"]) == 4
-    assert all(x.size(1) <= s.max_len == 16 for inputs in seen["cases"].values() for (x,) in inputs)
-    assert torch.cat([labels for _, labels in seen["sample"]]).float().mean() == 0.5
-
-
-def test_classify_imdb_page_shows_any_text_as_text(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-    test_set = [imdb.Review(i, i, text) for i, text in enumerate(texts)]
-    mistakes = [{"label": "positive", "probability": 0.1, "text": text} for text in texts]
-    (tmp_path / "mistakes.json").write_text(json.dumps(mistakes))
-    imdb.write_page({"dataset": "demo"}, model, imdb.Tokenizer(run["ranks"]), test_set, tmp_path)
-    tags = []
-    parser = html.parser.HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-    parser.feed((tmp_path / "index.html").read_text())
-    frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
-    assert frames == [(tmp_path / f"attention_{name}.html").read_text() for name in imdb.LABELS]
-    assert "script" not in dict(tags) and [a for tag, a in tags if tag == "b"] == [{"class": "positive"}] * 2
-
-
-def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
-    out = imdb_formats[0] / "run"
-    state = imdb.load(out / "model.pt")
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
-    model.load_state_dict(state["model"])
-    run = export.load_artefact(out / "export/original.onnx")
-    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
-        tokens = torch.randint(0, model.config.vocab_size, (B, T))
-        tokens[0, T // 2 :] = imdb.PAD
-        tokens[-1] = imdb.PAD  # a row of padding alone
-        check_close(run(tokens), model(tokens).detach(), 1e-5)
-
-
-def test_classify_imdb_explains_by_hiding():
-    """A model that counts one word: hiding it moves the probability, hiding others doesn't."""
-    tokenizer = imdb.Tokenizer.train([imdb.clean(r.text) for r in imdb.demo_reviews(0)["train"][:500]], 400)
-    (ids,) = tokenizer.encode(["a superb film , naïve хорошо and superb"], 99)
-
-    def positive(texts: list[torch.Tensor]) -> torch.Tensor:
-        assert all(x.shape == ids.shape and ((x == ids) | (x == imdb.MASK)).all() for x in texts)
-        words = (
-            tokenizer.bpe.decode([i - imdb.SPECIAL for i in x.tolist() if i >= imdb.SPECIAL]) for x in texts
+    def test_page_shows_any_text_as_text(self, tmp_path):
+        model, *_, run, _ = self.training(tmp_path)
+        texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
+        corpus = imdb.Corpus(
+            "own", ["<i>", "&"], [], [imdb.Review(0, i, text) for i, text in enumerate(texts)]
         )
-        return torch.tensor([0.9 if "film" in text else 0.3 for text in words])
+        mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
+        report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
+        imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
+        tags = []
+        parser = html.parser.HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+        parser.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
+        frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
+        assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
+        assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
 
-    answer = imdb.explained(ids, 0.9, tokenizer, positive)
-    assert answer[0] == ["film", 0.6] and all(effect == 0 for _, effect in answer[1:])
-    assert sorted(word for word, _ in answer) == sorted("a superb film , naïve хорошо and superb".split())
-    assert imdb.explained(ids[:0], 0.5, tokenizer, positive) == []
-    (ids,) = tokenizer.encode(['the (first) "act" is well-made.but don\'t see 2nd'], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    words = 'the ( first ) " act " is well - made . but don\'t see 2nd'.split()
-    assert {word for word, _ in answer} <= set(words)
-    (ids,) = tokenizer.encode(["a “größer” film—bad…so"], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    assert [word for word, _ in answer] == "a “ größer ” film — bad … so".split()
-    (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
-    assert len(imdb.explained(ids, 0.5, tokenizer, lambda texts: torch.linspace(0, 1, len(texts)))) == 10
+    # ---- runs
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def own_run(cls, tmp_path_factory):
+        """A run on 200 rows of one's own, as a user starts it, with all that it does by default."""
+        folder = tmp_path_factory.mktemp("own")
+        cls.table(folder / "my.csv", cls.own_rows(200))
+        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
+        arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
+        return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
 
-def test_classify_imdb_stops_at_its_target(imdb_ranks, tmp_path):
-    arguments = (*IMDB_SMALL, "--no-export", "--target", "0.7", "--out", str(tmp_path))
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    last = report["history"][-1]
-    assert (
-        report["target"]["reached"]
-        and last["step"] < 225
-        and last["dev_accuracy"] > 0.7 + (0.21 / 800) ** 0.5
+    def test_own_texts_work_whole(self, own_run):
+        folder, result = own_run
+        out = folder / "out/classify_imdb"
+        summary, report = last_json(result), json_of(out / "report.json")
+        assert len(result.stdout.splitlines()[-1]) < 300 and "random" in result.stdout
+        assert summary["report"] == "out/classify_imdb/report.json" and "index.html" in result.stdout
+        assert all(summary[name] == report[name] for name in summary if name != "report")
+        names = "train_seconds total_seconds n_parameters n_counted preset seed cpu threads gemm_gflops torch"
+        assert all(report[name] is not None for name in names.split())
+        assert report["dataset"] == "own" and report["settings"]["labels"] == ["bad", "good & fine"]
+        assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
+        assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
+        rows = {row["name"]: row for row in report["models"]}
+        assert {"eager", "ONNX", "pruned, ONNX"} <= set(
+            rows
+        ) and "pruned, ONNX int8, dynamic, embeddings" in rows
+        best = rows[report["recommended"]]
+        near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
+        assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
+        assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
+        assert (
+            rows["ONNX"]["max_abs_diff"] <= 1e-5 and best["size_bytes"] == (out / "model.onnx").stat().st_size
+        )
+        assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
+        assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
+        page = (out / "index.html").read_text(encoding="utf-8")
+        assert page.index("<h1>") < page.index("<table>") and page.count("data:image/png;base64") == 2
+        assert not re.search(r"(src|href)=.?(http|//|/)", page) and "good &amp; fine" in page
+
+    def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
+        out = own_run[0] / "out/classify_imdb"
+        monkeypatch.chdir(tmp_path)
+        long = "the plot was clever , " * 2000  # far over the length that a file name may have
+        (tmp_path / "texts.txt").write_text(
+            "they call it dull\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig"
+        )
+
+        def predict(*what: str) -> list[dict]:
+            assert imdb.main(["--out", str(out), "--predict", *what]) == 0
+            return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+        (answer,) = predict("they call it dull")
+        assert set(answer) == {"label", "probability", "text", "probabilities"}
+        p = answer["probabilities"]
+        assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
+        assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
+        assert [a["text"] for a in predict("texts.txt")] == ["they call it dull", "a dull\x85film\u2028x"]
+        assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
+        (explained,) = predict("they call it dull", "--explain")
+        effects = [abs(effect) for _, effect in explained["explain"]]
+        assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        imdb.main(["--out", str(out), "--predict", "they call it dull", "--explain"])
+        first, *words = capsys.readouterr().out.splitlines()
+        assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
+
+    def test_predict_streams(self, own_run):
+        """A line is answered before the next one comes."""
+        command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=own_run[0], **pipes) as process:
+            clock = threading.Timer(60, process.kill)
+            clock.start()
+            for text in ("one", "two"):
+                process.stdin.write(text + "\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline())["text"] == text
+            process.stdin.close()
+            assert process.wait(60) == 0
+            clock.cancel()
+
+    def test_predict_refuses(self, own_run, tmp_path, capsys):
+        out = own_run[0] / "out/classify_imdb"
+        (tmp_path / "blank.txt").write_text("\n  \n")
+        (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
+        (tmp_path / "bad").mkdir()
+        for content, what, words in [
+            (None, "a text", "no .*model.onnx yet.*train"),
+            (b"no model", "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes()[:5000], "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "blank.txt"), "no text"),
+            ((out / "model.onnx").read_bytes(), "  ", "no text"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "utf16.txt"), "utf-8"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path), "directory"),
+        ]:
+            if content:
+                (tmp_path / "bad/model.onnx").write_bytes(content)
+            assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.search(words, line), line
+
+    def test_readme_snippet_predicts_without_the_project(self, own_run):
+        """onnxruntime and tiktoken alone, in a folder without the project's files."""
+        folder, _ = own_run
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", IMDB_SNIPPET], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
+        answer = last_json(run_script("classify_imdb.py", "--predict", "A film to remember.", cwd=folder))
+        assert numbers == pytest.approx(list(answer["probabilities"].values()), abs=1e-3)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ranks(cls, tmp_path_factory):
+        launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
+        yield launcher
+        launcher.end()
+
+    @staticmethod
+    def code(here: str = "") -> str:
+        return IMDB_FEW.replace("{here}", here)
+
+    def test_demo_runs_without_network(self, ranks, tmp_path):
+        """It says so, and learns twins, which can't be told by single words."""
+        here = "few = script.Corpus('demo', whole.labels, whole.train[:3000], whole.test[:500])"
+        here += "; script.export_models = export_models"
+        sizes = "--d-model 32 --d-ff 32 --lr 5e-3 --min-steps 200".split()
+        (result,) = ranks.run(1, *IMDB_SMALL, *sizes, "--out", str(tmp_path), code=self.code(here))
+        report = last_json(result)
+        assert "IMDB WAS NOT FOUND" in result.stdout and imdb.IMDB_URL in result.stdout
+        assert report["dataset"] == "demo" and report["test_accuracy"] > 0.8
+        assert [row["name"] for row in json_of(tmp_path / "report.json")["models"]] == ["eager", "ONNX"]
+
+    def test_killed_anywhere_ends_in_the_same_weights(self, ranks, tmp_path):
+        """kill -9 in each stage, then the same command; what was finished isn't done again."""
+        arguments = [*IMDB_SMALL, "--unlabelled", "--save-every", "0"]
+        (whole,) = ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        out = tmp_path / "killed"
+        stages = [  # where it is killed; the step of what is left
+            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0), ("ddp.warmup_cosine", 12),
+            ("look_at_dev", 13), ("ddp.write_atomically", 13), ("plot_results", 18), ("print_end", 18),
+        ]  # fmt: skip
+        for place, wanted in stages:
+            here = f"script.{place} = {'late' if 'cosine' in place else 'die'}"
+            (killed,) = ranks.attempt(1, *arguments, "--out", str(out), code=self.code(here))
+            assert killed.returncode == -signal.SIGKILL, (place, killed)
+            left = train_ddp.load_checkpoint(out)
+            assert (left and left["run"]["step"]) == wanted, place
+        one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
+        assert one["model"].keys() == other["model"].keys()
+        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+        drop = [{k: v for k, v in row.items() if k != "seconds"} for row in one["run"]["history"]]
+        assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["run"]["history"]]
+        nothing = (
+            "".join(f"script.{name} = " for name in ("linear_model", "Tokenizer.train", "train")) + "again"
+        )
+        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(nothing))
+        first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
+        for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
+            assert first[name] == second[name]
+        assert (
+            "finished" in done.stdout
+            and last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        )
+        assert second["total_seconds"] > other["run"]["total_seconds"] > 0 < other["run"]["prepare_seconds"]
+
+    def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
+        """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
+        arguments = [
+            *IMDB_SMALL,
+            *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled".split(),
+        ]
+        arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
+        for world in (1, 2, 3):
+            results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
+            assert not any("step" in result.stdout for result in results[1:])  # rank 0 alone speaks
+        one, *others = (train_ddp.load_checkpoint(tmp_path / str(world)) for world in (1, 2, 3))
+        for other in others:
+            for name, value in one["model"].items():
+                check_close(other["model"][name], value, 2e-5)
+            for i, moments in one["optimizer"]["state"].items():  # an average of the last gradients
+                check_close(other["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
+            for mine, row in zip(other["run"]["history"], one["run"]["history"], strict=True):
+                assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
+                assert mine["train_accuracy"] == row["train_accuracy"]
+        assert json_of(tmp_path / "3/report.json")["processes"] == 3
+
+    def test_a_lost_process_ends_the_others_and_any_number_goes_on(self, ranks, tmp_path):
+        arguments = [*IMDB_SMALL, *"--dropout 0 --mask-words 0 --lr 1e-4 --save-every 0".split()]
+        ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        arguments += ["--out", str(tmp_path / "lost")]
+        here = "if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late"
+        here = here.replace("12", "5")
+        first, second = ranks.attempt(2, *arguments, code=self.code(here).replace("step == 12", "step == 5"))
+        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+        assert "step 5" in first.stderr and "Traceback" not in first.stderr
+        last = ranks.run(3, *arguments, code=self.code())[0]
+        assert "going on at step 5" in last.stdout
+        one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
+        assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
+
+    @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+    def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
+        arguments = [*IMDB_SMALL, "--epochs", "500", "--save-every", "0", "--out", str(tmp_path)]
+        ranks.start(world, *arguments, code=self.code())
+        ranks.wait_until(lambda: len(list(tmp_path.glob("step_0000000[5-9]*"))) > 0)
+        ranks.kill([world - 1], number)
+        results = ranks.wait()
+        assert [result.returncode for result in results] == [128 + number] * world, results
+        step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
+        assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
+        (other,) = ranks.attempt(1, *arguments, "--seed", "7", code=self.code())
+        check_one_line_error(other, "seed 0 there, 7 here", "--out")
+
+    def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
+        """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
+        parts = "whole.train[:1000], whole.test[:1000], whole.unlabelled"
+        here = f"few = script.Corpus('demo', whole.labels, {parts})"
+        arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
+        ranks.run(1, *arguments, code=self.code(here))
+        report = json_of(tmp_path / "report.json")
+        assert (
+            abs(report["test_accuracy"] - 0.5) <= 0.065 and abs(report["linear_test_accuracy"] - 0.5) <= 0.065
+        )
+
+    def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
+        """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
+        corpus, given = self.corpus(), []
+        opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
+        monkeypatch.setattr(imdb, "finish", lambda *_: None)
+        teacher = lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews)  # noqa: E731
+        labels = []
+        monkeypatch.setattr(imdb, "linear_model", lambda _, y: (labels.append(y), (teacher, 0))[1])
+        arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
+        assert imdb.main(arguments) == 0
+        ((model, examples, dev, run, *_),) = given
+        train_set, dev_set = imdb.split_dev(corpus)
+        shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
+        assert labels == [shuffled] and shuffled != [r.label for r in train_set]
+        assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
+        assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
+        for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
+            by_number = [fold for _, fold in sorted(zip([r.number for r in part], folds, strict=True))]
+            assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
+        odds = imdb.NgramOdds()
+        odds.fit(examples)
+        assert torch.equal(model.odds.table, odds.table) and run.prepare_seconds > 0
+
+    def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = self.training(tmp_path)
+        corpus = self.corpus(300)
+        linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
+        run.teacher = {"test": linear.tolist()}
+        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        with torch.no_grad():
+            model.head.weight.mul_(5)  # an untrained model is never sure
+        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
+        (tmp_path / "model.onnx").write_text("of another run")
+        imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
+        report = json_of(tmp_path / "report.json")
+        ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
+        own, labels = (
+            imdb.log_odds(model, ids, imdb.ALONE),
+            torch.tensor([r.label for r in corpus.test]).bool(),
+        )
+        answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
+        expected = [(answer == labels).double().mean().item() for answer in answers]
+        names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
+        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5) and len(
+            set(expected)
+        ) == 3
+        assert report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
+
+    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
+        corpus = self.corpus(300)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
+        report = json_of(tmp_path / "a/b/baseline.json")
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
+        turned = [review._replace(label=1 - review.label) for review in corpus.test]
+        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
+        imdb.baseline(imdb.Settings(out=str(tmp_path)))
+        report = json_of(tmp_path / "baseline.json")
+        assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
+
+    @pytest.mark.skipif(
+        not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
     )
-    assert all(row["dev_accuracy"] <= 0.7 + (0.21 / 800) ** 0.5 for row in report["history"][:-1])
-    assert report["train_seconds"] < report["target"]["seconds"]
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == last["step"], "saved before the test begins"
-    row, dev = {"dev_accuracy": 0.86}, ([None] * 2500, None)  # sqrt(0.85 * 0.15 / 2500) = 0.00714
-    assert imdb.safely_past(0.85, row, dev) and not imdb.safely_past(0.853, row, dev)
-
-
-def test_classify_imdb_baseline_beside_another_run(tmp_path, monkeypatch):
-    few = {split: rows[:300] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    for _ in range(2):
-        report = imdb.baseline(imdb.Settings(out=str(tmp_path / "a/b")))
-        assert 0 <= report["train_seconds"] <= report["total_seconds"] < 60
-    turned = [review._replace(label=1 - review.label) for review in few["test"]]
-    monkeypatch.setattr(imdb, "split_dev", lambda reviews: (reviews, turned))
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path)))
-    assert (
-        report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"]) and report["test_accuracy"] > 0.7
-    )
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path), shuffle_labels=True))
-    assert 0.3 < report["test_accuracy"] < 0.7
-
-
-def test_classify_imdb_baseline(tmp_path):
-    report = last_json(run_script("classify_imdb.py", "--baseline", "--out", "b", cwd=tmp_path, **NO_NETWORK))
-    assert report == json.loads((tmp_path / "b/baseline.json").read_text())
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
-    assert 0 < report["train_seconds"] <= report["total_seconds"] < 240
-
-
-@IMDB_GIVEN
-def test_classify_imdb_real_data(imdb_real_data_begun):
-    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
-    found = last_json(imdb_real_data_begun.result())
-    assert found["fingerprint"] == imdb.IMDB_FINGERPRINT
-    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
-        assert found[split] == [25_000, 12_500, size]  # reviews, positive ones, bytes
-    assert found["parts"] == [22_500, 2_500] and found["shared"] == [123, 3]
+    def test_real_data_are_the_published_texts(self):
+        assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
+        assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+        corpus = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
+        assert imdb.fingerprint(corpus) == imdb.IMDB_FINGERPRINT
+        for reviews, size in ((corpus.train, 33_132_823), (corpus.test, 32_350_685)):
+            assert len(reviews) == 25_000 and sum(r.label for r in reviews) == 12_500
+            assert sum(len(r.text.encode()) for r in reviews) == size
+        train, dev = imdb.split_dev(corpus)
+        assert (len(train), len(dev)) == (22_500, 2_500)
+        log = json_of(ROOT / "assets/imdb.json")
+        assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
 
 
 # -----------------------------------------------------------------------------
@@ -8905,8 +6203,9 @@ class DrawnModel(nn.Module):
         return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        beginning = torch.cat((*cache.get(0, {"self": ()})["self"], tgt), dim=1)  # (B, T)
-        cache[0] = {"self": (beginning,)}
+        past = [layer[0] for layer in cache.get("layers", [])]
+        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
+        cache["layers"] = [(beginning, beginning)]
         numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
         return self.logits[numbers][:, None]  # (B, 1, V)
 
@@ -8981,7 +6280,7 @@ class TestQuiz:
             == 1_050_624
         )
         layer = encoder.EncoderLayer(encoder.EncoderConfig(vocab_size=1, d_model=128, d_ff=512))
-        assert size(layer) == 198_272 and size(layer.attention) == 66_048 and size(layer.ffn) == 131_712
+        assert size(layer) == 198_272 and size(layer.self_attention) == 66_048 and size(layer.ffn) == 131_712
         with torch.device("meta"):
             assert size(transformer.Transformer(transformer.TransformerConfig())) == 63_082_496
             assert size(transformer.Transformer(transformer.TransformerConfig(tied=False))) == 100_970_496
@@ -9184,7 +6483,9 @@ class TestAllFiles:
         lengths = attention.padding_mask(torch.tensor([6, 0]))
         for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
             expected, weights = long.forward_with_weights(x, context, mask)
-            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            k, v = short.keys_values(context)
+            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
+            output = short(x, k, v, mask)
             check_close(output, expected, 1e-12)
             check_close(short_weights, weights, 1e-12)
             gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
@@ -9440,279 +6741,259 @@ class TestReadme:
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
-        ("(k_len - q_len)  # (Tq, 1)", "0 * k_len  # (Tq, 1)", "attention_masks or cache_equals"),
-        ("device=device) <= last_visible", "device=device) < last_visible", "attention_masks"),
-        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "attention_masks"),
-        ("    scale = q.size(-1) ** -0.25\n    scores = ", "    scale = 1.0\n    scores = ", "four_ways"),
-        ("weights.masked_fill(empty, 0.0)", "weights", "nothing_to_attend_to"),
-        ("~(allowed | empty), -math.inf", "~allowed, -math.inf", "nothing_to_attend_to"),
-        (
-            "F.dropout(weights, dropout_p) @ v, weights",
-            "F.dropout(weights, dropout_p) @ v, F.dropout(weights)",
-            "four_ways",
-        ),
-        ("fade, e = (top - new_top).exp()", "fade, e = torch.ones_like(top)", "four_ways"),
-        (
-            "dscores = weights * (dweights - mean_grad[..., rows, :])",
-            "dscores = weights * dweights",
-            "four_ways",
-        ),
-        (
-            " and q.shape[-2:-1] == k.shape[-2:-1]",
-            "",
-            "four_ways",
-        ),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask or cache_equals"),
+        (".tril(k_len - q_len)", ".tril(k_len - q_len - 1)", "causal_mask"),
+        ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "padding_mask"),
+        ("scores = (q * q.size(-1) ** -0.5)", "scores = q", "all_ways_agree"),
+        (".softmax(dim=-1).masked_fill(hidden, 0.0)", ".softmax(dim=-1)", "nothing_to_attend_to"),
+        ("masked_fill(hidden, lowest)", "masked_fill(hidden, -math.inf)", "nothing_to_attend_to"),
+        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "all_ways_agree"),
+        ("alpha = (m[..., i, :] - m_new).exp()", "alpha = 1.0", "all_ways_agree"),
+        ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
+        ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
+        ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
+        ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
+        ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
+        ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
     ],
     "encoder.py": [
         (
-            "x = x + self.dropout(self.attention(self.attention_norm(x), mask))",
-            "x = self.dropout(x + self.attention(self.attention_norm(x), mask))",
+            "x + self.dropout(self.self_attention(self",
+            "self.dropout(x + self.self_attention(self",
             "encoder_dropout",
         ),
-        ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "positions_are"),
         (
-            "scores.softmax(dim=-1).masked_fill(~mask, 0.0)",
-            "scores.softmax(dim=-1)",
-            "attention_py_in_short",
-        ),
-        (
-            "x = x + self.dropout(self.attention(self.attention_norm(x), mask))",
-            "x = self.dropout(self.attention(self.attention_norm(x), mask))",
+            "x + self.dropout(self.self_attention(self",
+            "self.dropout(self.self_attention(self",
             "layer_equals_torch",
         ),
         (
-            "self.attention_norm(x + self.dropout(self.attention(x, mask)))",
-            "x + self.dropout(self.attention(self.attention_norm(x), mask))",
+            "self.self_attention_norm(x + self.dropout(self.self_attention(x, mask)))",
+            "x + self.dropout(self.self_attention(self.self_attention_norm(x), mask))",
             "layer_equals_torch",
         ),
+        ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "sinusoidal_positional_encoding"),
+        (".softmax(dim=-1).masked_fill(~mask, 0.0)", ".softmax(dim=-1)", "equals_attention_py"),
         ("tokens) * self.scale + self", "tokens) + self", "stack_equals_torch"),
         ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "encoder_stack"),
         (
             "nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()",
             "nn.LayerNorm(config.d_model)",
-            "counts_and_state or stack_equals",
+            "paper_s_parameters or stack_equals",
         ),
-        ("real.sum(1).clamp(min=1)", "x.size(1)", "padding_and_batch"),
-        ("x.masked_fill(~real, -math.inf).amax(1)", "x.amax(1)", "pools_are"),
+        ("mask.sum(1, keepdim=True).clamp(min=1)", "x.size(1)", "padding_and_batch"),
+        ("x.masked_fill(padding, -math.inf).amax(1)", "x.amax(1)", "pool_tokens"),
+        ("self.embedding.weight.dtype))", "self.embedding.weight.dtype), persistent=False)", "meta_device"),
     ],
     "transformer.py": [
-        (".tril(k_len - q_len)", ".tril()", "transformer_causal_mask"),
-        ("q.shape[-1] ** -0.5", "1.0", "transformer_equals_torch"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask"),
+        ("q.shape[-1] ** -0.5", "1.0", "equals_torch"),
+        ("k = torch.cat((past_k, k), dim=2)", "k = torch.cat((k, past_k), dim=2)", "cache_gives"),
+        ("self.embed(self.tgt_embedding, tgt, start)", "self.embed(self.tgt_embedding, tgt)", "cache_gives"),
+        ("x = x if self.norm_first else self.cross_attention_norm(x)", "x = x + 0", "equals_torch"),
+        ("encoding(config.max_len, width))", "encoding(config.max_len, width), persistent=False)", "on_meta"),
+        ("real = targets != pad_id", "real = targets == targets", "label_smoothed_loss"),
+        ("step * warmup**-1.5", "step * warmup**-0.5", "noam"),
+        (".masked_fill(finished, model.config.pad_id)", "", "greedy_decode"),
+        ("finished |= best == model.config.eos_id", "finished |= best == 0", "greedy_decode"),
+        ("torch.where(finished[..., None], only_pad, following)", "following", "full_width"),
+        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equals_lists"),
+        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equals_lists"),
+        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
+        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "written_out"),
         (
-            "k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)",
-            "k, v = torch.cat((k, past_k), dim=2), torch.cat((v, past_v), dim=2)",
-            "cache_gives_the_same",
+            'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
+            "data.decode().splitlines()",
+            "lines_of",
         ),
-        (
-            "x = self.embed(self.tgt_embedding, tgt, start=past)",
-            "x = self.embed(self.tgt_embedding, tgt)",
-            "cache_gives_the_same",
-        ),
-        (
-            "return norm(x + self.dropout(sublayer(x)))",
-            "return x + norm(self.dropout(sublayer(x)))",
-            "transformer_equals_torch",
-        ),
-        ("ignore_index=pad_id, label_smoothing", "label_smoothing", "transformer_loss"),
-        ("step * warmup**-1.5", "step * warmup**-0.5", "transformer_noam"),
-        (".masked_fill(finished, model.config.pad_id)", "", "greedy_equals"),
-        (
-            "finished |= best == model.config.eos_id",
-            "finished |= best == model.config.pad_id",
-            "greedy_equals",
-        ),
-        ("torch.where(finished[..., None], only_pad, following)", "following", "full_beam"),
-        ('layer["self"] = tuple(x[rows] for x in layer["self"])', "pass", "beam_equals_lists"),
-        (
-            "lengths.gather(1, parent) + ~was_finished",
-            "lengths.gather(1, parent) + 1",
-            "beam_equals_lists or full_beam",
-        ),
-        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_beam"),
-        (
-            "tgt = torch.cat((bos, targets[:, :-1]), dim=1)",
-            "tgt = targets",
-            "training_step or sum_of_its_sentences",
-        ),
-        ('self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "kill_and_go_on"),
-        ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
+        ("rows, parse_math=False)", "rows)", "ones_own"),
+        ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
+        ("if not norm.isfinite():", "if False:", "not_finite"),
+        ("mean + (weight - mean) / n_averaged", "weight.clone()", "written_out"),
     ],
     "losses.py": [
+        ("remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)", "remaining.mean()", "gradnorm"),
+        ("smoothing / log_p.shape[1] * weighted", "smoothing / (log_p.shape[1] - 1) * weighted", "equals"),
+        ("divisor = (kept * weights).sum()", "divisor = (kept + 0 * weights + 1).sum()", "ignored_rows"),
+        ("rows = rows.masked_fill(~kept[:, None], 0.0)", "pass", "ignored_rows"),
+        ("focus = (gamma * log_sum(log_p, ~is_target)).exp()", "focus = gamma * 0 + 1.0", "focal"),
+        ("rows = -alpha[y] * focus", "rows = -alpha[0] * focus", "focal"),
+        ("(1 - alpha) * (~positive)", "alpha * (~positive)", "focal"),
+        ("F.pairwise_distance(x1, x2, eps=0)", "(x1 - x2).square().sum(1).sqrt()", "extremes"),
         (
-            "remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)",
-            "remaining.mean()",
-            "losses_gradnorm",
+            "F.pairwise_distance(x1, x2, eps=0)).square()",
+            "F.pairwise_distance(x1, x2, eps=0).square())",
+            "oracle",
         ),
-        (
-            "smoothing / log_p.shape[1] * weighted",
-            "smoothing / (log_p.shape[1] - 1) * weighted",
-            "label_smoothing_is",
-        ),
-        (
-            "divisor = counts.sum() if weight is None",
-            "divisor = torch.tensor(len(y)) if weight is None",
-            "ignored_row",
-        ),
-        ("rows = -(gamma * log_p_rest).exp()", "rows = -((1 - log_p_rest.exp()) * gamma).exp()", "focal_is"),
-        ("rows = rows * alpha[y]", "rows = rows * alpha[0]", "focal_is"),
-        ("(1 - alpha) * (1 - positive)", "alpha * (1 - positive)", "binary_focal_is"),
-        ("return squared.where(apart, 1.0).sqrt() * apart", "return squared.sqrt()", "distance_0"),
-        (
-            "F.relu(margin - distance(x1, x2)).square()",
-            "F.relu(margin - distance(x1, x2).square())",
-            "hadsells",
-        ),
+        ("F.normalize(a, dim=1)", "(a / a.square().sum(1, keepdim=True).sqrt())", "extremes"),
         (
             "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
             "similarity(z, z, temperature)",
-            "simclrs",
+            "oracle",
         ),
-        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "khoslas"),
+        ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "oracle"),
         (
             "d.masked_fill(~positive, -math.inf).amax(1)",
             "d.masked_fill(positive, -math.inf).amax(1)",
-            "brute_force",
+            "oracle",
         ),
         (
             "torch.expm1(n * math.log(beta)) / (beta - 1)",
             "torch.expm1(math.log(beta)) / (beta - 1)",
-            "class_balanced",
+            "balanced",
         ),
-        ("self.log_variances / 2).sum()", "self.log_variances).sum()", "uncertainty"),
+        ("((-s).exp() * losses + s).sum() / 2", "((-s).exp() * losses + 2 * s).sum() / 2", "uncertainty"),
         ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
-        ("        dist.all_reduce(gradient)  #", "        #", "two_processes"),
+        (
+            "torch.distributed.nn.functional.all_gather(x)",
+            "torch.distributed.nn.functional.all_gather(x.detach())",
+            "two_processes",
+        ),
         (
             'if p.ndim < 2], "weight_decay": 0.0',
             'if p.ndim < 2], "weight_decay": weight_decay',
             "parameter_groups",
         ),
-        ("best = dev.mean(1).argmax().item()", "best = dev.mean(1).argmin().item()", "comes_from_dev"),
+        ("best = max(rates", "best = min(rates", "tune"),
+        ('by_metric(evaluate, models[lr], "dev")', 'by_metric(evaluate, models[lr], "test")', "dev_alone"),
+        ("limit = t.ppf(1 - 0.025 / n_tests", "limit = 0 * t.ppf(1 - 0.025 / n_tests", "judge"),
     ],
     "train_ddp.py": [
-        ("if s.clip:", "if True:", "train_ddp_clip_0"),
-        ("now=last_one), waiting", "now=True), waiting", "train_ddp_gradients_travel"),
-        ("masked_fill(behind, -100)", "masked_fill(behind, 0)", "same_weights or every_byte"),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
         ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
+        ("micro < s.accumulate - 1", "micro > 0", "same_weights"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
         (
-            "n_tokens = text.lengths[rows].sum().item()",
-            "n_tokens = text.lengths[rows[p.rank::p.world]].sum().item() * p.world",
-            "same_weights",
+            "(targets[rows] != -100).sum().item()",
+            "(targets[rows[p.rank :: p.world]] != -100).sum().item() * p.world",
+            "same_weights or micro_batches",
         ),
-        ("part = micro * p.world + p.rank", "part = micro", "same_weights"),
-        ("last_one = micro == s.accumulate - 1", "last_one = micro == 0", "same_weights"),
+        ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
+        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "damaged"),
         (
-            "        if s.clip:\n            nn.utils",
-            "        if not s.clip:\n            nn.utils",
-            "same_weights",
+            "for old in finished_checkpoints(folder)[:-keep]:",
+            'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
+            "keeps_the_last",
         ),
-        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
-        ('optimizer.load_state_dict(run.pop("optimizer"))', "pass", "damaged_newest or killed"),
-        ("os.replace(beside, path)", "path.write_bytes(data)", "write_atomically or no_parts"),
-        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]', "if data", "damaged_checkpoint"),
-        (
-            "for old in finished_checkpoints(folder)[:-keep]",
-            'for old in sorted(folder.glob("step_*.pt"))[:-keep]',
-            "newest_of_two",
-        ),
-        (
-            "torch.arange(len(text.lengths))[p.rank :: p.world]",
-            "torch.arange(len(text.lengths))",
-            "same_weights",
-        ),
-        ("is_causal=True", "is_causal=False", "is_causal"),
-        ("if others != of_ranks[0]:", "if False:", "unequal_settings"),
-        (
-            "sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)",
-            "*sum_over_ranks([loss_sum.item() / n_tokens], p), *signals.received()",
-            "ddp_signal_stops",
-        ),
-        ('scaler.load_state_dict(run["scaler"])', "pass", "ddp_signal_stops"),
-        ('run["step"], run["tokens"] = step + 1', 'run["step"], run["tokens"] = step + 2', "ddp_killed"),
+        ("torch.arange(p.rank, len(inputs), p.world)", "torch.arange(len(inputs))", "same_weights"),
         (
             'map_location="cpu", weights_only=True',
             'map_location="cpu", weights_only=False',
-            "ddp_checkpoint_runs_no_code",
-        ),
-        (
-            'attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "several nodes"',
-            'attempt = "0"',
-            "ddp_under_torchrun or meet_within",
+            "checkpoint_runs_no_code",
         ),
     ],
     "classify_imdb.py": [
         (
-            "avg_pool1d(real[:, None].to(x.dtype), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
-            "avg_pool1d(real[:, None].to(x.dtype), 1, STRIDE)[:, 0] > 0",
-            "every_token_counts",
+            "avg_pool1d(real[:, None].float(), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
+            "avg_pool1d(real[:, None].float(), 1, STRIDE)[:, 0] > 0",
+            "written_out",
         ),
-        ("tokens = tokens.long()  # 32", "# 32", "classify_imdb_ngram_ids"),
-        ('kept["seconds"]\n', "0\n", "kept_stage_counts"),
-        ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
-        ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
-        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
-        ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
-        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
-        ("    model.eval()\n    out = torch.zeros", "    out = torch.zeros", "probabilities_are"),
-        ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
-        (
-            'torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)',
-            "pass",
-            "killed_and_started",
-        ),
-        ("share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
-        ("return counts * loss, counts", "return loss, counts", "any_number_of"),
+        ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
+        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
+        ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
+        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
+        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
+        ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
+        ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
+        ("torch.manual_seed(s.seed * 1_000_003 + run.step + 2**40 * p.rank)", "pass", "killed_anywhere"),
+        ("ddp.share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
+        ("loss, right = 0 * loss, 0", "pass", "any_number_of"),
         ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
         (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
-        ("    save_run(run, made, s)\n", "", "in_any_stage"),
-        ("            old.unlink()\n", "            pass\n", "goes_from_demo"),
-        ("damaged = file.testzip()", "damaged = None", "predict_errors"),
-        (
-            "order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)",
-            "order = batches(lengths, s.batch_size, seed=epoch + int(time.time()))",
-            "killed_and_started",
-        ),
-        ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
+        ("    save(run, s, {})\n", "", "killed_anywhere"),
+        ("+ step // per_epoch)", "+ step // per_epoch + int(time.time()))", "killed_anywhere"),
+        ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "written_out"),
-        ("flatten(1) * self.encoder.scale", "flatten(1)", "fused_model"),
-        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused_model"),
-        ("(halfway[rows] + said.softmax(-1)[:, 1]) / 2", "said.softmax(-1)[:, 1]", "fine_tuning_is"),
-        ("copied.encoder.layers[: max(1, s.n_layers // 2)]", "copied.encoder.layers[1:]", "pruned_copy"),
-        ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
-        ("(p.logit(1e-6) + linear.logit(1e-6))", "(p + linear)", "linear_model_s_logit"),
-        ('run["linear"].get("unlabelled", [])', 'run["linear"].get("test", [])', "linear_model_s_opinion"),
-        ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
-        ("round(p - without, 4)", "round(p, 4)", "explains_by"),
-        ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
+        ("W.flatten(1) * self.encoder.scale", "W.flatten(1)", "fused"),
+        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused"),
+        ("(targets + said) / 2", "said", "pruned_copy"),
+        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
+        ("> s.target + error", "> s.target - error", "stops_at"),
+        ("(score - log_odds(", "(score + log_odds(", "explain"),
+        ("positive / positive.sum()", "negative / negative.sum()", "weighs_by"),
+        ('ddp.check_finite("gradient\'s norm", norm.item(), run.step)', "pass", "not_finite"),
     ],
     "train_fsdp.py": [
-        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "train_fsdp_gradients_travel"),
-        ("loss * (p.world / n_tokens)", "loss / n_tokens", "fsdp_same_weights"),
-        ("part = micro * p.world + p.rank", "part = p.rank", "fsdp_same_weights"),
+        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
+        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
+        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
+        ("is_causal=True", "is_causal=False", "is_causal"),
+        (
+            "[loss / n_tokens, signals.received()], p)",
+            "[loss / n_tokens, 0], p); stopped = signals.received()",
+            "signals_stop",
+        ),
+        ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
+        ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
+        ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
+        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
+        (
+            "broadcast_object_list(answer, group=processes.files)",
+            "broadcast_object_list(answer)",
+            "longer_than",
+        ),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
+        ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
         (
             "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
             "model.set_requires_gradient_sync(micro == 0)",
-            "fsdp_same_weights",
+            "same_weights",
         ),
-        ("fused=not s.exact", "fused=True", "fsdp_two_ranks_are_bitwise"),
-        (".clamp(max=1.0)  # ()", "  # ()", "fsdp_clipping"),
+        ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
+        (".clamp(max=1.0))", "  )", "clip_gradients"),
+        ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
         (
-            "    for block in model.blocks:\n        fully_shard(block, mesh=mesh, mp_policy=policy)\n",
-            "",
-            "fsdp_blocks_are_gathered",
+            'if sha256_of(path / "manifest.json") != path.suffix[1:]:',
+            'if not sha256_of(path / "manifest.json"):',
+            "newest_checkpoint",
         ),
         (
-            "if hashlib.sha256(data).hexdigest() == path.suffix[1:] else {}",
-            "if data else {}",
-            "fsdp_damaged or fsdp_all_checkpoints",
+            'if sha256_of(path / name) != manifest["files"][name]]',
+            "if not sha256_of(path / name)]",
+            "newest_checkpoint",
         ),
-        ('or sha256_of(path / n) != manifest["files"][n]', "", "fsdp_damaged"),
         (
             'raise pickle.UnpicklingError(f".metadata',
             'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
-            "fsdp_checkpoint_runs_no_code",
+            "tensors_runs_no_code",
         ),
     ],
     "export.py": [
@@ -9755,9 +7036,9 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
-    "attention.py": "attention", "encoder.py": "encoder", "transformer.py": "transformer",
-    "losses.py": "losses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
-    "export.py": "export", "classify_imdb.py": "imdb",
+    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "TestTransformer",
+    "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
+    "export.py": "export", "classify_imdb.py": "TestClassifyImdb",
 }  # fmt: skip
 
 

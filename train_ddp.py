@@ -1,186 +1,48 @@
 """Data-parallel training that gives the same weights on any number of processes, and survives being killed.
 
 A byte-level GPT learns Python's own manual, 465,000 bytes that every Python has (PSF License): 36 s on two
-cores of an Intel Xeon (torch 2.13.0). Two processes make 1.90 times the tokens a second of one; 60 times
-kill -9 at random moments, and 60 times the final weights are bit for bit those of an undisturbed run.
+cores of an Intel Xeon (torch 2.13.0). Two processes make 1.90 times the tokens a second of one. On the CPU
+the final weights after 60 kill -9 at random moments were bit for bit those of undisturbed runs.
 
-    python train_ddp.py                                   # one process
-    python train_ddp.py --data-parallel                   # nn.DataParallel, and why nobody should: see wrap
-    torchrun --nproc_per_node=8 train_ddp.py              # DDP: gloo on CPU, nccl on GPU
+    python train_ddp.py                        # one process; --data-parallel: nn.DataParallel, see wrap
+    torchrun --nproc_per_node=8 train_ddp.py   # DDP: gloo on CPU, nccl on GPU (which nobody has run yet)
+    torchrun --nproc_per_node=8 train_ddp.py --amp bf16 --compile --batch-size 256 --max-len 1024 \\
+        --d-model 1024 --n-heads 16 --n-layers 12 --lr 6e-4                          # keeps 8 GPUs busy
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py
-    torchrun --nnodes=1:4 --max-restarts=3 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=9 \\
+        --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64  # nodes come and go
 
-The last one is elastic: nodes may come and go (set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it: without,
-torch 2.13 hangs on scaling up). The same command goes on where it stopped, on any number of processes.
+The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
+they say what they waited for and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog
+thread aborts the process, which torchrun reports as SIGABRT.
 
-DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019. Copy what is above "Training" (processes,
-checkpoints: they need torch alone) and the loop in train.
+DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
 
-import argparse
-import gc
 import hashlib
 import io
 import json
 import math
 import os
 import platform
-import re
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+import traceback
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-# -----------------------------------------------------------------------------
-# Settings
-
-
-def setting(default, reason: str):
-    return field(default=default, metadata={"help": reason})
-
-
-@dataclass
-class Settings:
-    steps: int = setting(500, "optimizer steps in all; the learning rate falls to nearly 0 by the last")
-    batch_size: int = setting(16, "sequences a step, over all processes and micro-batches; any number")
-    accumulate: int = setting(1, "micro-batches a process takes for a step: the same step in less memory")
-    max_len: int = setting(128, "tokens (here bytes) the model looks back")
-    d_model: int = setting(128, "width")
-    n_heads: int = setting(4, "heads of attention; divides d_model")
-    n_layers: int = setting(3, "blocks")
-    dropout: float = setting(0.0, "share of features dropped; 0: the data is seen a few times only")
-    lr: float = setting(4e-3, "peak learning rate of AdamW")
-    warmup: int = setting(50, "steps up to the peak, then a cosine down to 0")
-    weight_decay: float = setting(0.1, "on matrices; norms and biases have no reason to be small")
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0: none")
-    dtype: str = setting("float32", "of the weights: float32 or float64 (to compare runs exactly)")
-    amp: str = setting("off", "off, bf16 (pays where the hardware has it) or fp16 (older GPUs; scaled loss)")
-    eval_every: int = setting(100, "steps between two looks at the held-out text")
-    save_every: int = setting(50, "steps between checkpoints; 0: only at the end")
-    keep: int = setting(3, "checkpoints kept; older ones are deleted")
-    timeout: float = setting(120.0, "seconds that any wait for another process may take")
-    data_parallel: bool = setting(False, "nn.DataParallel in one process instead of DDP: to see, not to use")
-    device: str = setting("auto", "auto (cuda, then cpu), cuda, cpu or mps")
-    out: str = setting("out/train_ddp", "checkpoints, final.pt, picture and report.json go here")
-    seed: int = setting(0, "same seed, same weights; without dropout on any number of processes")
-
-
-# may change in a run:
-FREE = ("eval_every", "save_every", "keep", "timeout", "data_parallel", "device", "out")
-
-# -----------------------------------------------------------------------------
-# The model: a compact GPT
-
-
-class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). x (B, T, C)."""
-
-    def __init__(self, d_model: int, n_heads: int, dropout: float):
-        super().__init__()
-        self.n_heads, self.dropout = n_heads, nn.Dropout(dropout)
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))  # (B, T, C)
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-
-class GPT(nn.Module):
-    """tokens (B, T) of 0 .. 255, T <= max_len -> logits (B, T, 256) of the next byte."""
-
-    def __init__(self, d_model: int, n_heads: int, n_layers: int, max_len: int, dropout: float = 0.0):
-        super().__init__()
-        if d_model % n_heads:
-            raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
-        self.max_len = max_len
-        self.embedding, self.position = nn.Embedding(256, d_model), nn.Embedding(max_len, d_model)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:  # GPT-2: what is added to the residual stream 2 n_layers times starts smaller
-                deep = name.endswith(("out.weight", "mlp.2.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if deep else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > self.max_len:
-            raise ValueError(f"tokens must be (B, T <= {self.max_len}), got {list(tokens.shape)}")
-        x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T, C)
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)  # (B, T, V), tied to the embedding
-
-
-# -----------------------------------------------------------------------------
-# The data: who trains on what is a function of (seed, step), the same on every process
-
-
-@dataclass
-class Sequences:
-    """tokens (N, T + 1) uint8; the first lengths[i] + 1 of row i are text: inputs and, one on, targets."""
-
-    tokens: Tensor
-    lengths: Tensor  # (N,) targets in a row
-
-    def batch(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """rows (B,) -> inputs (B, T), targets (B, T); -100, which cross_entropy ignores, behind the end."""
-        tokens = self.tokens[rows].long()  # (B, T + 1)
-        behind = torch.arange(tokens.shape[1] - 1) >= self.lengths[rows, None]  # (B, T)
-        return tokens[:, :-1].to(device), tokens[:, 1:].masked_fill(behind, -100).to(device)
-
-
-def load_manual(max_len: int) -> tuple[Sequences, Sequences]:
-    """The help texts of Python's manual, cut into pieces of max_len bytes: (train, dev), each byte once.
-
-    Every tenth topic is held out. The last piece of a topic is shorter than the others.
-    """
-    from pydoc_data.topics import topics  # what help("topics") shows; licence: PSF License, as Python's own
-
-    texts = sorted(set(topics.values()))
-    return cut([t for i, t in enumerate(texts) if i % 10 != 9], max_len), cut(texts[9::10], max_len)
-
-
-def cut(texts: list[str], max_len: int) -> Sequences:
-    """Every byte of the texts as a target once, max_len of them a row."""
-    rows = []
-    for text in texts:
-        data = b"\n" + text.encode()  # the first byte of a text is predicted from a line's end
-        rows += [data[i : i + max_len + 1] for i in range(0, len(data) - 1, max_len)]  # overlap by one
-    lengths = torch.tensor([len(row) - 1 for row in rows])
-    padded = b"".join(row.ljust(max_len + 1, b"\0") for row in rows)
-    return Sequences(torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(len(rows), -1), lengths)
-
-
-def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
-    """The whole batch of a step, (batch_size,) of 0 .. n - 1: an endless row of shuffles, cut into batches.
-
-    Needs nothing but its arguments: any process can tell any step's batch, so a run goes on exactly where it
-    stopped, on another number of processes too.
-    """
-    places = torch.arange(step * batch_size, (step + 1) * batch_size)
-    parts = []
-    for epoch in (places // n).unique().tolist():
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        parts.append(torch.randperm(n, generator=generator)[places[places // n == epoch] % n])
-    return torch.cat(parts)
-
 
 # -----------------------------------------------------------------------------
 # Processes: start, agree, leave
@@ -190,6 +52,12 @@ class Lost(Exception):
     """Another process is gone, or did not come in time."""
 
 
+class Interrupted(Exception):
+    """Ended by a signal, on all ranks, with what was done saved. args: the signal's number, a message."""
+
+    shared = True
+
+
 @dataclass
 class Processes:
     """This process among all: rank of world, and its device. A world of one has no process group."""
@@ -197,75 +65,99 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    files: dist.ProcessGroup | None = None  # for waits on rank 0's files, which may take long
+    parent: int = 0  # id of the torchrun that started this process; 0: none
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
 
-    timeout: seconds that any wait for another process may take, here and later. Raises ValueError for a
-    device that isn't there, Lost if not all processes arrive.
+    timeout: seconds that a wait for another process may take, here and in every step. Raises ValueError for
+    a device that isn't there and an environment that is half set, Lost if not all processes arrive.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in ("cuda", "cpu", "mps"):
-        raise ValueError(f"device must be auto, cuda, cpu or mps, got {device}")
-    if device == "mps" and (world > 1 or not torch.backends.mps.is_available()):
-        raise ValueError(f"device mps: needs a Mac's GPU and one process, got {world} process(es)")
-    if device == "cuda":
-        if local_rank >= (have := torch.cuda.device_count()):
+    if not 0 < timeout < 1e9:
+        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {timeout}")
+    p = Processes(0, 1, pick_device(device))
+    local_rank = 0
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in names if name not in os.environ]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} isn't set in the environment: start with torchrun")
+        p.rank, p.world, local_rank = (int(os.environ[name]) for name in names[:3])
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        p.parent = os.getppid()
+    if p.device.type == "cuda":
+        have = torch.cuda.device_count()
+        if local_rank >= have:
             raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
         torch.cuda.set_device(local_rank)
-        device = f"cuda:{local_rank}"
-    processes = Processes(rank, world, torch.device(device))
-    if world > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise ValueError(f"WORLD_SIZE is {world}, but MASTER_ADDR isn't set: start with torchrun")
-        backend = "nccl" if processes.device.type == "cuda" else "gloo"
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=timeout)
-        with waiting(f"{world} processes to meet at {host}:{port}", processes, timeout):
-            # torchrun keeps the store while it restarts workers, with the addresses of those that died in it
-            # (torch 2.13). A prefix for each attempt hides them; nodes may count attempts differently, so on
-            # several it takes TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (a new store for each) instead.
-            is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-            store = dist.TCPStore(host, port, world, is_host, limit)
-            one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "several nodes"
-            store = dist.PrefixStore(attempt, store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    return processes
+        p.device = torch.device("cuda", local_rank)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if p.world > 1:
+        with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
+            join_groups(p, timedelta(seconds=timeout))
+    return p
+
+
+def join_groups(p: Processes, limit: timedelta) -> None:
+    """Make the group of all processes, and a second one for waits on rank 0's files."""
+    env = os.environ
+    one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
+    torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
+    # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
+    if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
+        raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    is_host = p.rank == 0 and not torchruns_store
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
+    store = dist.PrefixStore(attempt, store)
+    # Gradients on GPUs travel by nccl; numbers, flags and Python objects from CPU to CPU.
+    backend = "cpu:gloo,cuda:nccl" if p.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
+    p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
 
 
 @contextmanager
 def waiting(what: str, processes: Processes, timeout: float | None = None):
-    """Around what needs the other processes: says what was waited for if they don't answer."""
+    """Around what needs the other processes: raises Lost, with what was waited for, if they don't answer.
+    Communication errors alone become Lost; a wrong shape or a full GPU keeps its own error."""
     try:
         yield
-    except RuntimeError as error:  # gloo, nccl and the store raise subclasses of it
-        if processes.world == 1 or isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:
+        gloos = any(part in str(error) for part in ("/gloo/", "pair closure"))  # it has no class of its own
+        lost = isinstance(error, dist.DistError) or gloos
+        if processes.world == 1 or not lost:
             raise
         limit = f" for up to {timeout:g} s" if timeout else ""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Lost(f"rank {processes.rank} waited{limit} for {what}; in vain: {reason}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise Lost(f"rank {processes.rank} waited{limit} for {what}; failed: {reason}") from error
 
 
 def on_rank_0(action, processes: Processes):
-    """What action() returns on rank 0, on every rank; and its ValueError, OSError or ImportError likewise, so
-    that either all go on or all stop. For what is done once for all: reading and writing files."""
+    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
         try:
             answer = [(action(), None)]
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError) as error:
             answer = [(None, error)]
     if processes.world > 1:
         with waiting("rank 0's files", processes):
-            dist.broadcast_object_list(answer)
+            dist.broadcast_object_list(answer, group=processes.files)
     result, error = answer[0]
     if error is not None:
-        error.of_all = True  # rank 0 alone has to say it
+        error.shared = True  # all ranks raise it, so rank 0 alone prints it
         raise error
     return result
 
@@ -274,38 +166,54 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
     """Each value summed over all processes, in float64. Every rank has to come here."""
     if processes.world == 1:
         return values
-    on_gpu = processes.device.type == "cuda"
-    total = torch.tensor(values, dtype=torch.float64, device=processes.device if on_gpu else "cpu")
+    total = torch.tensor(values, dtype=torch.float64)
     with waiting("a sum over all ranks", processes):
         dist.all_reduce(total)
-        return total.tolist()  # on a GPU this is what waits
+    return total.tolist()
 
 
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
-    """What to call backward() on, so that all ranks and micro-batches together give the gradient of the mean.
+    """The loss to call backward() on, so that all ranks together give the gradient of the mean.
 
-    loss_sum: () sum of the losses of this micro-batch's tokens (or samples). n_total: how many there are in
-    the step's whole batch, on all ranks. DDP divides the sum of gradients by world; times world undoes that.
-    A mean of the ranks' means would be wrong where they hold unequal numbers of tokens.
+    loss_sum: () sum of the losses of this micro-batch's tokens (or samples). n_total: how many the step's
+    whole batch has, on all ranks. DDP divides the sum of gradients by world; times world undoes that. A mean
+    of the ranks' means would be wrong where they hold unequal numbers of tokens.
     """
     return loss_sum * (world / n_total)
 
 
-def leave(code: int):
-    """End this process now; for the end of main. Never returns.
+class Signals:
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
 
-    gloo's threads can abort the interpreter while it shuts down, after all work is done (pytorch#190489:
-    SIGABRT, "terminate called without an active exception"). os._exit skips that, and whatever else is
-    registered with atexit. After a failure the group isn't torn down: that may wait for the others.
-    """
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.noted = []
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
+
+    def note(self, number: int, _frame) -> None:
+        self.noted.append(number)
+        if self.processes.world == 1:
+            signal.signal(number, signal.SIG_DFL)
+
+    def received(self) -> bool:
+        """Raises Lost where torchrun was killed: its orphans must not go on writing beside a new run."""
+        if self.processes.parent and os.getppid() != self.processes.parent:
+            raise Lost(f"rank {self.processes.rank} has lost the torchrun that started it")
+        return bool(self.noted)
+
+    def restore(self) -> None:
+        for name, handler in self.before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+def exit_now(code: int):
+    """End this process now; for the end of a script. gloo's threads can abort the interpreter while it shuts
+    down, after all work is done (pytorch#190489). After a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
-        gc.collect()
         dist.destroy_process_group()
-    try:
-        sys.stdout.flush()
-    except OSError as error:  # its reader has gone (`| head`), or the disk is full
-        code = code or 2
-        print(f"{Path(__file__).name}: stdout: {error}", file=sys.stderr)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
@@ -315,13 +223,14 @@ def leave(code: int):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whoever reads path sees the old bytes or the new ones, whenever this process dies."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """Readers see the old file or the new one, even if we are killed mid-write."""
+    with tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as folder:  # own name, same disk
+        temporary = Path(folder, path.name)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
@@ -334,15 +243,10 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-    path = folder / f"step_{step:08}.{digest}.pt"
-    for leftover in folder.glob("step_*.part"):  # of a process that was killed while it wrote
-        leftover.unlink()
+    path = folder / f"step_{step:08}.{hashlib.sha256(buffer.getvalue()).hexdigest()}.pt"
     write_atomically(path, buffer.getvalue())
     for other in finished_checkpoints(folder):
-        if (
-            other.name.startswith(f"step_{step:08}.") and other != path
-        ):  # of the same step: this is the newest
+        if other != path and other.name.startswith(f"step_{step:08}."):  # an earlier save of this step
             other.unlink()
     for old in finished_checkpoints(folder)[:-keep]:
         old.unlink()
@@ -350,14 +254,13 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path
 
 
 def finished_checkpoints(folder: Path) -> list[Path]:
-    """Those of save_checkpoint, oldest first; not what other programs have called step_*.pt."""
-    name = re.compile(r"step_\d{8,}\.[0-9a-f]{64}\.pt")
-    return [path for path in sorted(folder.glob("step_*.pt")) if name.fullmatch(path.name)]
+    """The files of save_checkpoint, oldest first; not what other programs have called step_*.pt."""
+    return sorted(folder.glob("step_" + "[0-9]" * 8 + "." + "[0-9a-f]" * 64 + ".pt"))
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """The newest undamaged state in folder, None if there is none. Damaged files are reported and renamed to
-    .damaged, so that the next newest is taken, now and later. Runs no code from a file."""
+    """The newest undamaged state in folder, on the CPU; None if there is none. Runs no code from a file.
+    Damaged files are reported and renamed to .damaged, so that the next newest is taken, now and later."""
     for path in reversed(finished_checkpoints(folder)):
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
@@ -371,6 +274,38 @@ def load_checkpoint(folder: Path) -> dict | None:
 # Training
 
 
+@dataclass
+class Settings:
+    steps: int = 700  # optimizer steps in all
+    batch_size: int = 16  # sequences a step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches a process takes for a step: less memory
+    max_len: int = 128  # tokens (here bytes) the model looks back
+    d_model: int = 128  # width
+    n_heads: int = 4  # heads of attention; divides d_model
+    n_layers: int = 2  # blocks
+    dropout: float = 0.0  # fraction of features dropped
+    lr: float = 6e-3  # peak learning rate of AdamW
+    warmup: int = 50  # steps up to the peak; then a cosine down to 0
+    weight_decay: float = 0.1  # on matrices; none on norms and biases
+    clip: float = 1.0  # largest norm of the whole gradient; 0: none
+    dtype: Literal["float32", "float64"] = "float32"  # of the weights; float64 to compare runs exactly
+    amp: Literal["off", "bf16", "fp16"] = "off"  # bf16 where the hardware has it; fp16 on older GPUs
+    compile: bool = False  # torch.compile: pays on a GPU, after a minute
+    eval_every: int = 100  # steps between two looks at the held-out text
+    save_every: int = 50  # steps between checkpoints; 0: only at the end
+    keep: int = 3  # checkpoints kept; older ones are deleted
+    timeout: float = 120.0  # seconds a step may wait for another process
+    data_parallel: bool = False  # nn.DataParallel in one process instead of DDP: to see, not to use
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda where there is one, else cpu
+    out: str = "out/train_ddp"  # checkpoints, final.pt, log.jsonl and report.json go here
+    seed: int = 0  # same seed, same weights
+
+
+# These may differ between two starts of a run, as may the number of processes and threads.
+MAY_CHANGE = "compile eval_every save_every keep timeout data_parallel device out".split()
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Module:
     """The model that forward goes through: its gradients become the mean over all processes.
 
@@ -378,382 +313,415 @@ def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Modu
     GPU in every step, all logits come back to the first one, it can't leave the machine, and it isn't
     developed any more. On CPU it would only call the module: no gain at all.
     """
-    if data_parallel and p.device.type == "cuda":
+    if data_parallel and p.world == 1 and p.device.type == "cuda":
         return nn.DataParallel(model)
     if p.world == 1:
         return model
     with waiting("all ranks to compare their model", p):
-        gpu = [p.device.index] if p.device.type == "cuda" else None
-        return DistributedDataParallel(model, gpu, forward_sync_buffers=False)  # buffers are constants here
-
-
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        device_ids = [p.device.index] if p.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in two groups: matrices decay, norms and biases don't. Unfused on CPU: there the fused one
-    rounds differently at different places of a tensor."""
+    """AdamW in two groups: matrices decay, norms and biases don't.
+    Unfused on CPU: there the fused one rounds differently at different places of a tensor."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
-def learning_rate(step: int, s: Settings) -> float:
-    """At step 0 .. steps - 1: linear warm-up, then half a cosine to 0."""
-    if step < s.warmup:
-        return s.lr * (step + 1) / s.warmup
-    return s.lr * 0.5 * (1 + math.cos(math.pi * (step - s.warmup) / (s.steps - s.warmup)))
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine to 0 at total.
+    A warm-up longer than the run is cut to it."""
+    warmup = min(warmup, total)
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def train(model: GPT, data: tuple[Sequences, Sequences], run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints; raises Interrupted after Ctrl-C or SIGTERM.
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def rows_of_epoch(epoch: int, n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
+    """The whole batch of a step, (batch_size,) of 0 .. n - 1: an endless row of shuffles, cut into batches.
+    A function of its arguments alone: a run goes on exactly where it stopped, on any number of processes."""
+    places = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = (places // n).unique().tolist()
+    return torch.cat([rows_of_epoch(epoch, n, seed)[places[places // n == epoch] % n] for epoch in epochs])
+
+
+def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
+    """This rank's inputs and targets (B, T) from step on, each with the tokens of the step's whole batch."""
+    inputs, targets = text
+    while True:
+        rows = rows_of_step(step, len(inputs), s.batch_size, s.seed)  # (batch_size,)
+        n_tokens = (targets[rows] != -100).sum().item()
+        for micro in range(s.accumulate):
+            mine = rows[micro * p.world + p.rank :: p.world * s.accumulate]
+            batch = (inputs[mine], targets[mine])
+            if p.device.type == "cuda":  # copied from pinned memory while the GPU computes
+                batch = [t.pin_memory() for t in batch]
+            yield *(t.to(p.device, non_blocking=True) for t in batch), n_tokens
+        step += 1
+
+
+def check_finite(what: str, value: float, step: int) -> None:
+    """FloatingPointError where training has diverged; on all ranks, as all have the same value."""
+    if not math.isfinite(value):
+        error = FloatingPointError(f"the {what} is {value} at step {step}: try a smaller --lr, or --clip 1")
+        error.shared = True
+        raise error
+
+
+def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
+    """From step run["step"] to the last, with checkpoints. Raises Interrupted after a signal.
 
     All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
     a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly.
     """
     from tqdm import tqdm
 
-    (text, dev), parts, signals = data, p.world * s.accumulate, Signals(p)
-    parallel, optimizer = wrap(model, p, s.data_parallel), make_optimizer(model, s, p.device)
+    parallel = wrap(model, p, s.data_parallel)
+    autocast = torch.autocast(p.device.type, AMP[s.amp], enabled=s.amp != "off")
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
-    autocast = torch.autocast(p.device.type, AMP.get(s.amp), enabled=s.amp != "off")
     if run["step"]:
-        optimizer.load_state_dict(run.pop("optimizer"))
         scaler.load_state_dict(run["scaler"])
+    signals = Signals(p)
+    batches = micro_batches(text, run["step"], s, p)
+    x, y, n_next = next(batches)
     bar = tqdm(initial=run["step"], total=s.steps, unit="step", disable=None if p.rank == 0 else True)
     for step in range(run["step"], s.steps):
         start = time.perf_counter()
-        rows = rows_of_step(step, len(text.lengths), s.batch_size, s.seed)  # (batch_size,)
-        n_tokens = text.lengths[rows].sum().item()  # of all ranks and micro-batches
+        n_tokens = n_next  # of all ranks and micro-batches
         loss_sum = torch.zeros((), device=p.device)
         for micro in range(s.accumulate):
-            part = micro * p.world + p.rank  # 0 .. parts - 1
-            x, y = text.batch(rows[part::parts], p.device)  # (B, T) each
+            part = micro * p.world + p.rank
             torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            last_one = micro == s.accumulate - 1
-            with gradients_travel(parallel, now=last_one), waiting(f"the gradients of step {step}", p):
+            # Gradients travel with the last micro-batch alone. DDP decides that in forward: around backward
+            # only, no_sync would change nothing.
+            more = p.world > 1 and micro < s.accumulate - 1
+            with parallel.no_sync() if more else nullcontext(), waiting(f"the gradients of step {step}", p):
                 with autocast:
-                    logits = parallel(x).to(model.norm.weight.dtype)  # (B, T, V); DDP's forward waits, too
+                    logits = parallel(x)  # (B, T, V)
+                logits = logits.to(getattr(torch, s.dtype))
                 loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
                 scaler.scale(share_of_mean(loss, n_tokens, p.world)).backward()
             loss_sum = loss_sum + loss.detach()
+            x, y, n_next = next(batches)  # made and sent while a GPU is still busy with backward
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
-        if s.clip:
-            nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)  # ()
+        loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
+        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
+        loss, stopped = sum_over_ranks([loss / n_tokens, signals.received()], p)
+        check_finite("loss", loss, step)
+        if not scaler.is_enabled():  # GradScaler skips a step of infinite gradients itself
+            check_finite("gradient's norm", norm, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, s)
+            group["lr"] = s.lr * warmup_cosine(step, s.warmup, s.steps)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
-        mean_loss, ints, terms = sum_over_ranks([loss_sum.item() / n_tokens, *signals.received()], p)
-        check_finite(mean_loss, step)
-        run["step"], run["tokens"] = step + 1, run["tokens"] + n_tokens
-        run["seconds"] += time.perf_counter() - start
-        run["loss"].append(mean_loss)
+        run["step"] = step + 1
+        run["tokens"] += n_tokens
+        run["train_seconds"] += time.perf_counter() - start
+        run["losses"].append(loss)
         bar.update()
-        last, stopped = run["step"] == s.steps, ints + terms > 0
+        last = run["step"] == s.steps
         if last or run["step"] % s.eval_every == 0:
-            run["dev"].append([run["step"], check_finite(evaluate(model, dev, p), step)])
-            say_losses(run, s, bar, p)
+            dev_loss = evaluate(model, dev, autocast, p)
+            check_finite("held-out loss", dev_loss, step)
+            on_rank_0(partial(log, run, dev_loss, norm, bar, s, p), p)
         if last or stopped or (s.save_every and run["step"] % s.save_every == 0):
             state = run | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"scaler": scaler.state_dict(), "torch": str(torch.__version__)}
+            state["scaler"] = scaler.state_dict()
             path = on_rank_0(partial(save_checkpoint, Path(s.out), run["step"], state, s.keep), p)
         if stopped and not last:
-            raise Interrupted(signal.SIGTERM if terms else signal.SIGINT, f"step {run['step']} is in {path}")
+            number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
+            raise Interrupted(number, f"step {run['step']} is in {path}")
     bar.close()
     signals.restore()
 
 
-def gradients_travel(parallel: nn.Module, now: bool):
-    """Around forward AND backward of a micro-batch: the ranks exchange gradients with a step's last one alone
-    (DDP decides in forward: no_sync around backward only would change nothing)."""
-    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not now else nullcontext()
-
-
-def check_finite(loss: float, step: int) -> float:
-    """The loss; ValueError where training has diverged."""
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} at step {step}: try a smaller --lr, or --clip 1")
-    return loss
-
-
-def say_losses(run: dict, s: Settings, bar, p: Processes) -> None:
-    """A line from rank 0: training and held-out loss, speed."""
-    if p.rank == 0:
-        losses = f"loss {run['loss'][-1]:.3f}, held out {run['dev'][-1][1]:.3f} nats a byte"
-        bar.clear()
-        print(f"step {run['step']}/{s.steps}: {losses}, {run['tokens'] / run['seconds']:,.0f} tokens/s")
-        sys.stdout.flush()
+def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
+    """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
+    loss, rate = run["losses"][-1], round(run["tokens"] / run["train_seconds"])
+    row = {"step": run["step"], "loss": loss, "dev_loss": dev_loss, "tokens_per_second": rate}
+    row["gradient_norm"] = norm if math.isfinite(norm) else None
+    line = f"step {run['step']}/{s.steps}: loss {loss:.3f}, held out {dev_loss:.3f} nats a byte, "
+    line += f"gradient norm {norm:.2f}, {rate:,} tokens/s"
+    if p.device.type == "cuda":
+        row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+        line += f", {row['peak_gpu_mib']:,} MiB at most"
+    run["log"].append(row)
+    Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
+    bar.clear()
+    print(line, flush=True)
 
 
 @torch.no_grad()
-def evaluate(model: GPT, text: Sequences, p: Processes) -> float:
+def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Processes) -> float:
     """Mean loss of all tokens of text, nats: each row on one rank, once (DistributedSampler repeats some)."""
     model.eval()
-    loss_sum, mine = 0.0, torch.arange(len(text.lengths))[p.rank :: p.world]
-    for rows in mine.split(64):
-        x, y = text.batch(rows, p.device)
-        loss_sum += F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum").item()
+    inputs, targets = text
+    losses = []
+    for rows in torch.arange(p.rank, len(inputs), p.world).split(64):
+        with autocast:
+            logits = model(inputs[rows].to(p.device)).to(model.norm.weight.dtype)  # (B, T, V)
+        y = targets[rows].to(p.device).flatten()
+        losses.append(F.cross_entropy(logits.flatten(0, 1), y, reduction="sum"))
     model.train()
-    return sum_over_ranks([loss_sum], p)[0] / text.lengths.sum().item()
+    loss_sum = sum(loss.item() for loss in losses)  # only now, so that no forward waits for a GPU
+    return sum_over_ranks([loss_sum], p)[0] / (targets != -100).sum().item()
+
+
+# -----------------------------------------------------------------------------
+# The demo's data and model
+
+
+def load_manual(max_len: int) -> list[tuple[Tensor, Tensor]]:
+    """[train, dev], each (inputs, targets): the help texts of Python's manual in rows of max_len bytes.
+
+    (N, T) int64. Every byte is a target once; a text's last row is filled up with -100, which cross_entropy
+    ignores. Every tenth text is held out.
+    """
+    from pydoc_data.topics import topics  # what help("topics") shows; licence: PSF License, as Python's own
+
+    parts = ([], [])
+    for i, text in enumerate(sorted(set(topics.values()))):
+        data = list(b"\n" + text.encode())  # the first byte is predicted from a line's end
+        for start in range(0, len(data) - 1, max_len):
+            row = data[start : start + max_len + 1]  # rows overlap by one
+            parts[i % 10 == 9].append(row + [-100] * (max_len + 1 - len(row)))
+    rows = [torch.tensor(part) for part in parts]  # (N, T + 1)
+    return [(part[:, :-1].clamp(min=0), part[:, 1:]) for part in rows]
+
+
+class Block(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + ffn(norm(x)). x (B, T, C)."""
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float):
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = nn.Dropout(dropout)
+        self.self_attention_norm = nn.LayerNorm(d_model)
+        self.ffn_norm = nn.LayerNorm(d_model)
+        self.qkv_proj = nn.Linear(d_model, 3 * d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+        self.ffn = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv_proj(self.self_attention_norm(x)).unflatten(-1, (3, self.n_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        x = x + self.dropout(self.out_proj(attended.transpose(1, 2).flatten(2)))  # (B, T, C)
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class GPT(nn.Module):
+    """tokens (B, T) of 0 .. 255, T <= max_len -> logits (B, T, 256) of the next byte."""
+
+    def __init__(self, d_model: int, n_heads: int, n_layers: int, max_len: int, dropout: float = 0.0):
+        super().__init__()
+        self.max_len = max_len
+        self.embedding = nn.Embedding(256, d_model)
+        self.position = nn.Embedding(max_len, d_model)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # GPT-2: what is added to the residual stream 2 n_layers times starts smaller
+                deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layers) if deep else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)  # (B, T, V), tied to the embedding
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: str, n_bytes: int, device, temperature=0.6, seconds=math.inf) -> str:
-    """The prompt and n_bytes more, drawn from the model; below 1, temperature prefers what is likely. Fewer
-    where that takes more seconds (the other ranks wait meanwhile)."""
-    until = time.monotonic() + seconds
+def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temperature: float = 0.6) -> str:
+    """The prompt and n_bytes more, drawn from the model; below 1, temperature prefers what is likely."""
     model.eval()
     tokens = torch.tensor([list(b"\n" + prompt.encode())], device=device)  # (1, T)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for _ in range(n_bytes):
         # max_len - 1: no later query ever looks back at the last position, so it learns more slowly.
-        logits = model(tokens[:, 1 - model.max_len :])[0, -1]  # (V,)
-        drawn = (logits.cpu().double() / temperature).softmax(-1).multinomial(1, generator=generator)
-        tokens = torch.cat((tokens, drawn.to(device)[None]), dim=1)
-        if time.monotonic() > until:
-            break
+        logits = model(tokens[:, 1 - model.max_len :])[:, -1]  # (1, V)
+        tokens = torch.cat((tokens, (logits / temperature).softmax(-1).multinomial(1)), dim=1)
     text = bytes(tokens[0].tolist()).decode(errors="replace").strip()
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)  # no codes for the terminal
-
-
-class Interrupted(Exception):
-    """Ended by a signal, with what was done saved."""
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.number = number
-
-
-class Signals:
-    """Notes Ctrl-C and SIGTERM, so that no step is left half done. A second one ends a lone process at once;
-    of several none ends before all have saved: torchrun waits for that, by default 30 s."""
-
-    def __init__(self, p: Processes):
-        self.noted, self.alone = [], p.world == 1
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number: int, _frame) -> None:
-        self.noted.append(number)
-        if self.alone:
-            signal.signal(number, signal.SIG_DFL)
-
-    def received(self) -> tuple[int, int]:
-        """How many SIGINT, how many SIGTERM."""
-        return self.noted.count(signal.SIGINT), self.noted.count(signal.SIGTERM)
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # no codes for the terminal
 
 
 # -----------------------------------------------------------------------------
 # The job: resume or start, train, write
 
 
-def bound(s: Settings, text: Sequences) -> dict:
-    """What must be the same in all parts of a run and on all ranks."""
-    settings = {name: value for name, value in asdict(s).items() if name not in FREE}
-    return settings | {"text": hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest()[:16]}
+def check_settings(s: Settings, p: Processes) -> None:
+    """ValueError for settings that can't be."""
+    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
+    for name, value in asdict(s).items():
+        least = 0 if name in may_be_0 else 1
+        below = 2**32 if name == "seed" else math.inf
+        if type(value) in (int, float) and not least <= value < below:
+            raise ValueError(f"{name} must be in [{least}, {below}), got {value}")
+    if s.d_model % s.n_heads:
+        raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
+    if s.batch_size < p.world * s.accumulate:
+        parts = f"{p.world} process(es) x accumulate {s.accumulate}"
+        raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
+    if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
+        raise ValueError(f"amp {s.amp} needs dtype float32 and no data_parallel, got {s.dtype}")
 
 
 def differences(there: dict, here: dict) -> str:
-    """Which settings differ, with both values, as text."""
+    """Which settings differ, with both values, as text; "" if none does."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
 
 
-def check_settings(s: Settings, p: Processes, settings: dict) -> None:
-    """Raises ValueError, on every rank, for settings that can't be, or that the ranks don't share."""
-    if p.world > 1:
-        of_ranks = [None] * p.world
-        with waiting("the settings of all ranks", p):  # save_every too makes ranks wait for others
-            mine = {name: str(value) for name, value in (asdict(s) | settings).items()}  # nan isn't nan
-            dist.all_gather_object(of_ranks, mine)
-        for rank, others in enumerate(of_ranks):
-            if others != of_ranks[0]:
-                wrong = differences(others, of_ranks[0])
-                raise ValueError(f"rank {rank} was started with other settings than rank 0: {wrong}")
-    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "max_len": 2, "d_model": 1, "n_heads": 1}
-    least |= {"n_layers": 1, "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0, "eval_every": 1, "seed": 0}
-    for name, value in (least | {"save_every": 0, "keep": 1}).items():
-        if not getattr(s, name) >= value:
-            raise ValueError(f"{name} must be at least {value}, got {getattr(s, name)}")
-    if s.warmup >= s.steps:
-        raise ValueError(f"warmup must be shorter than steps ({s.steps}), got {s.warmup}")
-    if not 0 <= s.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {s.dropout}")
-    if s.dtype not in ("float32", "float64") or s.amp not in ("off", *AMP):
-        raise ValueError(f"dtype must be float32 or float64, amp off, bf16 or fp16, got {s.dtype}, {s.amp}")
-    if s.seed >= 2**32:
-        raise ValueError(f"seed must be below 2**32, got {s.seed}")
-    if s.dtype == "float64" and p.device.type == "mps":
-        raise ValueError("dtype float64 can't be had on mps")
-    if s.amp != "off" and s.dtype != "float32":
-        raise ValueError(f"amp {s.amp} needs dtype float32, got {s.dtype}")
-    if s.batch_size < p.world * s.accumulate:
-        parts = f"{p.world} process(es) x accumulate {s.accumulate}"
-        raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
-    if s.data_parallel and p.world > 1:
-        raise ValueError(f"data_parallel is one process, but {p.world} were started")
-    if s.data_parallel and s.amp != "off":
-        raise ValueError(f"data_parallel has no amp (its threads don't inherit the dtype), got {s.amp}")
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) -> None:
+    """Rank 0's saved state_dict() of an AdamW, on all ranks; its tensors are sent one at a time.
+    They are made for this device and kind of AdamW (fused or not), whatever it was saved from."""
+    weights = [(group, weight) for group in optimizer.param_groups for weight in group["params"]]
+    for i, (group, weight) in enumerate(weights):
+        step = torch.zeros((), device=weight.device if group["fused"] else "cpu")
+        moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        optimizer.state[weight] = {"step": step} | moments
+        for name, tensor in optimizer.state[weight].items():
+            if p.rank == 0:
+                tensor.copy_(saved["state"][i][name])
+            if p.world > 1:
+                with waiting("rank 0's checkpoint", p):
+                    dist.broadcast(tensor, src=0)
 
 
-def earlier_run(s: Settings, settings: dict) -> dict:
-    """The state of the run in OUT, or a new one; for rank 0. ValueError if it isn't the run asked for."""
-    out = Path(s.out)
-    run = load_checkpoint(out)
+def lock_out(out: Path, patience: float = 10.0):
+    """Hold out for this run: keep what is returned. The lock dies with the process.
+    ValueError if another run has it for longer than patience (seconds)."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows has none: no lock
+        return None
+    file = open(out / "lock", "w")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"--out {out} is in use by another run") from None
+            time.sleep(0.1)
+
+
+def open_run(out: Path, settings: dict, kept: dict) -> dict:
+    """For rank 0: the state of the run in OUT, or of a new one; the report, if that run is finished.
+
+    kept gets OUT's lock and the checkpoint's tensors. ValueError for a run of other settings.
+    """
+    run = None
+    if (out / "final.pt").exists() and (out / "report.json").exists():
+        with suppress(ValueError):  # a damaged one is made again
+            run = json.loads((out / "report.json").read_text())
     if run is None:
-        return {"settings": settings, "step": 0, "seconds": 0.0, "tokens": 0, "loss": [], "dev": []}
-    if (there := run.get("settings", {})) != settings:  # another program's state may have none
-        wrong = differences(there, settings)
+        out.mkdir(parents=True, exist_ok=True)
+        kept["lock"] = lock_out(out)
+        for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
+            shutil.rmtree(left)
+        new = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
+        run = load_checkpoint(out) or new
+    wrong = differences(run.get("settings", {}), settings)
+    if wrong:
         raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
+    kept["model"] = run.pop("model", None)
+    kept["optimizer"] = run.pop("optimizer", None)
     return run
 
 
-def finished_report(out: Path) -> dict | None:
-    """What finish wrote; None where some of it is missing or damaged."""
-    try:
-        return json.loads((out / "report.json").read_text()) if (out / "final.pt").exists() else None
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def check_place(out: Path) -> None:
-    """OSError if nothing can be written in out: known before the work."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
-
-
-def flops_per_token(model: GPT) -> float:
-    """Forward and backward: 6 a weight, and attention over half of max_len tokens, as it is causal."""
-    weights = sum(p.numel() for p in model.parameters()) - model.position.weight.numel()
-    return 6 * (weights + len(model.blocks) * model.position.weight.numel())
-
-
-def finish(model: GPT, run: dict, machine: dict, s: Settings) -> dict:
-    """Rank 0, after the last step: final.pt, picture, report (last: with it the run is finished)."""
-    weights, buffer = {name: value.cpu() for name, value in model.state_dict().items()}, io.BytesIO()
-    torch.save(weights, buffer)
+def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
+    """For rank 0, after the last step: final.pt, a sample, then report.json: the run is finished."""
+    buffer = io.BytesIO()
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
-    sample = generate(model, "The ", 400, next(model.parameters()).device, seconds=s.timeout / 4)
-    print(f"--- a sample, temperature 0.6:\n{sample}\n---")
-    rate = run["tokens"] / run["seconds"]
-    report = {"loss": run["loss"][-1], "dev_loss": run["dev"][-1][1], "sample": sample} | machine
-    report |= {"train_seconds": round(run["seconds"], 1), "tokens_per_second": round(rate)}
-    report["mfu"] = round(rate * flops_per_token(model) / (machine["gemm_gflops"] * 1e9), 3)
-    report["picture"] = plot_loss(run, Path(s.out, "loss.png"))
-    report |= {"losses": run["loss"], "dev_losses": run["dev"], "settings": run["settings"]}
+    report = run["log"][-1] | {"processes": p.world, "device": str(p.device), "torch": torch.__version__}
+    report |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    report |= {"sample": generate(model, "The ", 400, p.device), "finished": True} | run
+    print(f"--- a sample, temperature 0.6:\n{report['sample']}\n---")
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report
 
 
-def plot_loss(run: dict, path: Path) -> str:
-    """Loss of every step's batch and of the held-out topics, as a PNG; returns its path."""
-    from matplotlib.figure import Figure
-
-    fig, png = Figure(figsize=(6, 3.6), layout="constrained"), io.BytesIO()
-    axes = fig.subplots()
-    axes.plot(range(1, len(run["loss"]) + 1), run["loss"], linewidth=0.8, label="training, each step's batch")
-    axes.plot(*zip(*run["dev"], strict=True), "o-", label="held-out topics")
-    axes.set(xlabel="step", ylabel="loss (nats per byte)", title="A byte-level GPT on Python's manual")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    fig.savefig(png, format="png", dpi=110)
-    write_atomically(path, png.getvalue())
-    return str(path)
-
-
-def hardware(p: Processes) -> dict:
-    """gemm_gflops: of all processes' devices together, measured by all at once (fp32 1024^3, median of 7)."""
-    a, times = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(p.device), []
-    for _ in range(7):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
-        times.append(time.perf_counter() - start)
-    gflops = sum_over_ranks([2 * 1024**3 / sorted(times)[3] / 1e9], p)[0]
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():  # Linux, where platform knows the architecture alone
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    machine = {"processes": p.world, "device": p.device.type, "cpu": cpu, "threads": torch.get_num_threads()}
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return machine | {"gemm_gflops": round(gflops, 1)} | versions
-
-
-def run_job(s: Settings, p: Processes) -> None:
-    """All of it on this rank: settings agreed, resumed or begun, trained, written."""
-    text, dev = load_manual(max(1, s.max_len))
-    settings = bound(s, text)
-    check_settings(s, p, settings)
-    run = on_rank_0(lambda: earlier_run(s, settings), p)
-    finished = on_rank_0(lambda: run["step"] == s.steps and finished_report(Path(s.out)), p)
-    if finished:
-        if p.rank == 0:
-            print(f"this run is finished; another one needs another --out than {s.out}")
-            print(json.dumps(finished))
-        return
-    on_rank_0(partial(check_place, Path(s.out)), p)
-    machine = hardware(p)
-    torch.manual_seed(s.seed)
-    model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
-    if run["step"]:
-        model.load_state_dict(run.pop("model"))  # pop: no second copy all run long
-    model.to(p.device)
-    if p.rank == 0:
-        print(" ".join(f"{name}={value}" for name, value in (asdict(s) | machine).items()))
-        n_parameters, n_train = sum(weight.numel() for weight in model.parameters()), text.lengths.sum()
-        print(f"{n_parameters:,} parameters; {n_train:,} bytes to learn from, {dev.lengths.sum():,} held out")
-        if run["step"]:
-            print(f"going on at step {run['step']}")
-        sys.stdout.flush()
-    train(model, (text, dev), run, s, p)
-    report = on_rank_0(lambda: finish(model, run, machine, s), p)
-    if p.rank == 0:
-        print(json.dumps(report))
-
-
-def settings_from_command_line(argv: list[str] | None = None) -> Settings:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    for f in fields(Settings):
-        flag, reason = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (default: {f.default})"
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag, default=f.default, help=reason, **kind)
-    s = Settings(**vars(parser.parse_args(argv)))
-    if not 0 < s.timeout < 1e9:
-        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {s.timeout}")
-    return s
-
-
-def main() -> int:
-    """Exit code: 0 done, 1 another process is gone, 2 wrong input, 128 + n ended by signal n."""
-    processes, alone = None, False
-    try:
-        s = settings_from_command_line()
-        processes = start_processes(s.device, s.timeout)
-        run_job(s, processes)
-        return 0
-    except (ValueError, OSError, ImportError) as error:
-        code, message = 2, str(error)
-        if isinstance(error, ImportError):
-            message = f"the package {error.name} is missing: pip install {error.name}"
-        alone = not isinstance(error, ValueError) and not hasattr(error, "of_all")
-    except Interrupted as error:
-        code, message = 128 + error.number, f"interrupted: {error}; the same command goes on from there"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command goes on from what is saved so far"
-    except Lost as error:
-        code, message = 1, str(error)
-    # What is wrong on all that have met, rank 0 says.
-    if code == 1 or alone or processes is None or processes.rank == 0:
-        print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+def explain(error: Exception, p: Processes | None, training: bool) -> int:
+    """Print what ended this process: a sentence where there is advice to give, else a traceback.
+    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    shared = getattr(error, "shared", False)
+    code, message = 1 if training else 2, str(error)
+    if isinstance(error, Interrupted):
+        code = 128 + error.args[0]
+        message = f"interrupted: {error.args[1]}; the same command goes on from there"
+    elif isinstance(error, Lost | FloatingPointError):
+        code = 1
+    elif not isinstance(error, ValueError | OSError) or (training and not shared):
+        traceback.print_exception(error)
+        return 1
+    if p is None or p.rank == 0 or not shared:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     return code
 
 
+def main(s: Settings) -> int:
+    """Exit code: 0 done, 1 failed, 2 wrong input, 128 + n ended by signal n."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # None: closed (2>&-)
+    p = None
+    training = False
+    try:
+        p = start_processes(s.device, s.timeout)
+        on_rank_0(partial(check_settings, s, p), p)
+        text, dev = load_manual(s.max_len)
+        digest = hashlib.sha256(text[1].numpy().tobytes()).hexdigest()[:16]
+        settings = asdict(s) | {"text": digest, "script": "train_ddp.py"}
+        wrong = differences(on_rank_0(lambda: settings, p), settings)
+        if wrong:
+            raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
+        kept = {}  # rank 0's own: OUT's lock, and tensors that are sent as tensors later
+        binding = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+        run = on_rank_0(partial(open_run, Path(s.out), binding, kept), p)
+        if not run.get("finished"):
+            torch.manual_seed(s.seed)
+            model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
+            if run["step"] and p.rank == 0:  # whose weights DDP sends to the others
+                model.load_state_dict(kept.pop("model"))
+            optimizer = make_optimizer(model.to(p.device), s, p.device)
+            if run["step"]:
+                load_optimizer(optimizer, kept.pop("optimizer", None), p)
+            if s.compile:
+                model.compile()
+            if p.rank == 0:
+                shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
+                print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+            training = True
+            train(model, optimizer, text, dev, run, s, p)
+            run = on_rank_0(partial(finish, model, run, s, p), p)
+        elif p.rank == 0:
+            print(f"this run is finished; another one needs another --out than {s.out}")
+        if p.rank == 0:
+            short = {name: run[name] for name in ("loss", "dev_loss", "tokens_per_second")}
+            print(json.dumps(short | {"report": f"{s.out}/report.json"}))
+        return 0
+    except Exception as error:
+        return explain(error, p, training)
+
+
 if __name__ == "__main__":
-    leave(main())
+    import tyro  # the command line from Settings: names, types, defaults; the comments are the help
+
+    sys.stdout.reconfigure(errors="replace")  # printing never ends a run, whatever the terminal's encoding
+    exit_now(main(tyro.cli(Settings, description=__doc__)))
