@@ -6985,8 +6985,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
     "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "TestTransformer",
-    "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
-    "export.py": "export", "classify_imdb.py": "TestClassifyImdb",
+    "losses.py": "TestLosses", "train_ddp.py": "TestTraining", "train_fsdp.py": "TestTraining",
+    "export.py": "TestExport", "classify_imdb.py": "TestClassifyImdb",
 }  # fmt: skip
 
 
@@ -7140,7 +7140,7 @@ def plant_from_command_line(arguments: list[str]) -> int:
 
 def run_everything() -> int:
     """Two pytest processes share the tests, one a core; halves of about the same length."""
-    half = "train_ddp or train_fsdp or attention or encoder or (losses and not losses_script)"
+    half = "TestTraining or TestAttention or TestEncoder"
     runs = []
     for selection in (half, f"not ({half})"):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "--durations=10", "-k", selection]
