@@ -4271,6 +4271,20 @@ for out in sys.argv[1:]:
         with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
             module.start_processes("cpu", 5.0)
 
+    def test_start_processes_meet_again_after_a_restart(self, trainer):
+        """In the store that torchrun keeps, where the addresses of those that have ended still stand."""
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+        code = """
+time.sleep(2 * int(os.environ["RANK"]))
+p = script.start_processes("cpu", 20)
+print(script.sum_over_ranks([1.0], p))
+"""
+        for attempt in ("0", "1"):
+            environment["TORCHELASTIC_RESTART_COUNT"] = attempt
+            for result in trainer.run(2, code=code, **environment):
+                assert result.stdout == "[2.0]\n"
+
     def test_main_refuses_ranks_that_disagree(self, trainer, tmp_path):
         """On a setting, one that may change between runs too (ranks that save at other steps would wait for
         each other), or on the text (a Python with another manual)."""
@@ -8229,7 +8243,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "broadcast_object_list(answer)",
             "longer_than",
         ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
@@ -8323,7 +8337,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "broadcast_object_list(answer)",
             "longer_than",
         ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
