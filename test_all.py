@@ -12,6 +12,7 @@ import ast
 import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import gzip
@@ -29,7 +30,6 @@ import os
 import pickle
 import random
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -1090,329 +1090,54 @@ class TestEncoder:
 
 def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = dict(
-        vocab_size=11, max_len=24, d_model=12, n_heads=3, n_layers=2, d_ff=20, dropout=0.0, tied=False
-    )
-    model = transformer.Transformer(
-        transformer.TransformerConfig(**(config | {"norm_first": norm_first} | changes))
-    )
+    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
+    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**config))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
     return model.to(dtype)
 
 
-def transformer_sentences(n=6, longest=9, vocab=11, with_eos=True):
-    """Rows of random tokens of different lengths, padded on the right; the first is the longest."""
+def transformer_sentences(n=6, longest=9, vocab=11):
+    """Rows of random tokens with EOS, padded on the right; the first is the longest."""
     lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.randint(3, vocab, (length,)) for length in lengths]
-    if with_eos:
-        rows = [torch.cat((row[:-1], torch.tensor([2]))) for row in rows]
+    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
-def transformer_copy_attention(ours, theirs):
-    """Weights of ours into an nn.MultiheadAttention."""
-    parts = (ours.q_proj, ours.k_proj, ours.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
-        theirs.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
-        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-
-
 def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with copies of the model's weights."""
+    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
     c = model.config
-    settings = dict(d_model=c.d_model, nhead=c.n_heads, dim_feedforward=c.d_ff, dropout=0.0, batch_first=True)
-    settings |= {"norm_first": c.norm_first, "dtype": next(model.parameters()).dtype}
+    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
+    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
     norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(**settings), c.n_layers, norms[0], enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**settings), c.n_layers, norms[1])
-    for stack, layers in ((encoder, model.encoder), (decoder, model.decoder)):
-        for theirs, ours in zip(stack.layers, layers, strict=True):
-            transformer_copy_attention(ours.self_attention, theirs.self_attn)
-            theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
-            theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
-            theirs.norm1.load_state_dict(ours.norm1.state_dict())
-            theirs.norm2.load_state_dict(ours.norm2.state_dict())
-            if stack is decoder:
-                transformer_copy_attention(ours.cross_attention, theirs.multihead_attn)
-                theirs.norm3.load_state_dict(ours.norm3.state_dict())
-    for norm, ours in zip(norms, (model.encoder_norm, model.decoder_norm), strict=True):
-        if norm is not None:
-            norm.load_state_dict(ours.state_dict())
-    return encoder, decoder
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-def test_transformer_equals_torch(norm_first, dtype, tolerance, d_model, n_heads):
-    model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-    encoder, decoder = transformer_to_torch(model)
-    src, _ = transformer_sentences()
-    tgt = F.pad(transformer_sentences(longest=7, with_eos=False)[0], (1, 0), value=1)
-    positions = transformer.sinusoidal_positions(24, d_model).to(dtype)
-
-    def embed(embedding, tokens):
-        return embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-
-    memory, memory_mask = model.encode(src)
-    assert memory_mask.shape == (6, 1, 1, 9)
-    expected_memory = encoder(embed(model.src_embedding, src), src_key_padding_mask=src == 0)
-    real = (src != 0)[..., None]
-    check_close(memory * real, expected_memory * real, tolerance, "encoder")
-
-    causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-    x = embed(model.tgt_embedding, tgt)
-    expected = decoder(x, expected_memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
-    expected = F.linear(expected, model.output.weight)
-    logits = model(src, tgt)
-    real = (tgt != 0)[..., None]
-    check_close(logits * real, expected * real, tolerance, "model")
-
-    upstream = torch.randn_like(logits) * real
-    ours = torch.autograd.grad((logits * upstream).sum(), list(model.parameters()))
-    ours = dict(zip([name for name, _ in model.named_parameters()], ours, strict=True))
-    names = [name for name, _ in model.named_parameters() if "embedding" in name or name == "output.weight"]
-    shared = torch.autograd.grad(
-        (expected * upstream).sum(), [model.get_parameter(n) for n in names], retain_graph=True
-    )
-    for name, grad in zip(names, shared, strict=True):
-        check_close(ours[name], grad, tolerance * 10, name)
-    (expected * upstream).sum().backward()
-    for i, theirs in enumerate(decoder.layers):
-        for mine, torchs in (
-            ("self_attention", theirs.self_attn),
-            ("cross_attention", theirs.multihead_attn),
-        ):
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.weight"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_weight.grad, tolerance * 10, f"{mine} weight {i}")
-            stacked = torch.cat([ours[f"decoder.{i}.{mine}.{p}_proj.bias"] for p in "qkv"])
-            check_close(stacked, torchs.in_proj_bias.grad, tolerance * 10, f"{mine} bias {i}")
-        check_close(ours[f"decoder.{i}.norm3.weight"], theirs.norm3.weight.grad, tolerance * 10, f"norm3 {i}")
-    for i, theirs in enumerate(encoder.layers):
-        stacked = torch.cat([ours[f"encoder.{i}.self_attention.{p}_proj.weight"] for p in "qkv"])
-        check_close(stacked, theirs.self_attn.in_proj_weight.grad, tolerance * 10, f"encoder weight {i}")
-        check_close(
-            ours[f"encoder.{i}.feed_forward.0.weight"], theirs.linear1.weight.grad, tolerance * 10, f"ffn {i}"
-        )
-
-
-def test_transformer_parameter_counts():
-    def count(**changes):
-        with torch.device("meta"):
-            model = transformer.Transformer(transformer.TransformerConfig(**changes))
-        return sum(p.numel() for p in model.parameters())
-
-    assert count() == 63_082_496
-    assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-    assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-    assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
-
-
-def test_transformer_tying_and_initial_scale():
-    config = transformer.TransformerConfig(vocab_size=300, d_model=64, n_heads=4, n_layers=1, d_ff=64)
-    model = transformer.Transformer(config)
-    assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-    assert abs(model.src_embedding.weight.std().item() * 8 - 1) < 0.05  # 1 / sqrt(d_model)
-    for layer in (model.encoder[0], model.decoder[0]):
-        weight = layer.self_attention.q_proj.weight
-        assert abs(weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier, uniform
-        assert layer.self_attention.q_proj.bias.abs().max() == 0
-    untied = transformer.Transformer(transformer.TransformerConfig(**(vars(config) | {"tied": False})))
-    matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-    assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-    assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)
-    assert "positions" not in untied.state_dict()
-    s = transformer.Settings(tied=False, norm_first=False, dropout=0.25)
-    made = vars(transformer.model_config(s, 300))
-    assert all(
-        made[name] == value for name, value in vars(s).items() if name in made and name != "vocab_size"
-    )
-
-
-def test_transformer_positions():
-    table = transformer.sinusoidal_positions(50, 7)
-    for position, feature in itertools.product((0, 1, 49), range(7)):
-        angle = position / 10_000 ** (2 * (feature // 2) / 7)
-        expected = math.cos(angle) if feature % 2 else math.sin(angle)
-        assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
-    assert table.dtype == torch.float32 and table.shape == (50, 7)
-
-
-def test_transformer_attention_with_nothing_to_see():
-    q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
-    mask = torch.rand(2, 5, 5) < 0.5
-    mask[0, 2] = False
-    output, weights = transformer.attention(q, k, v, mask)
-    assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-    check_close(output, F.scaled_dot_product_attention(q, k, v, attn_mask=mask), 1e-12)
-    grads = torch.autograd.grad(output.square().sum(), (q, k, v))
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).square().sum()
-    for grad, other in zip(grads, torch.autograd.grad(expected, (q, k, v)), strict=True):
-        check_close(grad, other, 1e-12)
-    low = transformer.attention(60 * q, -60 * q, v, mask)[
-        0
-    ]  # what may be seen scores lower than any fill value
-    check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
-    big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-    assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-    model = transformer_tiny()
-    logits = model(
-        torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    )  # sources all padding
-    assert logits.isfinite().all()
-
-
-def test_transformer_causal_mask():
-    assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-    assert transformer.causal_mask(3, 3).tolist() == torch.ones(3, 3).tril().bool().tolist()
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_transformer_no_look_ahead(norm_first):
-    model = transformer_tiny(norm_first)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 8))
-    before = model(src, tgt)
-    for t in range(8):
-        changed = tgt.clone()
-        changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-        after = model(src, changed)
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
-
-
-def test_transformer_padding_changes_nothing():
-    model = transformer_tiny()
-    src, lengths = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    together = model(src, tgt)
-    wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-    check_close(wider, together, 1e-12, "more padding")
-    for row, length in enumerate(lengths):
-        alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-        check_close(alone[0], together[row], 1e-12, "alone")
-
-
-def test_transformer_every_layer_drops_by_itself():
-    """In both orders of norm and sublayer; the embedding's dropout is off."""
-    for norm_first in (True, False):
-        model = transformer_tiny(norm_first, dropout=0.5).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            assert not torch.equal(layer(x, mask), layer(x, mask))
-        causal = transformer.causal_mask(5, 5)
-        for layer in model.decoder:
-            assert not torch.equal(layer(x, causal, x, mask, {}), layer(x, causal, x, mask, {}))
-
-
-def test_transformer_dev_loss_has_no_dropout(tmp_path):
-    s = transformer.Settings(d_model=16, n_heads=2, d_ff=16, n_layers=1, dropout=0.5, device="cpu", amp="off")
-    s.out = str(tmp_path)
-    corpus = transformer.number_corpus(0, 40, 10, 5)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    dev = [tuple(tokenizer.encode(text, s.max_len) for text in pair) for pair in corpus.dev]
-    training = transformer.Training(s, tokenizer, dev, dev)
-    training.model.train()
-    assert training.dev_loss() == training.dev_loss() and training.model.training
-    training.save()
-    other = transformer.Training(s, tokenizer, dev[:-1], dev)
-    with pytest.raises(ValueError, match="other sentences"):  # another folder under --data
-        other.restore(transformer.load(tmp_path / "checkpoint.pt", "checkpoint"))
-
-
-def test_transformer_decode_refuses_a_mask_of_another_shape():
-    model, (src, _) = transformer_tiny(), transformer_sentences(n=5, longest=5)
-    memory, mask = model.encode(src)
-    for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-        with pytest.raises(ValueError, match="memory_mask"):
-            model.decode(src, memory, wrong)
-
-
-def test_transformer_settings_and_what_may_change():
-    for name in "epochs batch-tokens warmup average save-every beam-size lr-scale clip".split():
-        with pytest.raises(ValueError, match=f"--{name} must be above 0, got 0"):
-            transformer.settings_from_command_line([f"--{name}", "0"])
-    may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-    assert set(transformer.MAY_CHANGE) == may
-
-
-def test_transformer_load_names_a_damage_without_a_message(tmp_path, monkeypatch):
-    transformer.save(tmp_path / "a.pt", {"kind": "model"})
-    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(EOFError()))
-    with pytest.raises(ValueError, match="a.pt is damaged or isn't a model: EOFError"):
-        transformer.load(tmp_path / "a.pt", "model")
-
-
-def test_transformer_dropout_only_while_training():
-    model = transformer_tiny(dropout=0.5)
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 5))
-    assert not torch.equal(model(src, tgt), model(src, tgt))
-    decoded = [transformer.greedy_decode(model, src, 12) for _ in range(2)]
-    found = [transformer.beam_search(model, src, 12)[0] for _ in range(2)]
-    assert torch.equal(*decoded) and torch.equal(*found) and model.training
-    model.eval()
-    assert torch.equal(model(src, tgt), model(src, tgt))
-    transformer.greedy_decode(model, src, 3)
-    assert not model.training
-    # Dropout acts on the embeddings and on each sublayer's output: with p near 1 nothing is left of a token.
-    nothing = transformer_tiny(dropout=0.999999)
-    assert (nothing.encode(src)[0].std(0) < 1e-9).all()
-
-
-def test_transformer_loss():
-    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(1, 11, (3, 5))
-    targets[0, 3:] = targets[1, 1:] = 0
-    loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-    terms = []
-    for row, position in itertools.product(range(3), range(5)):
-        if targets[row, position] != 0:
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-    assert len(terms) == 9
-    check_close(loss, torch.stack(terms).mean(), 1e-12)
-    for wrong, smoothing in ((11, 0.1), (-1, 0.1), (5, 1.0), (5, -0.1), (5, math.nan)):
-        words = "targets must lie in 0 .. 10" if smoothing == 0.1 else "smoothing"
-        with pytest.raises(ValueError, match=words):
-            transformer.label_smoothed_loss(logits, targets.masked_fill(targets == 3, wrong), 0, smoothing)
-    grad = torch.autograd.grad(loss, logits)[0]
-    assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-    low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-    assert low.dtype == torch.float32
-    check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
-
-
-def test_transformer_main_translates_the_empty_text_and_finds_multi30k_by_its_variable(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(transformer, "translate_command", lambda s: asked.append(s.translate))
-    monkeypatch.setattr(sys, "argv", ["transformer.py", "--translate", "", "--out", str(tmp_path / "a")])
-    transformer.main()
-    assert asked == [""] and not (tmp_path / "a").exists()
-    monkeypatch.setenv("MULTI30K_DATA", "there")
-    monkeypatch.setattr(transformer, "multi30k_corpus", lambda folder: asked.append(folder) or 1 / 0)
-    for given in ([], ["--data", "here"]):
-        with pytest.raises(ZeroDivisionError):
-            transformer.prepare(transformer.settings_from_command_line(["--preset", "multi30k", *given]))
-    assert asked == ["", "there", "here"]
-
-
-def test_transformer_noam():
-    rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-    assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-    assert abs(rates[0] - rates[3999] / 4000) < 1e-12  # a straight line up to there
-    assert abs(rates[15_999] - rates[3999] / 2) < 1e-12  # and half at four times the steps
-    for step, warmup in ((0, 10), (1, 0)):
-        with pytest.raises(ValueError, match="step and warmup"):
-            transformer.noam_lr(step, 512, warmup)
-
-
-# ---- search
+    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
+    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
+    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
+    same = []  # modules: ours, theirs
+    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
+        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
+        same += [(ours.ffn_norm, theirs.norm2)]
+    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
+        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
+        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
+        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
+        same += [(ours.ffn_norm, theirs.norm3)]
+    if c.norm_first:
+        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
+    pairs = []  # lists of our parameters, and theirs that holds them one below the other
+    for ours, theirs in same:
+        if isinstance(theirs, nn.MultiheadAttention):
+            projections = ours.q_proj, ours.k_proj, ours.v_proj
+            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
+            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
+            ours, theirs = ours.out_proj, theirs.out_proj
+        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            theirs.copy_(torch.cat(ours))
+    return encoder, decoder, pairs
 
 
 def transformer_greedy_oracle(model, src_row, max_len):
@@ -1429,116 +1154,6 @@ def transformer_log_prob(model, src_row, tokens):
     return sum(logits[i, token].item() for i, token in enumerate(tokens))
 
 
-def transformer_rows(tokens):
-    """Rows up to their EOS; all after it must be padding."""
-    rows = []
-    for row in tokens.tolist():
-        end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
-        rows.append(row[:end])
-    return rows
-
-
-@pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: still unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=32, d_ff=64, n_layers=1, epochs=2, average=1, seed=1
-    )
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    train, dev = (
-        [tuple(tokenizer.encode(text, 32) for text in pair) for pair in pairs]
-        for pairs in (corpus.train, corpus.dev)
-    )
-    training = transformer.Training(s, tokenizer, train, dev)
-    torch.set_num_threads(1)
-    training.run()
-    return training.model.double().eval(), tokenizer, corpus, training
-
-
-@pytest.fixture
-def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    return [(model, src)] + [
-        (transformer_tiny(bool(i)).eval(), transformer_sentences(n=5)[0]) for i in range(2)
-    ]
-
-
-@torch.no_grad()
-def test_transformer_greedy_equals_the_plain_loop(transformer_searched):
-    lengths, cut_off = set(), 0
-    for model, src in transformer_searched:
-        tokens = transformer.greedy_decode(model, src, 12)
-        rows = transformer_rows(tokens)
-        assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
-        assert torch.equal(tokens, transformer.greedy_decode(model, src, 12, use_cache=False))
-        assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
-        assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-        for i in range(len(src)):
-            assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-        lengths |= {len(row) for row in rows}
-        cut_off += sum(row[-1] != 2 for row in rows)
-    assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
-
-
-def test_transformer_cache_gives_the_same_logits():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    tgt = torch.randint(3, 11, (6, 10))
-    memory, memory_mask = model.encode(src)
-    whole = model.decode(tgt, memory, memory_mask)
-    cache = {}
-    pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), dim=1)]
-    check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-    with pytest.raises(ValueError, match="max_len=24"):
-        model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-
-
-def test_transformer_the_memory_is_projected_once():
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    counts = {"encoder": 0, "memory": 0}
-
-    def count(name):
-        return lambda *_: counts.__setitem__(name, counts[name] + 1)
-
-    model.encoder[0].register_forward_hook(count("encoder"))
-    model.decoder[0].cross_attention.k_proj.register_forward_hook(count("memory"))
-    for use_cache, projections in ((True, 1), (False, 6)):
-        counts.update(encoder=0, memory=0)
-        with torch.no_grad():
-            model.output.weight[2] = 0.0  # next to never EOS
-        assert transformer.greedy_decode(model, src, 6, use_cache).shape[1] == 6
-        assert counts == {"encoder": 1, "memory": projections}
-
-
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-def test_transformer_full_beam_equals_brute_force(length_penalty):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        model = transformer_tiny(vocab_size=4, n_layers=1).eval()
-        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-        tokens, scores = transformer.beam_search(model, src, 4, beam_size=4**4, length_penalty=length_penalty)
-        for row in range(2):
-            best, best_score = None, -math.inf
-            for n in range(1, 5):
-                for sequence in itertools.product(range(4), repeat=n):
-                    if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                        continue  # EOS ends, and nothing else but max_len does
-                    with torch.no_grad():
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                    score /= ((5 + n) / 6) ** length_penalty
-                    if score > best_score:
-                        best, best_score = list(sequence), score
-            assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-            assert abs(scores[row].item() - best_score) < 1e-10
-        assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
-
-
 def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
     beams = [([], 0.0)]
@@ -1553,689 +1168,20 @@ def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
     return max(scored, key=lambda beam: beam[1])
 
 
-@pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-@torch.no_grad()
-def test_transformer_beam_equals_lists(transformer_searched, beam_size, length_penalty):
-    lengths = set()
-    for model, src in transformer_searched:
-        src = src[:20]
-        tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-        assert scores.dtype == torch.float64
-        for row, found in enumerate(transformer_rows(tokens)):
-            best, score = transformer_beam_oracle(
-                model, src[row][src[row] != 0], 10, beam_size, length_penalty
-            )
-            assert found == best and abs(scores[row].item() - score) < 1e-10
-            alone, alone_score = transformer.beam_search(
-                model, src[row : row + 1], 10, beam_size, length_penalty
-            )
-            assert transformer_rows(alone) == [found] and abs(alone_score.item() - score) < 1e-10
-            lengths.add(len(found))
-        wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-        assert torch.equal(wider[0], tokens)
-        check_close(wider[1], scores, 1e-12)
-    assert len(lengths) > 4, lengths
-
-
-@torch.no_grad()
-def test_transformer_beam_beats_greedy_and_penalty_lengthens(transformer_half_trained):
-    model, tokenizer, corpus, _ = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], 0, "cpu")
-    found = transformer.greedy_decode(model, src, 16)
-    greedy, n_tokens, finished = transformer.sequence_log_probs(model, src, found)
-    for row, tokens in enumerate(transformer_rows(found)):
-        assert abs(greedy[row].item() - transformer_log_prob(model, src[row][src[row] != 0], tokens)) < 1e-10
-        assert n_tokens[row] == len(tokens) and finished[row] == (tokens[-1] == 2)
-    lengths = []
-    for penalty in (0.0, 1.0, 3.0):
-        tokens, scores = transformer.beam_search(model, src, 16, 4, penalty)
-        log_prob, n_tokens, _ = transformer.sequence_log_probs(model, src, tokens)
-        check_close(scores, log_prob / ((5 + n_tokens) / 6) ** penalty, 1e-6)  # the divisor here is float32
-        lengths.append(n_tokens.double().mean().item())
-        if penalty == 0:
-            assert log_prob.mean() > greedy.mean() + 0.5
-    assert lengths[0] < lengths[1] < lengths[2], lengths
-
-
-@torch.no_grad()
-def test_transformer_translate_loses_no_text(transformer_half_trained):
-    model, tokenizer, _, _ = transformer_half_trained
-    texts = [transformer.english_number(n) for n in range(130)]
-    found = transformer.translate(
-        model, tokenizer, texts, lambda src: transformer.greedy_decode(model, src, 3)
-    )
-    assert min(t.n_tokens for t in found) >= 1
-    blank = transformer.Translation("", 0.0, 0, True)
-    assert transformer.translate(model, tokenizer, ["", "   "], None) == [blank, blank]
-
-
-def test_transformer_search_of_no_sentence():
-    model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-    assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
-    tokens, scores = transformer.beam_search(model, none, 5)
-    assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-
-def test_transformer_log_probs_of_a_bf16_model_are_float32():
-    model = transformer_tiny(dtype=torch.bfloat16).eval()
-    src, _ = transformer_sentences()
-    log_probs, n_tokens, _ = transformer.sequence_log_probs(
-        model, src, transformer.greedy_decode(model, src, 9)
-    )
-    assert log_probs.dtype == torch.float32 and (log_probs < 0).all() and (n_tokens >= 1).all()
-    scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-    with torch.no_grad():
-        logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
-    check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
-
-
-def test_transformer_search_leaves_the_model_as_it_was():
-    """Every submodule's mode; and no hook of cross_attention_weights."""
-    model = transformer_tiny().train()
-    model.encoder.eval()
-    modes = [module.training for module in model.modules()]
-    transformer.greedy_decode(model, torch.full((1, 3), 3), 2)
-    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
-    transformer.cross_attention_weights(model, *torch.full((2, 2, 4), 3))
-    assert not any(layer.cross_attention._forward_pre_hooks for layer in model.decoder)
-
-
-def test_transformer_evaluation_counts_what_was_cut_off(monkeypatch):
-    rows = [transformer.Translation("a", -1.0, 3, finished) for finished in (True, True, False)]
-    monkeypatch.setattr(transformer, "translate", lambda *_: rows)
-    corpus = transformer.Corpus("numbers", [], [], [("x", "a")] * 3)
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    searches = report["searches"]
-    assert list(searches) == ["greedy", "beam 4, penalty 0", "beam 4, penalty 0.6", "beam 4, penalty 2"]
-    assert all(row["cut_off"] == 1 for row in searches.values())
-    texts = iter("xabb")  # of greedy, and penalties 0, 0.6, 2
-    monkeypatch.setattr(transformer, "translate", lambda *_: [transformer.Translation(next(texts))] * 3)
-    corpus.test = [("x", "a")] * 3
-    report = transformer.evaluate(None, None, corpus, transformer.Settings(length_penalty=0.0))
-    assert report["beam"] == 1 and report["greedy"] == 0
-    texts = iter("xbab")
-    report = transformer.evaluate(None, None, corpus, transformer.Settings())
-    assert report["beam"] == 1 and report["greedy"] == 0
-
-
-def test_transformer_beam_ends_with_the_last_hypothesis(monkeypatch):
-    model, calls = transformer_tiny(), []
-
-    def decode(tgt, memory, memory_mask, cache):
-        calls.append(tgt.shape)
-        cache[0] = {"self": (memory, memory)}
-        logits = torch.zeros(len(tgt), 1, 11)
-        logits[..., 2] = 20.0  # EOS
-        return logits
-
-    monkeypatch.setattr(model, "decode", decode)
-    transformer.beam_search(model, torch.tensor([[3, 4, 2]]), 20, beam_size=2)
-    assert len(calls) == 2  # the second hypothesis needs another token for its EOS
-
-
-def test_transformer_translates_with_the_search_asked_for(tmp_path, monkeypatch, capsys):
-    tokenizer, asked = transformer.Tokenizer.train(["one two"], 259), []
-    model = transformer_tiny(dtype=torch.float32, vocab_size=259)
-    content = {"kind": "model", "config": dataclasses.asdict(model.config), "model": model.state_dict()}
-    transformer.save(tmp_path / "model.pt", content | {"vocabulary": tokenizer.vocabulary})
-    search = transformer.beam_search
-    monkeypatch.setattr(transformer, "beam_search", lambda *a: asked.append(a[2:]) or search(*a))
-    s = transformer.Settings(
-        translate="one", out=str(tmp_path), device="cpu", beam_size=3, length_penalty=0.9
-    )
-    transformer.translate_command(s)
-    assert asked == [(24, 3, 0.9)] and json.loads(capsys.readouterr().out)["source"] == "one"
-
-
-def test_transformer_missing_sacrebleu_is_known_before_the_training(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    monkeypatch.setattr(transformer, "prepare", lambda s: 1 / 0)
-    with pytest.raises(ImportError, match="sacrebleu"):
-        transformer.train_and_evaluate(transformer.Settings(preset="multi30k"))
-    with pytest.raises(ZeroDivisionError):
-        transformer.train_and_evaluate(transformer.Settings())
-
-
-def test_transformer_a_run_goes_on_with_its_own_sentences_alone(tmp_path):
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    tokenizer, pair, other = transformer.Tokenizer.train(["one"], 259), ([5, 2], [6, 2]), ([7, 2], [6, 2])
-    training = transformer.Training(s, tokenizer, [pair] * 3, [pair])
-    for train, dev in (([pair] * 3, [other]), ([pair, pair, other], [pair])):
-        with pytest.raises(ValueError, match="a run on other sentences"):
-            transformer.Training(s, tokenizer, train, dev).restore({"corpus": training.corpus})
-
-
-def test_transformer_ctrl_c_is_one_line(monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", interrupted)
-    with pytest.raises(SystemExit) as leaving:
-        runpy.run_path(str(ROOT / "transformer.py"), run_name="__main__")
-    assert leaving.value.code == 130 and len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_transformer_decoding_has_no_reference_to_see():
-    """The decoder reads what was found, nothing else; a poisoned reference changes no translation."""
-    model = transformer_tiny().eval()
-    src, _ = transformer_sentences()
-    read = []
-    model.tgt_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].clone()))
-    expected = transformer.greedy_decode(model, src, 10)
-    assert torch.equal(torch.cat(read, dim=1)[:, 1:], expected[:, :-1]) and (read[0] == 1).all()
-    # A poisoned reference: translate() has no access to the corpus's target side
-    corpus = transformer.number_corpus(0, 20, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    poisoned = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=40).eval()
-    s = transformer.Settings(beam_size=2, max_len=40)
-    found = []
-    for targets in (["eins"] * 2, ["tausend und"] * 2):
-        test = [(source, target) for (source, _), target in zip(corpus.test, targets, strict=True)]
-        found.append(
-            transformer.evaluate(poisoned, tokenizer, transformer.Corpus("numbers", [], [], test), s)
-        )
-    assert found[0]["searches"] == found[1]["searches"]
-    ways = (
-        lambda src: transformer.greedy_decode(poisoned, src, 40),
-        transformer.beam_of(poisoned, 40, 2, 0.0),
-    )
-    texts = [source for source, _ in corpus.test]
-    greedy, beam = (transformer.translate(poisoned, tokenizer, texts, way) for way in ways)
-    gains = [b.log_prob - g.log_prob for g, b in zip(greedy, beam, strict=True)]
-    expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-    assert (found[0]["search_gains"], found[0]["search_errors"]) == expected
-
-
-def test_transformer_a_step_is_the_sum_of_its_sentences():
-    """64 sentences of mixed lengths: the batch's gradient is the token-weighted sum of the single ones."""
-    corpus = transformer.number_corpus(1, 64, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    pairs = [tuple(tokenizer.encode(text, 64) for text in pair) for pair in corpus.train]
-    assert len({len(target) for _, target in pairs}) > 5
-    s = transformer.Settings(amp="off", device="cpu", d_model=16, d_ff=16, max_len=64)
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    got = []
-    hook = training.model.register_forward_hook(lambda module, inputs, output: got.append(output.dtype))
-    for s.amp in ("bf16", "off"):
-        training.loss(pairs[:4], 0.0)
-    hook.remove()
-    assert got == [torch.bfloat16, torch.float32]
-    model = training.model.double()
-
-    def gradient(batch):
-        loss, n_tokens = training.loss(batch, 0.1)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]), n_tokens
-
-    whole, n_all = gradient(pairs)
-    singles = [gradient([pair]) for pair in pairs]
-    assert n_all == sum(n for _, n in singles) == sum(len(target) for _, target in pairs)
-    check_close(whole, sum(g * n for g, n in singles) / n_all, 1e-10)
-
-
-def test_transformer_rejects():
-    config = transformer.TransformerConfig
-    for changes, words in (
-        ({"d_model": 10, "n_heads": 3}, "n_heads"),
-        ({"n_layers": 0}, "n_layers"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"vocab_size": 2}, "eos_id"),
-        ({"eos_id": 1}, "eos_id"),
-        ({"pad_id": -1}, "pad_id"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            config(**changes)
-    model = transformer_tiny()
-    src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-    for bad_src, bad_tgt in (
-        (src[0], tgt),
-        (src.float(), tgt),
-        (src, tgt[:1]),
-        (src.repeat(1, 7), tgt),
-        (src, tgt[0]),
-    ):
-        with pytest.raises(ValueError, match="tokens|max_len|batches"):
-            model(bad_src, bad_tgt)
-    assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-    assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
-    for max_len in (0, 25):
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.greedy_decode(model, src, max_len)
-        with pytest.raises(ValueError, match="max_len"):
-            transformer.beam_search(model, src, max_len)
-    with pytest.raises(ValueError, match="beam_size"):
-        transformer.beam_search(model, src, 5, beam_size=0)
-    assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
-
-
-# ---- data
-
-
-def test_transformer_numbers():
-    for n, english, german in (
-        (0, "zero", "null"),
-        (1, "one", "eins"),
-        (16, "sixteen", "sechzehn"),
-        (21, "twenty-one", "ein und zwanzig"),
-        (30, "thirty", "dreißig"),
-        (100, "one hundred", "einhundert"),
-        (101, "one hundred and one", "einhundert eins"),
-        (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-        (1_000, "one thousand", "ein tausend"),
-        (1_001, "one thousand and one", "ein tausend eins"),
-        (1_100, "one thousand one hundred", "ein tausend einhundert"),
-        (101_000, "one hundred and one thousand", "einhundert ein tausend"),
-        (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
-        (
-            999_999,
-            "nine hundred and ninety-nine thousand nine hundred and ninety-nine",
-            "neunhundert neun und neunzig tausend neunhundert neun und neunzig",
-        ),
-    ):
-        assert transformer.english_number(n) == english and transformer.german_number(n) == german
-    sample = [*range(2000), *range(2000, 1_000_000, 997)]
-    assert len({transformer.english_number(n) for n in sample}) == len(sample)
-    assert len({transformer.german_number(n) for n in sample}) == len(sample)
-
-
-def test_transformer_number_corpus():
-    corpus = transformer.number_corpus(0)
-    parts = [corpus.train, corpus.dev, corpus.test]
-    assert [len(part) for part in parts] == [8_000, 500, 1_000]
-    assert len({source for part in parts for source, _ in part}) == 9_500  # no number is in two parts
-    assert len({target for part in parts for _, target in part}) == 9_500
-    short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
-    assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones as well
-    assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
-    assert max(source.count("thousand") for part in parts for source, _ in part) == 1
-    assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
-
-
-def test_transformer_tokenizer():
-    texts = [transformer.english_number(n) for n in range(2000)]
-    tokenizer = transformer.Tokenizer.train(texts, 400)
-    assert 259 < tokenizer.vocab_size <= 400
-    for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
-        ids = tokenizer.encode(text, 99)
-        assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-        assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-    assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
-    assert tokenizer.decode([3 + 0xFF]) == "\ufffd" if tokenizer.vocabulary[0xFF] == b"\xff" else True
-    again = transformer.Tokenizer.train(texts, 400)
-    assert again.vocabulary == tokenizer.vocabulary == transformer.Tokenizer(tokenizer.vocabulary).vocabulary
-    with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
-        tokenizer.encode("forty-two", 3)
-    assert len(tokenizer.encode("forty-two", 4)) == 4
-    with pytest.raises(ValueError, match="vocab_size"):
-        transformer.Tokenizer.train(texts, 258)
-
-
-def test_transformer_token_batches():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-    batches = transformer.token_batches(lengths, 120, "0 0")
-    assert sorted(i for batch in batches for i in batch) == list(range(501))
-    assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    assert padded < 1.06 * sum(lengths)  # similar lengths meet
-    assert len(batches) < sum(lengths) / 120 * 1.3  # and batches are full
-    assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
-    assert transformer.token_batches(lengths, 120, "0 0") == batches
-    other = transformer.token_batches(lengths, 120, "0 1")
-    assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
-    assert transformer.pad([[5], [6, 7]], 0, "cpu").tolist() == [[5, 0], [6, 7]]
-
-
-def transformer_small_multi30k(folder, n=40, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for name in transformer.MULTI30K:
-        line = german if name.endswith("de") else english
-        text = changes.get(name.replace(".", "_"), "".join(f"{line.format(i)}\n" for i in range(n)))
-        if text is not None:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
-
-
-def test_transformer_multi30k_files(tmp_path):
-    folder = transformer_small_multi30k(tmp_path / "good")
-    corpus = transformer.multi30k_corpus(str(folder))
-    assert (
-        corpus.name == "own" and [len(part) for part in (corpus.train, corpus.dev, corpus.test)] == [40] * 3
-    )
-    assert corpus.train[7] == ("ein mann mit dem hund auf der wiese 7", "a man with the dog on the meadow 7")
-    (folder / "val.de").write_bytes(gzip.decompress((folder / "val.de.gz").read_bytes()))
-    (folder / "val.de.gz").unlink()  # unpacked files do as well
-    assert transformer.multi30k_corpus(str(folder)) == corpus
-    german = "ein hund auf der wiese\n"
-    for i, (changes, words) in enumerate(
-        (
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog on the meadow\n" * 39}, "train: 40 lines in German, 39 in English"),
-            ({"train_de": "a dog on the meadow\n" * 40}, "train.de isn't in its language"),
-            ({"val_en": german * 40}, "val.en isn't in its language"),
-            (
-                {"test_2016_flickr_de": german * 3 + "\n" + german * 36},
-                "test_2016_flickr.de: line 4 is empty",
-            ),
-            ({"train_de": ""}, "train.de: line 1 is empty"),
-            ({"test_2016_flickr_de": german * 1000}, "was altered: 1000 lines"),
-            ({"test_2016_flickr_de": german * 999 + german[:9]}, "was altered: 1000 lines"),
-        )
-    ):
-        with pytest.raises(ValueError, match=words):
-            transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-    with pytest.raises(ValueError, match="nowhere has neither train.de.gz nor train.de"):
-        transformer.multi30k_corpus(str(tmp_path / "nowhere"))
-    whole = (folder / "train.de.gz").read_bytes()
-    latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 40)
-    for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-        (folder / "train.de.gz").write_bytes(damaged)
-        with pytest.raises(ValueError, match="train.de.gz is damaged"):
-            transformer.multi30k_corpus(str(folder))
-
-
-@pytest.fixture
-def transformer_server():
-    """A server on 127.0.0.1 that answers with what `files` holds: bytes, or an int that is a status."""
-    files, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.rsplit("/", 1)[-1]
-            asked.append(name)
-            answer = files.get(name, 404)
-            self.send_response(200 if isinstance(answer, bytes) else answer)
-            if isinstance(answer, bytes):
-                self.send_header("Content-Length", str(len(answer) + (100 if name in cut else 0)))
-            self.end_headers()
-            if isinstance(answer, bytes):
-                self.wfile.write(answer)
-
-        def log_message(self, *_):
-            pass
-
-    cut = set()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/", files, asked, cut
-    server.shutdown()
-
-
-def test_transformer_download(tmp_path, monkeypatch, transformer_server, capfd):
-    url, files, asked, cut = transformer_server
-    text = b"ein mann auf der wiese\n" * 3
-    entry = (3, len(text), transformer.hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K_URL", url)
-    monkeypatch.setattr(transformer, "MULTI30K", {"train.de": entry})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-    cached = tmp_path / "new/cache/multi30k/train.de.gz"
-    with pytest.raises(ValueError, match="404"):
-        transformer.read_multi30k("train.de", "")
-    for altered in (text.replace(b"mann", b"frau"), text * 2):
-        files["train.de.gz"] = gzip.compress(altered)
-        with pytest.raises(ValueError, match="was altered"):
-            transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)[:-10]
-    with pytest.raises(ValueError, match="damaged"):
-        transformer.read_multi30k("train.de", "")
-    files["train.de.gz"] = gzip.compress(text)
-    cut.add("train.de.gz")  # breaks off
-    with pytest.raises(ValueError, match="train.de.gz"):
-        transformer.read_multi30k("train.de", "")
-    assert not cached.exists()  # nothing wrong was kept
-    cut.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True)
-    asked.clear()
-    assert transformer.read_multi30k("train.de", "") == (text, True) and asked == [] and cached.exists()
-    cached.unlink()
-    assert transformer.read_multi30k("train.de", "") == (text, True)  # into a folder that is there
-    monkeypatch.setattr(transformer, "MULTI30K_URL", "http://127.0.0.1:9/")
-    cached.unlink()
-    with pytest.raises(ValueError, match="--data"):
-        transformer.read_multi30k("train.de", "")
-
-
-def test_transformer_multi30k_official():
-    folder = os.environ.get("MULTI30K_DATA")
-    if not folder:
-        pytest.skip("MULTI30K_DATA is not set")
-    corpus = transformer.multi30k_corpus(folder)
-    assert corpus.name == "multi30k" and [len(p) for p in (corpus.train, corpus.dev, corpus.test)] == [
-        29_000,
-        1_014,
-        1_000,
-    ]
-    assert corpus.test[0][1].startswith("A man in an orange hat")
-
-
-# ---- training
-
-
-def test_transformer_parameter_groups():
-    model = transformer_tiny(tied=True)
-    decayed, plain = transformer.parameter_groups(model, 0.3)
-    assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
-    names = {id(p): name for name, p in model.named_parameters()}
-    for group, ends in (
-        (decayed, ("weight",)),
-        (plain, ("bias", "norm1.weight", "norm2.weight", "norm3.weight", "norm.weight")),
-    ):
-        assert all(names[id(p)].endswith(ends) for p in group["params"])
-    assert len(decayed["params"] + plain["params"]) == len(names)
-    assert not any("norm" in names[id(p)] for p in decayed["params"])
-
-
-def test_transformer_training_step(transformer_half_trained, monkeypatch):
-    """Steps written out: AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss."""
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:12]]
-    s = transformer.Settings(
-        amp="off", device="cpu", d_model=16, d_ff=16, clip=0.1, warmup=7, lr_scale=3.0, weight_decay=0.2
-    )
-    training = transformer.Training(s, tokenizer, pairs, pairs)
-    training.model.double()  # in float32 Adam would make steps of rounding errors: k_proj.bias has gradient 0
-    expected = transformer.Transformer(training.model.config).double()
-    expected.load_state_dict(training.model.state_dict())
-    optimizer = torch.optim.AdamW(transformer.parameter_groups(expected, 0.2), betas=(0.9, 0.98), eps=1e-9)
-    losses = []
-    for step in (1, 2, 3):
-        training.step(pairs)
-        src = nn.utils.rnn.pad_sequence([torch.tensor(source) for source, _ in pairs], batch_first=True)
-        tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *target]) for _, target in pairs], batch_first=True)
-        logits = expected(src, tgt[:, :-1])
-        loss = F.cross_entropy(logits.transpose(1, 2), tgt[:, 1:], ignore_index=0, label_smoothing=0.1)
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
-        for group in optimizer.param_groups:
-            group["lr"] = 3.0 * transformer.noam_lr(step, 16, 7)
-        optimizer.step()
-    for ours, theirs in zip(training.model.parameters(), expected.parameters(), strict=True):
-        check_close(ours, theirs, 1e-8)
-    n_tokens = sum(len(target) for _, target in pairs)
-    assert abs(training.progress["loss"] - sum(losses) * n_tokens) < 1e-6
-    assert (
-        training.progress["step"] == training.progress["batch"] == 3
-        and training.progress["tokens"] == 3 * n_tokens
-    )
-    model, training.progress["seconds"] = training.model, 1e-6
-    with monkeypatch.context() as patch:
-        patch.setattr(time, "perf_counter", itertools.count().__next__)  # every product takes 1 s
-        report = transformer.cost(training)
-    n_encoder, n_decoder = (sum(p.numel() for p in x.parameters()) for x in (model.encoder, model.decoder))
-    n_src, n_tgt = (s.epochs * sum(len(pair[side]) for pair in pairs) for side in (0, 1))
-    flops = 6 * (n_encoder * n_src + (n_decoder + model.output.weight.numel()) * n_tgt)
-    assert report["gemm_gflops"] == 2.1
-    assert report["mfu"] == pytest.approx(flops * 1e6 / (2 * 1024**3), rel=1e-6, abs=1e-3)
-    seeds, training.s.seed = [], 1
-    monkeypatch.setattr(torch, "manual_seed", seeds.append)
-    for _ in range(3):
-        training.step(pairs)
-    assert seeds == [1_000_003 + step for step in (3, 4, 5)], "dropout of its own in every step"
-
-
-def test_transformer_average_and_losses(transformer_half_trained, tmp_path):
-    """The final weights are the mean over the last epochs' ends; dev and train losses are per token."""
-    _, tokenizer, corpus, trained = transformer_half_trained
-    assert len(trained.history) == 2 and trained.history[1]["dev_loss"] < trained.history[0]["dev_loss"]
-    pairs = [tuple(tokenizer.encode(text, 32) for text in pair) for pair in corpus.train[:60]]
-    changes = dict(
-        amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, out=str(tmp_path), batch_tokens=200
-    )
-    for epochs, average, expected in ((4, 2, [2, 3]), (2, 5, [0, 1])):
-        s = transformer.Settings(**changes, epochs=epochs, average=average)
-        training = transformer.Training(s, tokenizer, pairs, pairs[:9])
-        ends, end_epoch = [], training.end_epoch
-
-        def recorded(ends=ends, end_epoch=end_epoch, model=training.model):
-            ends.append({name: w.clone() for name, w in model.state_dict().items()})
-            end_epoch()
-
-        training.end_epoch = recorded
-        training.run()
-        for name, weight in training.model.state_dict().items():
-            check_close(weight, torch.stack([ends[i][name] for i in expected]).mean(0), 1e-6, name)
-    with torch.no_grad():
-        losses = [(training.loss([pair], 0.0)[0].item(), len(pair[1])) for pair in pairs[:9]]
-    expected = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-    training.s.batch_tokens = 25  # several batches, of unequal numbers of tokens
-    assert abs(training.dev_loss() - expected) < 1e-5
-    training.progress |= {"epoch": 1, "loss": math.nan, "tokens": 1}
-    with pytest.raises(ValueError, match="lr-scale"):
-        end_epoch()
-
-
-def test_transformer_every_epoch_has_every_pair_once(transformer_half_trained, tmp_path):
-    _, tokenizer, corpus, _ = transformer_half_trained
-    pairs = [tuple(tuple(tokenizer.encode(text, 32)) for text in pair) for pair in corpus.train[:60]]
-    s = transformer.Settings(amp="off", device="cpu", d_model=8, d_ff=8, n_heads=1, n_layers=1, epochs=3)
-    s.out, s.batch_tokens = str(tmp_path), 100
-    training = transformer.Training(s, tokenizer, [tuple(map(list, pair)) for pair in pairs], pairs[:2])
-    epochs, step = [[], [], []], training.step
-
-    def recorded(batch):
-        epochs[training.progress["epoch"]].append([tuple(map(tuple, pair)) for pair in batch])
-        step(batch)
-
-    seen, loss = [], training.loss
-
-    def noted(batch, smoothing):
-        value, n = loss(batch, smoothing)
-        if smoothing:  # a training batch
-            seen.append((training.progress["epoch"] + 1, value.item() * n, n))
-        return value, n
-
-    training.step, training.loss = recorded, noted
-    training.dev = [tuple(map(list, pair)) for pair in pairs[:2]]
-    training.run()
-    for row in training.history:
-        sums, counts = zip(*((x, n) for epoch, x, n in seen if epoch == row["epoch"]), strict=True)
-        assert abs(row["train_loss"] - sum(sums) / sum(counts)) < 1e-6
-    for batch in itertools.chain(*epochs):
-        assert len(batch) * max(len(side) for pair in batch for side in pair) <= 100 or len(batch) == 1
-    assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
-    for batches in epochs:
-        assert sorted(pair for batch in batches for pair in batch) == sorted(pairs)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # in other batches each time
-    assert training.progress["step"] == sum(map(len, epochs)) and len(training.history) == 3
-
-
-def test_transformer_bf16_only_where_native(monkeypatch):
-    def chosen(amp):
-        return transformer.precision(transformer.Settings(device="cpu", amp=amp))
-
-    for native, auto in ((False, "float32"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert (chosen("auto"), chosen("bf16"), chosen("off")) == (auto, "bf16", "float32")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert chosen("auto") == "float32"
-
-    def auto(device):
-        return transformer.precision(transformer.Settings(device=device))
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert auto("cuda:1") == "float32"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert (auto("cuda:1"), auto("mps")) == ("bf16", "float32")
-
-
-def test_transformer_multi30k_name_needs_all_files(tmp_path, monkeypatch):
-    folder, known = transformer_small_multi30k(tmp_path / "data"), {}
-    for name in transformer.MULTI30K:
-        text = gzip.decompress((folder / f"{name}.gz").read_bytes())
-        known[name] = (40, len(text), hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(transformer, "MULTI30K", known)
-    assert transformer.multi30k_corpus(str(folder)).name == "multi30k"
-    blanks = transformer_small_multi30k(tmp_path / "crlf", 41, val_en="a dog on the meadow\r\n" * 41)
-    assert transformer.multi30k_corpus(str(blanks)).dev[0][1] == "a dog on the meadow"
-    for name in list(known):
-        monkeypatch.setitem(known, name, (41, 0, ""))
-        assert transformer.multi30k_corpus(str(folder)).name == "own"
-        monkeypatch.undo()
-        monkeypatch.setattr(transformer, "MULTI30K", known)
-
-
-def test_transformer_prepare_keeps_the_test_set_out(tmp_path, monkeypatch):
-    corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-    monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(tmp_path)])
-    training = transformer.prepare(s)[1]
-    assert [training.tokenizer.decode(side) for pair in training.dev for side in pair] == ["two", "zwei"]
-
-
-def test_transformer_edges():
-    """What is just allowed, and just not."""
-    assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary  # learns what encode makes
-    assert [n for n, *_ in transformer.MULTI30K.values()] == [29_000, 29_000, 1_014, 1_014, 1_000, 1_000]
-    assert transformer.noam_lr(1, 512, 1) == 512**-0.5
-    assert transformer.greedy_decode(transformer_tiny(), torch.tensor([[3, 2]]), 1).shape == (1, 1)
-    assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
-    assert transformer.settings_from_command_line(["--smoothing", "0"]).smoothing == 0
-    transformer.check_lines("x", ["hund"], "de", "en")  # no frequent word at all: no reason to refuse
-    with pytest.raises(ValueError, match="language"):
-        transformer.check_lines("x", ["A DOG ON THE MEADOW"], "de", "en")
-    with pytest.raises(ValueError, match="dropout"):
-        transformer.TransformerConfig(dropout=-0.5)
-    for flag in ("--lr-scale", "--length-penalty"):
-        with pytest.raises(ValueError, match=f"{flag} .*nan"):
-            transformer.settings_from_command_line([flag, "nan"])
-
-
-def test_transformer_checkpoint_files(tmp_path, monkeypatch):
-    path = tmp_path / "x.pt"
-    content = {"kind": "model", "weights": torch.arange(1000.0), "vocabulary": [b"a", b"\xff"]}
-    transformer.save(path, content)
-    loaded = transformer.load(path, "model")
-    assert torch.equal(loaded.pop("weights"), content["weights"]) and loaded == {
-        "kind": "model",
-        "vocabulary": [b"a", b"\xff"],
-    }
-    with pytest.raises(ValueError, match="isn't a checkpoint"):
-        transformer.load(path, "checkpoint")
-    whole = path.read_bytes()
-    place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
-    for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="x.pt"):
-            transformer.load(path, "model")
-
-    class Code:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "was run"),))
-
-    torch.save({"kind": "model", "code": Code()}, path)
-    with pytest.raises(ValueError, match="x.pt"):
-        transformer.load(path, "model")
-    assert not (tmp_path / "was run").exists()
-
-    path.write_bytes(whole)
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        transformer.save(path, content)
-    assert path.read_bytes() == whole
-
+def transformer_rows(tokens):
+    """Rows up to their EOS; all after it must be padding."""
+    rows = []
+    for row in tokens.tolist():
+        end = row.index(2) + 1 if 2 in row else len(row)
+        assert all(token == 0 for token in row[end:]), row
+        rows.append(row[:end])
+    return rows
+
+
+TRANSFORMER_SMALL = {
+    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
+    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+}  # fmt: skip
 
 TRANSFORMER_KILLED = """
 import os, signal, sys
@@ -2243,7 +1189,7 @@ import torch, transformer
 
 corpus = transformer.number_corpus
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv.pop(1), int(sys.argv.pop(1))  # kill -9 at the n-th call of place
+place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
 places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
 owner, name = places[place]
 original, calls = getattr(owner, name), 0
@@ -2256,238 +1202,897 @@ def counted(*args, **kwargs):
     return original(*args, **kwargs)
 
 setattr(owner, name, counted)
-transformer.main()
+transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-TRANSFORMER_SMALL = (
-    "--epochs 3 --d-model 16 --d-ff 16 --n-layers 1 --dropout 0.2 --save-every 3 --vocab-size 400"
-)
-TRANSFORMER_SMALL += " --batch-tokens 400 --amp off"
+def transformer_run(out, **changes):
+    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
+    corpus = transformer.number_corpus
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
+        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
-def transformer_run(monkeypatch, out, *arguments):
-    """What the script does, in this process and on a small corpus. Returns the report."""
-    out.mkdir(exist_ok=True)
-    s = transformer.settings_from_command_line([*TRANSFORMER_SMALL.split(), "--out", str(out), *arguments])
-    corpus = transformer.number_corpus(s.seed, 300, 20, 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        return transformer.train_and_evaluate(s)
+def transformer_stop(out, **changes):
+    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    try:
+        transformer_run(out, **changes)
+    except SystemExit as stop:
+        return stop.code
+    raise AssertionError("it ran to its end")
 
 
-def test_transformer_kill_and_go_on(tmp_path, monkeypatch, capsys):
-    undisturbed = transformer_run(monkeypatch, tmp_path / "a")
-    assert undisturbed["steps"] > 12
-    out = tmp_path / "b"
-    # in the 5th step, 2 after a checkpoint; while the next one is written; before one is moved into place
-    for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-        command = [
-            sys.executable,
-            "-c",
-            TRANSFORMER_KILLED,
-            place,
-            str(n),
-            "--out",
-            str(out),
-            *TRANSFORMER_SMALL.split(),
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-        assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-        assert not (out / "model.pt").exists() and (out / "checkpoint.pt").exists()
-        if place != "step":
-            assert (out / "checkpoint.pt.part").exists()  # what was in the making, beside the good one
-    resumed = transformer_run(monkeypatch, out)
-    assert "going on after step 6" in capsys.readouterr().out
-    models = [transformer.load(folder / "model.pt", "model")["model"] for folder in (tmp_path / "a", out)]
-    assert models[0].keys() == models[1].keys()
-    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-    for key in ("history", "searches", "steps"):
-        assert undisturbed[key] == resumed[key]
-    again = transformer_run(monkeypatch, out, "--save-every", "50")  # a setting that may change
-    assert (
-        "training was finished after step" in capsys.readouterr().out
-        and again["searches"] == resumed["searches"]
-    )
-    with pytest.raises(ValueError, match="lr_scale=0.4, not 0.7"):
-        transformer_run(monkeypatch, out, "--lr-scale", "0.7")
-    different = transformer_run(monkeypatch, tmp_path / "c", "--seed", "1", "--epochs", "1")
-    assert different["history"][0] != undisturbed["history"][0]
+def transformer_pairs(n, max_len=32, seed=1):
+    """A tokenizer, and n pairs of ids."""
+    corpus = transformer.number_corpus(seed, n, 2, 2)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
+    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
 
 
-# ---- the script
+def transformer_state():
+    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
 
 
-def test_transformer_settings(capsys):
-    def read(*argv):
-        return transformer.settings_from_command_line(list(argv))
+def transformer_small_multi30k(folder, n=12, **changes):
+    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
+    folder.mkdir(exist_ok=True)
+    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
+    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
+        line = german if language == "de" else english
+        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+        if text is not None:
+            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
 
-    assert read().preset == "numbers" and read().d_model == transformer.Settings().d_model
-    multi30k = read("--preset", "multi30k", "--epochs", "3", "--no-tied")
-    assert (multi30k.epochs, multi30k.dropout, multi30k.tied) == (
-        3,
-        0.3,
-        False,
-    ) and multi30k.out != read().out
-    for argv, words in (
-        (("--epochs", "0"), "--epochs"),
-        (("--lr-scale", "-1"), "--lr-scale"),
-        (("--smoothing", "1"), "--smoothing"),
-        (("--data", "x"), "--preset multi30k"),
-        (("--device", "nonsense"), "--device nonsense"),
-        (("--device", "meta"), "--device meta"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            read(*argv)
-    assert math.copysign(1, read("--length-penalty", "-0.0").length_penalty) == 1  # its name in the table
-    for argv in (
-        ("--epoch", "3"),
-        ("--wrong", "1"),
-        ("--preset", "french"),
-        ("--amp", "fp8"),
-        ("--epochs", "many"),
-    ):
-        with pytest.raises(SystemExit) as exit:
-            read(*argv)
-        assert exit.value.code == 2
-    with pytest.raises(SystemExit):
-        read("--preset", "multi30k", "--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(
-        f"(default: {value})" in text for value in (transformer.PRESETS["multi30k"]["vocab_size"], 0.3)
-    )
+
+@pytest.fixture(scope="module")
+def transformer_half_trained(tmp_path_factory):
+    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
+    corpus = transformer.number_corpus(3, 2500, 20, 40)
+    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
+    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
+    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
+    model, state = transformer.Transformer(config), transformer_state()
+    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
+    transformer.train(s, model, *encoded, state)
+    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
+    return model.double().eval(), tokenizer, corpus
+
+
+@pytest.fixture
+def transformer_searched(transformer_half_trained):
+    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    model, tokenizer, corpus = transformer_half_trained
+    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
+    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
+    return [(model, src), *random_ones]
+
+
+@pytest.fixture(scope="module")
+def transformer_undisturbed(tmp_path_factory):
+    """A small run without interruption: its folder, report and weights."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out = tmp_path_factory.mktemp("undisturbed")
+    return out, *transformer_run(out)
 
 
 @pytest.fixture(scope="module")
 def transformer_demo(tmp_path_factory):
-    """The default run, as a user starts it."""
+    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run_script("transformer.py", cwd=folder, timeout=240)
+    shutil.copy(ROOT / "transformer.py", folder)
+    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
-def test_transformer_demo(transformer_demo):
-    folder, result = transformer_demo
-    report = last_json(result)
-    out = folder / "out" / "transformer"
-    assert report == json.loads((out / "report.json").read_text())
-    first = result.stdout.splitlines()[:2]
-    assert "seed=0" in first[0] and "precision=" in first[0] and first[1].startswith("torch=")
-    assert report["dataset"] == "numbers" and report["beam"] >= 0.98 and report["greedy"] >= 0.98
-    for key in (
-        "seconds",
-        "train_seconds",
-        "torch",
-        "threads",
-        "cpu",
-        "gemm_gflops",
-        "mfu",
-        "settings",
-        "search_errors",
-    ):
-        assert key in report
-    assert result.stdout.count("\n  source ") == min(5, round((1 - report["beam"]) * 1000))
-    assert 0 < report["train_seconds"] < report["seconds"] < 240 and report["cache_speedup"] > 1
-    assert report["searches"]["greedy"]["cut_off"] <= 20
-    assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-    rows = list(report["searches"].values())
-    assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[1]["n_tokens"] <= rows[-1]["n_tokens"]
+class TestTransformer:
+    # ---- the model
 
+    @pytest.mark.parametrize("norm_first", [False, True])
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
+    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
+        """Values and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
+        encoder, decoder, pairs = transformer_to_torch(model)
+        src, _ = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
+        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
+        x, y = (
+            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
+            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
+        )
+        memory, memory_mask = model.encode(src)
+        assert memory_mask.shape == (6, 1, 1, 9)
+        expected = encoder(x, src_key_padding_mask=src == 0)
+        real = (src != 0)[..., None]
+        check_close(memory * real, expected * real, tolerance, "encoder")
 
-def test_transformer_alignment_swaps_tens_and_units(transformer_demo):
-    """In the demo's model, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-    last_json(transformer_demo[1])
-    saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt", "model")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    tokenizer = transformer.Tokenizer(saved["vocabulary"])
-    right = total = 0
-    for units, tens in itertools.product(range(2, 10), range(2, 10)):
-        n = 517_000 + 10 * tens + units
-        source = tokenizer.encode(transformer.english_number(n), 32)
-        target = tokenizer.encode(transformer.german_number(n), 32)
-        src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-        weights = transformer.cross_attention_weights(model, src, tgt)
-        assert weights.shape == (2, 1, 4, len(target), len(source))
-        check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-        looked_at = weights[-1, 0].mean(0).argmax(-1)  # (Tt,)
-        at_units, at_tens = looked_at[-4].item(), looked_at[-2].item()  # ... units und tens EOS
-        right += at_units > at_tens
-        total += 1
-    assert right / total > 0.9, right / total
+        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
+        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
+        expected = F.linear(expected, model.output.weight)
+        logits = model(src, tgt)
+        real = (tgt != 0)[..., None]
+        check_close(logits * real, expected * real, tolerance, "model")
 
+        upstream = torch.randn_like(logits) * real
+        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+        theirs = [*shared, *(their for _, their in pairs)]
+        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
+        (logits * upstream).sum().backward()
+        ours = [[p] for p in shared] + [our for our, _ in pairs]
+        assert sum(map(len, ours)) == len(list(model.parameters()))
+        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
 
-def test_transformer_translate(transformer_demo, tmp_path, monkeypatch, capsys):
-    last_json(transformer_demo[1])
-    folder = transformer_demo[0]
-    one = run_script("transformer.py", "--translate", "Three hundred and forty-two thousand", cwd=folder)
-    row = last_json(one)
-    assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-    assert (
-        row["source"] == "Three hundred and forty-two thousand"
-        and row["n_tokens"] == 6
-        and -3 < row["log_prob"] < 0
-    )
-    lines = "one hundred thousand\n\nfive thousand and seventeen\n東京\n"
-    command = [sys.executable, str(ROOT / "transformer.py"), "--translate", "-"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    many = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
-    assert "fünf tausend siebzehn" in many.stdout
-    rows = [json.loads(line) for line in many.stdout.splitlines()]
-    assert [r["text"] for r in rows[:3]] == ["einhundert tausend", "", "fünf tausend siebzehn"] and len(
-        rows
-    ) == 4
-    monkeypatch.chdir(folder)
-    for text, words in (("nine " * 40, "max_len=32"), ("nine " * 31, None), ("", None)):
-        s = transformer.settings_from_command_line(["--translate", text])
-        if words:
+    def test_transformer_parameter_counts(self):
+        def count(**changes):
+            with torch.device("meta"):
+                model = transformer.Transformer(transformer.TransformerConfig(**changes))
+            return sum(p.numel() for p in model.parameters())
+
+        assert count() == 63_082_496
+        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
+        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
+        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+
+    def test_transformer_tying_and_initial_scale(self):
+        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
+        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
+        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
+        for layer in (model.encoder[0], model.decoder[0]):
+            projection = layer.self_attention.q_proj
+            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
+            assert projection.bias.abs().max() == 0
+        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
+        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
+        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
+        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+
+    def test_sinusoidal_positional_encoding_is_the_formula(self):
+        table = transformer.sinusoidal_positional_encoding(50, 7)
+        for position, feature in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (feature // 2) / 7)
+            expected = math.cos(angle) if feature % 2 else math.sin(angle)
+            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        assert table.dtype == torch.float32 and table.shape == (50, 7)
+
+    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
+        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        with torch.device("meta"):
+            other = transformer.Transformer(model.config)
+        other.to_empty(device="cpu").load_state_dict(model.state_dict())
+        assert torch.equal(other(src, src), model(src, src))
+
+    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
+        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        mask = torch.rand(2, 5, 5) < 0.5
+        mask[0, 2] = False
+        output, weights = transformer.attention(q, k, v, mask)
+        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        check_close(output, expected, 1e-12)
+        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
+        for grad, other in zip(*grads, strict=True):
+            check_close(grad, other, 1e-12)
+        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
+        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
+        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        assert transformer_tiny()(padding, bos).isfinite().all()
+
+    def test_causal_mask_is_aligned_bottom_right(self):
+        assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
+        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_no_look_ahead(self, norm_first):
+        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 8))
+        before = model(src, tgt)
+        for t in range(8):
+            changed = tgt.clone()
+            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
+            after = model(src, changed)
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+
+    def test_transformer_padding_changes_nothing(self):
+        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        together = model(src, tgt)
+        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        check_close(wider, together, 1e-12, "more padding")
+        for row, length in enumerate(lengths):
+            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
+            check_close(alone[0], together[row], 1e-12, "alone")
+
+    def test_decode_cache_gives_the_same_logits(self):
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 10))
+        memory, memory_mask = model.encode(src)
+        whole = model.decode(tgt, memory, memory_mask)
+        cache = {}
+        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
+        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
+        for _ in range(2):  # what is refused leaves the cache as it was
+            with pytest.raises(ValueError, match="max_len=24"):
+                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
+        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
+            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
+
+    def test_decode_projects_the_memory_once(self):
+        """With a cache, a memory of NaN in later calls changes nothing."""
+        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 2))
+        memory, memory_mask = model.encode(src)
+        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
+        model.decode(tgt[:, :1], memory, memory_mask, cache)
+        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
+        check_close(second, expected, 1e-12)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+        """Loss and every gradient as without, the encoder's too."""
+        model, (src, _) = transformer_tiny(), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        for layer in (*model.encoder, *model.decoder):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        model(src, tgt).sin().sum().backward()
+        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            check_close(p.grad, grad, 1e-12, name)
+
+    def test_transformer_dropout_only_while_training(self):
+        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
+        tgt = torch.randint(3, 11, (6, 5))
+        assert not torch.equal(model(src, tgt), model(src, tgt))
+        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
+            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
+        model.eval()
+        assert torch.equal(model(src, tgt), model(src, tgt))
+        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
+        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
+
+    @pytest.mark.parametrize("norm_first", [False, True])
+    def test_transformer_drops_at_every_sublayer(self, norm_first):
+        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
+        model = transformer_tiny(norm_first, dropout=0.999999).train()
+        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
+        for layer in model.encoder:
+            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
+            check_close(layer(x, mask), expected, 1e-12)
+        for layer in model.decoder:
+            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
+            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
+
+    def test_evaluating_puts_every_mode_back(self):
+        model = transformer_tiny().train()
+        model.encoder.eval()
+        modes = [module.training for module in model.modules()]
+        with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
+            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+            raise ZeroDivisionError
+        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+    def test_label_smoothed_loss_is_the_formula(self):
+        logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+        targets = torch.randint(1, 11, (3, 5))
+        targets[0, 3:] = targets[1, 1:] = 0
+        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
+        terms = []
+        for row, position in (targets != 0).nonzero().tolist():
+            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
+            q[targets[row, position]] += 0.8
+            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
+        assert len(terms) == 9
+        check_close(loss, torch.stack(terms).mean(), 1e-12)
+        grad = torch.autograd.grad(loss, logits)[0]
+        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
+        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
+        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
+        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
+        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
+        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+
+    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
+        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
+        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+
+    # ---- search
+
+    @torch.no_grad()
+    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
+        """And a beam of 1; alone and in a batch."""
+        lengths, cut_off = set(), 0
+        for model, src in transformer_searched:
+            tokens = transformer.greedy_decode(model, src, 12)
+            rows = transformer_rows(tokens)
+            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
+            assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+            assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
+            for i in range(0, len(src), 4):
+                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
+            lengths |= {len(row) for row in rows}
+            cut_off += sum(row[-1] != 2 for row in rows)
+        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+
+    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+    @torch.no_grad()
+    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
+            for row in range(2):
+                candidates = []
+                for n in range(1, 5):
+                    for sequence in itertools.product(range(4), repeat=n):
+                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
+                            continue  # EOS ends, and nothing else but max_len does
+                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
+                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
+                best_score, best = max(candidates)
+                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
+                assert abs(scores[row].item() - best_score) < 1e-10
+            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+
+    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+    @torch.no_grad()
+    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
+        lengths = set()
+        for model, src in transformer_searched:
+            src = src[:12]
+            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
+            assert scores.dtype == torch.float64
+            for row, found in enumerate(transformer_rows(tokens)):
+                real = src[row][src[row] != 0]
+                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
+                assert found == best and abs(scores[row].item() - score) < 1e-10
+                lengths.add(len(found))
+            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
+            assert torch.equal(wider[0], tokens)
+            check_close(wider[1], scores, 1e-12)
+        assert len(lengths) > 4, lengths
+
+    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        sources = [source for source, _ in corpus.test]
+        found = {
+            name: transformer.translate(model, tokenizer, sources, *search)
+            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
+        }
+        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
+            src = transformer.pad([tokenizer.encode(source, 32)], model)
+            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
+            with torch.no_grad():
+                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
+            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
+            assert row["text"] == tokenizer.decode(tokens)
+
+        def mean(name, key):
+            return statistics.fmean(row[key] for row in found[name])
+
+        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
+        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
+
+    def test_search_of_no_sentence(self):
+        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
+        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+        tokens, scores = transformer.beam_search(model, none, 5)
+        assert tokens.shape == (0, 0) and scores.shape == (0,)
+
+    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
+        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
+        with torch.no_grad():
+            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+        model, tokenizer, corpus = transformer_half_trained
+        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
+        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
+        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
+        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
+        s, tables = transformer.Settings(), []
+        for targets in ("eins", "tausend und"):  # a poisoned reference
+            test = [(source, targets) for source, _ in corpus.test[:9]]
+            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
+        assert tables[0] == tables[1]
+        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        for key in ("log_prob", "n_tokens", "finished"):
+            mean = statistics.fmean(row[key] for row in both[1])
+            assert report["searches"]["greedy"][key] == pytest.approx(mean)
+        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
+        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
+        assert (report["search_gains"], report["search_errors"]) == expected
+
+    # ---- bad input
+
+    def test_transformer_config_refuses(self):
+        for changes, words in (
+            ({"d_model": 10, "n_heads": 3}, "n_heads"),
+            ({"vocab_size": 2}, "eos_id"),
+            ({"eos_id": 1}, "eos_id"),
+            ({"pad_id": -1}, "pad_id"),
+            ({"bos_id": 37_000}, "bos_id"),
+        ):
             with pytest.raises(ValueError, match=words):
-                transformer.translate_command(s)
-        else:
-            transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == ""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="train first"):
-        transformer.translate_command(s)
+                transformer.TransformerConfig(**changes)
 
+    def test_transformer_refuses(self):
+        model = transformer_tiny()
+        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
+        for bad_src, bad_tgt in (
+            (src[0], tgt),
+            (src.float(), tgt),
+            (src, tgt[:1]),
+            (src.repeat(1, 7), tgt),
+            (src, tgt[0]),
+        ):
+            with pytest.raises(ValueError, match="tokens|max_len|batch"):
+                model(bad_src, bad_tgt)
+        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
+        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+        memory, mask = model.encode(src)
+        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
+            with pytest.raises(ValueError, match="memory_mask"):
+                model.decode(src, memory, wrong)
+        model.output.weight.data[2] = 0.0
+        model.output.weight.data[3] = 9.0  # EOS hardly ever
+        assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
+        for smoothing in (1.0, -0.1, math.nan):
+            with pytest.raises(ValueError, match="smoothing"):
+                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
 
-def test_transformer_script_errors(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("transformer.py", "--out", "file/below", cwd=tmp_path), "file/below")
-    (tmp_path / "out" / "transformer").mkdir(parents=True)
-    (tmp_path / "out" / "transformer" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    check_one_line_error(run_script("transformer.py", cwd=tmp_path), "checkpoint.pt", "damaged")
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')")
-    missing = run_script("transformer.py", "--out", "new", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    check_one_line_error(missing, "matplotlib is missing")  # before any work
-    assert "pairs; vocabulary" not in missing.stdout
+    # ---- data
 
+    def test_numbers_in_words(self):
+        for n, english, german in (
+            (0, "zero", "null"),
+            (21, "twenty-one", "ein und zwanzig"),
+            (30, "thirty", "dreißig"),
+            (100, "one hundred", "einhundert"),
+            (101, "one hundred and one", "einhundert eins"),
+            (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
+            (1_000, "one thousand", "ein tausend"),
+            (1_001, "one thousand and one", "ein tausend eins"),
+            (1_100, "one thousand one hundred", "ein tausend einhundert"),
+            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+        ):
+            assert transformer.english_number(n) == english and transformer.german_number(n) == german
+        sample = [*range(2000), *range(2000, 1_000_000, 997)]
+        for words in (transformer.english_number, transformer.german_number):
+            assert len({words(n) for n in sample}) == len(sample)
 
-def test_transformer_multi30k_run(tmp_path, capsys):
-    """The Multi30k path from files to BLEU and --translate, on a corpus that can be learned by heart."""
-    data = transformer_small_multi30k(tmp_path / "data", n=12)
-    settings = (
-        "--preset multi30k --epochs 30 --d-model 32 --d-ff 32 --n-layers 1 --dropout 0 --vocab-size 400"
-    )
-    arguments = [
-        *settings.split(),
-        "--warmup",
-        "40",
-        "--amp",
-        "off",
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path),
-    ]
-    report = transformer.train_and_evaluate(transformer.settings_from_command_line(arguments))
-    assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-    assert report["beam"] > 50, report["beam"]
-    s = transformer.settings_from_command_line(
-        ["--out", str(tmp_path), "--translate", "EIN MANN mit dem Hund"]
-    )
-    transformer.translate_command(s)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"].startswith("a man")
+    def test_number_corpus_parts_share_nothing(self):
+        corpus = transformer.number_corpus(0)
+        parts = [corpus.train, corpus.dev, corpus.test]
+        assert [len(part) for part in parts] == [8_000, 500, 1_000]
+        for side in (0, 1):
+            assert len({pair[side] for part in parts for pair in part}) == 9_500
+        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+        assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
+        assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
+        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
+
+    def test_tokenizer_keeps_every_text(self):
+        texts = [transformer.english_number(n) for n in range(2000)]
+        tokenizer = transformer.Tokenizer.train(texts, 400)
+        assert 259 < tokenizer.vocab_size <= 400
+        for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
+            ids = tokenizer.encode(text, 99)
+            assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
+            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+        assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
+        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
+        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
+        assert len(tokenizer.encode("forty-two", 4)) == 4
+        with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
+            tokenizer.encode("forty-two", 3)
+
+    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+        rng = random.Random(0)
+        lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
+        batches = transformer.token_batches(lengths, 120, "0 0")
+        assert sorted(i for batch in batches for i in batch) == list(range(501))
+        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
+        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+        assert transformer.token_batches(lengths, 120, "0 0") == batches
+        other = transformer.token_batches(lengths, 120, "0 1")
+        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        assert len(other) == len(batches)  # train counts on it
+        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
+
+    def test_lines_of_ends_lines_as_people_do(self):
+        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
+        for encoding in ("utf-8", "utf-8-sig"):
+            lines = transformer.lines_of(text.encode(encoding))
+            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        with pytest.raises(UnicodeDecodeError):
+            transformer.lines_of("one".encode("utf-16"))
+
+    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
+        folder = transformer_small_multi30k(tmp_path / "good")
+        corpus = transformer.multi30k_corpus(str(folder))
+        assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
+        german, english = corpus.train[7]
+        assert german.endswith("auf der wiese 7") and english.endswith("on the meadow 7")
+        text = "\n".join([german for german, _ in corpus.train] + [english for _, english in corpus.train])
+        known = dict.fromkeys(transformer.MULTI30K, (12, hashlib.sha256(text.encode()).hexdigest()))
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+        for i, (changes, words) in enumerate((
+            ({"val_en": None}, "val.en"),
+            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
+            ({"train_de": "", "train_en": ""}, "train: 0 German"),
+            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
+        )):  # fmt: skip
+            with pytest.raises(ValueError, match=words):
+                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
+        whole = (folder / "train.de.gz").read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
+            (folder / "train.de.gz").write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(str(folder))
+        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
+        lines = "\ufeff" + "".join(f"{english}\r\n" for _, english in corpus.train)
+        folder = transformer_small_multi30k(tmp_path / "crlf", val_en=lines)
+        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+        for part in known:
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, known[part][1])})
+            assert transformer.multi30k_corpus(str(folder)).name == "own"
+
+    def test_multi30k_corpus_of_the_official_files(self):
+        folder = os.environ.get("MULTI30K_DATA")
+        if not folder:
+            pytest.skip("MULTI30K_DATA is not set")
+        corpus = transformer.multi30k_corpus(folder)
+        assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
+        assert corpus.test[0][1].startswith("A man in an orange hat")
+
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+        good = gzip.compress(b"ein mann auf der wiese\n" * 3)
+        answers = [None, good[:-10], b"<html>", good[:20], good]  # the fourth breaks off
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer = answers.pop(0)
+                self.send_response(200 if answer else 404)
+                self.send_header("Content-Length", str(len(good if answer == good[:20] else answer or b"")))
+                self.end_headers()
+                self.wfile.write(answer or b"")
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
+        while len(answers) > 1:
+            with pytest.raises(ValueError, match="train.de.gz.*--data"):
+                transformer.read_lines("train.de", "")
+        assert not (tmp_path / "new/cache/multi30k/train.de.gz").exists()  # nothing wrong was kept
+        for _ in range(2):  # the second time, from the cache
+            assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
+        server.shutdown()
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(good)
+        with pytest.raises(ValueError, match="train.* altered"):
+            transformer.multi30k_corpus("")
+
+    # ---- files
+
+    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.pt"
+        content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
+        transformer.save(path, content)
+        loaded = transformer.load(path)
+        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+        assert loaded["vocabulary"] == content["vocabulary"] == torch.load(path)["vocabulary"]
+        whole = path.read_bytes()
+        place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="x.pt"):
+                transformer.load(path)
+
+        class Code:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "was run"),))
+
+        transformer.save(path, {"model": {}, "code": Code()})
+        with pytest.raises(pickle.UnpicklingError):
+            transformer.load(path)
+        assert not (tmp_path / "was run").exists()
+
+        path.write_bytes(whole)
+        for bad in (math.nan, math.inf):
+            with pytest.raises(FloatingPointError):
+                transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
+        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            transformer.save(path, content)
+        assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+    def test_main_waits_for_another_run_and_gives_up(self, tmp_path, monkeypatch, capsys):
+        lock = transformer.lock_out(tmp_path)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
+        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
+        lock.close()
+
+    # ---- training
+
+    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
+        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
+        tokenizer, pairs = transformer_pairs(64, max_len=64)
+        assert len({len(target) for _, target in pairs}) > 5
+        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
+
+        def gradient(batch):
+            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+        counts = [len(target) for _, target in pairs]
+        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
+        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
+
+    def test_batch_loss_autocasts_to_bf16(self):
+        tokenizer, pairs = transformer_pairs(4)
+        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
+        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        for bf16 in (True, False):
+            assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
+        assert dtypes == [torch.bfloat16, torch.float32]
+
+    def test_use_bf16_where_it_is_native(self, monkeypatch):
+        for native in (True, False):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+            chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
+            assert chosen == [native, True, False]
+        assert not transformer.use_bf16("auto", torch.device("mps"))
+
+    def test_train_steps_written_out(self, tmp_path):
+        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
+        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
+        tokenizer, pairs = transformer_pairs(40)
+        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
+        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
+        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
+        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        transformer.train(s, model, pairs, pairs[:9], state)
+
+        names = dict(expected.named_parameters())
+        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
+        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
+        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
+        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
+
+        def loss_of(batch, smoothing):
+            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
+            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
+            logits = expected(src, tgt[:, :-1]).transpose(1, 2)
+            return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
+
+        for epoch in range(4):
+            lengths = [max(map(len, pair)) for pair in pairs]
+            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
+            for batch in batches:
+                torch.manual_seed(5 * 1_000_003 + step)  # dropout
+                step += 1
+                optimizer.zero_grad()
+                loss_of([pairs[i] for i in batch], 0.1).backward()
+                assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
+                for group in optimizer.param_groups:
+                    group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
+                optimizer.step()
+            ends.append({name: p.detach().clone() for name, p in names.items()})
+            with torch.no_grad(), transformer.evaluating(expected):
+                dev_losses.append(loss_of(pairs[:9], 0.0).item())
+        assert len(batches) > 4 and state["step"] == step
+        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
+        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
+        for name, p in model.named_parameters():
+            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
+        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
+        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
+        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
+            command = [
+                sys.executable,
+                "-c",
+                TRANSFORMER_KILLED,
+                place,
+                str(n),
+                "--out",
+                str(tmp_path),
+                *flags,
+            ]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
+            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
+        report, weights = transformer_run(tmp_path)
+        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for key in ("history", "searches"):
+            assert transformer_undisturbed[1][key] == report[key]
+
+    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
+        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
+        lock = transformer.lock_out(out)
+        report, weights = transformer_run(out, save_every=50, beam_size=2)
+        assert list(report["searches"])[1] == "beam 2, penalty 0"
+        assert report["history"] == transformer_undisturbed[1]["history"]
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
+        assert set(transformer.MAY_CHANGE) == may
+        capsys.readouterr()
+        assert transformer_stop(out, lr_scale=0.7) == 2
+        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
+        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+            corpus = transformer.number_corpus(0, 300, 20, 10)
+            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
+            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
+        assert "sentences" in capsys.readouterr().err
+        lock.close()
+
+    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
+        """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
+        batch_loss, calls = transformer.batch_loss, itertools.count(1)
+
+        def overflow(*arguments):
+            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "batch_loss", overflow)
+            stop = str(transformer_stop(tmp_path))
+        assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
+        assert not (tmp_path / "model.pt").exists()
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
+        _, weights = transformer_run(tmp_path)
+        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
+            out = tmp_path / str(changes)
+            stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
+            assert "--lr-scale" in str(stop)
+            assert {path.name for path in out.iterdir()} == {"lock"}
+
+    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
+            raised = error("no space left")
+            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
+            assert code in str(transformer_stop(tmp_path / code))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
+        capsys.readouterr()
+        (tmp_path / "file").touch()
+        for changes, words in (
+            ({"out": tmp_path / "file/below"}, "file"),
+            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": -1}, "--seed"),
+            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
+            ({"max_len": 3}, "max_len=3"),
+            ({"d_model": 18}, "n_heads"),
+        ):
+            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            lines = capsys.readouterr().err.splitlines()
+            assert code == 2 and len(lines) == 1 and words in lines[0], lines
+
+    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
+        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
+        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
+        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
+        lock.close()
+
+    # ---- the command line and the demo
+
+    def test_parse_lets_a_flag_override_its_preset(self, capsys):
+        assert transformer.parse([]) == transformer.Settings()
+        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
+            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
+            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
+            assert s.out != transformer.Settings().out
+        assert transformer.parse(["--translate", ""]).translate == ""
+        for argv in (["--wrong", "1"], ["--preset", "french"], ["--amp", "fp8"], ["--epochs", "many"]):
+            with pytest.raises(SystemExit) as leaving:
+                transformer.parse(argv)
+            assert leaving.value.code == 2
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            transformer.parse(["--preset", "multi30k", "--help"])
+        assert "4000" in capsys.readouterr().out
+
+    def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
+        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
+        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
+        data = tmp_path / "data"
+        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
+        texts = {"de": german, "en": english}
+        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
+        transformer_small_multi30k(data, **texts)
+        monkeypatch.setenv("MULTI30K_DATA", str(data))
+        s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
+        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
+        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        transformer.main(s)
+        report = json_of(tmp_path / "out/report.json")
+        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
+        assert report["beam"] > 50, report["beam"]
+        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        capsys.readouterr()
+        transformer.main(dataclasses.replace(s, translate="-"))
+        rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+        assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
+        assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
+
+    def test_demo_gets_every_number_right(self, transformer_demo):
+        folder, result = transformer_demo
+        summary, out = last_json(result), folder / "out" / "transformer"
+        report = json_of(folder / summary["report"])
+        assert len(result.stdout.strip().splitlines()[-1]) < 300
+        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
+        assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
+        assert report["settings"] == dataclasses.asdict(transformer.Settings())
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
+        rows = list(report["searches"].values())
+        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+
+    def test_demo_swaps_tens_and_units(self, transformer_demo):
+        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
+        last_json(transformer_demo[1])
+        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
+        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+        model.load_state_dict(saved["model"])
+        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
+        for units, tens in itertools.product(range(2, 10), range(2, 10)):
+            n = 517_000 + 10 * tens + units
+            source = tokenizer.encode(transformer.english_number(n), 32)
+            target = tokenizer.encode(transformer.german_number(n), 32)
+            src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
+            weights = transformer.cross_attention_weights(model, src, tgt)
+            assert weights.shape == (1, 4, len(target), len(source))
+            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
+            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
+            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+        assert sum(right) / len(right) > 0.9
+        assert not model.decoder[-1].cross_attention._forward_pre_hooks
+
+    def test_demo_translates(self, transformer_demo):
+        last_json(transformer_demo[1])
+        text = "Three hundred and forty-two thousand"
+        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
+        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
+        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        long = run_script("transformer.py", "--translate", "nine " * 40, cwd=transformer_demo[0])
+        check_one_line_error(long, "max_len=32")
 
 
 # -----------------------------------------------------------------------------
@@ -4690,10 +4295,15 @@ run()
 # -----------------------------------------------------------------------------
 # export.py
 
-EXPORT_SIZES = [(1, 1), (1, 199), (7, 5), (33, 64), (2, 224), (1, 224)]  # batch, length; 224 is max_len
+EXPORT_FORMATS = {
+    "trace": lambda model, x, folder: export.export_torchscript(model, x, folder / "trace.ts"),
+    "script": lambda model, x, folder: export.export_torchscript(model, x, folder / "script.ts", "script"),
+    "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
+    "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
+}
 
 
-def export_tokens(b: int, t: int, vocab_size: int) -> Tensor:
+def export_tokens(b: int, t: int, vocab_size: int = 50) -> Tensor:
     """Ids with a tail of padding alone, and (in a batch) a row of nothing but padding."""
     tokens = torch.randint(1, vocab_size, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
@@ -4702,1351 +4312,830 @@ def export_tokens(b: int, t: int, vocab_size: int) -> Tensor:
     return tokens
 
 
-@pytest.fixture(scope="module")
-def export_models(export_demo_begun) -> dict[str, nn.Module]:
-    """encoder.py's classifier and the demo's own, both with random weights and dropout left on."""
-    torch.manual_seed(1)
-    config = encoder.EncoderConfig(50, 224, d_model=24, n_heads=3, n_layers=2, d_ff=32, pool="mean+max")
-    own = export.Classifier(50, max_len=224, d_model=24, n_heads=3, n_layers=2, d_ff=32)
-    return {"encoder": encoder.EncoderClassifier(config), "own": own}
+@torch.no_grad()
+def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
+    """Equal to the model on sizes that the exporter hasn't seen; 224 is max_len."""
+    model = copy.deepcopy(model).eval()
+    for b, t in ((1, 1), (1, 199), (7, 5), (33, 64), (2, 224)):
+        tokens = export_tokens(b, t)
+        check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-@pytest.fixture(scope="module")
-def export_onnx_file(export_models, tmp_path_factory) -> Path:
-    """encoder.py's classifier as ONNX, exported with a batch of one row."""
-    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    metadata = {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-    return export.export_onnx(export_models["encoder"], torch.randint(0, 50, (1, 9)), path, metadata=metadata)
-
-
-@pytest.fixture(scope="module")
-def export_demo_begun(request, tmp_path_factory):
-    """A short run of the demo, without a compiler and without a network; where it is needed it goes on beside
-    the other tests of export.py, as it takes as long as all of them."""
-    folder = tmp_path_factory.mktemp("export")
-    small = "--n-train 4000 --n-test 400 --epochs 3 --seconds 0.005 --out run".split()
-    without = {"PATH": str(folder), "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with ThreadPoolExecutor(1) as pool:
-        needed = any("export_demo" in item.fixturenames for item in request.session.items)
-        run = pool.submit(run_script, "export.py", *small, cwd=folder, **without) if needed else None
-        yield folder / "run", run
-
-
-@pytest.fixture(scope="module")
-def export_demo(export_demo_begun):
-    folder, run = export_demo_begun
-    return folder, run.result()
-
-
-def check_export(run, model: nn.Module, vocab_size: int = 50, tolerance: float = 1e-5) -> None:
-    """Equal to the model on sizes that the exporter hasn't seen, rows of padding alone among them."""
-    with torch.no_grad():
-        for b, t in EXPORT_SIZES:
-            tokens = export_tokens(b, t, vocab_size)
-            output = run(tokens)
-            assert output.isfinite().all()
-            with export.evaluating(model):
-                check_close(output, model(tokens), tolerance, f"{b} x {t}")
-
-
-@pytest.mark.parametrize("which", ["encoder", "own"])
-def test_export_torch_formats_equal_the_original_on_other_sizes(export_models, which, tmp_path):
-    model, example = export_models[which].train(), torch.randint(0, 50, (3, 20))
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    for method in ("trace", "script"):
-        path = export.export_torchscript(model, (example,), tmp_path / f"{method}.ts", method)
-        assert path == tmp_path / f"{method}.ts"
-        check_export(export.load_artefact(path), model)
-    for shape in ((3, 20), (1, 20)):
-        example = torch.ones(shape, dtype=torch.long)
-        path = export.export_program(model, example, tmp_path / "model.pt2")  # a tensor alone is fine too
-        check_export(export.load_artefact(path), model)
-    assert all(module.training for module in model.modules())  # as it was
-    torch.manual_seed(5)
-    assert torch.equal(before, torch.get_rng_state())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.pt2", "script.ts", "trace.ts"]
-
-
-def test_export_onnx_equals_the_original_on_other_sizes(export_models, export_onnx_file, tmp_path):
-    check_export(export.load_artefact(export_onnx_file), export_models["encoder"])
-    path = export.export_onnx(export_models["own"], torch.randint(0, 50, (3, 20)), tmp_path / "18", opset=18)
-    check_export(export.onnx_runner(path), export_models["own"])
-
-
-def test_export_onnx_is_one_file_that_says_what_it_is(export_onnx_file):
+def export_graph(path: Path):
+    """(kinds of operators, name -> weights) of an ONNX file."""
     import onnx
-    import onnxruntime
 
-    assert [p.name for p in export_onnx_file.parent.iterdir()] == ["model.onnx"]
-    session = onnxruntime.InferenceSession(export_onnx_file, providers=["CPUExecutionProvider"])
-    (tokens,), (output,) = session.get_inputs(), session.get_outputs()
-    assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
-    assert (output.name, output.shape) == ("output", ["batch", 2])
-    metadata = session.get_modelmeta().custom_metadata_map
-    read = {name: json.loads(value) for name, value in metadata.items()}
-    assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-    graph = onnx.load(export_onnx_file)
-    onnx.checker.check_model(graph, full_check=True)
-    assert [x.version for x in graph.opset_import if x.domain == ""] == [23]
-    kinds = collections.Counter(node.op_type for node in graph.graph.node)
-    assert kinds["Attention"] == 2 and kinds["Softmax"] == 0
-    assert (
-        str(ROOT).encode() not in export_onnx_file.read_bytes()
-    )  # no paths of this machine, no stack traces
-    assert not any(node.metadata_props for node in graph.graph.node)
+    graph = onnx.load(path).graph
+    weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
+    return collections.Counter(node.op_type for node in graph.node), weights
+
+
+def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
+    """A copy in which the inputs of these Linears are multiplied by gates (features,)."""
+    model = copy.deepcopy(model)
+    for name, gate in gates.items():
+        linear = model.get_submodule(name)
+        linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
+    return model
+
+
+class ExportModule(nn.Module):
+    """A function with parameters of its own, as a module."""
+
+    def __init__(self, function, **modules: nn.Module):
+        super().__init__()
+        self.function = function
+        self.parts = nn.ModuleDict(modules)
+
+    def forward(self, x: Tensor, y: Tensor | None = None):
+        return self.function(self.parts, x) if y is None else self.function(self.parts, x, y)
+
+
+def export_torch_module(name: str) -> nn.Module:
+    """torch's own modules as people use them, of tokens (B, T)."""
+    embedding, head = nn.Embedding(50, 16), nn.Linear(16, 2)
+    if name == "bag":
+        return ExportModule(lambda m, x: m.head(m.bag(x)), bag=nn.EmbeddingBag(50, 16), head=head)
+    if name == "lstm":
+        lstm = nn.LSTM(16, 16, batch_first=True)
+        parts = {"embedding": embedding, "lstm": lstm, "head": head}
+        return ExportModule(lambda m, x: m.head(m.lstm(m.embedding(x))[0][:, -1]), **parts)
+    if name == "attention":
+        inner = nn.MultiheadAttention(16, 2, batch_first=True)
+    else:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+
+    def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
+        x = m.embedding(tokens)
+        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
+        if name == "attention":
+            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        else:
+            x = m.inner(x, src_key_padding_mask=padding)
+        if "all places" in name:
+            return m.head(x.mean(1))
+        return m.head((x * ~padding[:, :, None]).sum(1) / (~padding).sum(1, keepdim=True))
+
+    return ExportModule(forward, embedding=embedding, inner=inner, head=head)
 
 
 class ExportAttention(nn.Module):
-    """Bare attention of x (B, H, T, D), by kind of mask; some rows of it may see nothing."""
-
-    def __init__(self, kind: str):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.kind == "none":
-            return F.scaled_dot_product_attention(x, x, x)
-        if self.kind == "causal":
-            return F.scaled_dot_product_attention(x, x, x, None, 0.0, True)
-        if self.kind == "float":  # a bias on what is seen
-            bias = torch.arange(mask.size(-1), dtype=x.dtype)
-            mask = torch.where(mask, bias, -math.inf)
-        if self.kind == "scale":
-            return F.scaled_dot_product_attention(5 * x, x, x[..., :3], mask, scale=0.7)
-        if self.kind == "negative scale":
-            return F.scaled_dot_product_attention(x, x, x, mask, scale=-0.7)
-        return F.scaled_dot_product_attention(x, x, x, mask, scale=None)  # as if it were left out
-
-
-@pytest.mark.parametrize("kind", ["none", "causal", "float", "keys", "rows", "scale"])
-def test_export_onnx_attention_has_torchs_masks(kind, tmp_path):
-    """In onnxruntime too, a query that may attend to nothing gets 0, and a mask may broadcast."""
-
-    def inputs(b: int, t: int) -> tuple[Tensor, Tensor]:
-        if kind == "rows":
-            return torch.randn(b, 2, t, 8), (torch.rand(b, 1, t, t) < 0.5) & (torch.arange(t) > 0)[:, None]
-        return torch.randn(b, 2, t, 8), torch.arange(b)[:, None, None, None] > torch.arange(t)  # (B, 1, 1, T)
-
-    model = ExportAttention(kind)
-    run = export.onnx_runner(export.export_onnx(model, inputs(3, 4), tmp_path / "m.onnx"))
-    if kind in ("none", "causal"):  # the mask has no part in the graph, but is an input still
-        assert run(*inputs(2, 3)).shape == (2, 2, 3, 8)
-    for b, t in ((1, 1), (2, 7), (5, 3)):
-        x, mask = inputs(b, t)
-        check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
-
-
-def test_export_onnx_attention_with_a_negative_scale_is_refused(tmp_path):
-    """onnxruntime has none; hidden keys must not get all of the weight instead."""
-    model, x = ExportAttention("negative scale"), torch.randn(2, 2, 5, 8)
-    with pytest.raises(ValueError, match="not valid.*Attention"):
-        export.export_onnx(model, (x, torch.ones(2, 1, 1, 5, dtype=torch.bool)), tmp_path / "m.onnx")
-
-
-class ExportScale(nn.Module):
-    """One parameter, two inputs of their own names, (B, C) and (B,)."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(6, 4)
-
-    def forward(self, features: Tensor, weight: Tensor) -> Tensor:
-        return self.linear(features) * weight[:, None]
-
-
-def test_export_onnx_takes_shapes_and_several_inputs(tmp_path):
-    import onnx
-
-    model, batch = ExportScale(), torch.export.Dim("n", min=2, max=9)
-    inputs = (torch.randn(3, 6), torch.randn(3))
-    shapes = {"features": {0: batch}, "weight": {0: batch}}
-    for path, given, sizes in (("a.onnx", None, (1, 5, 40)), ("b.onnx", shapes, (2, 5, 9))):
-        run = export.load_artefact(export.export_onnx(model, inputs, tmp_path / path, given))
-        names = [x.name for x in onnx.load(tmp_path / path).graph.input]
-        assert names == ["features", "weight"]
-        for b in sizes:
-            x, w = torch.randn(b, 6), torch.randn(b)
-            check_close(run(x, w), model(x, w), 1e-6)
-    export.export_program(model, inputs, tmp_path / "c.pt2", shapes)
-    run = export.load_artefact(tmp_path / "c.pt2")
-    check_close(run(torch.ones(9, 6), torch.ones(9)), model(torch.ones(9, 6), torch.ones(9)), 1e-6)
-    with pytest.raises(Exception, match="9"):
-        run(torch.ones(10, 6), torch.ones(10))
-
-
-class ExportFixedBatch(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(3, 2) if x.size(0) == 3 else x.reshape(2, 3)
-
-
-class ExportStrange(nn.Module):
-    """Takes tensors, and is refused by every format: its output hangs on a value, outside of torch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with open("/dev/null", "rb") as file:
-            return x * len(file.read(1)) if float(x.sum()) > 0 else "no tensor"
-
-
-@pytest.mark.parametrize("existing", [b"", b"an earlier artefact"])
-def test_export_bad_models_are_refused_and_nothing_is_written(existing, tmp_path, monkeypatch, capfd):
-    def check(write, *words: str, error=ValueError):
-        path = tmp_path / "artefact"
-        path.write_bytes(existing) if existing else path.unlink(missing_ok=True)
-        with pytest.raises(error, match="(?s)" + ".*".join(words)) as raised:
-            write(path)
-        assert "\n" not in str(raised.value)
-        assert [p.name for p in tmp_path.iterdir()] == ["artefact"] * bool(existing)
-        assert not existing or path.read_bytes() == existing
-        assert capfd.readouterr() == ("", "")
-
-    x, ones = torch.zeros(2, 3), torch.ones(2, 3)
-    for method in ("trace", "script"):
-        check(
-            lambda p, m=method: export.export_torchscript(ExportStrange(), x, p, m), f"{method} ExportStrange"
-        )
-    check(lambda p: export.export_torchscript(export.Gate(), x, p, "compile"), "trace.*script.*compile")
-    for write in (export.export_program, export.export_onnx):
-        check(lambda p, w=write: w(export.Gate(), ones, p), "torch.export can't capture Gate")
-        check(lambda p, w=write: w(ExportFixedBatch(), x, p), "torch.export can't capture ExportFixedBatch")
-    for opset in (5, 17, 26, 99):
-        check(
-            lambda p, o=opset: export.export_onnx(nn.Linear(3, 1), x, p, opset=o), "opset.*18.*25", str(opset)
-        )
-
-    class Strange(nn.Module):
-        def forward(self, x: Tensor):
-            return (x, x) if len(x) == 2 else x > 0
-
-    check(lambda p: export.export_onnx(Strange(), x, p), "must return one tensor of floats, got tuple")
-    check(lambda p: export.export_onnx(Strange(), x[:1], p), "must return one tensor of floats, got Tensor")
-    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: 1 / 0)
-    check(lambda p: export.export_onnx(nn.Linear(3, 1), x, p), "ONNX can't express Linear.*zero")
-    check(lambda p: export.export_program(nn.Linear(4, 1), x, p), "shapes", error=RuntimeError)
-
-
-def test_export_refuses_a_graph_that_answers_otherwise(tmp_path, monkeypatch):
-    """The artefact has to give the example's output before it is written."""
-    monkeypatch.setattr(export, "onnx_runner", lambda data: lambda x: nn.Linear(3, 1)(x) + 0.5)
-    with pytest.raises(ValueError, match="differs"):
-        export.export_onnx(nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m.onnx")
-    monkeypatch.setattr(export, "onnx_runner", lambda data: lambda x: x[:, :1] * torch.nan)
-    with pytest.raises(ValueError, match="differs from it by nan"):
-        export.export_onnx(nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_places_that_cannot_be_written(export_onnx_file, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    model, x = nn.Linear(3, 1), torch.zeros(2, 3)
-    feeds = [{"tokens": torch.ones(2, 5, dtype=torch.long)}]
-    writers = [
-        lambda p: export.export_torchscript(model, x, p),
-        lambda p: export.export_program(model, x, p),
-        lambda p: export.export_onnx(model, x, p),
-        lambda p: export.quantize_dynamic(export_onnx_file, p),
-        lambda p: export.quantize_static(export_onnx_file, p, feeds),
-    ]
-    for write in writers:
-        with pytest.raises(OSError, match="file/m"):
-            write(tmp_path / "file/m")
-    with pytest.raises(OSError, match="nowhere"):
-        export.quantize_dynamic(tmp_path / "nowhere.onnx", tmp_path / "m")
-
-    def full(_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(export.os, "fsync", full)
-    with pytest.raises(OSError, match="no space left"):
-        export.export_torchscript(model, x, tmp_path / "m.ts")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # no half of one, also not beside its place
-
-
-def test_export_graphs_that_contradict_themselves_are_refused(export_onnx_file, tmp_path, monkeypatch):
-    import onnx
-
-    shape, renamed, old = (onnx.load(export_onnx_file) for _ in range(3))
-    shape.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5  # shape inference knows: 2
-    renamed.graph.node[3].input[0] = "nowhere"
-    old.opset_import[0].version = 7
-    for graph in (shape, renamed, old):
-        with pytest.raises(ValueError, match="the ONNX graph is not valid"):
-            export.checked_bytes(graph)
-
-    def complain(graph, full_check: bool):
-        raise onnx.checker.ValidationError("no good")
-
-    monkeypatch.setattr(onnx.checker, "check_model", complain)  # every writer asks it
-    with pytest.raises(ValueError, match="not valid: no good"):
-        export.export_onnx(nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m.onnx")
-    with pytest.raises(ValueError, match="not valid: no good"):
-        export.quantize_dynamic(export_onnx_file, tmp_path / "m.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_sessions_have_the_threads_asked_for(export_onnx_file, monkeypatch):
-    import onnxruntime
-
-    options, session = [], onnxruntime.InferenceSession
-
-    def spy(model, option, **rest):
-        options.append((option.intra_op_num_threads, option.inter_op_num_threads, rest))
-        return session(model, option, **rest)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
-    export.onnx_runner(export_onnx_file)
-    export.load_artefact(export_onnx_file, threads=3)
-    rest = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": ["SkipLayerNormFusion"]}
-    assert options == [(n, 1, rest) for n in (1, 3)]
-
-
-def test_export_runs_sum_and_norm_by_themselves(export_onnx_file, tmp_path):
-    """onnxruntime knows the name of the optimizer left out: where it isn't, the slow kernel is there."""
-    import onnx
-    import onnxruntime
-
-    for disabled, found in ((["SkipLayerNormFusion"], False), ([], True)):
-        options = onnxruntime.SessionOptions()
-        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "o.onnx"), 3
-        rest = {"providers": ["CPUExecutionProvider"], "disabled_optimizers": disabled}
-        onnxruntime.InferenceSession(export_onnx_file, options, **rest)
-        kinds = {node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node}
-        assert ("SkipLayerNormalization" in kinds) == found
-
-
-def test_export_onnx_of_a_translation_model(tmp_path):
-    """Two inputs of tokens, each with a length of its own."""
-    model = transformer_tiny(dtype=torch.float32, n_layers=1)
-    example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-    run = export.onnx_runner(export.export_onnx(model, example, tmp_path / "m.onnx"))
-    for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-        src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
-        src[0, source // 2 + 1 :] = 0
-        check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
-
-
-def test_export_names_one_size_alike_alone():
-    """To onnxruntime one name is one size."""
-    tokens, auto = torch.zeros(3, 5, dtype=torch.long), torch.export.Dim.AUTO
-    assert export.free_dimensions((torch.tensor(1.0), tokens)) == ({}, {0: "batch", 1: "length_1"})
-    inputs = tokens, torch.zeros(3, 4, dtype=torch.long), torch.zeros(3), torch.zeros(7), torch.zeros(3, 6)
-    assert export.free_dimensions((*inputs, torch.zeros(3, 2, 2, dtype=torch.long))) == (
-        {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {0: auto},
-        {0: "batch", 1: auto}, {0: "batch", 1: auto, 2: auto},
-    )  # fmt: skip
-
-
-class AddsRows(nn.Module):
-    def forward(self, x: Tensor, row: Tensor) -> Tensor:
-        return x + row
-
-
-class Logs(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        logging.getLogger("of_a_model").warning("called")
-        return -x
-
-
-def test_export_takes_what_users_have(tmp_path):
-    """A row beside a batch, outputs of -inf, a list of inputs, inputs with gradients, a model that logs."""
-    x, row = torch.randn(4, 3), torch.randn(1, 3)
-    path = export.export_program(AddsRows(), [x, row], tmp_path / "a.pt2")
-    check_close(export.load_artefact(path)(x, row), x + row, 1e-6)
-    masked = torch.tensor([0.0, -math.inf, 0.0])
-    path = export.export_onnx(AddsRows(), (x.clone().requires_grad_(), masked), tmp_path / "a.onnx")
-    assert torch.equal(export.load_artefact(path)(x, masked), x + masked)
-    export.export_torchscript(Logs(), x, tmp_path / "a.ts")
-    assert logging.getLogger("of_a_model").isEnabledFor(logging.WARNING)
-    with pytest.raises(ValueError, match="must be tensors, got .*'Tensor', 'int'"):
-        export.export_program(AddsRows(), (x, 3), tmp_path / "b.pt2")
-    with pytest.raises(ValueError, match="metadata: labels can't be written as JSON"):
-        export.export_onnx(Logs(), x, tmp_path / "b.onnx", metadata={"labels": {1, 2}})
-    with pytest.raises(ValueError, match="inputs of floats"):
-        export.export_bfloat16(Logs(), x, tmp_path / "b.pt2")
-    assert not list(tmp_path.glob("b.*"))
-
-
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
-def test_export_damaged_artefacts_are_refused(suffix, tmp_path):
-    for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-        (tmp_path / f"a{suffix}").write_bytes(content)
-        with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-            export.load_artefact(tmp_path / f"a{suffix}")
-    with pytest.raises(FileNotFoundError):
-        export.load_artefact(tmp_path / f"b{suffix}")
-
-
-def test_export_load_artefact_knows_three_suffixes(tmp_path):
-    with pytest.raises(ValueError, match="onnx, .pt2 or .ts, got model.pth"):
-        export.load_artefact("model.pth")
-
-
-# Quantization
-
-
-def export_weights(path: Path) -> dict[str, np.ndarray]:
-    import onnx
-
-    return {x.name: onnx.numpy_helper.to_array(x) for x in onnx.load(path).graph.initializer}
-
-
-def test_export_dynamic_quantization(export_models, export_onnx_file, tmp_path, monkeypatch):
-    """int8 matrices with a scale a column, half the range without VNNI; attention and metadata untouched."""
-    import onnx
-
-    model, largest = export_models["encoder"], {}
-    for vnni in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda v=vnni: {"avx2": True, "avx512_vnni": v})
-        path = export.quantize_dynamic(export_onnx_file, tmp_path / f"{vnni}.onnx")
-        weights = export_weights(path)
-        matrices = {n: w for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
-        assert sorted(w.shape for w in matrices.values()) == sorted(
-            m.weight.T.shape for m in model.modules() if isinstance(m, nn.Linear)
-        )
-        largest[vnni] = max(np.abs(w.astype(int)).max() for w in matrices.values())
-        for name, w in matrices.items():
-            scale = weights[name.removesuffix("_quantized") + "_scale"]
-            assert scale.shape == (w.shape[1],), name
-        check_export(export.load_artefact(path), model, tolerance=0.05)
-    assert largest[True] == 127 and largest[False] in (63, 64)
-    path = export.quantize_dynamic(
-        export_onnx_file, tmp_path / "m.onnx", per_channel=False, reduce_range=False
-    )
-    scales = [w for n, w in export_weights(path).items() if n.endswith("_scale") and "weight" in n]
-    assert scales and all(w.size == 1 for w in scales)
-    graph = onnx.load(path)
-    assert collections.Counter(n.op_type for n in graph.graph.node)["Attention"] == 2
-    kept = {x.key: json.loads(x.value) for x in graph.metadata_props}
-    assert kept == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-
-
-def test_export_reduced_range_and_bf16_follow_the_cpu(monkeypatch):
-    for cpu, reduced, bf16 in (
-        ({"avx2": True}, True, False),
-        ({"avx2": True, "avx512_vnni": True}, False, False),
-        ({"avx2": True, "avx_vnni": True, "avx512_bf16": False}, False, False),
-        ({"avx2": True, "avx512_vnni": True, "avx512_bf16": True}, False, True),
-        ({"avx2": True, "avx512_vnni": True, "amx_bf16": True}, False, True),
-        ({"neon": True, "bf16": True}, False, True),
-        ({"neon": True, "bf16": False}, False, False),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
-        assert (export.needs_reduced_range(), export.has_bf16()) == (reduced, bf16), cpu
-        if bf16:
-            model = nn.Linear(2, 2)
-            assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
-            assert model.weight.dtype == torch.float32
-        else:
-            with pytest.raises(ValueError, match="no bf16"):
-                export.to_bfloat16(nn.Linear(2, 2))
-
-
-def test_export_embeddings_shrink(export_models, tmp_path):
-    """32, 8 and 4 bits a value; closer to the original with more of them, and finite everywhere."""
-    model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
-    fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
-    tokens, differences, sizes = torch.arange(5000).view(1, -1), {}, {}
-    for bits in (32, 8, 4):
-        path = export.quantize_dynamic(fp32, tmp_path / f"{bits}.onnx", embedding_bits=bits)
-        with torch.no_grad():
-            differences[bits] = (export.load_artefact(path)(tokens) - model(tokens)).abs().max().item()
-        sizes[bits] = path.stat().st_size
-    table = 5000 * 64
-    assert 4 * table < sizes[32] < 4.1 * table and table < sizes[8] < 1.1 * table
-    assert table * 0.6 < sizes[4] < table * 0.75  # a scale and a zero point for each 32 values
-    assert 0 < differences[32] <= differences[8] < differences[4] < 0.5
-    with pytest.raises(ValueError, match="embedding_bits must be 4, 8 or 32, got 16"):
-        export.quantize_dynamic(fp32, tmp_path / "16.onnx", embedding_bits=16)
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_export_4_bits_leave_narrow_tables_at_8(tmp_path, static):
-    """A table of one column would take 5 bytes a row; one of 32 takes 20.5 instead of 32."""
-    import onnx
-
-    class Tables(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tables = nn.ModuleList(map(nn.Embedding, (30_000, 2000, 2000), (1, 31, 32)))
-            self.head = nn.Linear(64, 2)
-
-        def forward(self, tokens):
-            return self.head(torch.cat([table(tokens) for table in self.tables], -1))
-
-    model, tokens = Tables(), torch.arange(2000).view(10, 200)
-    fp32 = export.export_onnx(model, tokens[:2], tmp_path / "m.onnx", metadata={"labels": "ab"})
-    quantize = export.quantize_static if static else export.quantize_dynamic
-    rest = [[{"tokens": tokens}]] if static else []
-    sizes, outputs = {}, {}
-    for bits in (8, 4):
-        path = quantize(fp32, tmp_path / f"{bits}.onnx", *rest, embedding_bits=bits)
-        sizes[bits], outputs[bits] = path.stat().st_size, export.load_artefact(path)(tokens)
-        assert onnx.load(path).metadata_props[0].key == "labels"
-    assert 30_000 + 2000 * (31 + 32) < sizes[8] < 30_000 + 2000 * (31 + 32) + 9000
-    assert 30_000 + 2000 * (31 + 20) < sizes[4] < 30_000 + 2000 * (31 + 21) + 9000
-    check_close(outputs[8], model(tokens).detach(), 0.05)
-    check_close(outputs[4], model(tokens).detach(), 0.4)
-
-
-def test_export_static_quantization_learns_its_ranges(tmp_path):
-    """The range of an activation is the calibration's: what lies beyond it is clipped."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
-    fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx", metadata={"labels": "ab"})
-    reads = []
-
-    def calibration():
-        for size in (2, 5, 1):
-            reads.append(size)
-            yield {"input": torch.rand(size, 4) * 2 - 1}
-
-    run = export.load_artefact(export.quantize_static(fp32, tmp_path / "s.onnx", calibration()))
-    assert reads == [2, 5, 1]
-    inside, beyond = torch.rand(50, 4) * 1.6 - 0.8, torch.full((1, 4), 40.0)
-    with torch.no_grad():
-        check_close(run(inside), model(inside), 0.05)
-        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization would follow
-    zeros = [w for n, w in export_weights(tmp_path / "s.onnx").items() if n.endswith("zero_point")]
-    assert {w.dtype.name for w in zeros if w.size == 1} == {"uint8"}  # activations
-    assert {w.dtype.name for w in zeros if w.size > 1} <= {"int8", "int32"}  # weights by channel, biases
-    kinds = collections.Counter(export_kinds(tmp_path / "s.onnx"))
-    assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-    run = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
-    with torch.no_grad():
-        check_close(run(beyond), model(beyond), 0.05)
-
-
-def export_kinds(path: Path) -> list[str]:
-    import onnx
-
-    return [node.op_type for node in onnx.load(path).graph.node]
-
-
-def test_export_static_quantization_errors(export_onnx_file, tmp_path):
-    path = tmp_path / "m.onnx"
-    ids = torch.ones(2, 5, dtype=torch.long)
-    for calibration, words in (
-        ([], "calibration must hold at least one"),
-        (iter(()), "calibration must hold at least one"),
-        ([{"tokens": ids}, {"ids": ids}], "calibration.*tokens.*ids"),
-        ([{"tokens": ids, "mask": ids}], "calibration.*tokens.*mask"),
-        ([{"tokens": ids.float()}], "can't quantize"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            export.quantize_static(export_onnx_file, path, calibration)
-    (tmp_path / "garbage").write_bytes(b"no graph at all" * 9)
-    for quantize in (export.quantize_dynamic, lambda a, b: export.quantize_static(a, b, [{"tokens": ids}])):
-        with pytest.raises(ValueError, match="garbage is not an ONNX file"):
-            quantize(tmp_path / "garbage", path)
-    assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
-
-
-# Pruning
-
-
-def test_export_unstructured_pruning_zeroes_the_smallest():
-    model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-    with torch.no_grad():
-        model[3].weight.mul_(10)  # ranked over all layers, so these survive
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    for amount in (0, 0.25, 0.5, 1, 1.0):
-        pruned = export.prune_unstructured(model, amount)
-        weights = torch.cat([pruned[i].weight.flatten() for i in (1, 3)])
-        old = torch.cat([model[i].weight.flatten() for i in (1, 3)])
-        assert (weights == 0).sum() == round(amount * 300), amount
-        kept = weights != 0
-        assert torch.equal(weights[kept], old[kept])
-        if 0 < amount < 1:
-            assert old[~kept].abs().max() <= old[kept].abs().min()
-        assert pruned.state_dict().keys() == before.keys()  # no mask left beside
-        assert torch.equal(pruned[0].weight, model[0].weight)
-    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-    for amount in (-0.1, 1.5, 7):
-        with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
-            export.prune_unstructured(model, amount)
-    with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
-        export.prune_unstructured(nn.GELU(), 0.5)
-
-
-def export_masked(model: nn.Module, parts: dict[str, nn.Linear], kept: dict[str, list[int]], width: int):
-    """The original with the other heads' (or neurons') outputs times 0: hooks, for the caller to remove."""
-
-    def mask(kept: list[int], _module, inputs: tuple) -> tuple:
-        gate = torch.zeros(inputs[0].size(-1) // width)
-        gate[kept] = 1.0
-        return (inputs[0] * gate.repeat_interleave(width),)
-
-    return [
-        linear.register_forward_pre_hook(lambda m, x, k=kept[name]: mask(k, m, x))
-        for name, linear in parts.items()
-    ]
-
-
-EXPORT_PLACES = {"encoder": "encoder.layers", "own": "layers"}
-
-
-@pytest.mark.parametrize("which", ["encoder", "own"])
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_export_pruned_heads_equal_masked_heads(export_models, which, keep):
-    model, place = export_models[which].eval(), EXPORT_PLACES[which]
-    scores = {f"{place}.{i}.self_attention": torch.rand(3) for i in range(2)}
-    smaller = export.prune_heads(model, scores, keep)
-    kept = {name: sorted(s.argsort()[-keep:].tolist()) for name, s in scores.items()}
-    parts = {name: model.get_submodule(name).out_proj for name in scores}
-    hooks = export_masked(model, parts, kept, width=8)
-    tokens = export_tokens(5, 40, 50)
-    expected = model(tokens)
-    for hook in hooks:
-        hook.remove()
-    check_close(smaller(tokens), expected, 1e-6)
-    assert keep == 3 or (expected - model(tokens)).abs().max() > 1e-3  # the masks do something
-    for name in scores:
-        attention = smaller.get_submodule(name)
-        assert attention.n_heads == keep
-        assert attention.qkv_proj.weight.shape == (3 * 8 * keep, 24) == (attention.qkv_proj.out_features, 24)
-        assert attention.out_proj.weight.shape == (24, 8 * keep) == (24, attention.out_proj.in_features)
-    assert model.get_submodule(f"{place}.0.self_attention").qkv_proj.weight.shape == (72, 24)  # left whole
-
-
-@pytest.mark.parametrize("which", ["encoder", "own"])
-def test_export_pruned_neurons_equal_masked_neurons(export_models, which):
-    model, place = export_models[which].eval(), EXPORT_PLACES[which]
-    scores = {f"{place}.{i}.ffn": torch.rand(32) for i in range(2)}
-    tokens = export_tokens(5, 40, 50)
-    for keep in (1, 7, 32):
-        smaller = export.prune_neurons(model, scores, keep)
-        kept = {name: s.argsort()[-keep:].tolist() for name, s in scores.items()}
-        hooks = export_masked(model, {n: model.get_submodule(n)[2] for n in scores}, kept, width=1)
-        check_close(smaller(tokens), model(tokens), 1e-6)
-        for hook in hooks:
-            hook.remove()
-        for name in scores:
-            net = smaller.get_submodule(name)
-            assert net[0].weight.shape == (keep, 24) and net[0].bias.shape == (keep,)
-            assert net[2].weight.shape == (24, keep) and (net[0].out_features, net[2].in_features) == (
-                keep,
-                keep,
-            )
-
-
-@pytest.mark.parametrize("which", ["encoder", "own"])
-def test_export_importance_is_the_derivative_by_a_gate(export_models, which):
-    """Michel's definition: a gate of 1 on each head of each example; |dloss/dgate|, mean over examples."""
-    model, place = export_models[which].train(), EXPORT_PLACES[which]
-    batches = [((export_tokens(b, t, 50),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-    heads = export.head_importance(model, iter(batches))
-    neurons = export.neuron_importance(model, batches)
-    assert all(module.training for module in model.modules()) and all(
-        p.grad is None for p in model.parameters()
-    )
-    model.eval()
-    for found, width, part in ((heads, 8, "self_attention.out_proj"), (neurons, 1, "ffn.2")):
-        for layer, scores in enumerate(found.values()):
-            expected = torch.zeros_like(scores)
-            linear = model.get_submodule(f"{place}.{layer}.{part}")
-            for (tokens,), labels in batches:
-                for row, label in zip(tokens, labels, strict=True):  # one by one
-                    gate = torch.ones(len(scores), requires_grad=True)
-                    spread = gate.repeat_interleave(width)
-                    hook = linear.register_forward_pre_hook(lambda m, x, s=spread: (x[0] * s,))
-                    loss = F.cross_entropy(model(row[None]), label[None])
-                    hook.remove()
-                    expected += torch.autograd.grad(loss, gate)[0].abs() / 7
-            check_close(scores, expected, 1e-6)
-            assert scores.max() > 0
-    assert list(heads) == [f"{place}.{i}.self_attention" for i in range(2)]
-    assert list(neurons) == [f"{place}.{i}.ffn" for i in range(2)]
-    squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
-    assert not torch.allclose(squared[f"{place}.0.self_attention"], heads[f"{place}.0.self_attention"])
-    with pytest.raises(ValueError, match="batches must hold at least one"):
-        export.head_importance(model, [])
-    assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-class ExportOddAttention(nn.Module):
     """Has the convention's parts, and does something else between them."""
 
     def __init__(self, change: str):
         super().__init__()
-        self.change, self.n_heads = change, 2
-        self.qkv_proj, self.out_proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.change = change
+        self.n_heads = 2
+        self.qkv_proj = nn.Linear(8, 24)
+        self.out_proj = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.change == "scaled":
-            x = x * 1.5
-        if self.change == "mask ignored":
-            mask = None
+    def forward(self, x: Tensor, mask: Tensor | None = None):
+        x = x * 1.5 if self.change == "scaled" else x
+        mask = None if self.change == "mask ignored" else mask
         y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
         return (y, y) if self.change == "tuple" else y
 
 
-class FeedForward(nn.Sequential):
-    """As in many projects: a subclass that is made of widths."""
+class TestExport:
+    PLACES = {"encoder": "encoder.layers", "own": "layers"}
 
-    def __init__(self, d_model: int, d_ff: int):
-        super().__init__(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, d_model))
+    @pytest.fixture(scope="class")
+    def models(self) -> dict[str, nn.Module]:
+        """encoder.py's classifier and the demo's own, with random weights and dropout left on."""
+        torch.manual_seed(1)
+        sizes = {"d_model": 24, "n_heads": 3, "n_layers": 2, "d_ff": 32}
+        config = encoder.EncoderConfig(50, 224, pool="mean+max", **sizes)
+        own = export.Classifier(50, max_len=224, **sizes)
+        return {"encoder": encoder.EncoderClassifier(config), "own": own}
 
+    @pytest.fixture(scope="class")
+    def onnx_file(self, models, tmp_path_factory) -> Path:
+        """encoder.py's classifier as ONNX."""
+        path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+        metadata = {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
+        example = torch.randint(0, 50, (2, 9))
+        return export.export_onnx(models["encoder"], example, path, metadata=metadata)
 
-class Repeats(nn.Module):
-    """The same net twice (ALBERT), and one that is never called."""
+    # ---- formats
 
-    def __init__(self):
-        super().__init__()
-        self.net, self.unused, self.head = FeedForward(6, 8), FeedForward(6, 8), nn.Linear(6, 2)
+    @pytest.mark.parametrize("name", EXPORT_FORMATS)
+    @pytest.mark.parametrize("which", ["encoder", "own"])
+    def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
+        model = models[which].train()
+        before = torch.get_rng_state()
+        path = EXPORT_FORMATS[name](model, torch.randint(0, 50, (3, 20)), tmp_path)
+        check_export(export.load_artefact(path), model)
+        assert all(module.training for module in model.modules())
+        torch.manual_seed(0)
+        assert torch.equal(before, torch.get_rng_state())
+        assert list(tmp_path.iterdir()) == [path]
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        for _ in range(2):
-            hidden = self.net[1](self.net[0](x))  # (B, 8)
-            x = x + (self.net[2](hidden) if gate is None else self.net[2](hidden * gate))
-        return self.head(x)
+    @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+    def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
+        """A query that may attend to nothing gets 0; masks broadcast, and are booleans or added."""
+        q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
+        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
+        rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
+        added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
+        for mask in (None, keys, rows, added):
+            for scale in (None, 0.7, -0.7):
+                y = export.attention_for_onnx(q, k, v, mask, scale=scale)
+                check_close(y, F.scaled_dot_product_attention(q, k, v, mask, scale=scale), tolerance)
+        shared = k[:, :2], v[:, :2, :, :3]
+        for rest in ((None, 0.0, True), (rows,)):
+            y = export.attention_for_onnx(q, *shared, *rest, enable_gqa=True)
+            check_close(y, F.scaled_dot_product_attention(q, *shared, *rest, enable_gqa=True), tolerance)
 
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    def test_export_onnx_attention_has_torchs_masks(self, kind, tmp_path):
+        """In onnxruntime too, where a row may attend to nothing."""
 
-@torch.no_grad()
-@pytest.mark.parametrize("frozen", [False, True])
-def test_export_importance_of_a_net_that_is_called_twice(frozen):
-    """Both calls count; frozen weights, and a caller's no_grad, change nothing."""
-    model = Repeats().requires_grad_(not frozen)
-    batches = [(torch.randn(5, 6), torch.randint(2, (5,))) for _ in range(2)]
-    expected = torch.zeros(8)
-    with torch.enable_grad():
-        for (x,), y in (
-            (rows.split(1), t)
-            for inputs, targets in batches
-            for rows, t in zip(inputs.split(1), targets.split(1), strict=True)
-        ):
-            gate = torch.ones(8, requires_grad=True)
-            loss = F.cross_entropy(model(x, gate), y)
-            expected += torch.autograd.grad(loss, gate)[0].abs() / 10
-    found = export.neuron_importance(model, batches)
-    check_close(found["net"], expected, 1e-6)
-    assert not found["unused"].any()
-    pruned = export.prune_neurons(model, found, keep=3)
-    assert pruned.net[0].out_features == 3 and pruned(torch.randn(2, 6)).shape == (2, 2)
+        def attend(m: nn.ModuleDict, x: Tensor, mask: Tensor) -> Tensor:
+            mask = mask[:, None, None, :]
+            mask = torch.where(mask, 0.5, -math.inf) if kind == "float" else mask
+            return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
 
+        model = ExportModule(attend)
+        example = torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5
+        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        for b, t in ((1, 1), (2, 7), (5, 3)):
+            x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
+            check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
 
-def test_export_onnx_may_differ_in_proportion_to_the_outputs(tmp_path):
-    model = nn.Linear(512, 3)
-    with torch.no_grad():
-        model.weight.mul_(1e7)
-    x = torch.randn(2, 512)
-    run = export.onnx_runner(export.export_onnx(model, x, tmp_path / "large.onnx"))
-    check_close(run(x), model(x), 1e-5)
-
-
-def test_export_onnx_differs_by_a_thousandth_at_most(tmp_path, monkeypatch):
-    model, x = nn.Linear(3, 1), torch.ones(2, 3)
-    for shift in (5e-4, 2e-3):
-        monkeypatch.setattr(export, "onnx_runner", lambda d, s=shift: lambda x: model(x).detach() + s)
-        with pytest.raises(ValueError, match="differs") if shift > 1e-3 else contextlib.nullcontext():
-            export.export_onnx(model, x, tmp_path / "m.onnx")
-
-
-def test_export_refuses_what_onnxruntime_cannot_load():
-    import onnx
-
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    node = onnx.helper.make_node("Nothing", ["x"], ["y"], domain="nowhere")  # valid for onnx's own checker
-    sets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("nowhere", 1)]
-    graph = onnx.helper.make_graph([node], "g", [x], [y])
-    with pytest.raises(ValueError, match="not valid.*Nothing"):
-        export.checked_bytes(onnx.helper.make_model(graph, opset_imports=sets, ir_version=10))
-
-
-def test_export_refuses_a_wrong_number_or_shape_of_inputs(export_onnx_file, tmp_path):
-    x = torch.ones(2, 3, dtype=torch.long)
-    with pytest.raises(ValueError):
-        export.load_artefact(export_onnx_file)(x, x)
-    with pytest.raises(RuntimeError, match="shapes"):  # the model's own complaint
-        export.export_torchscript(nn.Linear(4, 1), torch.zeros(2, 3), tmp_path / "m.ts")
-
-
-def test_export_other_sequentials_are_no_feed_forward_nets():
-    for net in (
-        [nn.Linear(4, 6), nn.ReLU(), nn.Dropout()],
-        [nn.Dropout(), nn.ReLU(), nn.Linear(6, 4)],
-        [nn.ReLU(), nn.Dropout(), nn.ReLU()],
-        [nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(1), nn.Linear(6, 4)],
-    ):
-        with pytest.raises(ValueError, match="no feed-forward net"):
-            export.neuron_importance(nn.Sequential(*net), [])
-
-
-def test_export_gate_is_what_it_says():
-    x = torch.tensor([3.0, -1.0])
-    for gate in (export.Gate(), export.GateWithoutIf()):
-        assert gate(x).tolist() == [6.0, -2.0] and gate(-x).tolist() == [3.0, -1.0]
-
-
-def test_export_unstructured_pruning_takes_convolutions():
-    for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1.0)[0].weight.any()
-
-
-def test_export_neurons_of_a_net_that_mixes_them_are_not_pruned():
-    net = nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 4))
-    with pytest.raises(ValueError, match="no feed-forward net"):
-        export.prune_neurons(net, {"": torch.arange(6.0)}, 3)
-
-
-def test_export_pruning_refuses_what_it_does_not_know(export_models):
-    model = export_models["own"]
-    heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
-    neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
-    for keep in (0, 4, -1):
-        with pytest.raises(ValueError, match=f"heads of layers.0.self_attention.*1 .. 3.*{keep}"):
-            export.prune_heads(model, heads, keep)
-    for keep in (0, 33):
-        with pytest.raises(ValueError, match=f"neurons of layers.0.ffn.*1 .. 32.*{keep}"):
-            export.prune_neurons(model, neurons, keep)
-    with pytest.raises(ValueError, match="5 scores"):
-        export.prune_heads(model, {name: torch.ones(5) for name in heads}, 2)
-    with pytest.raises(ValueError, match="0 scores"):
-        export.prune_heads(model, neurons, 2)
-    with pytest.raises(ValueError, match="0 scores"):
-        export.prune_neurons(model, heads, 2)
-    state = model.state_dict()
-    wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
-    for wrong in (
-        {},
-        wide,
-        state | {"more": torch.ones(1)},
-        {"layers.0.attention.out_proj.weight": torch.ones(1)},
-    ):
-        with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
-            export.load_pruned(model, wrong)
-    for change in ("scaled", "mask ignored", "tuple"):
-        odd = nn.Sequential(ExportOddAttention(change))
-        with pytest.raises(ValueError, match="ExportOddAttention is not plain softmax attention"):
-            export.prune_heads(odd, {"0": torch.ones(2)}, 1)
-    shared = nn.Sequential(ExportOddAttention("none"))
-    shared.add_module("again", shared[0])
-    with pytest.raises(ValueError, match="0 stands in two places of Sequential"):
-        export.prune_heads(shared, {"0": torch.ones(2)}, 1)
-    plain = export.prune_heads(nn.Sequential(ExportOddAttention("none")), {"0": torch.ones(2)}, 1)
-    assert isinstance(plain[0], export.SelfAttention)
-    with pytest.raises(ValueError, match="Linear has no attention"):
-        export.prune_heads(nn.Linear(2, 2), {}, 1)
-    for net in (
-        [nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2)],
-        [nn.Linear(2, 3), nn.Linear(3, 2)],
-        [nn.Linear(2, 3), nn.Flatten(0), nn.Linear(6, 2)],
-        [nn.Embedding(5, 4), nn.Dropout(), nn.Linear(4, 2)],
-    ):
-        with pytest.raises(ValueError, match="no feed-forward net"):
-            export.neuron_importance(nn.Sequential(*net), [])
-
-
-def test_export_pruned_models_with_heads_or_neurons_alone_are_read_back():
-    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    attention_ = nn.Sequential(export.SelfAttention(nn.Linear(12, 36), nn.Linear(12, 12), 3))
-    smaller = (
-        export.prune_neurons(net, {"": torch.rand(6)}, 2),
-        export.prune_heads(attention_, {"0": torch.rand(3)}, 2),
-    )
-    inputs = torch.randn(5, 4), torch.randn(2, 5, 12)
-    for whole, part, x in zip((net, attention_), smaller, inputs, strict=True):
-        assert torch.equal(export.load_pruned(whole, part.state_dict())(x), part(x))
-
-
-def test_export_models_whose_labels_share_a_file_are_refused(tmp_path):
-    model, x = nn.Linear(3, 1), torch.zeros(2, 3)
-    for labels in (("whole", "model"), ("whole", "a b", "a_b")):
-        models = {label: copy.deepcopy(model) for label in labels}
-        with pytest.raises(ValueError, match="would share a file"):
-            export.write_artefacts(models, x, [], tmp_path, None)
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_gflops_are_the_median_s(monkeypatch):
-    times = (50, 50, 7, 1, 3, 2, 6, 5, 4, 4, 4, 9)  # ms; the first two warm up
-    ticks = itertools.accumulate(t for ms in times for t in (0, ms / 1000))
-    monkeypatch.setattr(export.time, "perf_counter", lambda: next(ticks))
-    assert export.hardware(1)["gemm_gflops"] == 537  # 2 * 1024^3 in 4 ms
-
-
-def test_export_pruned_models_load_in_a_fresh_process(tmp_path):
-    """Only the sizes of the original and the pruned state dict are known there; the answers are the same."""
-    config = {"vocab_size": 50, "d_model": 24, "n_heads": 3, "n_layers": 2, "d_ff": 32, "pool": "max"}
-    model = encoder.EncoderClassifier(encoder.EncoderConfig(**config)).eval()
-    smaller = export.prune_heads(
-        model, {f"encoder.layers.{i}.self_attention": torch.rand(3) for i in range(2)}, 2
-    )
-    smaller = export.prune_neurons(smaller, {f"encoder.layers.{i}.ffn": torch.rand(32) for i in range(2)}, 5)
-    tokens = export_tokens(4, 12, 50)
-    torch.save(
-        {"state": smaller.state_dict(), "tokens": tokens, "logits": smaller(tokens)}, tmp_path / "pruned.pt"
-    )
-    code = f"""
-import torch, encoder, export
-saved = torch.load("pruned.pt", weights_only=True)
-model = encoder.EncoderClassifier(encoder.EncoderConfig(**{config}))
-smaller = export.load_pruned(model, saved["state"]).eval()
-assert torch.equal(smaller(saved["tokens"]), saved["logits"])
-assert model.encoder.layers[0].ffn[0].out_features == 32  # the original is left whole
-again = export.load_pruned(export.prune_heads(model, {{f"encoder.layers.{{i}}.self_attention": torch.ones(3)
-    for i in range(2)}}, 3), saved["state"]).eval()
-assert torch.equal(again(saved["tokens"]), saved["logits"])
-"""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-
-
-# The evidence
-
-
-def test_export_benchmark_alternates_and_counts(monkeypatch):
-    """A clock that the models advance: 5 rounds of every model on every input, after one to warm up; the
-    first call of a turn, which takes longer, is not counted."""
-    now, calls = [0.0], []
-    monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
-
-    def model(name: str, first: float, later: float):
-        def run(x: Tensor) -> None:
-            calls.append((name, len(x), torch.get_num_threads(), torch.is_grad_enabled()))
-            n_calls = sum(c[0] == name for c in calls)
-            now[0] += first if n_calls <= 3 or n_calls % 3 == 1 and slow_starts else later * len(x)
-
-        return run
-
-    torch.set_num_threads(1)
-    slow_starts = True
-    runners = {"a": model("a", 9.0, 0.001), "b": model("b", 9.0, 0.004), "c": model("c", 9.0, 0.002)}
-    cases = {"mix": [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]}
-    results = export.benchmark(runners, cases, seconds=0.0, threads=2)
-    assert torch.get_num_threads() == 1 and {c[2:] for c in calls} == {(2, False)}
-    assert len(calls) == 3 * 3 * 6  # one round of warm-up, five that count
-    rounds = [[c[0] for c in calls[i : i + 9 : 3]] for i in range(0, 54, 9)]
-    assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len({tuple(r) for r in rounds}) > 1
-    a = results["a"]["mix"]
-    assert a == {"rounds": 5, "p50_ms": 2.0, "p90_ms": 3.0, "p99_ms": 3.0, "throughput": 1000.0}
-    assert results["b"]["mix"]["throughput"] == 250.0 and results["c"]["mix"]["p50_ms"] == 4.0
-    slow_starts = False
-    results = export.benchmark(runners, {"x": [(torch.zeros(1, 4),)]}, seconds=0.14)
-    assert results["b"]["x"]["rounds"] == 30  # 0.42 s of twice 0.007 s each
-
-
-def test_export_benchmark_percentiles():
-    seconds = [i / 1000 for i in range(101)]
-    assert export.latency(seconds, 505) == {"p50_ms": 50, "p90_ms": 90, "p99_ms": 99, "throughput": 100.0}
-
-
-def test_export_recommends_the_fastest_within_the_loss():
-    rows = [
-        {"name": n, "accuracy": a, "p50_ms": t} for n, a, t in
-        [("eager", 0.9, 10.0), ("slow", 0.95, 9.0), ("fast", 0.895, 3.0), ("wrong", 0.894, 1.0)]
+    TORCHS = [  # what the formats make of torch's own modules
+        ("attention", "onnx", "right"), ("attention", "program", "right"), ("encoder", "onnx", "right"),
+        ("encoder", "trace", "right"), ("encoder nested", "program", "right"), ("lstm", "trace", "right"),
+        ("bag", "onnx", "right"), ("bag", "program", "refused"), ("lstm", "program", "refused"),
+        ("encoder nested", "trace", "refused"), ("encoder nested, all places", "program", "refused"),
     ]  # fmt: skip
-    assert export.recommended(rows, 0.005)["name"] == "fast"
-    assert export.recommended(rows, 0.0)["name"] == "slow"
-    exactly = [{"accuracy": 0.50504, "p50_ms": 2.0}, {"accuracy": 0.50004, "p50_ms": 1.0}]
-    assert export.recommended(exactly, 0.005) is exactly[1]
-    assert export.recommended(rows, 1.0)["name"] == "wrong"
 
+    @pytest.mark.parametrize("module,name,verdict", TORCHS)
+    def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
+        model = export_torch_module(module)
+        if verdict == "right":
+            check_export(
+                export.load_artefact(EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)), model
+            )
+        else:
+            with pytest.raises(ValueError, match="ExportModule"):
+                EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
+            assert not list(tmp_path.iterdir())
 
-def test_export_table_says_how_much_faster_the_recommended_is(tmp_path, capsys):
-    def row(name: str, p50: float, size: int, accuracy: float) -> dict:
-        latency = {"32 x 256": {"p50_ms": p50}}
-        return {
-            "name": name, "p50_ms": p50, "size_bytes": size, "accuracy": accuracy, "agreement": 1.0,
-            "max_abs_diff": 0.0, "latency": latency,
+    def test_export_onnx_is_one_file_that_says_what_it_is(self, onnx_file):
+        import onnx
+        import onnxruntime
+
+        assert [p.name for p in onnx_file.parent.iterdir()] == ["model.onnx"]
+        session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+        (tokens,), (output,) = session.get_inputs(), session.get_outputs()
+        assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
+        assert (output.name, output.shape) == ("output", ["batch", 2])
+        metadata = session.get_modelmeta().custom_metadata_map
+        read = {name: json.loads(value) for name, value in metadata.items()}
+        assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
+        onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
+        assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
+
+    def test_exports_take_shapes_and_several_inputs(self, tmp_path):
+        """Lengths of their own, two or one; dynamic_shapes as torch.export takes them."""
+        model = transformer_tiny(dtype=torch.float32, n_layers=1)
+        example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
+        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
+            src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
+            src[0, source // 2 + 1 :] = 0
+            check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
+        model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
+        batch = torch.export.Dim("n", min=2, max=9)
+        x, y = torch.randn(3, 6), torch.randn(3)
+        shapes = {"x": {0: batch}, "y": {0: batch}}
+        for write, suffix in ((export.export_program, "pt2"), (export.export_onnx, "onnx")):
+            run = export.load_artefact(write(model, [x, y], tmp_path / f"a.{suffix}", shapes))
+            check_close(run(torch.ones(9, 6), torch.ones(9)), model(torch.ones(9, 6), torch.ones(9)), 1e-6)
+        with pytest.raises(Exception, match="9"):
+            export.load_artefact(tmp_path / "a.pt2")(torch.ones(10, 6), torch.ones(10))
+
+    def test_free_sizes_are_the_batch_and_lengths(self):
+        ids, auto = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 2, 2, dtype=torch.long)
+        assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
+        inputs = ids, ids[:, :4] > 0, torch.zeros(3), torch.zeros(7), torch.zeros(3, 6), auto
+        assert export.free_sizes((*inputs, torch.zeros(3, 5, 6), torch.zeros(1, 5))) == (
+            {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {}, {0: "batch"},
+            {0: "batch"}, {0: "batch", 1: "length_6"}, {},
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["trace", "onnx"])
+    def test_exports_take_what_users_have(self, name, tmp_path):
+        """Outputs of -inf, large ones, several; a row beside a batch, scalars, inputs with gradients."""
+        several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
+        x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
+        for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
+            run = export.load_artefact(EXPORT_FORMATS[name](several, inputs, tmp_path))
+            found = run(torch.ones(7, 3), inputs[1])
+            assert torch.equal(found[0], 1 + inputs[1].expand(7, 3)) and found[1].all() and len(found) == 2
+        large = nn.Linear(512, 300)
+        torch.nn.init.normal_(large.weight, 0, 1e7)
+        run = export.load_artefact(EXPORT_FORMATS[name](large, torch.randn(2, 512), tmp_path))
+        x = torch.randn(5, 512)
+        check_close(run(x), large(x).detach(), 1e-5)
+
+    def test_exports_hold_what_they_promise_or_refuse(self, tmp_path):
+        """A trace that has frozen a size isn't written."""
+        ids = torch.ones(3, 5, dtype=torch.long)
+        for function, example in (
+            (lambda m, x: sum(x[:, i] for i in range(x.size(1))), ids),
+            (lambda m, x: x.reshape(3, 2) if len(x) == 3 else x[:, :1] * 5, torch.ones(3, 2)),
+        ):
+            for name in ("trace", "program"):
+                with pytest.raises(ValueError, match="ExportModule"):
+                    EXPORT_FORMATS[name](ExportModule(function), example, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_trace_freezes_a_branch(self, tmp_path):
+        x = torch.tensor([[3.0, -1.0]])
+        assert export.Gate()(x).tolist() == [[6.0, -2.0]] and export.Gate()(-x).tolist() == [[3.0, -1.0]]
+        found = {}
+        for name in ("trace", "script"):
+            found[name] = export.load_artefact(EXPORT_FORMATS[name](export.Gate(), x, tmp_path))(-x)
+        assert torch.equal(found["trace"], -2 * x) and torch.equal(found["script"], x)
+        for name in ("program", "onnx"):
+            with pytest.raises(ValueError, match="torch.export can't capture Gate"):
+                EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
+
+    # ---- refusals
+
+    @pytest.mark.parametrize("existing", [b"", b"an earlier artefact"])
+    @pytest.mark.parametrize("name", EXPORT_FORMATS)
+    def test_exports_refuse_by_name_and_write_nothing(self, name, existing, tmp_path):
+        class Strange(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                with open("/dev/null", "rb") as file:
+                    return x * len(file.read(1)) if float(x.sum()) > 0 else "no tensor"
+
+        class Random(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x + torch.rand(3)
+
+        suffix = {"program": "program.pt2", "onnx": "model.onnx"}.get(name, f"{name}.ts")
+        path = tmp_path / suffix
+        for model in (Strange(), Random()):
+            path.write_bytes(existing)
+            with pytest.raises(ValueError, match=type(model).__name__) as raised:
+                EXPORT_FORMATS[name](model, torch.zeros(2, 3), tmp_path)
+            assert "\n" not in str(raised.value)
+            assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == existing
+
+    def test_exports_refuse_bad_arguments(self, tmp_path):
+        linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
+        for write, words in (
+            (lambda p: export.export_torchscript(linear, x, p, "compile"), "method.*trace.*script.*compile"),
+            (lambda p: export.export_program(linear, (x, 3), p), "must be tensors.*'Tensor', 'int'"),
+            (
+                lambda p: export.export_program(linear, x[:, :2], p),
+                "Linear refuses its example_inputs.*shapes",
+            ),
+            (lambda p: export.export_onnx(linear, x[:1], p), "can't capture Linear.*specialized"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                write(tmp_path / "m")
+        with pytest.raises(TypeError, match="JSON"):
+            export.export_onnx(linear, x, tmp_path / "m", metadata={"labels": {1, 2}})
+        assert not list(tmp_path.iterdir())
+
+    def test_places_that_cannot_be_written(self, onnx_file, tmp_path):
+        (tmp_path / "file").write_text("")
+        model, x = nn.Linear(3, 1), torch.zeros(2, 3)
+        for write in (export.export_torchscript, export.export_program, export.export_onnx):
+            with pytest.raises(OSError, match="file"):
+                write(model, x, tmp_path / "file/m")
+        with pytest.raises(ValueError, match="nowhere"):
+            export.quantize_dynamic(tmp_path / "nowhere.onnx", tmp_path / "m")
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+    @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
+    def test_load_artefact_refuses_what_is_damaged(self, suffix, tmp_path):
+        for content in (b"", b"no model", b"PK\x03\x04 and no more"):
+            (tmp_path / f"a{suffix}").write_bytes(content)
+            with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
+                export.load_artefact(tmp_path / f"a{suffix}")
+        with pytest.raises(FileNotFoundError):
+            export.load_artefact(tmp_path / f"b{suffix}")
+        with pytest.raises(ValueError, match="onnx, .pt2 or .ts, got model.pth"):
+            export.load_artefact("model.pth")
+
+    def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
+        """From four threads at once, and an export in a fifth: modes stay, and so do stderr and logging."""
+        model, example = models["encoder"], torch.randint(0, 50, (3, 20))
+        paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
+        root = logging.getLogger()
+
+        def state() -> tuple:
+            logs = root.manager.disable, root.level, root.handlers[:]
+            return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
+
+        before = state()
+        model.train()
+        with ThreadPoolExecutor(5) as pool:
+            writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
+            loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
+            while not writing.done():
+                assert all(module.training for module in model.modules())
+        assert state() == before
+        expected = copy.deepcopy(model).eval()(example).detach()
+        for run in loaded:
+            check_close(run(example).detach(), expected, 1e-5)
+        with pytest.raises(ValueError):
+            loaded[2](example, example)
+
+    def test_onnxruntime_writes_nothing_at_home(self, onnx_file, tmp_path):
+        code = f"import export, torch; export.load_artefact({str(onnx_file)!r})(torch.ones(2, 3).long())"
+        env = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        env.pop("ORT_DISABLE_TELEMETRY", None)
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=120)
+        assert not list(tmp_path.iterdir())
+
+    # ---- int8
+
+    def test_int8_product_is_off_by_the_rounding(self):
+        x, weight = torch.randn(50, 64), torch.randn(20, 64)
+        weight[0] *= 100
+        exact = x.double() @ weight.double().T
+        errors = {}
+        for bits, per_channel in ((8, True), (7, True), (8, False)):
+            y = export.int8_product(x, weight, bits, per_channel)
+            errors[bits, per_channel] = (y - exact)[:, 1:].norm() / exact[:, 1:].norm()
+        assert errors[8, True] < 0.015 and errors[8, True] < errors[7, True] < 0.03
+        assert errors[8, False] > 10 * errors[8, True]  # small rows drown beside a large one
+        integers = torch.randint(-127, 128, (9, 30)).float()
+        integers[:, 0] = 127  # so that the unit of every row is 1
+        check_close(export.int8_product(integers, integers), integers @ integers.T, 1e-6)
+
+    @pytest.mark.parametrize("bits", [7, 8])
+    def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
+        """int8 matrices with a scale a column; attention and metadata untouched; 7 bits unless asked."""
+        import onnx
+
+        wide = {} if bits == 7 else {"reduce_range": False}
+        path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
+        kinds, weights = export_graph(path)
+        matrices = {n: w for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+        linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
+        assert sorted(w.shape for w in matrices.values()) == sorted(m.weight.T.shape for m in linears)
+        unmatched = [m.weight.detach().T.numpy() for m in linears]
+        for name, w in matrices.items():
+            scale = weights[name.removesuffix("_quantized") + "_scale"]
+            assert scale.shape == (w.shape[1],), name
+            errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
+            assert min(errors) <= 0.51 * scale.max(), name  # half a unit
+            assert 2 * 255 * np.abs(w.astype(int)).max() <= 32767 or bits == 8, "saturates without VNNI"
+        assert max(np.abs(w.astype(int)).max() for w in matrices.values()) > (2 ** (bits - 1)) - 3
+        assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
+        kept = {x.key: x.value for x in onnx.load(path).metadata_props}
+        assert json.loads(kept["note"]) == "gut, süß" and json.loads(kept["max_len"]) == 224
+        check_export(export.load_artefact(path), models["encoder"], tolerance=0.05)
+
+    def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
+        model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
+        fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
+        tokens, table = torch.arange(5000).view(1, -1), 5000 * 64
+        for embeddings, low, high in ((False, 4.0, 4.1), (True, 1.0, 1.1)):
+            path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
+            check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
+            assert low * table < path.stat().st_size < high * table
+
+    def test_quantize_static_learns_its_ranges(self, tmp_path):
+        """The range of an activation is the calibration's: what lies beyond it is clipped."""
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
+        fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx", metadata={"labels": "ab"})
+        calibration = ({"input": torch.rand(size, 4) * 2 - 1} for size in (2, 5, 1, 50))
+        run = export.load_artefact(export.quantize_static(fp32, tmp_path / "s.onnx", calibration))
+        inside, beyond = torch.rand(50, 4) * 1.6 - 0.8, torch.full((1, 4), 40.0)
+        check_close(run(inside), model(inside).detach(), 0.05)
+        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization would follow
+        kinds, weights = export_graph(tmp_path / "s.onnx")
+        assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["DynamicQuantizeLinear"]
+        largest = [np.abs(w.astype(int)).max() for w in weights.values() if w.dtype == np.int8]
+        assert largest and 2 * 255 * max(largest) <= 32767
+        points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
+        assert points == {"uint8"}  # activations
+        run = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
+        check_close(run(beyond), model(beyond).detach(), 0.05)
+        wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
+        matrices = [w for w in export_graph(wide)[1].values() if w.dtype == np.int8]
+        assert max(np.abs(w.astype(int)).max() for w in matrices) == 127
+
+    def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
+        feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
+        path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
+        check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
+        linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
+        kinds, weights = export_graph(path)
+        assert sum(w.dtype == np.int8 and w.ndim == 2 for w in weights.values()) == linears
+
+    def test_quantization_refuses(self, onnx_file, tmp_path):
+        ids = torch.ones(2, 5, dtype=torch.long)
+        for calibration in ([], [{"ids": ids}], [{"tokens": ids.float()}]):
+            with pytest.raises(ValueError, match="can't quantize .*model.onnx"):
+                export.quantize_static(onnx_file, tmp_path / "m.onnx", calibration)
+        (tmp_path / "garbage").write_bytes(b"no graph at all" * 9)
+        with pytest.raises(ValueError, match="can't quantize .*garbage"):
+            export.quantize_dynamic(tmp_path / "garbage", tmp_path / "m.onnx")
+        assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
+
+    def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
+        for cpu, has in (
+            ({"avx2": True}, False), ({"avx2": True, "avx512_bf16": True}, True),
+            ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
+            ({"bf16": True}, True), ({"bf16": False}, False),
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
+            model = nn.Linear(2, 2)
+            assert export.has_bf16() == has, cpu
+            with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
+                assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
+            assert model.weight.dtype == torch.float32
+
+    # ---- pruning
+
+    def test_prune_unstructured_zeroes_the_smallest(self):
+        model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+        with torch.no_grad():
+            model[3].weight.mul_(10)  # ranked over all layers, so these survive
+        model[1].requires_grad_(False)
+        before = {name: p.clone() for name, p in model.state_dict().items()}
+        old = torch.cat([model[i].weight.flatten() for i in (1, 3)])
+        for amount in (0, 0.25, 0.5, 1):
+            pruned = export.prune_unstructured(model, amount)
+            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 3)])
+            assert (weights == 0).sum() == round(amount * 300), amount
+            kept = weights != 0
+            assert torch.equal(weights[kept], old[kept])
+            assert not 0 < amount < 1 or old[~kept].abs().max() <= old[kept].abs().min()
+            assert pruned.state_dict().keys() == before.keys()  # no mask left beside
+            assert torch.equal(pruned[0].weight, model[0].weight)
+            assert not pruned[1].weight.requires_grad and pruned[3].weight.requires_grad
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+        for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1)[0].weight.any()
+        for amount in (-0.1, 1.5, 7):
+            with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
+                export.prune_unstructured(model, amount)
+        with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
+            export.prune_unstructured(nn.GELU(), 0.5)
+
+    @pytest.mark.parametrize("which", ["encoder", "own"])
+    @pytest.mark.parametrize(
+        "part,keep", [("head", 1), ("head", 2), ("head", 3), ("neuron", 1), ("neuron", 7)]
+    )
+    def test_pruned_models_equal_masked_ones(self, models, which, part, keep):
+        model, place = models[which].eval(), self.PLACES[which]
+        module, reader, width, n = ("attention", "out_proj", 8, 3) if part == "head" else ("ffn", "2", 1, 32)
+        scores = {f"{place}.{i}.{module}": torch.rand(n) for i in range(2)}
+        prune = export.prune_heads if part == "head" else export.prune_neurons
+        smaller = prune(model, scores, keep)
+        gates = {}
+        for name, score in scores.items():
+            gate = torch.zeros(n)
+            gate[score.argsort()[-keep:]] = 1
+            gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
+        tokens = export_tokens(5, 40)
+        masked = export_gated(model, gates)(tokens)
+        check_close(smaller(tokens), masked, 1e-6)
+        assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
+        for name in scores:
+            linear = smaller.get_submodule(f"{name}.{reader}")
+            assert linear.weight.shape == (24, width * keep) == (linear.out_features, linear.in_features)
+            first = smaller.get_submodule(f"{name}.{'qkv_proj' if part == 'head' else '0'}")
+            rows = 3 * 8 * keep if part == "head" else keep
+            assert (first.out_features, first.in_features) == first.weight.shape == (rows, 24)
+            assert model.get_submodule(f"{name}.{reader}").weight.shape == (24, width * n)  # left whole
+        again = export.load_pruned(model, smaller.state_dict())
+        assert torch.equal(again(tokens), smaller(tokens)) and not again.training
+        assert torch.equal(export.load_pruned(smaller, smaller.state_dict())(tokens), smaller(tokens))
+
+    @pytest.mark.parametrize("which", ["encoder", "own"])
+    def test_importance_is_the_derivative_by_a_gate(self, models, which):
+        """Michel's definition: a gate of 1 on each head and example; |dloss/dgate|, mean over examples."""
+        model, place = models[which].train(), self.PLACES[which]
+        batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
+        heads = export.head_importance(model, iter(batches))
+        neurons = export.neuron_importance(model, [(tokens, labels) for (tokens,), labels in batches])
+        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+        assert all(p.grad is None for p in model.parameters())
+        model.eval()
+        for found, width, part in ((heads, 8, "attention.out_proj"), (neurons, 1, "ffn.2")):
+            assert [name.split(".")[-1] for name in found] == [part.split(".")[0]] * 2
+            for layer, scores in enumerate(found.values()):
+                expected = torch.zeros_like(scores)
+                for (tokens,), labels in batches:
+                    for row, label in zip(tokens, labels, strict=True):  # one by one
+                        gate = torch.ones(len(scores), requires_grad=True)
+                        spread = {f"{place}.{layer}.{part}": gate.repeat_interleave(width)}
+                        loss = F.cross_entropy(export_gated(model, spread)(row[None]), label[None])
+                        expected += torch.autograd.grad(loss, gate)[0].abs() / 7
+                check_close(scores, expected, 1e-6)
+                assert scores.max() > 0
+        squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
+        assert not torch.allclose(squared[f"{place}.0.attention"], heads[f"{place}.0.attention"])
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_importance_of_a_net_that_is_called_twice(self, frozen):
+        """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
+
+        def net() -> nn.Sequential:
+            return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
+
+        def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+            return m.head(m.net(x + m.net(x)))
+
+        model = ExportModule(forward, net=net(), unused=net(), head=nn.Linear(6, 2)).requires_grad_(
+            not frozen
+        )
+        batches = [(torch.randn(5, 6), torch.randint(2, (5,))) for _ in range(2)]
+        found = export.neuron_importance(model, batches)
+        expected = torch.zeros(8)
+        for x, y in ((x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(5)):
+            gate = torch.ones(8, requires_grad=True)
+            with torch.enable_grad():
+                loss = F.cross_entropy(export_gated(model.eval(), {"parts.net.3": gate})(x), y)
+            expected += torch.autograd.grad(loss, gate)[0].abs() / 10
+        check_close(found["parts.net"], expected, 1e-6)
+        assert not found["parts.unused"].any()
+        pruned = export.prune_neurons(model, found, keep=3)
+        assert pruned.parts.net[0].out_features == 3 and pruned(torch.randn(2, 6)).shape == (2, 2)
+        assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
+
+    def test_pruned_attention_keeps_what_is_frozen(self):
+        attention = export.SelfAttention(
+            nn.Linear(12, 36, bias=False), nn.Linear(12, 12).requires_grad_(False), 3
+        )
+        smaller = export.prune_heads(nn.Sequential(attention), {"0": torch.rand(3)}, 2)
+        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
+        assert smaller[0].training and smaller[0].qkv_proj.bias is None
+
+    def test_pruning_refuses_what_it_does_not_know(self, models):
+        model = models["own"]
+        heads = {f"layers.{i}.attention": torch.ones(3) for i in range(2)}
+        neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
+        for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
+            for keep in (0, n + 1, -1):
+                with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
+                    prune(model, scores, keep)
+            for wrong in ({}, {name: torch.ones(5) for name in scores}):
+                with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
+                    prune(model, wrong, 2)
+        state = model.state_dict()
+        wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
+        less = {name: p for name, p in state.items() if "out_proj" not in name}
+        for wrong in (wide, less, {}):
+            with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
+                export.load_pruned(model, wrong)
+        for change in ("scaled", "mask ignored", "tuple"):
+            with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
+                export.prune_heads(nn.Sequential(ExportAttention(change)), {"0": torch.ones(2)}, 1)
+        export.prune_heads(nn.Sequential(ExportAttention("")), {"0": torch.ones(2)}, 1)
+        shared = ExportAttention("")
+        with pytest.raises(ValueError, match="stands in two places"):
+            export.prune_heads(nn.Sequential(shared, shared), {"0": torch.ones(2)}, 1)
+        for importance, other in (
+            (export.head_importance, nn.Linear(3, 3)),
+            (export.neuron_importance, nn.GELU()),
+        ):
+            with pytest.raises(ValueError, match=type(other).__name__):
+                importance(other, [])
+        with pytest.raises(ValueError, match="batches must hold at least one"):
+            export.head_importance(model, [])
+
+    def test_feed_forwards_are_linear_elementwise_linear(self):
+        """A Softmax mixes neurons, a Dropout alone has none: only known functions may stand between."""
+        first, last = nn.Linear(4, 6), nn.Linear(6, 4)
+        for net, found in (
+            ([first, nn.ReLU(), last], 1), ([first, nn.GELU(), nn.Dropout(), last], 1),
+            ([first, nn.Softmax(-1), last], 0), ([first, nn.ReLU(), nn.Dropout()], 0),
+            ([nn.Dropout(), nn.ReLU(), last], 0), ([first, nn.Unflatten(1, (2, 3)), nn.Flatten(1), last], 0),
+            ([first, nn.LayerNorm(6), last], 0), ([first, last], 0),
+        ):  # fmt: skip
+            assert len(export.feed_forwards(nn.Sequential(*net))) == found, net
+        net = nn.Sequential(first, nn.ReLU(), last)
+        smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
+        x = torch.randn(5, 4)
+        assert torch.equal(export.load_pruned(net, smaller.state_dict())(x), smaller(x))
+
+    # ---- the evidence
+
+    def test_benchmark_alternates_and_counts(self, monkeypatch):
+        """A clock that the models advance; the first call of a turn, which takes longer, isn't counted."""
+        now, calls = [0.0], []
+        monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
+
+        def model(name: str, later: float):
+            def run(x: Tensor) -> None:
+                calls.append(name)
+                mine = calls.count(name)
+                now[0] += 9.0 if mine <= 3 or mine % 3 == 1 else later * len(x)
+                assert not torch.is_grad_enabled()
+
+            return run
+
+        runners = {"a": model("a", 0.001), "b": model("b", 0.004), "c": model("c", 0.002)}
+        results = export.benchmark(
+            runners, {"mix": [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]}, seconds=0.0
+        )
+        assert len(calls) == 3 * 3 * 6  # one round of warm-up, five that count
+        rounds = [tuple(calls[i : i + 9 : 3]) for i in range(0, 54, 9)]
+        assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
+        assert results["a"]["mix"] == {"p50_ms": 2.0, "p90_ms": 3.0, "throughput": 1000.0}
+        assert results["b"]["mix"]["throughput"] == 250.0 and results["c"]["mix"]["p50_ms"] == 4.0
+        calls.clear()
+        export.benchmark(runners, {"x": [(torch.zeros(1, 4),)]}, seconds=1000.0)
+        assert len(calls) > 300  # as long as it may
+
+    def test_export_all_recommends_by_agreement_and_says_what_is_refused(self, tmp_path):
+        """The fastest that agrees, whatever the labels are; a model with an `if` has no .pt2 and no ONNX."""
+        x = torch.randn(64, 64)
+        slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
+        slow[2].bias.data[0] = 5.0  # its answer is mostly 0
+        fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
+        with torch.no_grad():
+            fast[1].weight.zero_()
+            fast[1].bias.copy_(torch.tensor([0.0, 1.0]))  # its answer is always 1
+        labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
+        cases = {"first": [(x,)], "other": [(x[:1],)]}
+        models = {"it": slow, "fast": fast}
+        report = export.export_all(models, x, [((x,), labels)], cases, [], tmp_path / "a/b", seconds=0.01)
+        rows = {row["name"]: row for row in report["models"]}
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(report["refused"])
+        assert "capture Sequential" in report["refused"]["fast, ONNX"]
+        assert "ONNX int8, static" in report["refused"]  # without calibration
+        assert {"eager", "TorchScript, trace", "TorchScript, script", "ONNX", "ONNX int8, dynamic"} <= set(
+            rows
+        )
+        assert rows["fast, TorchScript, trace"]["accuracy"] == 1 > rows["eager"]["accuracy"]
+        for row in rows.values():
+            assert row["size_bytes"] == (tmp_path / "a/b" / row["file"]).stat().st_size
+            assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
+            assert (
+                row["p50_ms"] == row["latency"]["first"]["p50_ms"] <= row["p90_ms"] and row["throughput"] > 0
+            )
+        agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
+        assert report["recommended"] == min(agreeing, key=lambda row: row["p50_ms"])["name"]
+        assert rows["fast, TorchScript, trace"] not in agreeing and rows["ONNX"] in agreeing
+        assert slow.training and report["case"] == "first" and report["threads"] == torch.get_num_threads()
+
+    # ---- the demo
+
+    @pytest.fixture(scope="class")
+    def demo(self, tmp_path_factory):
+        """A run of the demo in an empty folder, without a compiler and without a network."""
+        folder = tmp_path_factory.mktemp("export")
+        without = {
+            "PATH": str(folder),
+            "http_proxy": "http://127.0.0.1:9",
+            "https_proxy": "http://127.0.0.1:9",
+        }
+        result = run_script(
+            "export.py", "--seconds", "0.002", "--out", "run", cwd=folder, timeout=600, **without
+        )
+        return folder / "run", result
+
+    def test_demo_reports_all_formats(self, demo):
+        out, result = demo
+        summary, report = last_json(result), json_of(out / "report.json")
+        assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
+        assert summary["recommended"] == report["recommended"] and summary["report"] == "run/report.json"
+        rows = {row["name"]: row for row in report["models"]}
+        formats = {"TorchScript, trace", "TorchScript, script", "torch.export", "torch.export, bf16", "ONNX"}
+        formats |= {f"ONNX int8, {kind}" for kind in ("dynamic", "dynamic, embeddings", "static")}
+        expected = formats | {f"pruned, {name}" for name in formats} | {"eager"}
+        assert set(rows) | set(report["refused"]) == expected
+        assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
+        for name, row in rows.items():
+            assert row["size_bytes"] == (out / row["file"]).stat().st_size
+            assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
+            if "pruned" not in name:
+                exact = "int8" not in name and "bf16" not in name
+                assert (
+                    row["max_abs_diff"] <= (1e-4 if exact else 1) and row["agreement"] >= 0.99 + 0.01 * exact
+                )
+                assert row["accuracy"] >= rows["eager"]["accuracy"] - 0.003
+        assert rows["pruned, ONNX"]["size_bytes"] < 0.6 * rows["ONNX"]["size_bytes"]
+        assert rows["ONNX int8, dynamic"]["size_bytes"] < 0.5 * rows["ONNX"]["size_bytes"]
+        assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
+        assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
+        assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
+        for key in ("cpu", "threads", "torch", "seconds", "settings"):
+            assert report[key], key
+        assert report["control_flow"] == {
+            "TorchScript, trace": "wrong, silently", "TorchScript, script": "right",
+            "torch.export": "refused",
         }  # fmt: skip
+        whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
+        assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
 
-    rows = [row("eager", 10.0, 4000, 0.9), row("ONNX", 2.5, 1000, 0.89)]
-    report = {"models": rows, "refused": {"script": "why"}, "recommended": "ONNX", "headline": "32 x 256"}
-    export.print_table(report | {"threads": 1, "max_loss": 0.02})
-    out = capsys.readouterr().out
-    assert "ONNX: 4.0 times as fast" in out and "0.25 of its size, accuracy -1.00 points (may lose 2)" in out
-    assert "not possible: script: why" in out
-    picture = export.plot_rows(report | {"threads": 1}, str(tmp_path / "a.png"))
-    assert picture.read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
-
-
-def test_export_demo_reports_all_formats(export_demo):
-    out, result = export_demo
-    report = last_json(result)
-    assert result.stderr == "" and "arning" not in result.stdout  # no noise
-    assert report == json.loads((out / "report.json").read_text())
-    refused = set() if export.has_bf16() else {"torch.export, bf16", "pruned, torch.export, bf16"}
-    assert set(report["refused"]) == refused
-    assert report["threads"] == 1 and report["headline"] == "32 x 256"
-    rows = {row["name"]: row for row in report["models"]}
-    expected = {
-        "eager": "weights.pt", "TorchScript, trace": "trace.ts", "TorchScript, script": "script.ts",
-        "torch.export": "program.pt2", "ONNX": "model.onnx", "ONNX int8": "model.int8.onnx",
-        "ONNX int8, embeddings 8 bits": "model.int8.e8.onnx", "ONNX int8, static": "model.static.onnx",
-        "ONNX int8, embeddings 4 bits": "model.int8.e4.onnx", "pruned, ONNX": "pruned.onnx",
-        "pruned, ONNX int8": "pruned.int8.onnx",
-        "pruned, ONNX int8, embeddings 8 bits": "pruned.int8.e8.onnx",
-        "pruned, ONNX int8, embeddings 4 bits": "pruned.int8.e4.onnx",
-    }  # fmt: skip
-    if export.has_bf16():
-        expected |= {"torch.export, bf16": "model.bf16.pt2", "pruned, torch.export, bf16": "pruned.bf16.pt2"}
-    assert {name: row["file"] for name, row in rows.items()} == expected
-    sizes = {f"{b} x {t}" for b in (1, 8, 32) for t in (32, 128, 256)} | {"1 x real"}
-    for name, row in rows.items():
-        assert row["size_bytes"] == (out / row["file"]).stat().st_size
-        assert (row["batch"], row["seq_len"]) == (32, 256) and set(row["latency"]) == sizes
-        for timing in row["latency"].values():
-            assert 0 < timing["p50_ms"] <= timing["p90_ms"] <= timing["p99_ms"] and timing["throughput"] > 0
-        assert row["p50_ms"] == row["latency"]["32 x 256"]["p50_ms"]
-        if name != "eager":
-            assert 0 <= row["load_seconds"] < 30 and 20 < row["peak_mb"] < 3000
-        if "pruned" not in name and "int8" not in name and "bf16" not in name:
-            assert row["max_abs_diff"] <= 1e-5 and row["agreement"] == 1.0
-        if "pruned" not in name:
-            assert row["agreement"] >= (0.95 if "4 bits" in name else 0.99), name  # int8 too
-    assert rows["eager"]["accuracy"] > 0.9 and rows["pruned, ONNX"]["accuracy"] > 0.9
-    assert rows["pruned, ONNX"]["size_bytes"] < 0.6 * rows["ONNX"]["size_bytes"]
-    assert rows["ONNX int8"]["size_bytes"] < 0.5 * rows["ONNX"]["size_bytes"]
-    assert report["recommended"] in rows and f"recommended: {report['recommended']}" in result.stdout
-    for key in ("cpu", "gemm_gflops", "torch", "seconds", "settings"):
-        assert report[key], key
-    assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
-    assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
-
-
-def test_export_demo_shows_what_a_trace_freezes_and_that_zeros_bring_nothing(export_demo):
-    report = last_json(export_demo[1])
-    assert report["control_flow"] == {
-        "TorchScript, trace": "wrong, without a word", "TorchScript, script": "right",
-        "torch.export": "refused", "torch.export, torch.where": "right",
-    }  # fmt: skip
-    sweep = {row["name"]: row for row in report["unstructured"]}
-    assert sweep["0% zeros"]["accuracy"] == report["models"][0]["accuracy"] > sweep["90% zeros"]["accuracy"]
-    assert "deprecated" in export_demo[1].stdout
-
-
-# Reads nothing but the artefact: -I leaves neither the project nor PYTHONPATH on the path.
-EXPORT_FRESH = """
+    # Reads nothing but the artefacts: -I leaves neither the project nor PYTHONPATH on the path.
+    FRESH = """
 import json, sys
 import numpy as np, onnxruntime, torch
-assert not any(name in sys.modules for name in ("export", "encoder"))
 folder, sentences = sys.argv[1], sys.argv[2:]
-def session(name):
-    return onnxruntime.InferenceSession(f"{folder}/{name}", providers=["CPUExecutionProvider"])
-metadata = session("model.int8.onnx").get_modelmeta().custom_metadata_map
-vocabulary, labels = json.loads(metadata["vocabulary"]), json.loads(metadata["labels"])
-ids = [[vocabulary[word] for word in sentence.split()] for sentence in sentences]
+session = onnxruntime.InferenceSession(f"{folder}/original.int8.onnx", providers=["CPUExecutionProvider"])
+metadata = session.get_modelmeta().custom_metadata_map
+words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
 length = max(map(len, ids))
 tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
 answers = {}
-for kind in ("", ".int8", ".int8.e8", ".int8.e4", ".static"):
-    answers["ONNX" + kind] = session(f"model{kind}.onnx").run(None, {"tokens": tokens})[0]
+for name in ("original", "original.int8", "original.e8", "original.static", "pruned.int8"):
+    session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
+    answers[name] = session.run(None, {"tokens": tokens})[0]
 tokens = torch.from_numpy(tokens)
 with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/program.pt2").module()(tokens).numpy()
+    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
+    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
+    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
 print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
 """
 
-
-def test_export_artefacts_answer_in_a_fresh_process(export_demo, tmp_path):
-    """With the vocabulary from the metadata; a row of padding alone is finite and the same in all formats."""
-    sentences = {
-        "the plot was superb": "positive", "the plot was not superb": "negative",
-        "the script was dull but to be fair the music was not awful": "positive",
-        "late at night the music was gripping but the cast was lifeless": "negative",
-    }  # fmt: skip
-    command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(export_demo[0]), *sentences]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    answers = json.loads(result.stdout.splitlines()[-1])
-    reference = torch.tensor(answers["trace"][0])
-    assert len(answers) == 8 and reference.isfinite().all()
-    vocabulary_size = torch.load(export_demo[0] / "weights.pt", weights_only=True)["embedding.weight"].size(0)
-    model = export.Classifier(vocabulary_size).eval()
-    model.load_state_dict(torch.load(export_demo[0] / "weights.pt", weights_only=True))
-    check_close(reference[-1], model(torch.zeros(1, 3, dtype=torch.long))[0].detach(), 1e-5)
-    for name, (logits, labels) in answers.items():
-        assert labels[:-1] == list(sentences.values()), name
-        tolerance = 0.3 if "." in name else 1e-5
-        check_close(torch.tensor(logits), reference, tolerance, name)
-    padding = torch.tensor([logits[-1] for logits, _ in answers.values()])
-    check_close(padding, reference[-1].expand_as(padding), 0.05)
-
-
-def test_export_fresh_process_has_nothing_of_this_one(export_onnx_file, tmp_path, monkeypatch):
-    ballast = torch.ones(100_000_000)  # 400 MB here are not the child's
-    facts, output = export.in_a_fresh_process(export_onnx_file, (torch.ones(2, 3, dtype=torch.long),))
-    assert facts["peak_mb"] < 300 and ballast[-1] == 1 and 0 <= facts["load_seconds"] < 10
-    check_close(output, export.load_artefact(export_onnx_file)(torch.ones(2, 3, dtype=torch.long)), 1e-6)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.chdir(ROOT)
-    for module in ("export", "encoder"):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=f"No module named '{module}'"):
-            patch.setattr(export, "FRESH", f"import {module}")
-            export.in_a_fresh_process(export_onnx_file, (torch.ones(2, 3, dtype=torch.long),))
-    (tmp_path / "bad.onnx").write_bytes(b"nothing")
-    with pytest.raises(RuntimeError, match="bad.onnx fails in a fresh process"):
-        export.in_a_fresh_process(tmp_path / "bad.onnx", (torch.ones(2, 3, dtype=torch.long),))
-
-
-def test_export_all_says_what_a_model_refuses(tmp_path):
-    """A model with an `if` on its input has no .pt2 and no ONNX; the rest is compared all the same."""
-    model, x = nn.Sequential(export.Gate(), nn.Linear(3, 2), nn.Dropout(0.5)), torch.randn(4, 3)
-    labels = model.eval()(x).argmax(-1).clone()
-    model.train()
-    cases = {"small": [(x[:2],)], "large": [(x,)]}
-    report = export.export_all({"it": model}, x, [((x,), labels)], cases, [], tmp_path, seconds=0.001)
-    assert set(report["refused"]) == {"torch.export", "torch.export, bf16", "ONNX"}
-    assert "inputs of floats" in report["refused"]["torch.export, bf16"] and report["headline"] == "large"
-    assert [row["name"] for row in report["models"]] == ["eager", "TorchScript, trace", "TorchScript, script"]
-    assert all(row["accuracy"] == row["agreement"] == 1 and row["batch"] == 4 for row in report["models"])
-    assert all(row["max_abs_diff"] <= 1e-6 for row in report["models"])  # without dropout
-    assert model.training  # as it was
-    for wrong in ({"evaluation": []}, {"cases": {}}, {"models": {}}, {"max_loss": -0.1}, {"max_loss": 1.1}):
-        given = {"models": {"it": model}, "evaluation": [((x,), labels)], "cases": cases} | wrong
-        with pytest.raises(ValueError, match="models, evaluation and cases must hold something"):
-            export.export_all(example_inputs=x, calibration=[], out=tmp_path, **given)
-
-
-def test_export_all_holds_everything_to_the_threads_asked_for(tmp_path, monkeypatch):
-    given, load, measure = [], export.load_artefact, export.benchmark
-    monkeypatch.setattr(export, "load_artefact", lambda path, n=1: given.append(n) or load(path, n))
-    monkeypatch.setattr(export, "benchmark", lambda r, c, t=1.0, n=1: given.append(n) or measure(r, c, t, n))
-    monkeypatch.setattr(export, "in_a_fresh_process", lambda path, x, n=1: (given.append(n) or {}, None))
-    model, x = nn.Sequential(export.Gate(), nn.Linear(3, 2)), torch.randn(4, 3)
-    data, cases = [((x,), torch.zeros(4))], {"c": [(x,)]}
-    for max_loss in (0, 1):
-        out = tmp_path / "a" / "b"
-        export.export_all({"it": model}, x, data, cases, [], out, threads=2, seconds=0.001, max_loss=max_loss)
-    assert given == [2] * 10
-
-
-def test_export_sentences_mean_what_their_labels_say():
-    sentences = export.generate_sentences(500, 3)
-    assert len(dict(sentences)) == 500 and sentences == export.generate_sentences(500, 3)
-    assert 0.4 < np.mean([label for _, label in sentences]) < 0.6
-    for text, label in sentences:
-        clause = text.split(" but ")[-1].split()
-        assert label == (clause[-1] in export.GOOD) ^ ("not" in clause), text
-
-
-def test_export_is_quiet_and_leaves_logging_alone(export_models, tmp_path, capfd):
-    import logging
-
-    root = logging.getLogger()
-    before = root.level, root.handlers[:], root.manager.disable, warnings.filters[:]
-    model, x = export_models["own"], torch.randint(0, 50, (2, 9))
-    export.export_torchscript(model, x, tmp_path / "m.ts")
-    export.export_program(model, x, tmp_path / "m.pt2")
-    path = export.export_onnx(model, x, tmp_path / "m.onnx")
-    export.quantize_dynamic(path, tmp_path / "d.onnx", embedding_bits=4)
-    export.quantize_static(path, tmp_path / "s.onnx", [{"tokens": x}])
-    with pytest.raises(ValueError):
-        export.export_program(export.Gate(), torch.ones(2, 2), tmp_path / "g.pt2")
-    assert capfd.readouterr() == ("", "")
-    assert before == (root.level, root.handlers[:], root.manager.disable, warnings.filters[:])
-
-
-def test_export_errors_on_the_command_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    check_one_line_error(run_script("export.py", "--out", "file/below", cwd=tmp_path), "file")
-    unknown = run_script("export.py", "--widht", "3", cwd=tmp_path)
-    assert unknown.returncode == 2 and "--widht" in unknown.stderr
-    for arguments, words in (
-        ("--epochs 0", "epochs.*0"), ("--threads 0", "threads.*0"), ("--seconds -1", "seconds.*-1"),
-        ("--n-train 10", "n_train.*200.*10"), ("--n-test 0", "n_test.*200.*0"),
-        ("--n-test 100001", "n_test.*100000.*100001"), ("--max-loss -0.1", "max_loss.*-0.1"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=words):
-            export.settings_from_command_line(arguments.split())
-    with pytest.raises(ValueError, match="needs nowhere_onnx: pip install nowhere_onnx"):
-        export.need("torch", "nowhere_onnx")
+    def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
+        """With the words from the metadata; a row of padding alone is finite and the same in all formats."""
+        sentences = {
+            "the plot was superb": "positive", "the plot was not superb": "negative",
+            "the script was dull but the music was not awful": "positive",
+            "the music was gripping but the cast was lifeless": "negative",
+        }  # fmt: skip
+        command = [sys.executable, "-I", "-W", "ignore", "-c", self.FRESH, str(demo[0]), *sentences]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        answers = last_json(result)
+        weights = torch.load(demo[0] / "weights.pt", weights_only=True)
+        model = export.Classifier(len(export.WORDS)).eval()
+        model.load_state_dict(weights)
+        reference = torch.tensor(answers["trace"][0])
+        check_close(reference[-1], model(torch.zeros(1, 3, dtype=torch.long))[0].detach(), 1e-5)
+        assert len(answers) == 8
+        for name, (logits, labels) in answers.items():
+            assert labels[:-1] == list(sentences.values()), name
+            if "pruned" not in name:
+                tolerance = 0.3 if "." in name else 1e-5
+                check_close(torch.tensor(logits), reference, tolerance, name)
 
 
 # -----------------------------------------------------------------------------
-# classify_imdb.py: data
+# classify_imdb.py
 
-NO_NETWORK = {
-    "https_proxy": "http://127.0.0.1:9",
-    "HTTPS_PROXY": "http://127.0.0.1:9",
-}  # nothing listens there
+NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}  # nothing listens
+IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
+IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
 
+# For the launcher: a run on few demo reviews without export and page. {here} makes something different.
+IMDB_FEW = """
+script.exit_now = script.ddp.exit_now
+import os, sys
+script.hardware = lambda device: {"gemm_gflops": 1.0}
 
-def imdb_files(per_folder: int) -> dict[str, str]:
-    """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
-    return {
-        f"{folder}/{number}_{7 if 'pos' in folder else 2}.txt": f"{folder} {number}, a film<br />Über alles."
-        for folder in imdb.PER_FOLDER
-        for number in range(per_folder)
-    }
+def no_network():
+    raise OSError("no network")
 
+script.find_imdb = no_network
+whole = script.load_corpus(script.Settings(data=""))
+few = script.Corpus("demo", whole.labels, whole.train[:300], whole.test[:300], whole.unlabelled[:300])
+script.load_corpus = lambda s: few
+script.BUCKETS = 10_007  # a small table of odds: every step is saved
+export_models, script.export_models = script.export_models, lambda *_: {"exported": True}
+script.write_page = lambda *_: None
 
-def imdb_tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
-    with tarfile.open(path, "w:gz") as tar:
-        folder = tarfile.TarInfo(prefix + "train/pos")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name, text in files.items():
-            member = tarfile.TarInfo(prefix + name)
-            member.size = len(text.encode())
-            tar.addfile(member, io.BytesIO(text.encode()))
-    return path
+def die(*_, **__):
+    os.kill(os.getpid(), 9)
 
+def again(*_, **__):
+    raise AssertionError("done again")
 
-def imdb_folder(path: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text(text, encoding="utf-8")
-    return path
+def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
+    return die() if step == 12 else rate(step, warmup, steps)
 
+{here}
+script.exit_now(script.main(sys.argv[1:]))
+"""
 
-def test_classify_imdb_reads_tarball_and_folder_alike(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    unasked = {"train/unsup/0_0.txt": "no label", "README": "read me", "train/pos/._0_7.txt": "no review"}
-    from_tar = imdb.read_imdb(imdb_tarball(tmp_path / "aclImdb_v1.tar.gz", files | unasked))
-    outer = imdb_folder(tmp_path / "there" / "aclImdb", files | unasked).parent
-    assert from_tar == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
-    assert imdb.read_imdb(imdb_tarball(tmp_path / "again.tar.gz", files, prefix="./aclImdb/")) == from_tar
-    for split in ("train", "test"):
-        assert [(r.number, r.label) for r in from_tar[split]] == [(i, 1) for i in range(30)] + [
-            (i, 0) for i in range(30)
-        ]
-        for review in from_tar[split]:
-            assert review.text.startswith(f"{split}/{'pos' if review.label else 'neg'} {review.number},")
-    other = imdb.read_imdb(imdb_folder(tmp_path / "other", files | {"test/neg/3_2.txt": "a word changed"}))
-    assert imdb.fingerprint(other) != imdb.fingerprint(from_tar)
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
-    more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
-    for path in (
-        imdb_tarball(tmp_path / "all.tar.gz", files | more),
-        imdb_folder(tmp_path / "all", files | more),
-    ):
-        with_unlabelled = imdb.read_imdb(path, unlabelled=True)
-        unlabelled = with_unlabelled.pop("unlabelled")
-        assert with_unlabelled == from_tar == imdb.read_imdb(path)
-        assert unlabelled == [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-    with pytest.raises(ValueError, match="1 reviews in train/unsup, not 12"):
-        imdb.read_imdb(tmp_path / "aclImdb_v1.tar.gz", unlabelled=True)
+IMDB_SNIPPET = """
+import json
 
+import numpy as np
+import onnxruntime
+import tiktoken
 
-def test_classify_imdb_takes_no_part_of_imdb_for_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 30))
-    files = imdb_files(30)
-    long = " ".join(
-        f"{random.Random(i).random()}" for i in range(5000)
-    )  # most of the bytes lie inside a text
-    whole = imdb_tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-
-    def refused(path: Path, *words: str):
-        with pytest.raises(ValueError) as error:
-            imdb.read_imdb(path)
-        assert all(word in str(error.value) for word in ("data:", str(path), *words)), error.value
-
-    refused(tmp_path / "nowhere", "does not exist")
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no folder train/pos")
-    no_test_neg = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-    refused(imdb_folder(tmp_path / "part", no_test_neg), "no folder test/neg")
-    refused(imdb_tarball(tmp_path / "part.tar.gz", no_test_neg), "0 reviews in test/neg")
-    one_less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-    refused(imdb_folder(tmp_path / "less", one_less), "29 reviews in train/neg", "30")
-    refused(
-        imdb_tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"}),
-        "31 reviews in test/pos",
-    )
-    (tmp_path / "text").write_text("no tarball")
-    refused(tmp_path / "text", "no .tar.gz")
-    plain = tmp_path / "plain.gz"
-    plain.write_bytes(gzip.compress(b"no tar in it" * 100))
-    refused(plain, "truncated, altered")
-    data = whole.read_bytes()
-    for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1):
-        whole.write_bytes(data[:cut])
-        refused(whole, "truncated, altered")
-    header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
-    for place in random.Random(0).sample(range(header, len(data)), 60):
-        altered = bytearray(data)
-        altered[place] ^= 1 << place % 8
-        whole.write_bytes(altered)
-        refused(whole, "truncated, altered")
-    whole.write_bytes(data)
-    assert len(imdb.read_imdb(whole)["test"]) == 60
-
-
-def test_classify_imdb_loads_what_is_given(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 3})
-    files = imdb_files(5) | {f"train/unsup/{i}_0.txt": "?" for i in range(3)}
-    path = imdb_tarball(tmp_path / "all.tar.gz", files)
-    for unlabelled in (False, True):
-        s = imdb.Settings(data=str(path), unlabelled=unlabelled)
-        assert imdb.load_reviews(s) == ("imdb", imdb.read_imdb(path, unlabelled))
-        assert "not exactly the published" in capsys.readouterr().out
-    monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(imdb.read_imdb(path)))
-    imdb.load_reviews(s)
-    assert not capsys.readouterr().out
-
-
-def test_classify_imdb_constants_are_the_published_ones():
-    assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
-    assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
-    log = json_of(ROOT / "assets/imdb.json")
-    assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
-
-
-def test_classify_imdb_fingerprint_sees_each_label_and_text():
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    seen = {imdb.fingerprint(reviews)}
-    for split in ("train", "test", "unlabelled"):
-        for change in ({"text": "x"}, {"label": 7}):
-            rows = list(reviews[split])
-            rows[3] = rows[3]._replace(**change)
-            seen.add(imdb.fingerprint(reviews | {split: rows}))
-    assert len(seen) == 7
-
-
-def test_classify_imdb_unpacks_nothing(tmp_path, monkeypatch):
-    """Members whose paths lead elsewhere are no reviews, and no file appears anywhere."""
-    monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 5))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    evil = {"../evil.txt": "out", f"{tmp_path}/absolute.txt": "out", "train/pos/../../../evil.txt": "out"}
-    path = imdb_tarball(tmp_path / "evil.tar.gz", imdb_files(5) | evil, prefix="")
-    assert len(imdb.read_imdb(path)["train"]) == 10
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["evil.tar.gz", "here"]
-
-
-def test_classify_imdb_dev_split_is_blocks_of_neighbours():
-    """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
-    for per_class in (12_500, 4000, 50):
-        reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
-        train, dev = imdb.split_dev(reviews)
-        assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
-        for label in (0, 1):
-            numbers = {r.number for r in dev if r.label == label}
-            assert len(numbers) == per_class // 10
-            edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
-            assert len(edges) == 10 and max(edges) - min(edges) > per_class // 2  # drawn from several places
-    assert sorted(imdb.dev_numbers(50)) == [4, 14, 24, 34, 44]
-
-
-def test_classify_imdb_cleans_and_finds_shared_texts():
-    assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-    texts = ["Good film!", "good   FILM", "A bad one.<br />Really"]
-    one = [imdb.Review(i, 1, text) for i, text in enumerate(texts)]
-    other = [
-        imdb.Review(i, 0, text) for i, text in enumerate(["good film", "a bad one, really!", "goodfilm", ""])
-    ]
-    assert imdb.shared_texts(one, other) == 2 and imdb.shared_texts(other, one) == 3
-
-
-def test_classify_imdb_demo_reviews_share_no_text():
-    reviews = imdb.demo_reviews(0)
-    train, dev = imdb.split_dev(reviews["train"])
-    assert (len(train), len(dev), len(reviews["test"])) == (7200, 800, 2000)
-    assert imdb.shared_texts(train, dev) == imdb.shared_texts(train + dev, reviews["test"]) == 0
-    assert all(2 * sum(r.label for r in part) == len(part) for part in (train, dev, reviews["test"]))
-
-
-IMDB_GIVEN = pytest.mark.skipif(
-    not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
-)
+session = onnxruntime.InferenceSession("out/classify_imdb/model.onnx")
+about = session.get_modelmeta().custom_metadata_map
+labels, max_len, pattern, tokens = (json.loads(about[x]) for x in ("labels", "max_len", "pattern", "tokens"))
+ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
+bpe = tiktoken.Encoding("reviews", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+text = " ".join("A film to remember.<br />".replace("<br />", " ").lower().split())
+ids = 2 + np.array(bpe.encode_ordinary(text))  # 0 and 1 are padding and hidden words
+ids = ids if len(ids) <= max_len else np.concatenate((ids[: max_len // 2], ids[max_len // 2 - max_len :]))
+logits = session.run(None, {"tokens": ids[None]})[0][0]
+print(dict(zip(labels, np.exp(logits) / np.exp(logits).sum())))
+"""
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
@@ -6070,1469 +5159,1047 @@ class BreakingServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def serve():
-    """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
-    servers = []
+class TestClassifyImdb:
+    @pytest.fixture(autouse=True)
+    def small_table(self, monkeypatch):
+        """A table of odds of two million rows takes a tenth of a second each time."""
+        monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
-    def start(data: bytes, **given):
-        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
+    @staticmethod
+    def corpus(n: int = 200, seed: int = 5) -> imdb.Corpus:
+        pairs = enumerate(encoder.generate_reviews(3 * n, seed))
+        reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
+        unlabelled = [imdb.Review(i, -1, review.text) for i, review in enumerate(reviews[2 * n :])]
+        return imdb.Corpus("demo", ["negative", "positive"], reviews[:n], reviews[n : 2 * n], unlabelled)
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    @staticmethod
+    def model(**settings) -> imdb.ReviewClassifier:
+        sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "max_len": 64, **settings}
+        model = imdb.make_model(imdb.Settings(**sizes), 300).eval()
+        if model.odds is not None:
+            model.odds.table[1:] = torch.randn(imdb.BUCKETS, 1)
+            model.odds.without_fold.copy_(torch.randn_like(model.odds.without_fold))
+            model.odds.without_fold[:: imdb.BUCKETS + 1] = 0.0
+        return model
 
+    def training(self, out: Path, **settings):
+        """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
+        sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1, "n_layers": 1, "max_len": 16, "vocab_size": 300}
+        rest = {"batch_size": 10, "epochs": 1, "min_steps": 0, "out": str(out)}
+        s = imdb.Settings(**{**sizes, **rest, **settings})
+        corpus = self.corpus()
+        tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
+        parts = []
+        for reviews in (corpus.train, corpus.test[:50]):
+            parts.append(imdb.encode(tokenizer, reviews, [r.label for r in reviews], s.max_len))
+        model = imdb.make_model(s, tokenizer.vocab_size)
+        model.odds.fit(parts[0])
+        return model, *parts, imdb.Run({}, tokenizer.ranks), s
 
-def test_classify_imdb_download(tmp_path, serve):
-    data = random.Random(0).randbytes(1_000_000)
-    md5 = hashlib.md5(data).hexdigest()
-    fetch = functools.partial(imdb.download, size=len(data), md5=md5)
-    part = tmp_path / "got.part"
+    @staticmethod
+    def imdb_files(per_folder: int) -> dict[str, str]:
+        """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
+        names = [f"{f}/{i}_{7 if 'pos' in f else 2}.txt" for f in imdb.PER_FOLDER for i in range(per_folder)]
+        return {name: f"{name}, a film<br />Über alles." for name in names}
 
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == [None] and not part.exists()
+    @staticmethod
+    def tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
+        with tarfile.open(path, "w:gz") as tar:
+            folder = tarfile.TarInfo(prefix + "train/pos")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name, text in files.items():
+                member = tarfile.TarInfo(prefix + name)
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+        return path
 
-    url, breaking = serve(data, sent_at_most=300_000)  # breaks off, and goes on where it was asked to
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
-    assert breaking.asked == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+    @staticmethod
+    def folder(path: Path, files: dict[str, str]) -> Path:
+        for name, text in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_text(text, encoding="utf-8")
+        return path
 
-    part.write_bytes(data[:400_000])  # left by a run that was killed
-    url, whole = serve(data)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data and whole.asked == ["bytes=400000-"]
+    @staticmethod
+    def table(path: Path, rows: list[tuple], columns=("text", "label")) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+        return path
 
-    part.write_bytes(data[:400_000])  # a server that knows no ranges sends all from the start
-    url, _ = serve(data, ranges=False)
-    fetch(url, tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == data
+    @staticmethod
+    def own_rows(n: int) -> list[tuple[str, str]]:
+        """Reviews as people store them: quotes, commas, line breaks, emoji, nothing at all."""
+        odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<script>{}</script> $x_1$"]
+        reviews = encoder.generate_reviews(n, 7)
+        return [(odd[i % len(odd)].format(t), ("bad", "good & fine")[y]) for i, (t, y) in enumerate(reviews)]
 
+    # ---- oracles
 
-def test_classify_imdb_download_that_fails_leaves_what_was_there(tmp_path, serve):
-    data = random.Random(1).randbytes(500_000)
-    md5 = hashlib.md5(data).hexdigest()
-    got, part = tmp_path / "got", tmp_path / "got.part"
-    altered = bytearray(data)
-    altered[123_456] ^= 1
+    def test_ngram_ids_equal_a_loop(self):
+        """By place: the bucket of the single, pair, triple that end there; 0 where one isn't a word."""
+        for T in (1, 2, 3, 40):
+            tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
+            buckets = imdb.ngram_ids(tokens)
+            assert buckets.shape == (4, T, 3)
+            for b, t, n in itertools.product(range(4), range(T), (1, 2, 3)):
+                gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else []
+                hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
+                assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= 2 else 0)
+        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
+        assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
+        largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
+        assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
+        assert (imdb.PAD, imdb.MASK, imdb.SPECIAL) == (0, 1, 2)
+        for prime in (2_097_143, *imdb.FACTORS):
+            assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
 
-    def fails(url: str, *words: str):
-        with pytest.raises(OSError) as error:
-            imdb.download(url, got, len(data), md5)
-        assert all(word in str(error.value) for word in (url, *words)), error.value
-        assert not got.exists()
-
-    fails(serve(bytes(altered))[0], "md5")
-    assert not part.exists()  # wrong bytes are no start for the next attempt
-    fails(serve(data + b"more")[0], "md5")
-    fails(serve(data, status=404)[0], "404")
-    fails(serve(data, status=503)[0], "503")
-    fails("http://127.0.0.1:9/file", "refused")
-    assert not part.exists()
-    fails(serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 500,000")  # never gets further
-    assert part.read_bytes() == data[:100_000]
-    imdb.download(serve(data)[0], got, len(data), md5)
-    assert got.read_bytes() == data
-
-
-def test_classify_imdb_finds_the_cache_first(tmp_path, monkeypatch, serve):
-    data = b"tarball"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
-    monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
-    url, server = serve(data)
-    monkeypatch.setattr(imdb, "IMDB_URL", url)
-    assert imdb.find_imdb("given") == Path("given") and not server.asked
-    (tmp_path / "imdb").mkdir()  # left by a download that broke off
-    path = imdb.find_imdb("")
-    assert path == tmp_path / "imdb/aclImdb_v1.tar.gz" == imdb.find_imdb("") and path.read_bytes() == data
-    assert len(server.asked) == 1  # the second time it was there
-    path.unlink()
-    both = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:  # two first runs
-        paths = list(pool.map(lambda _: (both.wait(), imdb.find_imdb(""))[1], range(2)))
-    assert paths == [path, path] and path.read_bytes() == data and len(server.asked) == 2
-    path.unlink()
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    assert imdb.find_imdb("").read_bytes() == data
-
-
-def test_classify_imdb_a_stalled_server_is_given_up(tmp_path, monkeypatch):
-    def urlopen(request, timeout=None):
-        assert timeout and timeout <= 60
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(imdb.urllib.request, "urlopen", urlopen)
-    with pytest.raises(OSError, match="timed out after 0 of 5 bytes"):
-        imdb.download("http://127.0.0.1/a", tmp_path / "a", 5, "")
-
-
-# -----------------------------------------------------------------------------
-# classify_imdb.py: tokenizer, batches, training
-
-
-def test_classify_imdb_tokenizer():
-    texts = [review.text for review in imdb.demo_reviews(0)["train"][:500]]
-    tokenizer = imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400)
-    assert tokenizer.ranks == imdb.Tokenizer.train([imdb.clean(text) for text in texts], 400).ranks
-    assert 300 < tokenizer.vocab_size <= 400
-    odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0], "don't it's"]
-    again = imdb.Tokenizer(list(tokenizer.ranks))  # what a checkpoint holds is enough
-    every_byte = [bytes([i, j]) for i in range(256) for j in (0, 34, 92, 255)]
-    assert imdb.unpacked(imdb.packed(every_byte)) == every_byte
-    assert imdb.unpacked(imdb.packed(tokenizer.ranks)) == tokenizer.ranks
-    for text, ids, same in zip(odd, tokenizer.encode(odd, 1000), again.encode(odd, 1000), strict=True):
-        assert ids.dtype == torch.long and torch.equal(ids, same)
-        assert ids.numel() == 0 or imdb.SPECIAL <= ids.min() <= ids.max() < tokenizer.vocab_size
-        assert tokenizer.bpe.decode([i - imdb.SPECIAL for i in ids.tolist()]) == imdb.clean(text)
-    assert (
-        len(tokenizer.encode([texts[0]], 1000)[0]) < len(texts[0].split()) * 2
-    )  # merged: no letter-by-letter
-    (whole,) = tokenizer.encode([" ".join(texts[:20])], 10_000)
-    for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
-        (short,) = tokenizer.encode([" ".join(texts[:20])], max_len)
-        head = min(max_len, len(whole)) // 2 if max_len < len(whole) else len(whole)
-        tail = min(max_len, len(whole)) - head
-        assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
-    assert imdb.pad([whole[:3], whole[:0], whole[:1]]).tolist() == [
-        whole[:3].tolist(),
-        [0, 0, 0],
-        [whole[0], 0, 0],
-    ]
-    assert imdb.pad([whole[:0]]).tolist() == [[imdb.PAD]]
-
-
-def test_classify_imdb_batches_hold_each_review_once_and_little_padding():
-    rng = random.Random(0)
-    for n in (1, 31, 32, 33, 5000):
-        lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-        batches = imdb.batches(lengths, 32, seed=1)
-        assert sorted(i for batch in batches for i in batch) == list(range(n))
-        assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
-        assert batches == imdb.batches(lengths, 32, seed=1)
-    assert batches != imdb.batches(lengths, 32, seed=2)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    assert padded < 1.1 * sum(lengths)
-    longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
-    assert longest != sorted(longest)  # batches come in random order, not the short ones first
-    other = {tuple(sorted(batch)) for batch in imdb.batches(lengths, 32, seed=2)}
-    assert len({tuple(sorted(batch)) for batch in batches} & other) < 3
-
-
-def test_classify_imdb_upcoming_goes_on_in_any_epoch():
-    s, lengths = imdb.Settings(epochs=3, batch_size=4), [7] * 10  # 3 steps an epoch
-    whole = list(imdb.upcoming(lengths, s, 0))
-    assert len(whole) == 9 and whole[:3] != whole[3:6] != whole[6:]
-    assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3, 6))
-    assert all(list(imdb.upcoming(lengths, s, step)) == whole[step:] for step in range(10))
-    other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0))
-    assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3, 6) for f in (0, 3, 6))
-
-
-def test_classify_imdb_hides_a_share_of_the_words_and_counts():
-    seen, ids = [], [torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)]
-
-    def model(tokens, fold):
-        seen.append((tokens, fold))
-        return torch.zeros(len(tokens), 2)
-
-    data, s = (ids, [0.2, 0.3, 0.9], [0, 1, 2]), imdb.Settings(mask_words=0.3)
-    loss, right = imdb.share_of_batch(model, [0, 1, 2], data, False, s, imdb.ALONE)
-    assert right == 2 and loss.item() == pytest.approx(3 * math.log(2))
-    ((tokens, fold),) = seen
-    assert (tokens[0, 400:] == imdb.PAD).all() and fold.tolist() == [0, 1, 2]
-    assert abs((tokens == imdb.MASK).sum().item() / 2400 - 0.3) < 0.05
-
-
-def test_classify_imdb_weights_follow_the_seed():
-    a, b, c = (imdb.make_model(imdb.Settings(seed=n), 300).head.weight for n in (0, 1, 0))
-    assert torch.equal(a, c) and not torch.equal(a, b)
-
-
-def test_classify_imdb_optimizer_and_schedule():
-    s = imdb.Settings(lr=2.0, warmup=10, weight_decay=0.5)
-    model = imdb.make_model(s, 300)
-    optimizer = imdb.make_optimizer(model, s)
-    decayed, spared = optimizer.param_groups
-    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0.0
-    assert {p.dim() for p in decayed["params"]} == {2, 3} and {p.dim() for p in spared["params"]} == {1}
-    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
-    rates = [imdb.learning_rate(step, 1000, s) for step in range(1000)]
-    assert rates[:10] == pytest.approx(
-        [0.2 * i for i in range(1, 11)], rel=1e-3
-    )  # 1 / warmup first, then the peak
-    assert (
-        rates[500] == pytest.approx(1.0) and rates[250] == pytest.approx(1 + 2**-0.5) and 0 < rates[-1] < 1e-4
-    )
-
-
-def test_classify_imdb_bf16_only_where_the_cpu_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for has in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": has})
-        assert imdb.choose_bf16("auto", cpu) is has
-        assert imdb.choose_bf16("bf16", cpu) is True and imdb.choose_bf16("off", cpu) is False
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # another architecture
-    assert imdb.choose_bf16("auto", cpu) is False
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert imdb.choose_bf16("auto", torch.device("cuda")) is False
-
-
-def test_classify_imdb_probabilities_are_each_text_s_own():
-    """In the order given, whatever stands beside a text in its batch; P(positive) is class 1's."""
-    model = imdb.make_model(imdb.Settings(d_model=16, d_ff=16, max_len=50), 300)
-    ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    for i in (0, 1, 70, 149):
-        check_close(p[i : i + 1], model(imdb.pad([ids[i]])).softmax(-1)[:, 1].detach(), 1e-5)
-    labels = torch.tensor([1, 0, 1, 0])
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.2, 0.6]), labels) == 0.5
-    assert imdb.accuracy(torch.tensor([0.9, 0.1, 0.8, 0.4]), labels) == 1.0
-
-
-def test_classify_imdb_training_flops_count_the_matrix_products():
-    """2 operations for each weight and place, 4 * C for each pair of places; twice that backward."""
-    s = imdb.Settings(n_layers=3, d_model=32, d_ff=48, n_heads=4)
-    model = imdb.make_model(s, 300)
-    weights = sum(p.numel() for p in model.encoder.layers.parameters() if p.dim() == 2)
-    weights += model.shorten.weight.numel()
-    forward = sum(2 * weights * T + 3 * (2 * T * T * 32 + 2 * T * T * 32) for T in (5, 2))
-    assert imdb.training_flops(model.config, [17, 5]) == 3 * forward
-
-
-def test_classify_imdb_ngram_ids_equal_a_loop():
-    """By place: the bucket of the single, the pair, the triple that end there; 0 where one isn't a word."""
-    for T in (1, 2, 3, 40):
-        tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
-        buckets = imdb.ngram_ids(tokens)
-        assert buckets.shape == (4, T, 3) and torch.equal(imdb.ngram_ids(tokens.int()), buckets)
-        for b, row in enumerate(tokens.tolist()):
-            for t in range(T):
-                for n in (1, 2, 3):
-                    gram = row[t - n + 1 : t + 1] if t >= n - 1 else []
-                    hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
-                    assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= imdb.SPECIAL else 0)
-    short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
-    assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
-    largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
-    assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
-    words = torch.randint(2, 16_000, (1, 3000))
-    assert len(imdb.ngram_ids(words).unique()) > 0.99 * (len(words.unique()) + 2 * 3000 - 3)  # few collide
-
-
-def test_classify_imdb_hidden_words_and_padding_have_no_odds():
-    assert not imdb.ngram_ids(torch.tensor([[imdb.MASK, imdb.PAD]])).any()
-    assert 0.8 < imdb.make_model(imdb.Settings(), 300).from_odds.weight.std() < 1.2  # see there
-    assert len({imdb.PAD, imdb.MASK, imdb.SPECIAL}) == 3 and imdb.SPECIAL > max(imdb.PAD, imdb.MASK)
-    for prime in (imdb.BUCKETS, *imdb.FACTORS):
-        assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
-
-
-def test_classify_imdb_odds_equal_counting_and_never_see_a_review_s_own_label():
-    rng = random.Random(0)
-    ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
-    labels, folds = [rng.randrange(2) for _ in ids], [rng.randrange(imdb.FOLDS) for _ in ids]
-    odds = imdb.ngram_odds(ids, labels, folds)
-    assert odds.shape == (imdb.FOLDS + 1, imdb.BUCKETS + 1) and (odds[:, 0] == 0).all()
-    seen = set()
-    for left_out in range(imdb.FOLDS + 1):
-        counts = collections.defaultdict(lambda: [1, 1])
-        for x, label, fold in zip(ids, labels, folds, strict=True):
-            if fold != left_out:
+    def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
+        rng = random.Random(0)
+        ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
+        ids[0] = torch.tensor([imdb.BUCKETS])  # falls into bucket 1, the first
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's opinion counts on its side
+        folds = [rng.randrange(imdb.FOLDS) for _ in ids]
+        odds = imdb.NgramOdds()
+        odds.fit(imdb.Examples(ids, targets, folds))
+        tables = [*odds.without_fold.view(imdb.FOLDS, -1), odds.table[:, 0]]
+        for left_out, table in enumerate(tables):
+            counts = collections.defaultdict(lambda: [1, 1])
+            for x, target, fold in zip(ids, targets, folds, strict=True):
                 for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
-                    counts[bucket][label] += 1
-        seen |= set(counts)
-        for bucket in seen:
-            negative, positive = counts[bucket]
-            assert odds[left_out, bucket].item() == pytest.approx(math.log(positive / negative), abs=1e-6)
-    assert (odds != 0).any(0).sum() <= len(seen)
-    turned = [1 - label if fold == 2 else label for label, fold in zip(labels, folds, strict=True)]
-    others = imdb.ngram_odds(ids, turned, folds)
-    assert torch.equal(others[2], odds[2]) and not torch.equal(others[1], odds[1])
+                    counts[bucket][target > 0.5] += fold != left_out
+            expected = torch.zeros(imdb.BUCKETS + 1)
+            for bucket, (negative, positive) in counts.items():
+                expected[bucket] = math.log(positive / negative)
+            check_close(table, expected, 1e-6)
+        turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
+        others = imdb.NgramOdds()
+        others.fit(imdb.Examples(ids, turned, folds))
+        x = ids[folds.index(2)][None]
+        assert torch.equal(others(x, torch.tensor([2])), odds(x, torch.tensor([2])))
+        assert not torch.equal(others(x), odds(x)) and not torch.equal(odds(x), odds(x, torch.tensor([2])))
+        assert list(odds.state_dict()) == ["table"]
 
+    @pytest.mark.parametrize("n", [21, 22, 23, 24])
+    def test_model_is_its_parts_written_out(self, n):
+        """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place."""
+        model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
+        fold = torch.tensor([1, 3])
+        rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
+        for given, table in ((None, model.odds.table[imdb.ngram_ids(tokens), 0]),
+                             (fold, model.odds.without_fold[rows, 0])):  # fmt: skip
+            x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
+            x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
+            places = []
+            for start in range(0, n + 2, 4):  # while one of five tokens is there
+                window = x[:, start : start + 5]  # (B, 5, C)
+                conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
+                places.append(conv + window.mean(1))
+            y = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
+            for layer in model.encoder.layers:
+                y = layer(y, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
+            y = model.encoder.final_norm(y)
+            check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
 
-def imdb_random_model(**settings) -> imdb.ReviewClassifier:
-    model = imdb.make_model(imdb.Settings(d_model=16, n_heads=2, d_ff=24, max_len=64, **settings), 300).eval()
-    model.set_odds(torch.randn(imdb.FOLDS + 1, imdb.BUCKETS + 1).index_fill(1, torch.tensor(0), 0.0))
-    return model
-
-
-def test_classify_imdb_model_padding_and_batch_invariance():
-    model = imdb_random_model()
-    for n in (1, 2, 3, 4, 5, 17, 62):
-        tokens = torch.randint(2, 300, (3, n))
-        alone = model(tokens)
-        for T in (n, n + 1, n + 2, 64):
-            padded = torch.zeros(4, T, dtype=torch.long)
-            padded[:3, :n] = tokens
-            check_close(model(padded)[:3], alone, 1e-5)
-            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        model(torch.ones(1, 65, dtype=torch.long))
-    with pytest.raises(ValueError, match="integers.*float"):
-        model(torch.ones(1, 5))
-
-
-@pytest.mark.parametrize("n", [21, 22, 23, 24])
-def test_classify_imdb_model_is_its_parts_written_out(n):
-    """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place; then
-    encoder.py's parts."""
-    model, tokens = imdb_random_model(pool="mean"), torch.randint(2, 300, (2, n))
-    x = model.encoder.embedding(tokens) * 4 + model.odds[imdb.ngram_ids(tokens), 0] @ model.from_odds.weight.T
-    x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-    places = []
-    for start in range(0, n + 2, 4):  # while one of five tokens is there
-        window = x[:, start : start + 5]  # (B, 5, C)
-        conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
-        places.append(conv + window.mean(1))
-    x = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
-    for layer in model.encoder.layers:
-        x = layer(x, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
-    check_close(model(tokens), model.head(model.encoder.final_norm(x).mean(1)), 1e-5)
-
-
-@torch.no_grad()
-def test_classify_imdb_every_token_counts():
-    """Wherever it stands: also the last one of a text whose length the stride divides."""
-    model = imdb_random_model()
-    for run in (model, imdb.FusedClassifier(model)):
-        for T in range(1, 14):
+    @torch.no_grad()
+    @pytest.mark.parametrize("odds", [True, False])
+    def test_fused_is_the_same_function(self, odds):
+        """On every length; the model itself stays as it is. Every token counts, wherever it stands."""
+        model = self.model(odds=odds)
+        before = copy.deepcopy(model.state_dict())
+        fused = imdb.FusedClassifier(model)
+        for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
+            tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
+            (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
+            check_close(y[mask], x[mask], 1e-5)
+            assert torch.equal(mask, fused_mask) and not fused.training
+            check_close(fused(tokens), model(tokens), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        for run, T in itertools.product((model, fused), range(1, 14)):
             tokens = torch.full((1, T), 7)
-            for i in range(T):
-                other = tokens.clone()
-                other[0, i] = 8
-                assert not torch.equal(run(other), run(tokens)), (T, i)
-
-
-def test_classify_imdb_refuses_the_weights_of_another_model():
-    model, other = imdb_random_model(), imdb.make_model(imdb.Settings(d_model=8, n_heads=2), 300)
-    with pytest.raises(ValueError, match="out holds another model's weights .*delete it"):
-        imdb.load_weights(model, other.state_dict(), "out")
-    other = imdb_random_model()
-    imdb.load_weights(model, other.state_dict(), "out")
-    assert torch.equal(model.shorten.weight, other.shorten.weight)
-
-
-@torch.no_grad()
-def test_classify_imdb_dropout_is_of_words_and_odds():
-    """And of the pooled vector."""
-    model, tokens = imdb_random_model().train(), torch.randint(2, 300, (2, 10))
-    model.dropout.forward = torch.zeros_like
-    check_close(model(tokens).detach(), model.head.bias.detach().expand(2, -1), 1e-6)
-    model.encoder.dropout.forward = torch.zeros_like
-    places, _ = model.embed(tokens)
-    check_close(places, (model.shorten.bias + model.encoder.positions[:4]).expand(2, 4, 16), 1e-6)
-    for max_len in (1, 2, 3, 4, 5, 63, 64, 65):
-        model = imdb.make_model(imdb.Settings(max_len=max_len, d_model=16, n_heads=2), 300)
-        assert model.encoder.positions.shape == (max_len // 4 + 2, 16)
-        assert model(torch.full((1, max_len), 7)).shape == (1, 2)
-
-
-def test_classify_imdb_pruned_copy_keeps_the_lower_layers(monkeypatch):
-    """And is trained by the whole model, which stays as it is."""
-    seen = []
-    s = imdb.Settings(d_model=16, n_heads=8, n_layers=5, d_ff=24, max_len=64)
-    model = imdb.make_model(s, 300).eval()
-    for i, layer in enumerate(model.encoder.layers):
-        nn.init.constant_(layer.self_attention_norm.bias, float(i))
-    before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(imdb, "fine_tuned", lambda *a: seen.append(a) or a[0])
-    sample = [((torch.randint(2, 300, (4, 9)),), torch.tensor([0, 1, 1, 0]))]
-    pruned = imdb.pruned_copy(model, sample, {"train": ()}, s)
-    ((tuned, *rest),) = seen
-    assert rest == [model, {"train": ()}, s] and tuned is not model
-    assert isinstance(pruned, imdb.FusedClassifier) and len(model.encoder.layers) == 5
-    assert not isinstance(tuned, imdb.FusedClassifier) and model.fold_odds.numel() > 0
-    tokens = torch.randint(2, 300, (3, 20))
-    check_close(pruned(tokens).detach(), tuned.eval()(tokens).detach(), 1e-5)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert [layer.self_attention_norm.bias[0].item() for layer in pruned.encoder.layers] == [0.0, 1.0]
-    for layer in pruned.encoder.layers:
-        assert layer.self_attention.n_heads == 2 and (24 // 4, 16) in {p.shape for p in layer.parameters()}
-
-
-def test_classify_imdb_fine_tuning_ends_after_700_steps(tmp_path, monkeypatch):
-    model, data, s, _ = imdb_tiny_training(tmp_path)
-    calls, parameter = [], next(model.parameters())
-    monkeypatch.setattr(imdb, "batches", lambda *_, **__: [[0, 1]] * 800)
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *_: calls.append(0) or (parameter.sum(), 0))
-    imdb.fine_tuned(model, copy.deepcopy(model).eval(), data, s)
-    assert len(calls) == 700
-
-
-@torch.no_grad()
-def test_classify_imdb_fused_model_is_the_same_function():
-    """On every length; the model itself stays as it is."""
-    model = imdb_random_model()
-    before = copy.deepcopy(model.state_dict())
-    fused = imdb.FusedClassifier(model.train())
-    assert not fused.training
-    model.eval()
-    for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
-        tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
-        (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
-        check_close(y[mask], x[mask], 1e-5)
-        assert torch.equal(mask, fused_mask)
-        check_close(fused(tokens), model(tokens), 1e-5)
-    assert "shorten.weight" not in fused.state_dict() and not hasattr(fused, "fold_odds")
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="T <= 64.*65"):
-        fused(torch.ones(1, 65, dtype=torch.long))
-
-
-def test_classify_imdb_model_takes_the_odds_of_a_review_s_fold():
-    model, tokens = imdb_random_model(), torch.randint(2, 300, (imdb.FOLDS, 30))
-    answers, odds = model(tokens, torch.arange(imdb.FOLDS)), model.fold_odds.view(imdb.FOLDS, -1)
-    for fold in range(imdb.FOLDS):
-        model.odds.copy_(odds[fold][:, None])
-        check_close(answers[fold], model(tokens)[fold], 1e-5)
-    assert "fold_odds" not in model.state_dict() and "odds" in model.state_dict()
-
-
-def test_classify_imdb_linear_model_weighs_by_naive_bayes():
-    reviews = [r._replace(text=f"The<br />{r.text}") for r in imdb.demo_reviews(1)["train"][:400]]
-    labels = [r.label for r in reviews]
-    model = imdb.LinearModel(reviews, labels)
-    names = model.counts.get_feature_names_out()
-    holders = {0: collections.Counter(), 1: collections.Counter()}
-    all_grams = collections.Counter()
-    for review in reviews:
-        words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-        grams = {" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)}
-        holders[review.label].update(grams & set(names))
-        all_grams.update(grams)
-    assert set(names) == {gram for gram, n in all_grams.items() if n >= 2}
-    total = [sum(holders[label][name] + 1 for name in names) for label in (0, 1)]
-    for i in range(0, len(names), 50):
-        n0, n1 = (holders[label][names[i]] + 1 for label in (0, 1))
-        assert model.weights[i] == pytest.approx(math.log(n1 / total[1]) - math.log(n0 / total[0]))
-    p = torch.tensor(model([r.text for r in reviews]))
-    assert imdb.accuracy(p, torch.tensor(labels)) > 0.8
-    # Where the penalised loss is least, the weights are C times what the errors pull at.
-    x = model.counts.transform([imdb.clean(r.text) for r in reviews]).toarray() * model.weights
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    pull, weights = 30 * x.T @ (np.array(labels) - p.numpy()), model.model.coef_[0]
-    assert np.abs(pull - weights).max() < 0.2 * np.abs(weights).max()  # it stops a little before that
-
-
-@functools.cache
-def imdb_demo_run(folder: Path) -> subprocess.CompletedProcess:
-    return run_script(
-        "classify_imdb.py", *IMDB_SMALL, "--no-export", "--out", "run", cwd=folder, **NO_NETWORK
-    )
-
-
-IMDB_SMALL = (
-    "--d-model",
-    "32",
-    "--d-ff",
-    "32",
-    "--epochs",
-    "1",
-    "--n-heads",
-    "1",
-    "--vocab-size",
-    "500",
-    "--lr",
-    "5e-3",
-)
-
-
-IMDB_REAL_DATA = """
-import json, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import classify_imdb as imdb
-reviews = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-found = {"fingerprint": imdb.fingerprint(reviews)}
-for split, rows in reviews.items():
-    found[split] = [len(rows), sum(r.label for r in rows), sum(len(r.text.encode()) for r in rows)]
-train, dev = imdb.split_dev(reviews["train"])
-found["parts"] = [len(train), len(dev)]
-found["shared"] = [imdb.shared_texts(reviews["train"], reviews["test"]), imdb.shared_texts(train, dev)]
-print(json.dumps(found))
-"""
-
-
-@pytest.fixture(scope="module")
-def imdb_real_data_begun(request):
-    """Ten seconds, beside other tests of classify_imdb.py."""
-    command = [sys.executable, "-c", IMDB_REAL_DATA, str(ROOT)]
-    run = functools.partial(subprocess.run, command, capture_output=True, text=True, timeout=300)
-    given = "test_classify_imdb_real_data" if os.environ.get("IMDB_DATA") else ""
-    with beside_other_tests(request, given, run) as begun:
-        yield begun
-
-
-@pytest.fixture(scope="module")
-def imdb_run(imdb_formats_begun, imdb_real_data_begun, tmp_path_factory):
-    """A finished run on demo data: (the folder that holds it, what it printed)."""
-    folder = tmp_path_factory.mktemp("imdb")
-    return folder, imdb_demo_run(folder)
-
-
-def test_classify_imdb_without_network_says_so_and_runs_the_demo(imdb_run):
-    folder, result = imdb_run
-    report = last_json(result)
-    banner = result.stdout.split("preset=")[0]
-    assert banner.count("!" * 100) == 2 and "NOT FOUND" in banner and "127.0.0.1" not in result.stderr
-    assert "refused" in banner and "--data aclImdb_v1.tar.gz" in banner and imdb.IMDB_URL in banner
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.7
-    names = "test_accuracy dev_accuracy train_seconds total_seconds n_parameters preset seed"
-    names += " cpu threads gemm_gflops torch"
-    assert all(report[name] is not None for name in names.split())
-    assert report == json.loads((folder / "run/report.json").read_text())
-    assert report["test_texts_also_in_train"] == 0 and 0 < report["train_seconds"] < report["total_seconds"]
-    assert 0 < report["prepare_seconds"] < report["total_seconds"] < 240
-    assert [row["step"] for row in report["history"]] == [56, 112, 169, 225]
-    assert 0.4 < report["history"][0]["train_accuracy"] < report["history"][-1]["train_accuracy"] <= 1
-    made = {"confusion.png", "curves.png", "mistakes.json", "model.pt", "report.json"}
-    made |= {"calibration.png", "test.json", "index.html"}
-    made |= {f"attention_{label}.{kind}" for label in imdb.LABELS for kind in ("png", "html")}
-    checkpoints = {path.name for path in (folder / "run").glob("step_*.pt")}
-    assert {path.name for path in (folder / "run").iterdir()} == made | checkpoints
-    assert ddp_newest(folder / "run").startswith("step_00000225.") and len(checkpoints) == 2
-    mistakes = json.loads((folder / "run/mistakes.json").read_text())
-    surenesses = [m["probability"] for m in mistakes]
-    assert len(mistakes) == min(20, round(2000 * (1 - report["test_accuracy"])))
-    assert surenesses == sorted(surenesses) and all(sureness <= 0.5 for sureness in surenesses)
-    lines = [
-        line for line in result.stdout.splitlines() if "train accuracy" in line and "dev accuracy" in line
-    ]
-    assert len(lines) == 4
-
-
-def test_classify_imdb_finished_run_says_so(imdb_run):
-    folder, result = imdb_run
-    before = (folder / "run/model.pt").stat().st_mtime_ns
-    again = imdb_demo_run.__wrapped__(folder)
-    assert last_json(again) == last_json(result) and "finished" in again.stdout
-    assert (folder / "run/model.pt").stat().st_mtime_ns == before
-
-
-def test_classify_imdb_checkpoint_is_one_safe_file(imdb_run):
-    """weights_only=True reads it; with the tokenizer in it, it gives the report's accuracy again."""
-    folder, result = imdb_run
-    state = torch.load(folder / "run/model.pt", weights_only=True)
-    assert set(state) == {"settings", "config", "ranks", "model"}
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"]))
-    model.load_state_dict(state["model"])
-    test_set = imdb.demo_reviews(0)["test"]
-    ids = imdb.Tokenizer(state["ranks"]).encode([r.text for r in test_set], model.config.max_len)
-    p = imdb.probabilities(model, ids, imdb.ALONE)
-    assert imdb.accuracy(p, torch.tensor([r.label for r in test_set])) == last_json(result)["test_accuracy"]
-
-
-def test_classify_imdb_predicts(imdb_run, tmp_path, capsys, monkeypatch):
-    folder, _ = imdb_run
-    monkeypatch.chdir(tmp_path)
-    long = "the plot was clever , " * 2000  # far over the length that a file name may have
-    (tmp_path / "texts.txt").write_text(
-        "a superb film , the plot was clever\n\na dull\x85film\n", encoding="utf-8"
-    )
-
-    def predict(what: str) -> list[dict]:
-        imdb.run_job(["--out", str(folder / "run"), "--predict", what])
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    (answer,) = predict("a superb film , the plot was clever")
-    assert list(answer) == ["label", "probability", "text"]
-    assert answer["label"] == "positive" and answer["text"] == "a superb film , the plot was clever"
-    assert 0.5 < answer["probability"] <= 1
-    from_file = predict("texts.txt")
-    assert [a["text"] for a in from_file] == ["a superb film , the plot was clever", "", "a dull\x85film"]
-    assert from_file[0] == answer and from_file[2]["label"] == "negative"
-    assert from_file[2]["probability"] > 0.5  # the answer's, not P(positive)
-    (tmp_path / "latin.txt").write_bytes(b"\xef\xbb\xbfa superb film , the plot was clever\ncaf\xe9\n")
-    assert predict("latin.txt")[0] == answer  # without the mark that some editors put in front
-    assert predict("latin.txt")[1]["text"] == "caf\ufffd"
-    reader, writer = os.pipe()
-    os.write(writer, b"a superb film , the plot was clever\n")
-    os.close(writer)
-    assert predict(f"/dev/fd/{reader}") == [answer]
-    os.close(reader)
-    with pytest.raises(IsADirectoryError):
-        predict(".")
-    command = [sys.executable, str(ROOT / "classify_imdb.py"), "--out", str(folder / "run"), "--predict", "-"]
-    piped = subprocess.run(
-        command, input=f"a dull\x85film\n{long}", capture_output=True, text=True, timeout=60
-    )
-    assert [json.loads(line) for line in piped.stdout.splitlines()] == [from_file[2], predict(long)[0]], (
-        piped.stderr
-    )
-
-
-def test_classify_imdb_predict_errors(imdb_run, tmp_path):
-    folder, _ = imdb_run
-    with pytest.raises(ValueError, match="nowhere/model.pt.*train a model first"):
-        imdb.run_job(["--predict", "a text", "--out", "nowhere"])
-    for nothing in ("", "  "):
-        with pytest.raises(ValueError, match="no text"):
-            imdb.run_job(["--predict", nothing, "--out", str(folder / "run")])
-    data = bytearray((folder / "run/model.pt").read_bytes())
-    (tmp_path / "bad").mkdir()
-    for place in (len(data) // 2, len(data) // 3):
-        data[place] ^= 1  # inside a tensor: torch.load would not notice
-        (tmp_path / "bad/model.pt").write_bytes(data)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    bad = run_script("classify_imdb.py", "--predict", "a text", "--out", "bad", cwd=tmp_path)
-    check_one_line_error(bad, "bad/model.pt", "damaged")
-    for content in (b"", b"no checkpoint", bytes(data[:1000])):
-        (tmp_path / "bad/model.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="damaged"):
-            imdb.load(tmp_path / "bad/model.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "bad/model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "bad/model.pt")
-    (checkpoint, *_) = (folder / "run").glob("step_*.pt")  # has settings and a model, but no config
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(checkpoint)
-
-
-class Evil:
-    """Unpickled, it makes a file: what any code in a checkpoint could do."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_classify_imdb_loading_runs_no_code_from_the_file(tmp_path):
-    torch.save({"settings": {}, "model": Evil(tmp_path / "evil")}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="no model of this script"):
-        imdb.load(tmp_path / "model.pt")
-    assert not (tmp_path / "evil").exists()
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    one, other = (torch.load(path, weights_only=True)["model"] for path in (one, other))
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(scope="module")
-def imdb_ranks(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
-    yield launcher
-    launcher.end()
-
-
-IMDB_OFFLINE = "script.find_imdb = no_network; script.exit_now(script.main())"
-
-
-def test_classify_imdb_killed_and_started_again_gives_the_same_weights(imdb_run, imdb_ranks, tmp_path):
-    """kill -9 twice, once during a save, then the same command: the undisturbed run's weights."""
-    folder, result = imdb_run
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--no-export", "--out", str(out)]
-    for kill in range(2):
-        before = max(ddp_newest(out), "step_00000001")
-        imdb_ranks.start(1, *arguments, "--save-every", "0", code=code)  # after each step
-        imdb_ranks.wait_until(lambda before=before: ddp_newest(out) > before)
-        if kill == 1:
-            imdb_ranks.wait_until(lambda: list(out.glob("*.part")))
-        else:
-            time.sleep(0.2)
-        imdb_ranks.kill([0])
-        imdb_ranks.wait()
-        assert not (out / "model.pt").exists()
-    left = train_ddp.load_checkpoint(out)
-    assert 2 < left["step"] < 225
-    (last,) = imdb_ranks.run(1, *arguments, code=code)
-    assert f"going on at step {left['step']}" in last.stdout
-    assert same_weights(out / "model.pt", folder / "run/model.pt")
-    mine, other = last_json(last), last_json(result)
-    assert mine["test_accuracy"] == other["test_accuracy"]
-    drop = [{k: v for k, v in row.items() if k != "seconds"} for row in mine["history"]]
-    assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
-
-
-IMDB_FEW = """
-import signal
-rows = {split: rows[:300] for split, rows in script.demo_reviews(0).items()}
-script.demo_reviews, script.find_imdb = lambda seed: rows, no_network
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def again(*_, **__):
-    raise AssertionError("done again")
-
-def late(step, steps, s, rate=script.learning_rate):
-    return die() if step == 12 else rate(step, steps, s)
-
-{here}
-script.exit_now(script.main())
-"""
-IMDB_TINY = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --unlabelled"
-IMDB_TINY += " --epochs 1 --no-export --save-every 0"
-
-
-def imdb_code(here: str = "") -> str:
-    """For the launcher: a run on 270 + 300 reviews, in which something is different."""
-    return IMDB_FEW.replace("{here}", here)
-
-
-def test_classify_imdb_killed_in_any_stage_does_the_finished_ones_once(imdb_ranks, tmp_path):
-    arguments, out = IMDB_TINY.split(), tmp_path / "killed"
-    (whole,) = imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    stages = [  # where it is killed; the step of what is left
-        ("Tokenizer.train", None), ("LinearModel", None), ("encoded", 0), ("learning_rate", 12),
-        ("record_dev", 13), ("plot_confusion", 18), ("write_page", 18),
-    ]  # fmt: skip
-    for place, wanted in stages:
-        here = f"script.{place} = {'late' if place == 'learning_rate' else 'die'}"
-        (killed,) = imdb_ranks.attempt(1, *arguments, "--out", str(out), code=imdb_code(here))
-        assert killed.returncode == -signal.SIGKILL, (place, killed)
-        left = train_ddp.load_checkpoint(out)
-        assert (left and left["step"]) == wanted, place
-    assert left["total_seconds"] > 0 and left["prepare"] > 0
-    for old in out.glob("step_*.pt"):
-        old.unlink()
-    train_ddp.save_checkpoint(out, 18, left | {"total_seconds": 1000.0, "prepare": 500.0})
-    done_once = ("LinearModel", "Tokenizer.train", "learning_rate", "test")
-    nothing = "".join(f"script.{name} = " for name in done_once) + "again"
-    (done,) = imdb_ranks.run(1, *arguments, "--out", str(out), code=imdb_code(nothing))
-    assert same_weights(out / "model.pt", tmp_path / "whole/model.pt")
-    assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
-    assert last_json(done)["total_seconds"] > 1000 and last_json(done)["prepare_seconds"] >= 500
-
-
-def imdb_tiny_training(tmp_path: Path, **settings):
-    """(model, data, settings, run) of a training on 200 demo reviews."""
-    s = imdb.Settings(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, batch_size=10, vocab_size=300)
-    s = dataclasses.replace(s, **{"out": str(tmp_path), "epochs": 1} | settings)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(5).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0, "bf16": False}
-    run["ranks"] = imdb.Tokenizer.train([r.text for r in reviews["train"]], s.vocab_size).ranks
-    data = imdb.encoded(imdb.Tokenizer(run["ranks"]), reviews["train"], reviews["test"][:50], reviews, run, s)
-    return imdb.model_of(run, data, s), data, s, run
-
-
-def test_classify_imdb_every_step_and_rank_has_its_own_randomness(tmp_path, monkeypatch):
-    """And gradients are clipped to the norm asked for."""
-    seeds, norms, share, clip = [], [], imdb.share_of_batch, nn.utils.clip_grad_norm_
-    monkeypatch.setattr(imdb, "share_of_batch", lambda *a: seeds.append(torch.initial_seed()) or share(*a))
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, n: norms.append(n) or clip(p, n))
-    for rank, seed in ((1, 0), (1, 1), (0, 0)):  # rank 1 saves nothing
-        model, data, s, run = imdb_tiny_training(tmp_path, clip=0.125, seed=seed)
-        imdb.train(model, data, s, run, imdb.Processes(rank, 1, torch.device("cpu")))
-    assert len(set(seeds)) == 60 and norms == [0.125] * 60
-
-
-def test_classify_imdb_a_stage_of_another_run_is_done_again(tmp_path):
-    run, path = {"settings": {"seed": 0}, "history": [1], "start": 0.0}, tmp_path / "stage.json"
-    for now, made, result in (
-        (run, 1, 1),
-        (run, 2, 1),
-        (run | {"history": [2]}, 3, 3),
-        (run | {"settings": 0}, 4, 4),
-    ):
-        assert imdb.stage(path, now, lambda made=made: {"a": made}) == {"a": result}
-    for damaged in ("", "{}", "[]", "5", path.read_text()[:-9]):
-        path.write_text(damaged)
-        assert imdb.stage(path, run, lambda: {"a": 5}) == {"a": 5} == json_of(path)["result"], damaged
-
-
-def test_classify_imdb_a_kept_stage_counts_its_seconds(tmp_path):
-    run = {"settings": {}, "history": [], "start": 100.0}
-    imdb.stage(tmp_path / "a.json", run, lambda: time.sleep(0.2) or {})
-    assert run["start"] == 100.0
-    imdb.stage(tmp_path / "a.json", run, lambda: {})
-    assert 99 < run["start"] <= 99.8
-
-
-def test_classify_imdb_dev_loss_and_accuracy_by_hand(monkeypatch):
-    p, labels = torch.tensor([0.9, 0.2, 0.6, 0.4]), [1, 0, 0, 1]
-    monkeypatch.setattr(imdb, "probabilities", lambda *_: p)
-    run = {"step": 3, "seconds": 1.26, "right": 3, "seen": 4, "history": [], "bf16": False}
-    line = imdb.record_dev(None, ([], labels), run, imdb.ALONE)
-    loss = -sum(math.log(x) for x in (0.9, 0.8, 0.4, 0.4)) / 4
-    row = {"step": 3, "seconds": 1.3, "train_accuracy": 0.75, "dev_accuracy": 0.5, "dev_loss": round(loss, 4)}
-    assert run["history"] == [row] and run["right"] == run["seen"] == 0 and "dev loss" in line
-
-
-def test_classify_imdb_confusion_counts_stand_in_the_row_of_the_actual_label(tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
-    written, text = {}, Axes.text
-    monkeypatch.setattr(
-        Axes, "text", lambda self, x, y, t, **kw: written.update({(x, y): t}) or text(self, x, y, t, **kw)
-    )
-    predicted, actual = torch.tensor([1, 1, 1, 0, 0, 1]) == 1, torch.tensor([0, 0, 1, 1, 0, 0]) == 1
-    imdb.plot_confusion(predicted, actual, tmp_path / "a.png")
-    cells = {place: words.split("\n") for place, words in written.items()}
-    assert cells[0, 0] == ["1", "25.0%"] and cells[1, 0] == ["3", "75.0%"]  # x: predicted, y: actual
-    assert cells[0, 1] == ["1", "50.0%"] and cells[1, 1] == ["1", "50.0%"]
-
-
-def test_classify_imdb_curves_are_named_right_and_time_left_counts_from_a_resume(
-    tmp_path, monkeypatch, capsys
-):
-    from matplotlib.axes import Axes
-
-    drawn, plot = {}, Axes.plot
-    monkeypatch.setattr(
-        Axes,
-        "plot",
-        lambda self, x, y, *a, **kw: drawn.update({kw["label"]: y}) or plot(self, x, y, *a, **kw),
-    )
-    imdb.plot_curves([{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}], tmp_path / "a.png")
-    assert drawn == {"training, words hidden": [50.0], "dev, other films": [25.0]}
-    progress = imdb.Progress(50, 100, imdb.ALONE)
-    progress.start = progress.said = time.monotonic() - 20
-    progress.show(60, 0.5)
-    assert "step 60/100, loss 0.500, 80 s left" in capsys.readouterr().err
-
-
-def test_classify_imdb_learns_in_bf16(tmp_path):
-    """Autocast for real: the loss in float32, the weights near those of float32 and not the same."""
-    ends = []
-    for bf16 in (False, True):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(bf16))
-        run["bf16"] = bf16
-        share = imdb.share_of_batch(model, [0, 1, 2], data["train"], bf16, s, imdb.ALONE)
-        assert share[0].dtype == torch.float32
-        imdb.train(model, data, s, run, imdb.ALONE)
-        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        p = imdb.probabilities(model, data["dev"][0], imdb.ALONE, bf16)
-        assert (torch.equal(p, imdb.probabilities(model, data["dev"][0], imdb.ALONE))) != bf16
-    assert 1e-5 < ((ends[0] - ends[1]).norm() / ends[0].norm()).item() < 0.05
-
-
-def test_classify_imdb_keeps_two_checkpoints_and_the_time(tmp_path):
-    for step in range(4):
-        run = {"step": step, "start": time.perf_counter() - 5}
-        imdb.save_run(run, {}, imdb.Settings(out=str(tmp_path)))
-    assert len(list(tmp_path.glob("step_*.pt"))) == 2
-    assert 5 <= train_ddp.load_checkpoint(tmp_path)["total_seconds"] < 60
-
-
-def test_classify_imdb_looks_sixteen_times_an_epoch_for_its_target(tmp_path):
-    for epochs in (1, 2):
-        model, data, s, run = imdb_tiny_training(tmp_path / str(epochs), target=0.99, epochs=epochs)
-        imdb.train(model, data, s, run, imdb.ALONE)
-        assert len(run["history"]) == 16 * epochs
-
-
-def test_classify_imdb_knows_a_place_that_cannot_be_written_before_the_work(read_only, tmp_path, monkeypatch):
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    with pytest.raises(OSError, match="read-only"):
-        imdb.begin(imdb.Settings(out=str(tmp_path), export=False))
-
-
-def test_classify_imdb_tokenizer_learns_clean_texts(tmp_path):
-    s = imdb.Settings(out=str(tmp_path), vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    raw = {
-        split: [r._replace(text=r.text.upper() + "<br />") for r in rows] for split, rows in reviews.items()
-    }
-    run = imdb.earlier_run(s, "demo", raw) | {"start": 0.0}
-    merged = b"".join(token for token in imdb.prepared(raw["train"], raw, run, s)["ranks"] if len(token) > 1)
-    assert merged and merged == merged.lower() and b"<" not in merged
-
-
-def test_classify_imdb_fine_tuning_is_its_loop(tmp_path):
-    (model, data, s, _), (other, *_) = (imdb_tiny_training(tmp_path, clip=0.05) for _ in range(2))
-    teacher = copy.deepcopy(model).eval()
-    teacher.head.bias.data += torch.tensor([0.0, 2.0])
-    ids, targets, folds = data["train"]
-    torch.manual_seed(1)  # must not matter
-    tuned = imdb.fine_tuned(model.eval(), teacher, data, s)
-    optimizer = torch.optim.AdamW(other.train().parameters(), lr=1.0)
-    torch.manual_seed(s.seed)
-    for step, rows in enumerate(imdb.batches([len(x) for x in ids], 10, seed=s.seed)):
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["lr"] = 5e-4 * (1 - step / 20)
-        halfway = list(targets)
-        for i in rows:
-            said = teacher(ids[i][None], torch.tensor([folds[i]])).softmax(-1)[0, 1].item()
-            halfway[i] = 0.5 * targets[i] + 0.5 * said
-        (imdb.share_of_batch(other, rows, (ids, halfway, folds), False, s, imdb.ALONE)[0] / 10).backward()
-        nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-        optimizer.step()
-    assert not tuned.training
-    for one, two in zip(tuned.parameters(), other.parameters(), strict=True):
-        check_close(one.detach(), two.detach(), 1e-5)
-
-
-def test_classify_imdb_batches_for_the_formats_are_padded_and_of_classes():
-    (((tokens,), labels),) = imdb.in_batches([torch.full((2,), 5), torch.full((1,), 5)], [0.9, 0.2])
-    assert labels.tolist() == [0, 1] and tokens.tolist() == [[5, imdb.PAD], [5, 5]]  # the shorter first
-
-
-def test_classify_imdb_mfu_and_calibration_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    run |= {"step": 10, "steps": 20, "seconds": 2.0, "history": [{"dev_accuracy": 0.5}]}
-    flops = imdb.training_flops(model.config, [len(x) for x in data["train"][0]])
-    assert imdb.results(model, data, run, s, flops / 8 / 1e9)["mfu"] == pytest.approx(2.0)
-    p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
-    # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
-    expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
-    assert imdb.plot_calibration(p, y, tmp_path / "c.png") == pytest.approx(expected, abs=1e-5)
-
-
-def test_classify_imdb_saves_every_so_often_and_after_the_last_step(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path, save_every=10.0)
-    saved, seconds = [], itertools.count()
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: saved.append(run["step"]))
-    monkeypatch.setattr(imdb.time, "monotonic", lambda: float(next(seconds)))  # each look at the clock: 1 s
-    imdb.train(model, data, s, run, imdb.ALONE)
-    assert saved[-1] == 20 and 3 <= len(saved) <= 6
-    gaps = [b - a for a, b in itertools.pairwise(saved[:-1])]
-    assert max(gaps) - min(gaps) <= 1
-
-
-def test_classify_imdb_a_signal_after_the_last_step_is_not_lost(tmp_path, monkeypatch):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
-    monkeypatch.setattr(imdb, "save_run", lambda run, *_: signal.raise_signal(signal.SIGINT))  # the last save
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            imdb.train(model, data, s, run, imdb.ALONE)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_classify_imdb_diverging_is_an_error(tmp_path):
-    model, data, s, run = imdb_tiny_training(tmp_path)
-    with torch.no_grad():
-        model.head.weight.fill_(math.nan)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(ValueError, match="loss is nan at step 0.*--lr"):
-        imdb.train(model, data, s, run, imdb.ALONE)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def test_classify_imdb_training_accuracy_is_of_the_steps_since_the_last_time(tmp_path):
-    model, data, _, run = imdb_tiny_training(tmp_path)
-    for right, seen in ((3, 4), (1, 2)):
-        run |= {"right": run["right"] + right, "seen": run["seen"] + seen, "step": run["step"] + 1}
-        imdb.record_dev(model, data["dev"], run, imdb.ALONE)
-    assert [row["train_accuracy"] for row in run["history"]] == [0.75, 0.5]
-
-
-def test_classify_imdb_finished_means_all_that_was_asked_for(tmp_path, monkeypatch):
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", reviews))
-    s, without = (imdb.Settings(out=str(tmp_path), export=export_) for export_ in (True, False))
-    report = {"settings": imdb.begin(s)[-1]["settings"]}
-    for content, finished in (
-        (json.dumps(report), (False, True)),  # a run without the export isn't all of one with it
-        (json.dumps(report | {"models": []}), (True, True)),
-        (json.dumps(report | {"settings": {}}), (False, False)),
-        ("no json", (False, False)),
-        ("[]", (False, False)),
-        ("5", (False, False)),
-    ):
-        (tmp_path / "report.json").write_text(content)
-        assert tuple(bool(imdb.begin(each)[0]) for each in (s, without)) == finished, content
-
-
-def test_classify_imdb_shuffled_labels_teach_the_teacher_too(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(imdb, "LinearModel", lambda _, labels: given.append(labels) or (lambda texts: [0.5]))
-    s = imdb.Settings(out=str(tmp_path), shuffle_labels=True, unlabelled=True, vocab_size=300)
-    reviews = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    run = imdb.earlier_run(s, "demo", reviews) | {"start": 0.0}
-    made = imdb.prepared(reviews["train"], reviews, run, s)
-    assert given == [imdb.shuffled_labels(reviews["train"], s)] != [[r.label for r in reviews["train"]]]
-    assert made["prepare"] > 0 and made["linear"] == {"unlabelled": [0.5], "test": [0.5]}
-
-
-def test_classify_imdb_a_new_model_ends_what_predict_used_before(tmp_path):
-    """A demo's model.onnx must not answer for a model of IMDB that wasn't exported."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    (tmp_path / "model.onnx").write_bytes(b"of another run")
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:30]
-    imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    assert not (tmp_path / "model.onnx").exists() and (tmp_path / "model.pt").exists()
-
-
-def test_classify_imdb_unlabelled_reviews_carry_the_linear_model_s_opinion():
-    """As targets, and their n-grams count on the side it takes them for; folds are blocks of neighbours."""
-    s = imdb.Settings(d_model=16, d_ff=16, n_heads=2, max_len=30, unlabelled=True)
-    reviews = {split: rows[:200] for split, rows in imdb.demo_reviews(3).items()}
-    ranks = imdb.Tokenizer.train([r.text for r in reviews["train"]], 400).ranks
-    opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
-    run = {"step": 0, "ranks": ranks, "linear": {"unlabelled": opinions}}
-    data = imdb.encoded(imdb.Tokenizer(ranks), reviews["train"], reviews["test"], reviews, run, s)
-    ids, targets, folds = data["train"]
-    assert len(ids) == len(folds) == 400 and targets == [r.label for r in reviews["train"]] + opinions
-    assert set(folds[:200]) == set(folds[200:]) == set(range(imdb.FOLDS))
-    for part, of in ((reviews["train"], folds[:200]), (reviews["unlabelled"], folds[200:])):
-        by_number = sorted(zip([r.number for r in part], of, strict=True))
-        assert sorted(of) == [fold for _, fold in by_number]
-    model = imdb.model_of(run, data, s)
-    odds = imdb.ngram_odds(ids, [round(t) for t in targets], folds)
-    check_close(model.odds[:, 0], odds[-1], 1e-6)
-    check_close(model.fold_odds.view(imdb.FOLDS, -1), odds[:-1], 1e-6)
-
-
-def test_classify_imdb_counts_the_linear_model_s_logit_as_much_as_its_own(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    tokenizer, test_set = imdb.Tokenizer(run["ranks"]), imdb.demo_reviews(5)["test"][:300]
-    linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
-    run["linear"] = {"test": linear.tolist()}
-    with torch.no_grad():
-        model.head.weight.mul_(5)  # an untrained model is never sure
-    result = imdb.test(model, tokenizer, test_set, run, tmp_path, imdb.ALONE)
-    own = imdb.probabilities(model, tokenizer.encode([r.text for r in test_set], 16), imdb.ALONE)
-    labels = torch.tensor([r.label for r in test_set])
-    both, alone = (own.logit() + linear.logit() > 0) == labels.bool(), (linear > 0.5) == labels.bool()
-    assert result["with_linear_test_accuracy"] == pytest.approx(both.double().mean().item(), abs=1e-5)
-    assert result["linear_test_accuracy"] == pytest.approx(alone.double().mean().item(), abs=1e-5)
-    assert len({*result.values()}) == 4
-    worst = torch.where(labels == 1, own, 1 - own).sort().values[:20].tolist()
-    given = [mistake["probability"] for mistake in json_of(tmp_path / "mistakes.json")]
-    assert given == pytest.approx(worst, abs=1e-4)
-    right = [r for r, p in zip(test_set, own.tolist(), strict=True) if (p > 0.5) == r.label]
-    for few in (right[:9], right[:9] + [r for r in test_set if r not in right][:2]):  # fewer than 20 mistakes
-        imdb.test(model, tokenizer, few, run | {"linear": {}}, tmp_path, imdb.ALONE)
-        assert len(json_of(tmp_path / "mistakes.json")) == len(few) - 9
-
-
-def test_classify_imdb_learns_the_same_on_any_number_of_processes(imdb_ranks, tmp_path):
-    """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4".split()]
-    arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
-    reports = {}
-    for world in (1, 2, 3):
-        results = imdb_ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=imdb_code())
-        reports[world] = last_json(results[0])
-        assert all(not result.stdout for result in results[1:])  # rank 0 alone speaks
-    states = {world: train_ddp.load_checkpoint(tmp_path / str(world)) for world in reports}
-    for world in (2, 3):
-        for name, value in states[1]["model"].items():
-            check_close(states[world]["model"][name], value, 2e-5)
-        for i, moments in states[1]["optimizer"]["state"].items():  # an average of the last gradients
-            check_close(states[world]["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
-        for mine, other in zip(reports[world]["history"], reports[1]["history"], strict=True):
-            assert mine["dev_loss"] == pytest.approx(other["dev_loss"], abs=2e-4)
-            assert mine["train_accuracy"] == other["train_accuracy"]
-        assert reports[world]["processes"] == world
-
-
-def test_classify_imdb_a_lost_process_ends_the_others_and_any_number_goes_on(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), *"--dropout 0 --mask-words 0 --lr 1e-4".split()]
-    imdb_ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=imdb_code())
-    out = tmp_path / "lost"
-    here = "script.learning_rate = late if os.environ['RANK'] == '1' else script.learning_rate"
-    first, second = imdb_ranks.attempt(2, *arguments, "--out", str(out), code=imdb_code(here))
-    assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
-    assert "rank 0 waited for the gradients of step 12" in first.stderr and "Traceback" not in first.stderr
-    assert train_ddp.load_checkpoint(out)["step"] == 12
-    last = imdb_ranks.run(3, *arguments, "--out", str(out), code=imdb_code())[0]
-    assert "going on at step 12" in last.stdout
-    one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
-    assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
-
-
-def test_classify_imdb_an_error_of_one_rank_alone_is_said(imdb_ranks, tmp_path):
-    here = """
-def broken(*_):
-    raise OSError("the disk of rank 1")
-if os.environ["RANK"] == "1":
-    script.learning_rate = broken
-"""
-    arguments = [*IMDB_TINY.split(), "--out", str(tmp_path)]
-    first, second = imdb_ranks.attempt(2, *arguments, code=imdb_code(here))
-    assert second.returncode == 2 and "classify_imdb.py: the disk of rank 1" in second.stderr
-    assert first.returncode == 1 and "rank 0 waited for the gradients of step 0" in first.stderr
-
-
-def test_classify_imdb_signal_stops_all_ranks_at_one_step(imdb_ranks, tmp_path):
-    arguments = [*IMDB_TINY.split(), "--epochs", "50", "--out", str(tmp_path / "run")]
-    imdb_ranks.start(2, *arguments, code=imdb_code())
-    imdb_ranks.wait_until(lambda: ddp_newest(tmp_path / "run") >= "step_00000005")
-    imdb_ranks.kill([1], signal.SIGTERM)
-    results = imdb_ranks.wait()
-    assert [result.returncode for result in results] == [143, 143], results
-    step = train_ddp.load_checkpoint(tmp_path / "run")["step"]
-    assert f"step {step} of 900 is saved" in results[0].stderr and not results[1].stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_classify_imdb_interrupted_saves_and_says_how_to_go_on(imdb_ranks, tmp_path, number):
-    out, code = tmp_path / "run", IMDB_OFFLINE
-    arguments = [*IMDB_SMALL, "--out", str(out), "--epochs", "50", "--save-every", "0.1"]
-    imdb_ranks.start(1, *arguments, code=code)
-    imdb_ranks.wait_until(lambda: ddp_newest(out) > "step_00000001")
-    imdb_ranks.kill([0], number)
-    (stopped,) = imdb_ranks.wait()
-    assert stopped.returncode == 128 + number and "Traceback" not in stopped.stderr
-    assert "the same command goes on" in stopped.stderr and f"run/{ddp_newest(out)}" in stopped.stderr
-    state = train_ddp.load_checkpoint(out)
-    assert state["step"] > 0 and f"step {state['step']} of" in stopped.stderr
-    (other,) = imdb_ranks.attempt(1, *arguments, "--seed", "7", "--dropout", "0.5", code=code)
-    check_one_line_error(other, "seed 0 there, 7 here", "dropout 0.1 there, 0.5 here", "--out")
-
-
-def test_classify_imdb_ctrl_c_before_training(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(imdb, "run_job", interrupted)
-    assert imdb.main() == 130 and "same command goes on" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(imdb, "run_job", lambda: imdb.baseline(imdb.Settings()))
-    assert imdb.main() == 2 and "scikit-learn" in capsys.readouterr().err
-    monkeypatch.setattr(imdb, "run_job", lambda: importlib.import_module("no_such_package"))
-    assert imdb.main() == 2 and "package no_such_package is missing" in capsys.readouterr().err
-
-
-def test_classify_imdb_shuffled_labels_teach_nothing(imdb_ranks, tmp_path):
-    """The honesty check; the test set has 2,000 demo reviews, so 50 +- 4% is 3.6 standard deviations."""
-    arguments = [*IMDB_SMALL, "--no-export", "--shuffle-labels", "--out", str(tmp_path)]
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    assert abs(report["test_accuracy"] - 0.5) <= 0.04
-
-
-def test_classify_imdb_goes_from_demo_to_imdb_but_not_back(imdb_run, tmp_path):
-    """A demo run in OUT gives way to IMDB; a run on IMDB is never overwritten by a demo."""
-    reviews = imdb.demo_reviews(0)
-    s = imdb.Settings(out=str(tmp_path))
-    new = imdb.earlier_run(s, "demo", reviews)
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    assert imdb.earlier_run(s, "demo", reviews)["step"] == 5
-    new = imdb.earlier_run(s, "imdb", reviews)
-    assert new["step"] == 0 and not ddp_newest(tmp_path)  # or the demo's would still be the newest
-    train_ddp.save_checkpoint(tmp_path, 5, new | {"step": 5})
-    with pytest.raises(ValueError, match="dataset imdb there, demo here"):
-        imdb.earlier_run(s, "demo", reviews)
-    reviews["test"][7] = reviews["test"][7]._replace(text="another text")
-    with pytest.raises(ValueError, match="texts"):
-        imdb.earlier_run(s, "imdb", reviews)
-    train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-    with pytest.raises(ValueError, match="another run"):
-        imdb.earlier_run(s, "imdb", reviews)
-
-
-def test_classify_imdb_settings_that_may_change_within_a_run(tmp_path):
-    reviews = {split: rows[:20] for split, rows in imdb.demo_reviews(0).items()}
-    s = imdb.Settings(out=str(tmp_path))
-    train_ddp.save_checkpoint(tmp_path, 5, imdb.earlier_run(s, "demo", reviews))
-    changeable = "data predict explain baseline device export save_every".split()
-    for f in dataclasses.fields(s):
-        value = getattr(s, f.name)
-        other = (
-            not value if f.type is bool else f"{value}x" if isinstance(value, str) or not value else value + 1
+            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            assert (run(others) != run(tokens)).any(1).all(), T
+
+    def test_linear_model_weighs_by_naive_bayes(self):
+        """Where the penalised loss is least, the weights are C times what the errors pull at."""
+        reviews = [r._replace(text=f"The<br />{r.text}") for r in self.corpus(200, 1).train]
+        labels = [r.label for r in reviews]
+        linear, n_parameters = imdb.linear_model(reviews, labels)
+        grams = []
+        for review in reviews:
+            words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
+            spans = [(i, n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+            grams.append({" ".join(words[i : i + n]) for i, n in spans})
+        counts = collections.Counter(gram for held in grams for gram in held)
+        names = sorted(gram for gram, n in counts.items() if n >= 2)
+        x = np.array([[name in held for name in names] for held in grams]) * 1.0
+        y = np.array(labels)
+        assert n_parameters == len(names) + 1
+        n0, n1 = (1 + x[y == label].sum(0) for label in (0, 1))
+        x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        p = np.array(linear(reviews))
+        pull = 30 * x.T @ (y - p)
+        logits = x @ pull  # with weights = pull, up to the intercept
+        assert np.abs(logits - logits.mean() - (np.log(p / (1 - p)) - np.log(p / (1 - p)).mean())).max() < 1
+        assert ((p > 0.5) == y).mean() > 0.8
+
+    def test_train_is_its_loop(self, tmp_path):
+        """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
+        sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
+        model, examples, dev, run, s = self.training(tmp_path, **sizes)
+        other = copy.deepcopy(model)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        step, right = 0, []
+        for epoch in range(2):
+            for rows in imdb.batches([len(x) for x in examples.ids], 10, seed=3 * 1_000_003 + epoch):
+                torch.manual_seed(3 * 1_000_003 + step)
+                tokens = imdb.pad([examples.ids[i] for i in rows])
+                hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+                logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
+                labels = torch.tensor(examples.targets)[rows]
+                right += (logits.argmax(1) == labels).tolist()
+                optimizer.zero_grad()
+                F.cross_entropy(logits, labels).backward()
+                nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+                for group in optimizer.param_groups:
+                    cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
+                    group["lr"] = 1e-3 * min((step + 1) / 7, cosine)
+                optimizer.step()
+                step += 1
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            check_close(one.detach(), two.detach(), 1e-6)
+        assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
+        shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
+        assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
+        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
+        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
+        assert run.history[-1]["dev_loss"] == round(loss.item(), 4)
+        assert run.seconds > 0 and [p.name for p in tmp_path.glob("step_*")][0].startswith("step_00000040")
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert torch.equal(saved["model"]["head.weight"], model.head.weight)
+
+    def test_pruned_copy_is_its_loop(self, tmp_path):
+        """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
+        sizes = {"d_model": 16, "n_heads": 8, "n_layers": 5, "d_ff": 24, "clip": 0.05, "lr": 3e-3}
+        model, examples, *_, s = self.training(tmp_path, **sizes)
+        model.eval()
+        model.head.bias.data += torch.tensor([0.0, 2.0])
+        before = copy.deepcopy(model.state_dict())
+        sample = imdb.in_batches(examples, every=2)
+        assert sum(len(labels) for _, labels in sample) == 100
+        other = copy.deepcopy(model)
+        other.encoder.layers = other.encoder.layers[:2]
+        other = export.prune_heads(other, export.head_importance(other, sample), keep=2)
+        other = export.prune_neurons(other, export.neuron_importance(other, sample), keep=6).train()
+        pruned = imdb.pruned_copy(model, sample, examples, s)
+        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+        torch.manual_seed(s.seed)
+        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], 10, seed=s.seed)):
+            tokens, targets, folds = examples.batch(rows, torch.device("cpu"))
+            halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
+            (imdb.hidden_loss(other, tokens, halfway, folds, s)[0] / 10).backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+            optimizer.step()
+        tokens = torch.randint(2, 300, (3, 16))
+        check_close(pruned(tokens).detach(), other.eval()(tokens).detach(), 1e-5)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    def test_plot_results_calibration_error_by_hand(self, tmp_path):
+        p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
+        # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
+        expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
+        history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        error = imdb.plot_results(history, p.logit(), y, tmp_path / "c.png")
+        assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
+
+    # ---- properties
+
+    def test_tokenizer_encodes_any_text(self):
+        reviews = [r._replace(text=r.text.upper() + "<br />") for r in self.corpus().train]
+        tokenizer = imdb.Tokenizer.train(reviews, 400)
+        assert tokenizer.ranks == imdb.Tokenizer.train(reviews, 400).ranks
+        assert 300 < tokenizer.vocab_size <= 400
+        merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
+        assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
+        text = reviews[0].text
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", text, "don't it's"]
+        for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
+            assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
+            assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
+        assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
+        assert len(tokenizer.encode([text], 1000)[0]) < len(text.split()) * 3  # merged: no letter by letter
+        long = " ".join(r.text for r in reviews[:20])
+        (whole,) = tokenizer.encode([long], 10_000)
+        for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+            (short,) = tokenizer.encode([long], max_len)
+            head = max_len // 2 if max_len < len(whole) else len(whole)
+            tail = min(max_len, len(whole)) - head
+            assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
+        one, two = whole[0].item(), whole[1].item()
+        assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
+        assert imdb.pad([whole[:0]]).tolist() == [[0]]
+
+    def test_batches_hold_each_text_once_and_little_padding(self):
+        rng = random.Random(0)
+        for n in (1, 31, 32, 33, 5000):
+            lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
+            batches = imdb.batches(lengths, 32, seed=1)
+            assert sorted(i for batch in batches for i in batch) == list(range(n))
+            assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
+        other = imdb.batches(lengths, 32, seed=2)
+        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+        assert padded < 1.1 * sum(lengths)
+        longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
+        assert longest != sorted(longest)  # batches come in random order, not the short ones first
+        same = {tuple(sorted(batch)) for batch in batches} & {tuple(sorted(batch)) for batch in other}
+        assert batches == imdb.batches(lengths, 32, seed=1) and len(same) < 3
+
+    def test_upcoming_goes_on_in_any_epoch(self):
+        s, lengths = imdb.Settings(batch_size=4), [7] * 10  # 3 steps an epoch
+        whole = list(imdb.upcoming(lengths, s, 0, 8))
+        assert len(whole) == 8 and whole[:3] != whole[3:6]
+        assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3))
+        assert all(list(imdb.upcoming(lengths, s, step, 8)) == whole[step:] for step in range(9))
+        other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0, 8))
+        assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3) for f in (0, 3))
+
+    def test_dev_split_is_blocks_of_neighbours(self):
+        """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
+        for per_class in (12_500, 4000, 50):
+            reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
+            train, dev = imdb.split_dev(imdb.Corpus("imdb", ["a", "b"], reviews, []))
+            assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+            for label in (0, 1):
+                numbers = {r.number for r in dev if r.label == label}
+                edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
+                assert len(numbers) == per_class // 10 and len(edges) == 10
+                assert max(edges) - min(edges) > per_class // 2  # drawn from several places
+        assert sorted({r.number for r in dev}) == [4, 14, 24, 34, 44]
+        own = imdb.Corpus("own", ["a", "b"], [imdb.Review(i, i % 3 == 0, "") for i in range(60)], [])
+        train, dev = imdb.split_dev(own)
+        assert sorted(train + dev) == sorted(own.train) and sum(r.label for r in dev) == 2 and len(dev) == 6
+
+    @torch.no_grad()
+    def test_model_padding_and_batch_invariance(self):
+        model = self.model()
+        for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
+            tokens = torch.randint(2, 300, (3, n))
+            padded = torch.zeros(4, max(n + T if T < 64 else 64, n), dtype=torch.long)[:, :64]
+            padded[:3, :n] = tokens
+            check_close(model(padded)[:3], model(tokens), 1e-5)
+            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+        for max_len in (4, 5, 63, 64, 65):
+            assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
+
+    def test_hidden_loss_hides_a_share_of_the_words(self):
+        seen, tokens = [], imdb.pad([torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)])
+
+        def model(tokens, folds):
+            seen.append((tokens, folds))
+            return torch.tensor([[0.0, 1.0]] * 3)
+
+        s, targets = imdb.Settings(mask_words=0.3), torch.tensor([0.2, 0.6, 0.9])
+        loss, right = imdb.hidden_loss(model, tokens, targets, torch.arange(3), s)
+        log_p = torch.tensor([0.0, 1.0]).log_softmax(0)
+        assert right == 2 and loss.item() == pytest.approx(-(log_p[1] * 1.7 + log_p[0] * 1.3).item())
+        assert (seen[0][0][0, 400:] == 0).all() and seen[0][1].tolist() == [0, 1, 2]
+        assert abs((seen[0][0] == 1).sum().item() / 2400 - 0.3) < 0.05
+
+    def test_weights_follow_the_seed(self):
+        a, b, c = (self.model(seed=n).head.weight for n in (0, 1, 0))
+        assert torch.equal(a, c) and not torch.equal(a, b)
+        assert 0.8 < self.model(d_model=128).from_odds.weight.std() < 1.2  # odds count from the start
+        assert not hasattr(self.model(odds=False), "from_odds")
+
+    def test_log_odds_are_each_text_s_own(self):
+        """In the order given, whatever stands beside a text in its batch."""
+        model = self.model()
+        ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+        scores = imdb.log_odds(model, ids, imdb.ALONE)
+        for i in (0, 1, 70, 149):
+            logits = model(imdb.pad([ids[i]])).detach().double()[0]
+            check_close(scores[i], logits[1] - logits[0], 1e-5)
+        labels = torch.tensor([1, 0, 1, 0])
+        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), labels) == 0.5
+
+    def test_fingerprint_sees_each_label_and_text(self):
+        corpus = self.corpus(20)
+        seen = {imdb.fingerprint(corpus)}
+        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
+            rows = list(getattr(corpus, part))
+            rows[3] = rows[3]._replace(**change)
+            seen.add(imdb.fingerprint(dataclasses.replace(corpus, **{part: rows})))
+        assert len(seen) == 7
+
+    def test_explain_speaks_in_log_odds(self):
+        """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
+        tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
+        (ids,) = tokenizer.encode(["a superb film, naïve хорошо don't and superb"], 99)
+        film = tokenizer.encode(["a film"], 99)[0][-1]
+
+        def run(tokens: torch.Tensor) -> torch.Tensor:
+            there = (tokens == film).any(1).float()
+            return torch.stack((torch.zeros(len(tokens)), 9 + 5 * there), 1)
+
+        answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
+        assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
+        assert sorted(word for word, _ in answer) == sorted(
+            "a superb film, naïve хорошо don't and superb".split()
         )
-        changed = dataclasses.replace(s, **{f.name: other})
-        if f.name in changeable:
-            assert imdb.earlier_run(changed, "demo", reviews)["settings"]
-        elif f.name != "out":
-            with pytest.raises(ValueError, match=f.name):
-                imdb.earlier_run(changed, "demo", reviews)
+        assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
+        (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
+        assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
 
-
-def test_classify_imdb_missing_packages_are_known_before_the_work(tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: 1 / 0)
-    for missing, settings in (
-        ("rustbpe", {"export": False}), ("matplotlib", {"export": False}), ("onnxruntime", {}),
-        ("sklearn", {"export": False, "unlabelled": True}),
-    ):  # fmt: skip
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, gone=missing: None if name == gone else find(name)
+    def test_worst_mistakes_come_first(self):
+        corpus = self.corpus(40)
+        labels = torch.tensor([r.label for r in corpus.test])
+        scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
+        found = imdb.worst_mistakes(scores, corpus)
+        right = torch.where(labels == 1, scores, -scores).sigmoid()
+        n_wrong = min(20, ((scores > 0) != (labels == 1)).sum().item())
+        assert [m["probability"] for m in found] == pytest.approx(
+            right.sort().values[:n_wrong].tolist(), abs=1e-4
         )
-        with pytest.raises(ValueError, match={"sklearn": "scikit-learn"}.get(missing, missing)):
-            imdb.begin(imdb.Settings(out=str(tmp_path), **settings))
+        by_text = {r.text: r.label for r in corpus.test}
+        assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
 
+    # ---- data
 
-def test_classify_imdb_amp_reaches_the_training(tmp_path, monkeypatch):
-    few = {split: rows[:100] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    monkeypatch.setattr(imdb, "prepared", lambda train_set, reviews, run, s: {}[run["bf16"]])
-    for amp, expected in (("off", False), ("bf16", True)):
-        with pytest.raises(KeyError) as error:
-            imdb.classify(imdb.Settings(out=str(tmp_path), amp=amp, export=False), imdb.ALONE)
-        assert error.value.args == (expected,)
+    def test_read_imdb_takes_tarball_and_folder_alike(self, tmp_path, monkeypatch):
+        """Nothing is unpacked: members whose paths lead elsewhere are no reviews."""
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        files = self.imdb_files(12)
+        odd = {"README": "", "train/pos/._0_7.txt": "", "train/pos/../../../evil.txt": "out"}
+        more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
+        tarball = self.tarball(tmp_path / "a.tar.gz", files | odd | more)
+        found = imdb.read_imdb(tarball)
+        outer = self.folder(tmp_path / "there" / "aclImdb", files | more).parent
+        assert found == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
+        assert found == imdb.read_imdb(self.tarball(tmp_path / "b.tar.gz", files, prefix="./aclImdb/"))
+        assert (found.name, found.labels, found.unlabelled) == ("imdb", ["negative", "positive"], [])
+        for split in ("train", "test"):
+            reviews = getattr(found, split)
+            assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
+            for r in reviews:
+                assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
+        expected = dataclasses.replace(
+            found, unlabelled=[imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
+        )
+        assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
+        with pytest.raises(ValueError, match="0 reviews in train/unsup, not 12"):
+            imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
+        assert not list(tmp_path.rglob("evil*"))
+        gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
+        assert [r.number for r in imdb.read_imdb(self.folder(tmp_path / "gaps", gaps)).test[:12]] == [
+            *range(12)
+        ]
 
+    def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
+        files = self.imdb_files(12)
+        long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
+        whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
 
-def test_classify_imdb_errors_on_the_command_line(tmp_path):
-    run = functools.partial(run_script, "classify_imdb.py", cwd=tmp_path, **NO_NETWORK)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    check_one_line_error(run(IMDB_DATA="nowhere"), "data: nowhere does not exist")
-    with pytest.raises(OSError, match="file/below"):
-        imdb.run_job(["--out", str(tmp_path / "file/below")])
-    for argument in ("folder", "file"):
-        with pytest.raises(ValueError, match=f"data: {tmp_path}/{argument}"):
-            imdb.run_job(["--data", str(tmp_path / argument), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "cache").exists() and sorted(p.name for p in tmp_path.iterdir()) == [
-        "file",
-        "folder",
-        "out",
+        def refused(path: Path, *words: str):
+            with pytest.raises(ValueError) as error:
+                imdb.load_corpus(imdb.Settings(data=str(path)))
+            assert all(word in str(error.value) for word in ("--data", *words)), error.value
+
+        refused(tmp_path / "nowhere", "does not exist")
+        fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
+        refused(self.folder(tmp_path / "part/aclImdb", fewer), "no folder test/neg")
+        refused(tmp_path / "part", "no folder test/neg")
+        refused(tmp_path / "part/aclImdb/train", "no folder train/pos")
+        refused(self.tarball(tmp_path / "part.tar.gz", fewer), "0 reviews in test/neg")
+        less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
+        refused(self.folder(tmp_path / "less/aclImdb", less), "11 reviews in train/neg", "12")
+        more = self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
+        refused(more, "13 reviews in test/pos")
+        (tmp_path / "text").write_text("no tarball")
+        (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
+        for path in (tmp_path / "text", tmp_path / "plain.gz"):
+            refused(path, "truncated, altered", str(path))
+        data = whole.read_bytes()
+        header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
+        broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
+        for place in random.Random(0).sample(range(header, len(data)), 20):
+            altered = bytearray(data)
+            altered[place] ^= 1 << place % 8
+            broken.append(altered)
+        for content in broken:
+            whole.write_bytes(content)
+            refused(whole, "truncated, altered")
+        whole.write_bytes(data)
+        folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
+        for path in (whole, folder):
+            assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
+            assert "not exactly the published" in capsys.readouterr().out
+        corpus = imdb.read_imdb(whole)
+        monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(corpus))
+        assert imdb.load_corpus(imdb.Settings(data=str(whole))) == corpus and not capsys.readouterr().out
+
+    def test_read_own_takes_tables_and_folders(self, tmp_path):
+        rows = self.own_rows(100)
+        corpus = imdb.load_corpus(imdb.Settings(data=str(self.table(tmp_path / "my.csv", rows))))
+        assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
+        assert len(corpus.train) == 90 and len(corpus.test) == 10 and sum(r.label for r in corpus.test) == 5
+        found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
+        assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
+        for part in ("train", "test"):
+            self.table(
+                tmp_path / f"two/{part}.csv", [(r[1], part, r[0]) for r in rows], ("label", "x", "text")
+            )
+        two = imdb.read_own(tmp_path / "two")
+        assert (
+            [(r.text, two.labels[r.label]) for r in two.train]
+            == rows
+            == [(r.text, two.labels[r.label]) for r in two.test]
+        )
+        numbers = [r.number for r in two.train if r.label == 1]
+        assert numbers == list(range(50))  # of its label: a table may be sorted by label
+        texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
+                 for label in ("no", "yes") for i in range(n)}  # fmt: skip
+        folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
+        (folder / "train/yes/0.txt").write_bytes(b"\xef\xbb\xbfmark")
+        own = imdb.read_own(folder)
+        assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
+        assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
+
+    OWN_REFUSED = [  # files, words
+        (
+            {"train.csv": "text,label\na,x\nb,y\nc,z\n", "test.csv": "text,label\na,x\n"},
+            "x, y, z.*exactly two",
+        ),
+        ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, "the labels x;"),
+        (
+            {"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": "text,label\na,x\n"},
+            "9 texts x",
+        ),
+        ({"train.csv": "review,label\na,x\n", "test.csv": ""}, "train.csv has no column 'text', but review"),
+        ({"train.csv": "text,label\na,x\nb\n", "test.csv": ""}, "line 3 lacks a text or a label"),
+        ({"train.csv": "text,label\na,x\nb,\n", "test.csv": ""}, "line 3 lacks"),
+        ({"train.csv": 'text,label\n"a,x\n', "test.csv": ""}, "train.csv: line"),
+        ({"train.csv": "text,label\na,x\nb,y\n"}, "no texts in test.csv"),
+        ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "no texts in test.csv or test/LABEL"),
+        ({"a.txt": "a"}, "no texts in train.csv or train/LABEL"),
     ]
-    with pytest.raises(SystemExit, match="2"):
-        imdb.settings_from_command_line(["--widht", "3"])
-    for arguments, words in [
-        ("--lr nan", "lr.*nan"), ("--seed 4294967296", "seed.*4294967296"),
-        ("--preset slow", "preset.*fast, best.*slow"), ("--epochs 0", "epochs.*0"), ("--lr 0", "lr.*0"),
-        ("--batch-size -1", "batch_size.*-1"), ("--mask-words 1", "mask_words.*1"),
-        ("--vocab-size 100", "vocab_size.*258.*100"),
-        ("--n-heads 3", "n_heads.*128.*3"), ("--amp fp8", "amp.*fp8"), ("--pool cls", "pool.*cls"),
-        ("--target 1", "target.*1"), ("--explain", "explain.*predict"),
-        ("--warmup 0", "warmup"), ("--clip 0", "clip"), ("--max-len 0", "max_len"),
-        ("--weight-decay -1", "weight_decay.*-1"), ("--save-every nan", "save_every.*nan"),
-    ]:  # fmt: skip
+
+    @pytest.mark.parametrize("files, words", OWN_REFUSED)
+    def test_read_own_refuses(self, tmp_path, files, words):
         with pytest.raises(ValueError, match=words):
-            imdb.settings_from_command_line(arguments.split())
+            imdb.read_own(self.folder(tmp_path / "own", files))
 
+    def test_read_own_refuses_other_encodings_and_unlabelled_texts(self, tmp_path):
+        for data in ("naïve".encode("latin-1"), "naïve".encode("utf-16")):
+            (tmp_path / "a.csv").write_bytes(data)
+            with pytest.raises(ValueError, match="a.csv is not UTF-8"):
+                imdb.read_own(tmp_path / "a.csv")
+        self.table(tmp_path / "a.csv", self.own_rows(60))
+        with pytest.raises(ValueError, match="no unlabelled"):
+            imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
 
-def test_classify_imdb_presets_give_way_to_flags():
-    assert imdb.settings_from_command_line(["--vocab-size", "258"]).vocab_size == 258  # the least
-    assert imdb.settings_from_command_line([]).preset == "fast"
-    best = imdb.settings_from_command_line(["--preset", "best", "--epochs", "1"])
-    assert best.epochs == 1 and best.unlabelled and not imdb.Settings().unlabelled
-    assert (best.max_len, imdb.Settings().max_len) == (1024, 512)
-    with pytest.raises(ValueError, match="max_len must be at least 4, got 3"):
-        imdb.settings_from_command_line(["--max-len", "3"])
-    fewer = imdb.settings_from_command_line("--preset best --no-unlabelled".split())
-    assert fewer.preset == "best" and not fewer.unlabelled
+    @pytest.fixture
+    def serve(self):
+        """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
+        servers = []
 
+        def start(data: bytes, **given):
+            handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
+            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
 
-IMDB_FORMATS = """
-script.find_imdb = no_network
-matplotlib.pyplot.Figure.savefig = savefig
-script.export.in_a_fresh_process = lambda *_: ({}, None)  # half of the time; export.py's own tests have it
-measure = script.export.benchmark
-script.export.benchmark = lambda runners, cases, seconds, threads: measure(runners, cases, 0.01, threads)
-script.exit_now(script.main())
-"""
+        yield start
+        for server in servers:
+            server.shutdown()
+            server.server_close()
 
+    def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch, serve):
+        data = random.Random(0).randbytes(1_000_000)
+        md5 = hashlib.md5(data).hexdigest()
+        got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
+        got.parent.mkdir()
+        for before, given, asked in [
+            (b"", {}, [None]),
+            (b"", {"sent_at_most": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),  # breaks off
+            (data[:400_000], {}, ["bytes=400000-"]),  # left by a run that was killed
+            (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
+        ]:
+            part.write_bytes(before)
+            url, server = serve(data, **given)
+            imdb.download(url, got, len(data), md5)
+            assert got.read_bytes() == data and server.asked == asked and not part.exists()
+            got.unlink()
 
-@pytest.fixture(scope="module")
-def imdb_formats_begun(request, tmp_path_factory):
-    """A run with the unlabelled reviews and all formats, killed among the formats and started again. Where it
-    is needed it goes on beside the other tests of classify_imdb.py, as it takes as long as half of them."""
-    folder = tmp_path_factory.mktemp("formats")
-    launcher = Launcher(folder, "classify_imdb")
+        def fails(url: str, *words: str):
+            with pytest.raises(OSError) as error:
+                imdb.download(url, got, len(data), md5)
+            assert all(word in str(error.value) for word in (url, *words)) and not got.exists(), error.value
 
-    def run() -> tuple[int, dict]:
-        """(when the test was done before the kill, the report)"""
-        arguments = [*IMDB_SMALL, "--preset", "best", "--out", str(folder / "run")]
-        launcher.start(1, *arguments, code=IMDB_FORMATS)
-        launcher.wait_until((folder / "run/export/trace.ts").exists)
-        launcher.kill([0])
-        launcher.wait()
-        tested = (folder / "run/test.json").stat().st_mtime_ns
-        return tested, last_json(launcher.run(1, *arguments, code=IMDB_FORMATS)[0])
+        altered = bytearray(data)
+        altered[123_456] ^= 1
+        fails(serve(bytes(altered))[0], "md5")
+        assert not part.exists()  # wrong bytes are no start for the next attempt
+        fails(serve(data + b"more")[0], "md5")
+        fails(serve(data, status=404)[0], "404")
+        fails("http://127.0.0.1:9/file", "refused")
+        fails(
+            serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 1,000,000"
+        )  # never gets further
+        assert part.read_bytes() == data[:100_000]
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        for name, value in (("URL", serve(data)[0]), ("SIZE", len(data)), ("MD5", md5)):
+            monkeypatch.setattr(imdb, f"IMDB_{name}", value)
+        assert imdb.find_imdb() == got and got.read_bytes() == data
+        monkeypatch.setattr(imdb, "download", None)
+        assert imdb.find_imdb() == got  # the second time it is there
 
-    with beside_other_tests(request, "imdb_formats", run) as begun:
-        yield folder, begun
-    launcher.end()
+    # ---- command line and the run in OUT
 
+    def test_parse_flags_override_their_preset(self):
+        assert imdb.parse([]) == imdb.Settings() and imdb.Settings().preset == "fast"
+        best = imdb.parse("--preset best --epochs 1 --no-export".split())
+        assert (best.epochs, best.unlabelled, best.max_len, best.export) == (1, True, 1024, False)
+        assert not imdb.parse(["--preset=plain"]).odds and imdb.parse(["--preset=plain"]).max_len == 512
+        assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
+        assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
 
-@pytest.fixture(scope="module")
-def imdb_formats(imdb_formats_begun):
-    folder, run = imdb_formats_begun
-    return folder, *run.result()
+    REFUSED = ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1", "--mask-words 1",
+               "--vocab-size 257", "--n-heads 3", "--target 1", "--explain", "--warmup 0", "--clip 0",
+               "--max-len 3", "--weight-decay -1", "--save-every nan", "--dropout 1")  # fmt: skip
 
+    @pytest.mark.parametrize("arguments", REFUSED)
+    def test_parse_refuses(self, arguments, capsys, monkeypatch):
+        monkeypatch.setattr(imdb, "classify", None)
+        name = arguments.split()[0].lstrip("-").replace("-", "_")
+        assert imdb.main(arguments.split()) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert name in line
 
-def test_classify_imdb_compares_formats_explains_and_writes_a_page(imdb_formats):
-    """With the unlabelled reviews; killed among the formats: what was finished then isn't done again."""
-    import onnx
+    @pytest.mark.parametrize("arguments", ["--widht 3", "--preset slow", "--device tpu", "--epochs x"])
+    def test_parse_leaves_other_words_to_tyro(self, arguments):
+        with pytest.raises(SystemExit, match="2"):
+            imdb.parse(arguments.split())
+        with pytest.raises(ValueError, match="--predict needs a text"):
+            imdb.parse(["--predict", ""])
 
-    folder, tested, report = imdb_formats
-    assert (folder / "run/test.json").stat().st_mtime_ns == tested
-    assert report["with_linear_test_accuracy"] > 0.9 and report["linear_test_accuracy"] > 0.9
-    rows = {row["name"]: row for row in report["models"]}
-    assert {
-        "eager",
-        "TorchScript, trace",
-        "torch.export",
-        "ONNX",
-        "ONNX int8, static",
-        "pruned, ONNX",
-    } <= set(rows)
-    for name in ("TorchScript, trace", "torch.export", "ONNX"):
-        assert rows[name]["max_abs_diff"] <= 1e-5 and rows[name]["agreement"] == 1
-    assert all(row["agreement"] >= 0.99 for name, row in rows.items() if not name.startswith("pruned"))
-    assert report["deployed"]["size_bytes"] <= 0.3 * rows["ONNX"]["size_bytes"]
-    assert rows[report["deployed"]["name"]]["agreement"] >= 0.995
-    smaller = [r for r in rows.values() if r["size_bytes"] < report["deployed"]["size_bytes"]]
-    assert all(row["agreement"] < 0.995 for row in smaller if row["file"].endswith(".onnx"))
-    assert abs(report["deployed"]["test_accuracy"] - report["test_accuracy"]) <= 0.01
-    found = onnx.load(folder / "run/model.onnx").metadata_props
-    assert json.loads({x.key: x.value for x in found}["max_len"]) == report["settings"]["max_len"]
-    shapes = [weight.shape for weight in export_weights(folder / "run/export/pruned.onnx").values()]
-    assert shapes.count((32, 8)) == 1  # of two layers one, of 32 neurons 8
-    assert (15, 32) in shapes or (32, 15) in shapes  # fused
-    assert rows["eager"]["accuracy"] == pytest.approx(report["test_accuracy"], abs=1e-4)  # all are compared
-    for name in ("TorchScript, trace", "torch.export"):  # the counts for training are not in them
-        assert rows[name]["size_bytes"] < 1.2 * rows["ONNX"]["size_bytes"]
-    page, times = (folder / "run/index.html").read_text(), rows["eager"]["latency"]
-    assert f"<td>{times['1 x 256']['p50_ms']}</td><td>{times['32 x 256']['p50_ms']}</td>" in page
-    assert page.count("data:image/png;base64") == 4 and page.count("<iframe srcdoc=") == 2
-    assert not re.search(r"(src|href)=.?(http|//|/)", page) and rows["eager"]["name"] in page
-    assert f"{report['test_accuracy']}" in page
-    (folder / "elsewhere").mkdir()
-    (folder / "elsewhere/model.onnx").write_bytes((folder / "run/model.onnx").read_bytes())
-    arguments = (
-        "--predict",
-        "the plot was superb , and not only for fans",
-        "--explain",
-        "--out",
-        "elsewhere",
-    )
-    answer = last_json(run_script("classify_imdb.py", *arguments, cwd=folder))  # the file alone is enough
-    assert answer["label"] == "positive" and len(answer["explain"]) == 10
-    effects = [abs(effect) for _, effect in answer["explain"]]
-    assert effects == sorted(effects, reverse=True)
-    shutil.copy(folder / "run/model.onnx.sha256", folder / "elsewhere")
-    imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    data = bytearray((folder / "run/model.onnx").read_bytes())
-    data[len(data) // 2] ^= 1  # in a table of weights: onnxruntime would not notice
-    (folder / "elsewhere/model.onnx").write_bytes(data)
-    with pytest.raises(ValueError, match="model.onnx is damaged"):
-        imdb.predictor(folder / "elsewhere", imdb.ALONE)
-    (folder / "elsewhere/model.onnx").write_bytes(b"no model")
-    bad = run_script("classify_imdb.py", *arguments, cwd=folder)
-    check_one_line_error(bad, "elsewhere/model.onnx", "damaged")
+    def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
+        """Settings that are bound to a run, its texts, other programs' files, finished runs."""
+        corpus = self.corpus(20)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
+        s = imdb.Settings(out=str(tmp_path))
+        _, run = imdb.open_run(s, {})
+        imdb.save(dataclasses.replace(run, step=5), s, {"model": {}})
+        (tmp_path / "tmp1.part").mkdir()
+        may_change = {
+            "data",
+            "predict",
+            "explain",
+            "baseline",
+            "device",
+            "export",
+            "keep_exports",
+            "save_every",
+        }
+        for name, value in dataclasses.asdict(s).items():
+            other = f"{value}x" if isinstance(value, str) else 1 - value
+            changed = dataclasses.replace(s, **{name: other})
+            if name in may_change:
+                assert imdb.open_run(changed, {})[1].step == 5
+            elif name != "out":
+                with pytest.raises(ValueError, match=f"another run.*{name}"):
+                    imdb.open_run(changed, {})
+        assert not (tmp_path / "tmp1.part").exists()
+        monkeypatch.setattr(imdb, "print_end", print)
+        for content, finished in [
+            ({"settings": run.settings, "exported": False}, (False, True)),  # not all of a run with exports
+            ({"settings": run.settings, "exported": True}, (True, True)),
+            ({"settings": {}, "exported": True}, (False, False)),
+            ([], (False, False)),
+        ]:
+            (tmp_path / "report.json").write_text(json.dumps(content))
+            runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
+            assert tuple(run is None for run in runs) == finished, content
+        (tmp_path / "report.json").write_text("no json")
+        kept = {}
+        assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
+        corpus.test[7] = corpus.test[7]._replace(text="another text")
+        with pytest.raises(ValueError, match="texts"):
+            imdb.open_run(s, {})
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
+        with pytest.raises(ValueError, match="another run"):
+            imdb.open_run(s, {})
 
+    def test_open_run_refuses_a_place_in_use(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: self.corpus(20))
+        monkeypatch.setattr(train_ddp, "lock_out", functools.partial(train_ddp.lock_out, patience=0.1))
+        s, kept = imdb.Settings(out=str(tmp_path)), {}
+        imdb.open_run(s, kept)
+        with pytest.raises(ValueError, match="in use"):
+            imdb.open_run(s, {})
+        kept["lock"].close()
 
-def test_classify_imdb_exports_short_texts_and_what_agrees_most(tmp_path, monkeypatch):
-    """Nothing longer than max_len is timed; reviews of both classes judge the heads; where no file agrees on
-    99.5% the one that agrees most is taken."""
-    model, _, s, run = imdb_tiny_training(tmp_path)
-    seen = {}
+    def test_train_stops_at_its_target(self, tmp_path):
+        """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
+        model, examples, dev, run, s = self.training(tmp_path, target=0.55, epochs=8, lr=1e-2, warmup=1)
+        imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        limit = 0.55 + (0.55 * 0.45 / 50) ** 0.5
+        accuracies = [row["dev_accuracy"] for row in run.history]
+        assert run.reached and run.step < 160 and accuracies[-1] > limit >= max(accuracies[:-1])
+        assert run.history[0]["step"] == round(160 / (16 * 8))
+        saved = train_ddp.load_checkpoint(tmp_path)
+        again = imdb.Run(**saved["run"])
+        imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
+        assert again.step == run.step == saved["run"]["step"]
 
-    def export_all(models, example, evaluation, cases, calibration, out, metadata, seconds):
-        seen["cases"] = cases
-        out.mkdir()
-        rows = [{"name": "eager", "file": "weights.pt", "agreement": 1.0, "size_bytes": 1}]
-        for name, agreement, size in (("a", 0.90, 5), ("b", 0.95, 9), ("c", 0.93, 4)):
-            (out / f"{name}.onnx").write_text(name)
-            rows.append({"name": name, "file": f"{name}.onnx", "agreement": agreement, "size_bytes": size})
-        return {"models": rows, "refused": {}}
+    def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
+        """One infinite gradient, as of a bad batch: the last checkpoint stays finite."""
+        model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
+        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
+        calls = itertools.count()
+        model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
+        with pytest.raises(FloatingPointError, match="gradient.*step 5.*--lr"):
+            imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        saved = train_ddp.load_checkpoint(tmp_path)
+        assert saved["run"]["step"] == 5
+        assert all(x.isfinite().all() for x in saved["model"].values())
 
-    monkeypatch.setattr(imdb, "pruned_copy", lambda model, sample, *_: seen.update(sample=sample) or model)
-    monkeypatch.setattr(imdb, "onnx_probabilities", lambda path, ids: torch.full((len(ids),), 0.9))
-    for name, stub in (("export_all", export_all), ("print_table", print), ("plot_rows", print)):
-        monkeypatch.setattr(export, name, stub)
-    ids = [torch.tensor([5, 6, 7])] * 3000
-    data = {"train": (ids, [0.0] * 1500 + [1.0] * 1500, [0] * 3000)}  # in order, as read_imdb gives them
-    test_set = imdb.demo_reviews(1)["test"][:40]
-    report = imdb.export_models(model, imdb.Tokenizer(run["ranks"]), data, test_set, s, tmp_path)
-    assert report["deployed"]["name"] == (tmp_path / "model.onnx").read_text() == "b"
-    assert len(seen["cases"]) == 4
-    assert all(x.size(1) <= s.max_len == 16 for inputs in seen["cases"].values() for (x,) in inputs)
-    assert torch.cat([labels for _, labels in seen["sample"]]).float().mean() == 0.5
-
-
-def test_classify_imdb_page_shows_any_text_as_text(tmp_path):
-    model, _, _, run = imdb_tiny_training(tmp_path)
-    texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-    test_set = [imdb.Review(i, i, text) for i, text in enumerate(texts)]
-    mistakes = [{"label": "positive", "probability": 0.1, "text": text} for text in texts]
-    (tmp_path / "mistakes.json").write_text(json.dumps(mistakes))
-    imdb.write_page({"dataset": "demo"}, model, imdb.Tokenizer(run["ranks"]), test_set, tmp_path)
-    tags = []
-    parser = html.parser.HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-    parser.feed((tmp_path / "index.html").read_text())
-    frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
-    assert frames == [(tmp_path / f"attention_{name}.html").read_text() for name in imdb.LABELS]
-    assert "script" not in dict(tags) and [a for tag, a in tags if tag == "b"] == [{"class": "positive"}] * 2
-
-
-def test_classify_imdb_model_is_the_same_in_onnx_at_every_size(imdb_formats):
-    out = imdb_formats[0] / "run"
-    state = imdb.load(out / "model.pt")
-    model = imdb.ReviewClassifier(encoder.EncoderConfig(**state["config"])).eval()
-    model.load_state_dict(state["model"])
-    run = export.onnx_runner(out / "export/model.onnx")
-    for B, T in ((1, 1), (7, 5), (33, 64), (1, 4), (3, 63), (1, model.config.max_len)):
-        tokens = torch.randint(0, model.config.vocab_size, (B, T))
-        tokens[0, T // 2 :] = imdb.PAD
-        tokens[-1] = imdb.PAD  # a row of padding alone
-        check_close(run(tokens), model(tokens).detach(), 1e-5)
-
-
-def test_classify_imdb_explains_by_hiding():
-    """A model that counts one word: hiding it moves the probability, hiding others doesn't."""
-    tokenizer = imdb.Tokenizer.train([imdb.clean(r.text) for r in imdb.demo_reviews(0)["train"][:500]], 400)
-    (ids,) = tokenizer.encode(["a superb film , naïve хорошо and superb"], 99)
-
-    def positive(texts: list[torch.Tensor]) -> torch.Tensor:
-        assert all(x.shape == ids.shape and ((x == ids) | (x == imdb.MASK)).all() for x in texts)
-        words = (
-            tokenizer.bpe.decode([i - imdb.SPECIAL for i in x.tolist() if i >= imdb.SPECIAL]) for x in texts
+    def test_page_shows_any_text_as_text(self, tmp_path):
+        model, *_, run, _ = self.training(tmp_path)
+        texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
+        corpus = imdb.Corpus(
+            "own", ["<i>", "&"], [], [imdb.Review(0, i, text) for i, text in enumerate(texts)]
         )
-        return torch.tensor([0.9 if "film" in text else 0.3 for text in words])
+        mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
+        report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
+        imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
+        tags = []
+        parser = html.parser.HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+        parser.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
+        frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
+        assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
+        assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
 
-    answer = imdb.explained(ids, 0.9, tokenizer, positive)
-    assert answer[0] == ["film", 0.6] and all(effect == 0 for _, effect in answer[1:])
-    assert sorted(word for word, _ in answer) == sorted("a superb film , naïve хорошо and superb".split())
-    assert imdb.explained(ids[:0], 0.5, tokenizer, positive) == []
-    (ids,) = tokenizer.encode(['the (first) "act" is well-made.but don\'t see 2nd'], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    words = 'the ( first ) " act " is well - made . but don\'t see 2nd'.split()
-    assert {word for word, _ in answer} <= set(words)
-    (ids,) = tokenizer.encode(["a “größer” film—bad…so"], 99)
-    answer = imdb.explained(ids, 0.3, tokenizer, lambda texts: torch.full((len(texts),), 0.3))
-    assert [word for word, _ in answer] == "a “ größer ” film — bad … so".split()
-    (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
-    assert len(imdb.explained(ids, 0.5, tokenizer, lambda texts: torch.linspace(0, 1, len(texts)))) == 10
+    # ---- runs
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def own_run(cls, tmp_path_factory):
+        """A run on 200 rows of one's own, as a user starts it, with all that it does by default."""
+        folder = tmp_path_factory.mktemp("own")
+        cls.table(folder / "my.csv", cls.own_rows(200))
+        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
+        arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
+        return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
 
-def test_classify_imdb_stops_at_its_target(imdb_ranks, tmp_path):
-    arguments = (*IMDB_SMALL, "--no-export", "--target", "0.7", "--out", str(tmp_path))
-    report = last_json(imdb_ranks.run(1, *arguments, code=IMDB_OFFLINE)[0])
-    last = report["history"][-1]
-    assert (
-        report["target"]["reached"]
-        and last["step"] < 225
-        and last["dev_accuracy"] > 0.7 + (0.21 / 800) ** 0.5
+    def test_own_texts_work_whole(self, own_run):
+        folder, result = own_run
+        out = folder / "out/classify_imdb"
+        summary, report = last_json(result), json_of(out / "report.json")
+        assert len(result.stdout.splitlines()[-1]) < 300 and "random" in result.stdout
+        assert summary["report"] == "out/classify_imdb/report.json" and "index.html" in result.stdout
+        assert all(summary[name] == report[name] for name in summary if name != "report")
+        names = "train_seconds total_seconds n_parameters n_counted preset seed cpu threads gemm_gflops torch"
+        assert all(report[name] is not None for name in names.split())
+        assert report["dataset"] == "own" and report["settings"]["labels"] == ["bad", "good & fine"]
+        assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
+        assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
+        rows = {row["name"]: row for row in report["models"]}
+        assert {"eager", "ONNX", "pruned, ONNX"} <= set(
+            rows
+        ) and "pruned, ONNX int8, dynamic, embeddings" in rows
+        best = rows[report["recommended"]]
+        near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
+        assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
+        assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
+        assert (
+            rows["ONNX"]["max_abs_diff"] <= 1e-5 and best["size_bytes"] == (out / "model.onnx").stat().st_size
+        )
+        assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
+        assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
+        page = (out / "index.html").read_text(encoding="utf-8")
+        assert page.index("<h1>") < page.index("<table>") and page.count("data:image/png;base64") == 2
+        assert not re.search(r"(src|href)=.?(http|//|/)", page) and "good &amp; fine" in page
+
+    def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
+        out = own_run[0] / "out/classify_imdb"
+        monkeypatch.chdir(tmp_path)
+        long = "the plot was clever , " * 2000  # far over the length that a file name may have
+        (tmp_path / "texts.txt").write_text(
+            "they call it dull\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig"
+        )
+
+        def predict(*what: str) -> list[dict]:
+            assert imdb.main(["--out", str(out), "--predict", *what]) == 0
+            return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+        (answer,) = predict("they call it dull")
+        assert set(answer) == {"label", "probability", "text", "probabilities"}
+        p = answer["probabilities"]
+        assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
+        assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
+        assert [a["text"] for a in predict("texts.txt")] == ["they call it dull", "a dull\x85film\u2028x"]
+        assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
+        (explained,) = predict("they call it dull", "--explain")
+        effects = [abs(effect) for _, effect in explained["explain"]]
+        assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        imdb.main(["--out", str(out), "--predict", "they call it dull", "--explain"])
+        first, *words = capsys.readouterr().out.splitlines()
+        assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
+
+    def test_predict_streams(self, own_run):
+        """A line is answered before the next one comes."""
+        command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=own_run[0], **pipes) as process:
+            clock = threading.Timer(60, process.kill)
+            clock.start()
+            for text in ("one", "two"):
+                process.stdin.write(text + "\n")
+                process.stdin.flush()
+                assert json.loads(process.stdout.readline())["text"] == text
+            process.stdin.close()
+            assert process.wait(60) == 0
+            clock.cancel()
+
+    def test_predict_refuses(self, own_run, tmp_path, capsys):
+        out = own_run[0] / "out/classify_imdb"
+        (tmp_path / "blank.txt").write_text("\n  \n")
+        (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
+        (tmp_path / "bad").mkdir()
+        for content, what, words in [
+            (None, "a text", "no .*model.onnx yet.*train"),
+            (b"no model", "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes()[:5000], "a text", "model.onnx is damaged"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "blank.txt"), "no text"),
+            ((out / "model.onnx").read_bytes(), "  ", "no text"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path / "utf16.txt"), "utf-8"),
+            ((out / "model.onnx").read_bytes(), str(tmp_path), "directory"),
+        ]:
+            if content:
+                (tmp_path / "bad/model.onnx").write_bytes(content)
+            assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert re.search(words, line), line
+
+    def test_readme_snippet_predicts_without_the_project(self, own_run):
+        """onnxruntime and tiktoken alone, in a folder without the project's files."""
+        folder, _ = own_run
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", IMDB_SNIPPET], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 0, result.stderr
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
+        answer = last_json(run_script("classify_imdb.py", "--predict", "A film to remember.", cwd=folder))
+        assert numbers == pytest.approx(list(answer["probabilities"].values()), abs=1e-3)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ranks(cls, tmp_path_factory):
+        launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
+        yield launcher
+        launcher.end()
+
+    @staticmethod
+    def code(here: str = "") -> str:
+        return IMDB_FEW.replace("{here}", here)
+
+    def test_demo_runs_without_network(self, ranks, tmp_path):
+        """It says so, and learns twins, which can't be told by single words."""
+        here = "few = script.Corpus('demo', whole.labels, whole.train[:3000], whole.test[:500])"
+        here += "; script.export_models = export_models"
+        sizes = "--d-model 32 --d-ff 32 --lr 5e-3 --min-steps 200".split()
+        (result,) = ranks.run(1, *IMDB_SMALL, *sizes, "--out", str(tmp_path), code=self.code(here))
+        report = last_json(result)
+        assert "IMDB WAS NOT FOUND" in result.stdout and imdb.IMDB_URL in result.stdout
+        assert report["dataset"] == "demo" and report["test_accuracy"] > 0.8
+        assert [row["name"] for row in json_of(tmp_path / "report.json")["models"]] == ["eager", "ONNX"]
+
+    def test_killed_anywhere_ends_in_the_same_weights(self, ranks, tmp_path):
+        """kill -9 in each stage, then the same command; what was finished isn't done again."""
+        arguments = [*IMDB_SMALL, "--unlabelled", "--save-every", "0"]
+        (whole,) = ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        out = tmp_path / "killed"
+        stages = [  # where it is killed; the step of what is left
+            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0), ("ddp.warmup_cosine", 12),
+            ("look_at_dev", 13), ("ddp.write_atomically", 13), ("plot_results", 18), ("print_end", 18),
+        ]  # fmt: skip
+        for place, wanted in stages:
+            here = f"script.{place} = {'late' if 'cosine' in place else 'die'}"
+            (killed,) = ranks.attempt(1, *arguments, "--out", str(out), code=self.code(here))
+            assert killed.returncode == -signal.SIGKILL, (place, killed)
+            left = train_ddp.load_checkpoint(out)
+            assert (left and left["run"]["step"]) == wanted, place
+        one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
+        assert one["model"].keys() == other["model"].keys()
+        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+        drop = [{k: v for k, v in row.items() if k != "seconds"} for row in one["run"]["history"]]
+        assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["run"]["history"]]
+        nothing = (
+            "".join(f"script.{name} = " for name in ("linear_model", "Tokenizer.train", "train")) + "again"
+        )
+        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(nothing))
+        first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
+        for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
+            assert first[name] == second[name]
+        assert (
+            "finished" in done.stdout
+            and last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        )
+        assert second["total_seconds"] > other["run"]["total_seconds"] > 0 < other["run"]["prepare_seconds"]
+
+    def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
+        """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
+        arguments = [
+            *IMDB_SMALL,
+            *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled".split(),
+        ]
+        arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
+        for world in (1, 2, 3):
+            results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
+            assert not any("step" in result.stdout for result in results[1:])  # rank 0 alone speaks
+        one, *others = (train_ddp.load_checkpoint(tmp_path / str(world)) for world in (1, 2, 3))
+        for other in others:
+            for name, value in one["model"].items():
+                check_close(other["model"][name], value, 2e-5)
+            for i, moments in one["optimizer"]["state"].items():  # an average of the last gradients
+                check_close(other["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
+            for mine, row in zip(other["run"]["history"], one["run"]["history"], strict=True):
+                assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
+                assert mine["train_accuracy"] == row["train_accuracy"]
+        assert json_of(tmp_path / "3/report.json")["processes"] == 3
+
+    def test_a_lost_process_ends_the_others_and_any_number_goes_on(self, ranks, tmp_path):
+        arguments = [*IMDB_SMALL, *"--dropout 0 --mask-words 0 --lr 1e-4 --save-every 0".split()]
+        ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
+        arguments += ["--out", str(tmp_path / "lost")]
+        here = "if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late"
+        here = here.replace("12", "5")
+        first, second = ranks.attempt(2, *arguments, code=self.code(here).replace("step == 12", "step == 5"))
+        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+        assert "step 5" in first.stderr and "Traceback" not in first.stderr
+        last = ranks.run(3, *arguments, code=self.code())[0]
+        assert "going on at step 5" in last.stdout
+        one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
+        assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
+
+    @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+    def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
+        arguments = [*IMDB_SMALL, "--epochs", "500", "--save-every", "0", "--out", str(tmp_path)]
+        ranks.start(world, *arguments, code=self.code())
+        ranks.wait_until(lambda: len(list(tmp_path.glob("step_0000000[5-9]*"))) > 0)
+        ranks.kill([world - 1], number)
+        results = ranks.wait()
+        assert [result.returncode for result in results] == [128 + number] * world, results
+        step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
+        assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
+        (other,) = ranks.attempt(1, *arguments, "--seed", "7", code=self.code())
+        check_one_line_error(other, "seed 0 there, 7 here", "--out")
+
+    def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
+        """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
+        parts = "whole.train[:1000], whole.test[:1000], whole.unlabelled"
+        here = f"few = script.Corpus('demo', whole.labels, {parts})"
+        arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
+        ranks.run(1, *arguments, code=self.code(here))
+        report = json_of(tmp_path / "report.json")
+        assert (
+            abs(report["test_accuracy"] - 0.5) <= 0.065 and abs(report["linear_test_accuracy"] - 0.5) <= 0.065
+        )
+
+    def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
+        """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
+        corpus, given = self.corpus(), []
+        opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
+        monkeypatch.setattr(imdb, "finish", lambda *_: None)
+        teacher = lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews)  # noqa: E731
+        labels = []
+        monkeypatch.setattr(imdb, "linear_model", lambda _, y: (labels.append(y), (teacher, 0))[1])
+        arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
+        assert imdb.main(arguments) == 0
+        ((model, examples, dev, run, *_),) = given
+        train_set, dev_set = imdb.split_dev(corpus)
+        shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
+        assert labels == [shuffled] and shuffled != [r.label for r in train_set]
+        assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
+        assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
+        for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
+            by_number = [fold for _, fold in sorted(zip([r.number for r in part], folds, strict=True))]
+            assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
+        odds = imdb.NgramOdds()
+        odds.fit(examples)
+        assert torch.equal(model.odds.table, odds.table) and run.prepare_seconds > 0
+
+    def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = self.training(tmp_path)
+        corpus = self.corpus(300)
+        linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
+        run.teacher = {"test": linear.tolist()}
+        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        with torch.no_grad():
+            model.head.weight.mul_(5)  # an untrained model is never sure
+        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
+        (tmp_path / "model.onnx").write_text("of another run")
+        imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
+        report = json_of(tmp_path / "report.json")
+        ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
+        own, labels = (
+            imdb.log_odds(model, ids, imdb.ALONE),
+            torch.tensor([r.label for r in corpus.test]).bool(),
+        )
+        answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
+        expected = [(answer == labels).double().mean().item() for answer in answers]
+        names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
+        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5) and len(
+            set(expected)
+        ) == 3
+        assert report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
+
+    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
+        corpus = self.corpus(300)
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
+        report = json_of(tmp_path / "a/b/baseline.json")
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
+        turned = [review._replace(label=1 - review.label) for review in corpus.test]
+        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
+        imdb.baseline(imdb.Settings(out=str(tmp_path)))
+        report = json_of(tmp_path / "baseline.json")
+        assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
+
+    @pytest.mark.skipif(
+        not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
     )
-    assert all(row["dev_accuracy"] <= 0.7 + (0.21 / 800) ** 0.5 for row in report["history"][:-1])
-    assert report["train_seconds"] < report["target"]["seconds"]
-    assert train_ddp.load_checkpoint(tmp_path)["step"] == last["step"], "saved before the test begins"
-    row, dev = {"dev_accuracy": 0.86}, ([None] * 2500, None)  # sqrt(0.85 * 0.15 / 2500) = 0.00714
-    assert imdb.safely_past(0.85, row, dev) and not imdb.safely_past(0.853, row, dev)
-
-
-def test_classify_imdb_baseline_beside_another_run(tmp_path, monkeypatch):
-    few = {split: rows[:300] for split, rows in imdb.demo_reviews(0).items()}
-    monkeypatch.setattr(imdb, "load_reviews", lambda s: ("demo", few))
-    for _ in range(2):
-        report = imdb.baseline(imdb.Settings(out=str(tmp_path / "a/b")))
-        assert 0 <= report["train_seconds"] <= report["total_seconds"] < 60
-    turned = [review._replace(label=1 - review.label) for review in few["test"]]
-    monkeypatch.setattr(imdb, "split_dev", lambda reviews: (reviews, turned))
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path)))
-    assert (
-        report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"]) and report["test_accuracy"] > 0.7
-    )
-    report = imdb.baseline(imdb.Settings(out=str(tmp_path), shuffle_labels=True))
-    assert 0.3 < report["test_accuracy"] < 0.7
-
-
-def test_classify_imdb_baseline(tmp_path):
-    report = last_json(run_script("classify_imdb.py", "--baseline", "--out", "b", cwd=tmp_path, **NO_NETWORK))
-    assert report == json.loads((tmp_path / "b/baseline.json").read_text())
-    assert report["dataset"] == "demo" and report["test_accuracy"] > 0.9 and report["n_parameters"] > 100
-    assert 0 < report["train_seconds"] <= report["total_seconds"] < 240
-
-
-@IMDB_GIVEN
-def test_classify_imdb_real_data(imdb_real_data_begun):
-    """The published texts, all of them; 123 test reviews are in train in the original, and no more here."""
-    found = last_json(imdb_real_data_begun.result())
-    assert found["fingerprint"] == imdb.IMDB_FINGERPRINT
-    for split, size in (("train", 33_132_823), ("test", 32_350_685)):
-        assert found[split] == [25_000, 12_500, size]  # reviews, positive ones, bytes
-    assert found["parts"] == [22_500, 2_500] and found["shared"] == [123, 3]
+    def test_real_data_are_the_published_texts(self):
+        assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
+        assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+        corpus = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
+        assert imdb.fingerprint(corpus) == imdb.IMDB_FINGERPRINT
+        for reviews, size in ((corpus.train, 33_132_823), (corpus.test, 32_350_685)):
+            assert len(reviews) == 25_000 and sum(r.label for r in reviews) == 12_500
+            assert sum(len(r.text.encode()) for r in reviews) == size
+        train, dev = imdb.split_dev(corpus)
+        assert (len(train), len(dev)) == (22_500, 2_500)
+        log = json_of(ROOT / "assets/imdb.json")
+        assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
 
 
 # -----------------------------------------------------------------------------
@@ -7550,34 +6217,11 @@ class DrawnModel(nn.Module):
         return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
 
     def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        beginning = torch.cat((*cache.get(0, {"self": ()})["self"], tgt), dim=1)  # (B, T)
-        cache[0] = {"self": (beginning,)}
+        past = [layer[0] for layer in cache.get("layers", [])]
+        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
+        cache["layers"] = [(beginning, beginning)]
         numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
         return self.logits[numbers][:, None]  # (B, 1, V)
-
-
-QUIZ_NO_SYNC = """
-import os, sys, torch, torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
-exchanges = []
-def hook(state, bucket):
-    exchanges.append(1)
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-model = DistributedDataParallel(torch.nn.Linear(2, 1))
-model.register_comm_hook(None, hook)
-x = torch.ones(3, 2)
-loss = model(x).sum()
-with model.no_sync():
-    loss.backward()
-print(len(exchanges))
-with model.no_sync():
-    model(x).sum().backward()
-print(len(exchanges), flush=True)
-os._exit(0)
-"""
 
 
 class TestQuiz:
@@ -7651,12 +6295,6 @@ class TestQuiz:
         check_close(encoding[54_410, -2:], encoding[0, -2:], 1e-3)
         assert (encoding[300:54_000, -1] < 1).all(), "no earlier return"
         check_close(encoding[:100, 0], (torch.arange(100.0).double()).sin(), 1e-6)
-
-    def test_quiz_layer_norm_is_biased(self):
-        x = torch.randn(100, 4, dtype=torch.float64)
-        wrong = (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)
-        check_close(wrong / F.layer_norm(x, (4,), eps=0), torch.full_like(x, math.sqrt(3 / 4)), 1e-9)
-        assert round(1 - math.sqrt(3 / 4), 2) == 0.13
 
     def test_quiz_noam_peak(self):
         rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 8000)]
@@ -7743,19 +6381,6 @@ class TestQuiz:
         shares = [train_ddp.share_of_mean(part.sum(), 16, world=2) for part in (tokens[:12], tokens[12:])]
         assert sum(shares) / 2 == 1.5  # what DDP's average makes of them
 
-    def test_quiz_half_precision(self):
-        tiny = torch.tensor(1e-8)
-        assert tiny.half() == 0 and (tiny * 65_536).half().item() == pytest.approx(6.55e-4, rel=1e-2)
-        smallest = torch.finfo(torch.float16).smallest_normal / 1024
-        assert smallest == pytest.approx(6e-8, rel=0.01) and torch.tensor(smallest).half() > 0
-        assert torch.tensor(1 + 1 / 256).bfloat16() == 1 and torch.tensor(1 + 1 / 128).bfloat16() > 1
-
-    def test_quiz_clipping_scaled_gradients(self):
-        weight = nn.Parameter(torch.zeros(4))
-        weight.grad = torch.full((4,), 0.25) * 65_536  # a gradient of norm 0.5, scaled
-        nn.utils.clip_grad_norm_([weight], 1.0)
-        assert (weight.grad / 65_536).norm().item() == pytest.approx(1.5e-5, rel=0.02)
-
     def test_quiz_int8(self):
         assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
         assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
@@ -7767,22 +6392,6 @@ class TestQuiz:
             assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(
                 expected, rel=0.1
             )
-
-    def test_quiz_confidence(self):
-        for n, points in ((25_000, 0.37), (2_500, 1.18)):
-            assert round(100 * 1.96 * math.sqrt(0.9 * 0.1 / n), 2) == points
-
-    def test_quiz_distributed_sampler_repeats(self):
-        from torch.utils.data import DistributedSampler
-
-        seen = [i for rank in range(4) for i in DistributedSampler(range(10), 4, rank, shuffle=False)]
-        assert len(seen) == 12 and len(set(seen)) == 10
-
-    def test_quiz_no_sync_holds_forward(self, tmp_path):
-        """DDP's exchange of gradients, counted: no_sync around backward alone does not stop it."""
-        command = [sys.executable, "-c", QUIZ_NO_SYNC, str(tmp_path / "store")]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert result.stdout.split() == ["1", "1"], result
 
 
 # -----------------------------------------------------------------------------
@@ -7829,7 +6438,9 @@ class TestAllFiles:
         lengths = attention.padding_mask(torch.tensor([6, 0]))
         for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
             expected, weights = long.forward_with_weights(x, context, mask)
-            output, short_weights = short.forward_with_weights(x, *short.keys_values(context), mask)
+            k, v = short.keys_values(context)
+            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
+            output = short(x, k, v, mask)
             check_close(output, expected, 1e-12)
             check_close(short_weights, weights, 1e-12)
             gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
@@ -8010,6 +6621,13 @@ class TestReadme:
             assert f"{statistics.mean(values):.1f}" in top
         assert f"{json_of(ROOT / 'assets/multi30k.json')['beam']:.1f}" in top
 
+    def test_attention_adds_little_on_imdb(self):
+        """README and the quiz say so; a model that changes it must change them."""
+        log = json_of(ROOT / "assets/imdb.json")
+        without = log["without_attention"][0]
+        same_seed = next(run for run in log["fast"] if run["seed"] == without["seed"])
+        assert abs(same_seed["test_accuracy"] - without["test_accuracy"]) < 0.005
+
     def test_first_commands_are_the_ones_that_ci_runs(self):
         commands = re.findall(r"^(python3 -m venv .*)$", "\n".join(readme_parts().values()), re.M)
         ends = [command.split("/")[-1].split()[-1] for command in commands]
@@ -8131,46 +6749,30 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("self.embedding.weight.dtype))", "self.embedding.weight.dtype), persistent=False)", "meta_device"),
     ],
     "transformer.py": [
-        (".tril(k_len - q_len)", ".tril()", "transformer_causal_mask"),
-        ("q.shape[-1] ** -0.5", "1.0", "transformer_equals_torch"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask"),
+        ("q.shape[-1] ** -0.5", "1.0", "equals_torch"),
+        ("k = torch.cat((past_k, k), dim=2)", "k = torch.cat((k, past_k), dim=2)", "cache_gives"),
+        ("self.embed(self.tgt_embedding, tgt, start)", "self.embed(self.tgt_embedding, tgt)", "cache_gives"),
+        ("x = x if self.norm_first else self.cross_attention_norm(x)", "x = x + 0", "equals_torch"),
+        ("encoding(config.max_len, width))", "encoding(config.max_len, width), persistent=False)", "on_meta"),
+        ("real = targets != pad_id", "real = targets == targets", "label_smoothed_loss"),
+        ("step * warmup**-1.5", "step * warmup**-0.5", "noam"),
+        (".masked_fill(finished, model.config.pad_id)", "", "greedy_decode"),
+        ("finished |= best == model.config.eos_id", "finished |= best == 0", "greedy_decode"),
+        ("torch.where(finished[..., None], only_pad, following)", "following", "full_width"),
+        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equals_lists"),
+        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equals_lists"),
+        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
+        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "written_out"),
         (
-            "k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)",
-            "k, v = torch.cat((k, past_k), dim=2), torch.cat((v, past_v), dim=2)",
-            "cache_gives_the_same",
+            'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
+            "data.decode().splitlines()",
+            "lines_of",
         ),
-        (
-            "x = self.embed(self.tgt_embedding, tgt, start=past)",
-            "x = self.embed(self.tgt_embedding, tgt)",
-            "cache_gives_the_same",
-        ),
-        (
-            "return norm(x + self.dropout(sublayer(x)))",
-            "return x + norm(self.dropout(sublayer(x)))",
-            "transformer_equals_torch",
-        ),
-        ("ignore_index=pad_id, label_smoothing", "label_smoothing", "transformer_loss"),
-        ("step * warmup**-1.5", "step * warmup**-0.5", "transformer_noam"),
-        (".masked_fill(finished, model.config.pad_id)", "", "greedy_equals"),
-        (
-            "finished |= best == model.config.eos_id",
-            "finished |= best == model.config.pad_id",
-            "greedy_equals",
-        ),
-        ("torch.where(finished[..., None], only_pad, following)", "following", "full_beam"),
-        ('layer["self"] = tuple(x[rows] for x in layer["self"])', "pass", "beam_equals_lists"),
-        (
-            "lengths.gather(1, parent) + ~was_finished",
-            "lengths.gather(1, parent) + 1",
-            "beam_equals_lists or full_beam",
-        ),
-        ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_beam"),
-        (
-            "tgt = torch.cat((bos, targets[:, :-1]), dim=1)",
-            "tgt = targets",
-            "training_step or sum_of_its_sentences",
-        ),
-        ('self.optimizer.load_state_dict(checkpoint["optimizer"])', "pass", "kill_and_go_on"),
-        ("mean + (weight - mean) / n_averaged", "weight.clone()", "average_and_losses"),
+        ("rows, parse_math=False)", "rows)", "ones_own"),
+        ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
+        ("if not norm.isfinite():", "if False:", "not_finite"),
+        ("mean + (weight - mean) / n_averaged", "weight.clone()", "written_out"),
     ],
     "losses.py": [
         ("remaining.mean().clamp(min=torch.finfo(remaining.dtype).tiny)", "remaining.mean()", "gradnorm"),
@@ -8270,49 +6872,39 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     ],
     "classify_imdb.py": [
         (
-            "avg_pool1d(real[:, None].to(x.dtype), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
-            "avg_pool1d(real[:, None].to(x.dtype), 1, STRIDE)[:, 0] > 0",
-            "every_token_counts",
+            "avg_pool1d(real[:, None].float(), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
+            "avg_pool1d(real[:, None].float(), 1, STRIDE)[:, 0] > 0",
+            "written_out",
         ),
-        ("tokens = tokens.long()  # 32", "# 32", "classify_imdb_ngram_ids"),
-        ('kept["seconds"]\n', "0\n", "kept_stage_counts"),
-        ("if 0 <= number % period - period * 2 // 5 < length}", "if number % 10 == 0}", "dev_split"),
-        ('"ab" if response.status == 206 else "wb"', '"ab"', "classify_imdb_download"),
-        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "reads_tarball"),
-        ("            while stream.read(1 << 20):\n                pass\n", "", "no_part_of_imdb"),
-        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "classify_imdb_tokenizer"),
-        ("    model.eval()\n    out = torch.zeros", "    out = torch.zeros", "probabilities_are"),
-        ('        optimizer.load_state_dict(run["optimizer"])', "        pass", "killed_and_started"),
-        (
-            'torch.manual_seed(s.seed * 1_000_003 + run["step"] + 2**40 * p.rank)',
-            "pass",
-            "killed_and_started",
-        ),
-        ("share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
-        ("return counts * loss, counts", "return loss, counts", "any_number_of"),
+        ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
+        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
+        ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
+        ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
+        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
+        ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
+        ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
+        ("torch.manual_seed(s.seed * 1_000_003 + run.step + 2**40 * p.rank)", "pass", "killed_anywhere"),
+        ("ddp.share_of_mean(loss, len(rows), p.world)", "(loss / len(rows))", "any_number_of"),
+        ("loss, right = 0 * loss, 0", "pass", "any_number_of"),
         ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
         (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
-        ("    save_run(run, made, s)\n", "", "in_any_stage"),
-        ("            old.unlink()\n", "            pass\n", "goes_from_demo"),
-        ("damaged = file.testzip()", "damaged = None", "predict_errors"),
-        (
-            "order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + epoch)",
-            "order = batches(lengths, s.batch_size, seed=epoch + int(time.time()))",
-            "killed_and_started",
-        ),
-        ("counts.sum(0) - torch.cat((counts, ", "counts.sum(0) - 0 * torch.cat((counts, ", "odds_equal"),
+        ("    save(run, s, {})\n", "", "killed_anywhere"),
+        ("+ step // per_epoch)", "+ step // per_epoch + int(time.time()))", "killed_anywhere"),
+        ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "written_out"),
-        ("flatten(1) * self.encoder.scale", "flatten(1)", "fused_model"),
-        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused_model"),
-        ("(halfway[rows] + said.softmax(-1)[:, 1]) / 2", "said.softmax(-1)[:, 1]", "fine_tuning_is"),
-        ("copied.encoder.layers[: max(1, s.n_layers // 2)]", "copied.encoder.layers[1:]", "pruned_copy"),
-        ("buckets + fold[:, None, None] *", "buckets + 0 * fold[:, None, None] *", "odds_of_a_review"),
-        ("(p.logit(1e-6) + linear.logit(1e-6))", "(p + linear)", "linear_model_s_logit"),
-        ('run["linear"].get("unlabelled", [])', 'run["linear"].get("test", [])', "linear_model_s_opinion"),
-        ("- target > math.sqrt(", "- target > -math.sqrt(", "stops_at"),
-        ("round(p - without, 4)", "round(p, 4)", "explains_by"),
-        ("(1, 0))\n        self.weights", "(0, 1))\n        self.weights", "weighs_by"),
+        ("W.flatten(1) * self.encoder.scale", "W.flatten(1)", "fused"),
+        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused"),
+        ("(targets + said) / 2", "said", "pruned_copy"),
+        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
+        ("> s.target + error", "> s.target - error", "stops_at"),
+        ("(score - log_odds(", "(score + log_odds(", "explain"),
+        ("positive / positive.sum()", "negative / negative.sum()", "weighs_by"),
+        ('ddp.check_finite("gradient\'s norm", norm.item(), run.step)', "pass", "not_finite"),
     ],
     "train_fsdp.py": [
         ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
@@ -8368,49 +6960,47 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     ],
     "export.py": [
         ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
-        ("                    timed(runners[name], batches[0])\n", "", "benchmark_alternates"),
-        ("    model.eval()\n    try:\n        yield", "    try:\n        yield", "export_torch_formats"),
+        ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
         (
-            "masked_fill(~attn_mask, torch.finfo(k.dtype).min / 4)",
-            "masked_fill(attn_mask, torch.finfo(k.dtype).min / 4)",
-            "export_onnx",
-        ),
-        ('kwargs["scale"] = q.size(-1) ** -0.5', "pass", "export_onnx"),
-        ('shapes[-1][1] = f"length_{i}" if i else "length"', "pass", "export_onnx_is_one_file"),
-        ('f"length_{i}" if i else "length"', '"length"', "export_names_one_size"),
-        ("groups = groups + change", "groups = change", "called_twice"),
-        ("if not difference <= 1e-3", "if difference > 1e3", "export_refuses"),
-        (
-            'not (cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
-            '(cpu.get("avx512_vnni") or cpu.get("avx_vnni"))',
-            "export_reduced_range",
+            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
+            "model = copy.deepcopy(model)\n    with torch.no_grad()",
+            "equal_the_model",
         ),
         (
-            "    if not feeds:\n        raise",
-            "    if feeds is None:\n        raise",
-            "export_static_quantization_errors",
+            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
+            "model = model.eval()\n    with torch.no_grad()",
+            "equal_the_model",
         ),
         (
-            "columns + part * n_heads * width for part in range(3)",
-            "columns for part in range(3)",
-            "export_pruned_heads",
+            "torch.where(attn_mask, 0.0, -torch.inf)",
+            "torch.where(attn_mask, -torch.inf, 0.0)",
+            "attention_for_onnx",
         ),
-        ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "export_pruned"),
-        ("draw.shuffle(order)", "pass", "export_benchmark"),
-        ("while rounds < 5 or", "while rounds < 1 or", "export_benchmark"),
-        (
-            'accurate = [row for row in rows if row["accuracy"] >= round(rows[0]["accuracy"] - max_loss, 9)]',
-            "accurate = rows",
-            "export_recommends",
-        ),
+        ("** -0.5 if scale is None else scale", "** -0.5", "attention_for_onnx"),
+        (".softmax(-1) @ value * allowed", ".softmax(-1) @ value", "attention_for_onnx"),
+        ('free[1] = f"length_{i}" if i else "length"', "pass", "free_sizes or one_file"),
+        ('f"length_{i}" if i else "length"', '"length"', "free_sizes"),
+        ("if name not in gates:", "if True:", "called_twice"),
+        ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
+        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "hold_what_they_promise"),
+        ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
+        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
+        ("with LOADING:", "if True:", "changes_nothing"),
+        (".view(3, H, -1)[:, kept]", ".view(3, H, -1)[:, : len(kept)]", "pruned_models"),
+        ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "pruned_models"),
+        ("nn.Parameter(weight, linear.weight.requires_grad)", "nn.Parameter(weight)", "called_twice"),
+        ("draw.sample(list(runners), len(runners))", "list(runners)", "benchmark"),
+        ("while rounds < 6 or", "while rounds < 2 or", "benchmark"),
+        ('[row for row in rows if row["agreement"] >= min_agreement]', "rows", "recommends"),
+        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "at_home"),
     ],
 }
 
 
 SECTIONS = {  # file -> the tests that have to notice a bug in it, for pytest -k
-    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "transformer",
+    "attention.py": "TestAttention", "encoder.py": "TestEncoder", "transformer.py": "TestTransformer",
     "losses.py": "TestLosses", "train_ddp.py": "ddp or TestTraining", "train_fsdp.py": "fsdp or TestTraining",
-    "export.py": "export", "classify_imdb.py": "imdb",
+    "export.py": "export", "classify_imdb.py": "TestClassifyImdb",
 }  # fmt: skip
 
 
