@@ -4190,7 +4190,7 @@ run()
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
         arguments = [*TINY, "--out", str(tmp_path)]
-        lock = train_ddp.lock_out(tmp_path)
+        lock = importlib.import_module(trainer.module).lock_out(tmp_path)
         code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
         results = trainer.attempt(2, *arguments, code=code)
         check_one_line_error(results[0], "is in use by another run")
