@@ -3876,6 +3876,20 @@ for out in sys.argv[1:]:
         with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
             module.start_processes("cpu", 5.0)
 
+    def test_start_processes_meet_again_after_a_restart(self, trainer):
+        """In the store that torchrun keeps, where the addresses of those that have ended still stand."""
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+        code = """
+time.sleep(2 * int(os.environ["RANK"]))
+p = script.start_processes("cpu", 20)
+print(script.sum_over_ranks([1.0], p))
+"""
+        for attempt in ("0", "1"):
+            environment["TORCHELASTIC_RESTART_COUNT"] = attempt
+            for result in trainer.run(2, code=code, **environment):
+                assert result.stdout == "[2.0]\n"
+
     def test_main_refuses_ranks_that_disagree(self, trainer, tmp_path):
         """On a setting, one that may change between runs too (ranks that save at other steps would wait for
         each other), or on the text (a Python with another manual)."""
@@ -4176,7 +4190,7 @@ run()
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
         arguments = [*TINY, "--out", str(tmp_path)]
-        lock = train_ddp.lock_out(tmp_path)
+        lock = importlib.import_module(trainer.module).lock_out(tmp_path)
         code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
         results = trainer.attempt(2, *arguments, code=code)
         check_one_line_error(results[0], "is in use by another run")
@@ -6831,7 +6845,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "broadcast_object_list(answer)",
             "longer_than",
         ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
@@ -6915,7 +6929,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "broadcast_object_list(answer)",
             "longer_than",
         ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "under_torchrun"),
+        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
