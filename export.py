@@ -694,10 +694,10 @@ class Classifier(nn.Module):
         self.register_buffer("positions", torch.cat((angles.sin(), angles.cos()), 1))  # (max_len, C)
         self.layers = nn.ModuleList()
         for _ in range(n_layers):
-            attention = SelfAttention(nn.Linear(C, 3 * C), nn.Linear(C, C), n_heads)
-            ffn = nn.Sequential(nn.Linear(C, d_ff), nn.GELU(), nn.Linear(d_ff, C))
-            parts = {"attention_norm": nn.LayerNorm(C), "attention": attention}
-            self.layers.append(nn.ModuleDict(parts | {"ffn_norm": nn.LayerNorm(C), "ffn": ffn}))
+            layer = {"self_attention_norm": nn.LayerNorm(C), "ffn_norm": nn.LayerNorm(C)}
+            layer["self_attention"] = SelfAttention(nn.Linear(C, 3 * C), nn.Linear(C, C), n_heads)
+            layer["ffn"] = nn.Sequential(nn.Linear(C, d_ff), nn.GELU(), nn.Linear(d_ff, C))
+            self.layers.append(nn.ModuleDict(layer))
         self.norm = nn.LayerNorm(C)
         self.head = nn.Linear(C, 2)
 
@@ -705,7 +705,8 @@ class Classifier(nn.Module):
         real = tokens != 0  # (B, T)
         x = self.embedding(tokens) + self.positions[: tokens.size(1)]  # (B, T, C)
         for layer in self.layers:
-            x = x + layer["attention"](layer["attention_norm"](x), real[:, None, None, :])
+            attended = layer["self_attention_norm"](x)
+            x = x + layer["self_attention"](attended, real[:, None, None, :])
             x = x + layer["ffn"](layer["ffn_norm"](x))
         x = self.norm(x) * real[:, :, None]
         return self.head(x.sum(1) / real.sum(1, keepdim=True).clamp(min=1))  # padding alone: the head's bias
@@ -726,9 +727,8 @@ def generate_sentences(n: int, seed: int) -> list[tuple[str, int]]:
         for _ in range(rng.choice((1, 2, 3))):
             good = rng.randrange(2)
             negated = rng.randrange(2)
-            clauses.append(
-                f"the {rng.choice(NOUNS)} was {'not ' * negated}{rng.choice(GOOD if good else BAD)}"
-            )
+            word = rng.choice(GOOD if good else BAD)
+            clauses.append(f"the {rng.choice(NOUNS)} was {'not ' * negated}{word}")
         sentences[" but ".join(clauses)] = good ^ negated  # what comes after "but" is what is meant
     return list(sentences.items())
 
@@ -824,7 +824,6 @@ def main(s: Settings) -> None:
     print(f"trained in {time.perf_counter() - start:.1f} s, e.g. {sentences[0]}")
     report = {"control_flow": show_control_flow(out)}
     report["int8_by_hand"] = show_int8_by_hand(model.layers[0]["ffn"][0].weight.detach())
-
     (tokens,) = dev[0][0]
     cases = {"1 x real": [(row[None, row != 0],) for row in tokens[:8]]}  # without their padding
     for b, t in ((1, 32), (1, 256), (32, 256)):
@@ -835,7 +834,6 @@ def main(s: Settings) -> None:
     print(f"without half of the heads, 3/4 of the neurons: accuracy {accuracy(smaller, dev):.2%},")
     smaller = train(smaller, train_set, epochs=1, lr=1e-3)
     print(f"after an epoch of fine-tuning {accuracy(smaller, dev):.2%}")
-
     models = {"original": model, "pruned": smaller}
     calibration = [{"tokens": tokens} for (tokens,), _ in train_set[:4]]
     metadata = {"labels": ["negative", "positive"], "max_len": 256, "words": WORDS}
@@ -847,7 +845,6 @@ def main(s: Settings) -> None:
     report["test_accuracy"] = accuracy(run, test_set)
     print(f"  accuracy on the test set, read once: {report['test_accuracy']:.2%}")
     print(f"open {plot_rows(report, out / 'accuracy_latency.png')}")
-
     report["seconds"] = round(time.perf_counter() - start, 1)
     report |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     (out / "report.json").write_text(json.dumps(report | {"settings": asdict(s)}, indent=1))
