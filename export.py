@@ -651,7 +651,7 @@ def print_table(report: dict) -> None:
 
 
 def plot_rows(report: dict, path: str | Path) -> Path:
-    """Accuracy against latency, a point a model, its area the size of the file."""
+    """Accuracy against latency; a point's area is the size of its file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
@@ -684,7 +684,7 @@ class Settings:
 
 
 class Classifier(nn.Module):
-    """A compact pre-norm encoder: (B, T) token ids, 0 = padding, to (B, 2) logits; T <= max_len."""
+    """A pre-norm encoder: (B, T) token ids, 0 = padding, to (B, 2) logits; T <= max_len."""
 
     def __init__(self, vocab_size: int, max_len=256, d_model=64, n_heads=4, n_layers=2, d_ff=256):
         super().__init__()
@@ -782,7 +782,7 @@ def show_control_flow(out: Path) -> dict[str, str]:
 
 
 def show_int8_by_hand(weight: Tensor) -> dict[str, float]:
-    """Relative error of a product; the first row of weight (out, in) is made a hundred times as large."""
+    """Relative error of a product whose weight (out, in) has one large row."""
     x = torch.randn(100, weight.size(1))
     exact = x @ weight[1:].T
     weight = torch.cat((100 * weight[:1], weight[1:]))
@@ -797,7 +797,7 @@ def show_int8_by_hand(weight: Tensor) -> dict[str, float]:
 
 
 def show_zeros(model: nn.Module, dev: list, inputs: list[tuple], seconds: float) -> dict:
-    """Accuracy over sparsity, and the time of dense and sparse models side by side."""
+    """Accuracy and time of dense and sparse models, side by side."""
     print("\npruning: the smallest weights set to 0 bring no speed")
     pruned = {f"{amount:.0%} zeros": prune_unstructured(model, amount) for amount in (0, 0.5, 0.9)}
     times = benchmark(pruned, {"": inputs}, seconds)
