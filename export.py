@@ -535,7 +535,7 @@ def shrink(linear: nn.Linear, rows=slice(None), columns=slice(None)) -> None:
 
 @torch.no_grad()
 def benchmark(runners: dict[str, Callable], cases: dict[str, list[tuple]], seconds=1.0) -> dict:
-    """Latency of all runners, in alternating rounds: a busy moment hits all of them.
+    """Latency of all runners in alternating rounds: a busy moment hits all.
 
     runners: name -> function of tensors. cases: name -> list of inputs, each timed by itself, for
     `seconds` a runner and 5 rounds at least, on the threads that torch has. Returns runner -> case ->
@@ -684,7 +684,7 @@ class Settings:
 
 
 class Classifier(nn.Module):
-    """A pre-norm encoder: (B, T) token ids, 0 = padding, to (B, 2) logits; T <= max_len."""
+    """A pre-norm encoder: (B, T) ids, 0 = padding, to (B, 2) logits; T <= max_len."""
 
     def __init__(self, vocab_size: int, max_len=256, d_model=64, n_heads=4, n_layers=2, d_ff=256):
         super().__init__()
@@ -761,7 +761,7 @@ def accuracy(run: Callable, examples: list) -> float:
 
 
 def show_control_flow(out: Path) -> dict[str, str]:
-    """Captured with a positive example, asked about a negative one: who is right?"""
+    """Captured with a positive example, asked about a negative one."""
     x = torch.ones(2, 3)
     writers = {
         "TorchScript, trace": lambda: export_torchscript(Gate(), x, out / "gate.ts"),
