@@ -535,7 +535,7 @@ def shrink(linear: nn.Linear, rows=slice(None), columns=slice(None)) -> None:
 
 @torch.no_grad()
 def benchmark(runners: dict[str, Callable], cases: dict[str, list[tuple]], seconds=1.0) -> dict:
-    """Latency of all runners, in alternating rounds: a busy moment hits all of them.
+    """Latency of all runners in alternating rounds: a busy moment hits all.
 
     runners: name -> function of tensors. cases: name -> list of inputs, each timed by itself, for
     `seconds` a runner and 5 rounds at least, on the threads that torch has. Returns runner -> case ->
@@ -651,7 +651,7 @@ def print_table(report: dict) -> None:
 
 
 def plot_rows(report: dict, path: str | Path) -> Path:
-    """Accuracy against latency, a point a model, its area the size of the file."""
+    """Accuracy against latency; a point's area is the size of its file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.6), layout="constrained")
@@ -684,7 +684,7 @@ class Settings:
 
 
 class Classifier(nn.Module):
-    """A compact pre-norm encoder: (B, T) token ids, 0 = padding, to (B, 2) logits; T <= max_len."""
+    """A pre-norm encoder: (B, T) ids, 0 = padding, to (B, 2) logits; T <= max_len."""
 
     def __init__(self, vocab_size: int, max_len=256, d_model=64, n_heads=4, n_layers=2, d_ff=256):
         super().__init__()
@@ -694,10 +694,10 @@ class Classifier(nn.Module):
         self.register_buffer("positions", torch.cat((angles.sin(), angles.cos()), 1))  # (max_len, C)
         self.layers = nn.ModuleList()
         for _ in range(n_layers):
-            attention = SelfAttention(nn.Linear(C, 3 * C), nn.Linear(C, C), n_heads)
-            ffn = nn.Sequential(nn.Linear(C, d_ff), nn.GELU(), nn.Linear(d_ff, C))
-            parts = {"attention_norm": nn.LayerNorm(C), "attention": attention}
-            self.layers.append(nn.ModuleDict(parts | {"ffn_norm": nn.LayerNorm(C), "ffn": ffn}))
+            layer = {"self_attention_norm": nn.LayerNorm(C), "ffn_norm": nn.LayerNorm(C)}
+            layer["self_attention"] = SelfAttention(nn.Linear(C, 3 * C), nn.Linear(C, C), n_heads)
+            layer["ffn"] = nn.Sequential(nn.Linear(C, d_ff), nn.GELU(), nn.Linear(d_ff, C))
+            self.layers.append(nn.ModuleDict(layer))
         self.norm = nn.LayerNorm(C)
         self.head = nn.Linear(C, 2)
 
@@ -705,7 +705,8 @@ class Classifier(nn.Module):
         real = tokens != 0  # (B, T)
         x = self.embedding(tokens) + self.positions[: tokens.size(1)]  # (B, T, C)
         for layer in self.layers:
-            x = x + layer["attention"](layer["attention_norm"](x), real[:, None, None, :])
+            attended = layer["self_attention_norm"](x)
+            x = x + layer["self_attention"](attended, real[:, None, None, :])
             x = x + layer["ffn"](layer["ffn_norm"](x))
         x = self.norm(x) * real[:, :, None]
         return self.head(x.sum(1) / real.sum(1, keepdim=True).clamp(min=1))  # padding alone: the head's bias
@@ -726,9 +727,8 @@ def generate_sentences(n: int, seed: int) -> list[tuple[str, int]]:
         for _ in range(rng.choice((1, 2, 3))):
             good = rng.randrange(2)
             negated = rng.randrange(2)
-            clauses.append(
-                f"the {rng.choice(NOUNS)} was {'not ' * negated}{rng.choice(GOOD if good else BAD)}"
-            )
+            word = rng.choice(GOOD if good else BAD)
+            clauses.append(f"the {rng.choice(NOUNS)} was {'not ' * negated}{word}")
         sentences[" but ".join(clauses)] = good ^ negated  # what comes after "but" is what is meant
     return list(sentences.items())
 
@@ -761,7 +761,7 @@ def accuracy(run: Callable, examples: list) -> float:
 
 
 def show_control_flow(out: Path) -> dict[str, str]:
-    """Captured with a positive example, asked about a negative one: who is right?"""
+    """Captured with a positive example, asked about a negative one."""
     x = torch.ones(2, 3)
     writers = {
         "TorchScript, trace": lambda: export_torchscript(Gate(), x, out / "gate.ts"),
@@ -782,7 +782,7 @@ def show_control_flow(out: Path) -> dict[str, str]:
 
 
 def show_int8_by_hand(weight: Tensor) -> dict[str, float]:
-    """Relative error of a product; the first row of weight (out, in) is made a hundred times as large."""
+    """Relative error of a product whose weight (out, in) has one large row."""
     x = torch.randn(100, weight.size(1))
     exact = x @ weight[1:].T
     weight = torch.cat((100 * weight[:1], weight[1:]))
@@ -797,7 +797,7 @@ def show_int8_by_hand(weight: Tensor) -> dict[str, float]:
 
 
 def show_zeros(model: nn.Module, dev: list, inputs: list[tuple], seconds: float) -> dict:
-    """Accuracy over sparsity, and the time of dense and sparse models side by side."""
+    """Accuracy and time of dense and sparse models, side by side."""
     print("\npruning: the smallest weights set to 0 bring no speed")
     pruned = {f"{amount:.0%} zeros": prune_unstructured(model, amount) for amount in (0, 0.5, 0.9)}
     times = benchmark(pruned, {"": inputs}, seconds)
@@ -824,7 +824,6 @@ def main(s: Settings) -> None:
     print(f"trained in {time.perf_counter() - start:.1f} s, e.g. {sentences[0]}")
     report = {"control_flow": show_control_flow(out)}
     report["int8_by_hand"] = show_int8_by_hand(model.layers[0]["ffn"][0].weight.detach())
-
     (tokens,) = dev[0][0]
     cases = {"1 x real": [(row[None, row != 0],) for row in tokens[:8]]}  # without their padding
     for b, t in ((1, 32), (1, 256), (32, 256)):
@@ -835,7 +834,6 @@ def main(s: Settings) -> None:
     print(f"without half of the heads, 3/4 of the neurons: accuracy {accuracy(smaller, dev):.2%},")
     smaller = train(smaller, train_set, epochs=1, lr=1e-3)
     print(f"after an epoch of fine-tuning {accuracy(smaller, dev):.2%}")
-
     models = {"original": model, "pruned": smaller}
     calibration = [{"tokens": tokens} for (tokens,), _ in train_set[:4]]
     metadata = {"labels": ["negative", "positive"], "max_len": 256, "words": WORDS}
@@ -847,7 +845,6 @@ def main(s: Settings) -> None:
     report["test_accuracy"] = accuracy(run, test_set)
     print(f"  accuracy on the test set, read once: {report['test_accuracy']:.2%}")
     print(f"open {plot_rows(report, out / 'accuracy_latency.png')}")
-
     report["seconds"] = round(time.perf_counter() - start, 1)
     report |= {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     (out / "report.json").write_text(json.dumps(report | {"settings": asdict(s)}, indent=1))

@@ -4791,7 +4791,9 @@ class TestExport:
     )
     def test_pruned_models_equal_masked_ones(self, models, which, part, keep):
         model, place = models[which].eval(), self.PLACES[which]
-        module, reader, width, n = ("attention", "out_proj", 8, 3) if part == "head" else ("ffn", "2", 1, 32)
+        module, reader, width, n = (
+            ("self_attention", "out_proj", 8, 3) if part == "head" else ("ffn", "2", 1, 32)
+        )
         scores = {f"{place}.{i}.{module}": torch.rand(n) for i in range(2)}
         prune = export.prune_heads if part == "head" else export.prune_neurons
         smaller = prune(model, scores, keep)
@@ -4825,7 +4827,7 @@ class TestExport:
         assert all(module.training and not module._forward_pre_hooks for module in model.modules())
         assert all(p.grad is None for p in model.parameters())
         model.eval()
-        for found, width, part in ((heads, 8, "attention.out_proj"), (neurons, 1, "ffn.2")):
+        for found, width, part in ((heads, 8, "self_attention.out_proj"), (neurons, 1, "ffn.2")):
             assert [name.split(".")[-1] for name in found] == [part.split(".")[0]] * 2
             for layer, scores in enumerate(found.values()):
                 expected = torch.zeros_like(scores)
@@ -4838,7 +4840,7 @@ class TestExport:
                 check_close(scores, expected, 1e-6)
                 assert scores.max() > 0
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
-        assert not torch.allclose(squared[f"{place}.0.attention"], heads[f"{place}.0.attention"])
+        assert not torch.allclose(squared[f"{place}.0.self_attention"], heads[f"{place}.0.self_attention"])
 
     @torch.no_grad()
     @pytest.mark.parametrize("frozen", [False, True])
@@ -4878,7 +4880,7 @@ class TestExport:
 
     def test_pruning_refuses_what_it_does_not_know(self, models):
         model = models["own"]
-        heads = {f"layers.{i}.attention": torch.ones(3) for i in range(2)}
+        heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
         neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
         for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
             for keep in (0, n + 1, -1):
