@@ -6580,6 +6580,8 @@ def numbers_in(log) -> set[float]:
         return found
     if isinstance(log, list):
         found = set().union(*map(numbers_in, log)) if log else set()
+        if log and all(type(x) in (int, float) for x in log):
+            found.add(abs(statistics.mean(log)))
         if len(log) > 1 and all(isinstance(run, dict) for run in log):
             for name in set.intersection(*(set(run) for run in log)):
                 values = [run[name] for run in log if type(run[name]) in (int, float)]
