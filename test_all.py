@@ -6628,9 +6628,9 @@ class TestReadme:
     def test_attention_adds_little_on_imdb(self):
         """README and the quiz say so; a model that changes it must change them."""
         log = json_of(ROOT / "assets/imdb.json")
-        without = log["without_attention"][0]
-        same_seed = next(run for run in log["fast"] if run["seed"] == without["seed"])
-        assert abs(same_seed["test_accuracy"] - without["test_accuracy"]) < 0.005
+        without, whole = log["without_attention"][0], log["fast_20261130"][0]  # one CPU
+        assert without["seed"] == whole["seed"]
+        assert 0 < whole["test_accuracy"] - without["test_accuracy"] < 0.01 < without["test_accuracy"] - 0.88
 
     def test_first_commands_are_the_ones_that_ci_runs(self):
         commands = re.findall(r"^(python3 -m venv .*)$", "\n".join(readme_parts().values()), re.M)
