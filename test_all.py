@@ -2963,6 +2963,7 @@ class Launcher:
     def __init__(self, folder: Path, module: str):
         (folder / "launcher.py").write_text(LAUNCHER)
         self.folder, self.module, self.pids, self.ranks = folder, module, [], []
+        self.running = False
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         self.process = subprocess.Popen(
             [sys.executable, str(folder / "launcher.py"), str(ROOT), module],
@@ -2976,6 +2977,9 @@ class Launcher:
     def start(self, world: int, *arguments: str, of_rank=None, code="run()", **environment) -> None:
         """of_rank: more arguments for a rank; None: this rank never starts. code: what each rank runs."""
         of_rank = of_rank or {}
+        if self.running:  # a test before failed half-way: its ranks would be waited for
+            self.wait(0)
+        self.running = True
         self.ranks = [rank for rank in range(world) if of_rank.get(rank, []) is not None]
         for log in self.folder.glob("log.*"):
             log.unlink()
@@ -3002,6 +3006,7 @@ class Launcher:
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
         late.cancel()
+        self.running = False
         outputs = [(self.out(rank), self.out(rank, "err")) for rank in self.ranks]
         return [subprocess.CompletedProcess([], c, *o) for c, o in zip(codes, outputs, strict=True)]
 
@@ -4057,9 +4062,16 @@ run()
         """One that is killed, one that halts, one that never comes."""
         arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
         for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
-            trainer.start(3, *arguments, timeout)
-            trainer.wait_until(lambda: "step 3/" in trainer.out(0))
-            trainer.kill([1], number)
+            code = f"""
+check = script.check_finite
+def ends(what, value, step):
+    if step == 5 and os.environ["RANK"] == "1":  # while the others go on to the next gradients
+        os.kill(os.getpid(), {int(number)})
+    check(what, value, step)
+script.check_finite = ends
+run()
+"""
+            trainer.start(3, *arguments, timeout, code=code)
             trainer.wait_until(lambda: all("waited for" in trainer.out(rank, "err") for rank in (0, 2)))
             trainer.kill([1])  # in case it is only halted
             results = trainer.wait()
