@@ -7170,7 +7170,7 @@ def plant_from_command_line(arguments: list[str]) -> int:
 
 def run_everything() -> int:
     """Two pytest processes share the tests, one a core; halves of about the same length."""
-    half = "TestTraining or TestAttention or TestEncoder"
+    half = "TestTraining"
     runs = []
     for selection in (half, f"not ({half})"):
         command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "--durations=10", "-k", selection]
