@@ -1807,7 +1807,9 @@ class TestTransformer:
         transformer.save(path, content)
         loaded = transformer.load(path)
         assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
-        assert loaded["vocabulary"] == content["vocabulary"] == torch.load(path)["vocabulary"]
+        assert (
+            loaded["vocabulary"] == content["vocabulary"] == torch.load(path, weights_only=True)["vocabulary"]
+        )
         whole = path.read_bytes()
         place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
         for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
