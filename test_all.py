@@ -1088,83 +1088,70 @@ class TestEncoder:
 # transformer.py
 
 
-def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
+def transformer_tiny(norm_first=True, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
-    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
-    model = transformer.Transformer(transformer.TransformerConfig(**config))
+    sizes = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2}
+    sizes |= {"d_ff": 20, "dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**sizes))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
-    return model.to(dtype)
+    return model.double()
 
 
-def transformer_sentences(n=6, longest=9, vocab=11):
+def transformer_sentences(n=6, longest=9):
     """Rows of random tokens with EOS, padded on the right; the first is the longest."""
-    lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+    lengths = [longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()]
+    rows = [F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2) for length in lengths]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
+def transformer_by_torch(model, src, tgt):
+    """Logits by nn.Transformer, as a function of the model's parameters."""
     c = model.config
-    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
-    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
-    norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
-    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
-    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
-    same = []  # modules: ours, theirs
-    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
-        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
-        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
-        same += [(ours.ffn_norm, theirs.norm2)]
-    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
-        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
-        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
-        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
-        same += [(ours.ffn_norm, theirs.norm3)]
-    if c.norm_first:
-        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
-    pairs = []  # lists of our parameters, and theirs that holds them one below the other
-    for ours, theirs in same:
-        if isinstance(theirs, nn.MultiheadAttention):
-            projections = ours.q_proj, ours.k_proj, ours.v_proj
-            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
-            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
-            ours, theirs = ours.out_proj, theirs.out_proj
-        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
-    with torch.no_grad():
-        for ours, theirs in pairs:
-            theirs.copy_(torch.cat(ours))
-    return encoder, decoder, pairs
+    sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff)
+    theirs = nn.Transformer(*sizes, dropout=0.0, batch_first=True, norm_first=c.norm_first)
+    if not c.norm_first:
+        theirs.encoder.norm = theirs.decoder.norm = None
+    names = {"coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2"}
+    names |= {"self_attn": "self_attention", "multihead_attn": "cross_attention"}
+    names |= {"norm1": "self_attention_norm", "norm3": "ffn_norm"}
+    weights = {}
+    for name, _ in theirs.named_parameters():
+        ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
+        for their, our in names.items():
+            ours = ours.replace(their, our)
+        parts = dict.fromkeys(ours.replace("in_proj_", f"{x}_proj.") for x in "qkv")  # torch joins three
+        weights[name] = torch.cat([model.get_parameter(part) for part in parts])
+    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model).double()
+    for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
+        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.shape[1]])
+    masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
+    masks["tgt_mask"] = torch.ones(tgt.shape[1], tgt.shape[1]).triu(1).bool()
+    hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
+    return F.linear(hidden, model.output.weight)
 
 
-def transformer_greedy_oracle(model, src_row, max_len):
-    """One sentence, no cache, no batch: the loop that anyone can check."""
-    tokens = [1]
-    while len(tokens) <= max_len and (len(tokens) == 1 or tokens[-1] != 2):
-        logits = model(src_row[None], torch.tensor([tokens]))
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens[1:]
-
-
+@torch.no_grad()
 def transformer_log_prob(model, src_row, tokens):
-    logits = model(src_row[None], torch.tensor([[1, *tokens[:-1]]]))[0].log_softmax(-1)
-    return sum(logits[i, token].item() for i, token in enumerate(tokens))
+    logits = model(src_row[None, src_row != 0], torch.tensor([[1, *tokens[:-1]]]))
+    return -F.cross_entropy(logits[0], torch.tensor(tokens), reduction="sum").item()
 
 
+@torch.no_grad()
 def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
-    """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
-    beams = [([], 0.0)]
+    """Without cache, batch, dropout: frozen hypotheses compete by log-probability, the end divides."""
+    src, beams = src_row[None, src_row != 0], [([1], 0.0)]
     for _ in range(max_len):
-        candidates = [beam for beam in beams if beam[0] and beam[0][-1] == 2]
+        candidates = []
         for tokens, log_prob in beams:
-            if not tokens or tokens[-1] != 2:
-                following = model(src_row[None], torch.tensor([[1, *tokens]]))[0, -1].log_softmax(-1).tolist()
-                candidates += [([*tokens, i], log_prob + x) for i, x in enumerate(following)]
+            if tokens[-1] == 2:
+                candidates.append((tokens, log_prob))
+                continue
+            with transformer.evaluating(model):
+                following = model(src, torch.tensor([tokens]))[0, -1].log_softmax(-1)
+            candidates += [([*tokens, i], log_prob + x) for i, x in enumerate(following.tolist())]
         beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-    scored = [(tokens, x / ((5 + len(tokens)) / 6) ** length_penalty) for tokens, x in beams]
+    scored = [(row[1:], x / ((4 + len(row)) / 6) ** length_penalty) for row, x in beams]
     return max(scored, key=lambda beam: beam[1])
 
 
@@ -1173,7 +1160,7 @@ def transformer_rows(tokens):
     rows = []
     for row in tokens.tolist():
         end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
+        assert not any(row[end:]), row
         rows.append(row[:end])
     return rows
 
@@ -1184,34 +1171,29 @@ TRANSFORMER_SMALL = {
 }  # fmt: skip
 
 TRANSFORMER_KILLED = """
-import os, signal, sys
-import torch, transformer
-
-corpus = transformer.number_corpus
+import os, signal, sys, torch, transformer
+corpus, name, n = transformer.number_corpus, sys.argv[1], int(sys.argv[2])
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
-places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
-owner, name = places[place]
-original, calls = getattr(owner, name), 0
+owner = os if name == "replace" else torch.nn.utils
+original, calls = getattr(owner, name), iter(range(1, n))
 
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == n:
+def killed(*args, **kwargs):  # by kill -9, at the n-th call
+    if next(calls, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
-setattr(owner, name, counted)
+setattr(owner, name, killed)
 transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-def transformer_run(out, **changes):
-    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
-    corpus = transformer.number_corpus
+def transformer_run(out, corpus=None, **changes):
+    """The script's work in this process. Returns the report and the weights that it left."""
+    corpus = corpus or transformer.number_corpus(0, 300, 20, 10)
+    s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
-        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        transformer.main(s)
     return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
@@ -1224,59 +1206,63 @@ def transformer_stop(out, **changes):
     raise AssertionError("it ran to its end")
 
 
-def transformer_pairs(n, max_len=32, seed=1):
-    """A tokenizer, and n pairs of ids."""
-    corpus = transformer.number_corpus(seed, n, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
+def transformer_equal(state, other):
+    return all(torch.equal(state[name], other[name]) for name in state)
 
 
-def transformer_state():
-    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
+def transformer_saved(out):
+    """The model and the tokenizer that a run left."""
+    saved = transformer.load(out / "model.pt")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model, transformer.Tokenizer(saved["vocabulary"])
 
 
-def transformer_small_multi30k(folder, n=12, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
-        line = german if language == "de" else english
-        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+def transformer_pairs():
+    """40 pairs of ids, below 400."""
+    pairs = transformer.number_corpus(1, 40, 2, 2).train
+    tokenizer = transformer.Tokenizer.train([text for pair in pairs for text in pair], 400)
+    return [[tokenizer.encode(text, 32) for text in pair] for pair in pairs]
+
+
+def transformer_multi30k(folder, **changes):
+    """Files in Multi30k's layout, 12 lines each; changes: other texts, by name with _ for the dot."""
+    folder.mkdir()
+    lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
+    for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
+        text = "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+        text = changes.get(f"{part}_{language}", text)
         if text is not None:
             (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
-    model, state = transformer.Transformer(config), transformer_state()
-    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
-    transformer.train(s, model, *encoded, state)
-    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
-    return model.double().eval(), tokenizer, corpus
+    """A model after two short epochs: unsure, so that greedy, beam and penalties differ."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out, corpus = tmp_path_factory.mktemp("half"), transformer.number_corpus(3, 2500, 20, 40)
+    changes = {"d_model": 32, "d_ff": 64, "dropout": 0.0, "epochs": 2, "average": 1, "seed": 1}
+    changes |= {"vocab_size": 450, "batch_tokens": 512, "warmup": 60, "lr_scale": 1.0}
+    report, _ = transformer_run(out, corpus, **changes)
+    assert report["history"][1]["dev_loss"] < report["history"][0]["dev_loss"]
+    model, tokenizer = transformer_saved(out)
+    return model.double(), tokenizer, corpus
 
 
 @pytest.fixture
 def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
+    """(model, src) to search: the half-trained one, and random ones of both norms, with dropout."""
     model, tokenizer, corpus = transformer_half_trained
     src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
-    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
-    return [(model, src), *random_ones]
+    tiny = [transformer_tiny(norm_first, dropout=0.5) for norm_first in (False, True)]
+    return [(model, src), *((model, transformer_sentences(n=5)) for model in tiny)]
 
 
 @pytest.fixture(scope="module")
 def transformer_undisturbed(tmp_path_factory):
     """A small run without interruption: its folder, report and weights."""
-    torch.set_num_threads(1)  # the test's fixtures come later
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("undisturbed")
     return out, *transformer_run(out)
 
@@ -1293,76 +1279,55 @@ class TestTransformer:
     # ---- the model
 
     @pytest.mark.parametrize("norm_first", [False, True])
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
     @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
-        """Values and the gradient of every parameter."""
-        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-        encoder, decoder, pairs = transformer_to_torch(model)
-        src, _ = transformer_sentences()
-        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
-        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
-        x, y = (
-            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
-        )
-        memory, memory_mask = model.encode(src)
-        assert memory_mask.shape == (6, 1, 1, 9)
-        expected = encoder(x, src_key_padding_mask=src == 0)
-        real = (src != 0)[..., None]
-        check_close(memory * real, expected * real, tolerance, "encoder")
-
-        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
-        expected = F.linear(expected, model.output.weight)
-        logits = model(src, tgt)
+    def test_transformer_equals_torch(self, norm_first, d_model, n_heads):
+        """Values, and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, d_model=d_model, n_heads=n_heads)
+        src = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7), (1, 0), value=1)
         real = (tgt != 0)[..., None]
-        check_close(logits * real, expected * real, tolerance, "model")
-
-        upstream = torch.randn_like(logits) * real
-        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
-        theirs = [*shared, *(their for _, their in pairs)]
-        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
-        (logits * upstream).sum().backward()
-        ours = [[p] for p in shared] + [our for our, _ in pairs]
-        assert sum(map(len, ours)) == len(list(model.parameters()))
-        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
+        logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
+        check_close(logits, expected, 1e-10)
+        upstream, parameters = torch.randn_like(logits), dict(model.named_parameters())
+        grads = (torch.autograd.grad(x, [*parameters.values()], upstream) for x in (logits, expected))
+        for name, actual, other in zip(parameters, *grads, strict=True):
+            check_close(actual, other, 1e-9, name)
 
     def test_transformer_parameter_counts(self):
-        def count(**changes):
+        for changes, expected in (
+            ({}, 63_082_496),
+            ({"d_model": 1024, "n_heads": 16, "d_ff": 4096}, 214_245_376),
+            ({"tied": False}, 63_082_496 + 2 * 37_000 * 512),
+            ({"norm_first": True}, 63_082_496 + 2 * 2 * 512),  # the two final norms
+        ):
             with torch.device("meta"):
                 model = transformer.Transformer(transformer.TransformerConfig(**changes))
-            return sum(p.numel() for p in model.parameters())
-
-        assert count() == 63_082_496
-        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+            assert sum(p.numel() for p in model.parameters()) == expected
 
     def test_transformer_tying_and_initial_scale(self):
-        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
-        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
-        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-        for layer in (model.encoder[0], model.decoder[0]):
-            projection = layer.self_attention.q_proj
-            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
-            assert projection.bias.abs().max() == 0
-        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
-        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+        for tied in (True, False):
+            config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=tied)
+            model = transformer.Transformer(config)
+            matrices = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+            assert len({id(m) for m in matrices}) == (1 if tied else 3)
+            assert torch.equal(matrices[0], matrices[1]) == tied
+            for matrix in matrices:
+                assert matrix.std().item() == pytest.approx(1 / 8, rel=0.05)  # 1 / sqrt(d_model)
+            for layer in (model.encoder[0], model.decoder[0]):
+                linear = layer.self_attention.q_proj
+                assert linear.weight.abs().max().item() == pytest.approx(math.sqrt(6 / 128), rel=0.01)
+                assert linear.bias.abs().max() == 0
 
     def test_sinusoidal_positional_encoding_is_the_formula(self):
         table = transformer.sinusoidal_positional_encoding(50, 7)
-        for position, feature in itertools.product((0, 1, 49), range(7)):
-            angle = position / 10_000 ** (2 * (feature // 2) / 7)
-            expected = math.cos(angle) if feature % 2 else math.sin(angle)
-            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        for position, i in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (i // 2) / 7)
+            expected = math.cos(angle) if i % 2 else math.sin(angle)
+            assert table[position, i].item() == pytest.approx(expected, abs=1e-6)
         assert table.dtype == torch.float32 and table.shape == (50, 7)
 
     def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
-        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        model, src = transformer_tiny().float(), transformer_sentences()
         with torch.device("meta"):
             other = transformer.Transformer(model.config)
         other.to_empty(device="cpu").load_state_dict(model.state_dict())
@@ -1376,109 +1341,85 @@ class TestTransformer:
         assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         check_close(output, expected, 1e-12)
-        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
-        for grad, other in zip(*grads, strict=True):
-            check_close(grad, other, 1e-12)
-        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
+        low = transformer.attention(60 * q, -60 * q, v, mask)[0]  # what is seen scores below any fill
         check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-        assert transformer_tiny()(padding, bos).isfinite().all()
+        assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
+        only_padding, bos = torch.zeros(2, 4).long(), torch.ones(2, 3).long()
+        assert transformer_tiny()(only_padding, bos).isfinite().all()
 
     def test_causal_mask_is_aligned_bottom_right(self):
         assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
+        assert torch.equal(transformer.causal_mask(3), torch.ones(3, 3).tril().bool())
 
-    @pytest.mark.parametrize("norm_first", [False, True])
-    def test_transformer_no_look_ahead(self, norm_first):
-        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+    def test_transformer_no_look_ahead(self):
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 8))
-        before = model(src, tgt)
-        for t in range(8):
-            changed = tgt.clone()
-            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-            after = model(src, changed)
-            assert torch.equal(before[:, :t], after[:, :t])
-            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+        changed = tgt.clone()
+        changed[:, 4] = 3 + (tgt[:, 4] - 2) % 8
+        before, after = model(src, tgt), model(src, changed)
+        assert torch.equal(before[:, :4], after[:, :4])
+        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # and every later one does see it
 
     def test_transformer_padding_changes_nothing(self):
-        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        """Nor do the other sentences of the batch."""
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 5))
-        together = model(src, tgt)
-        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-        check_close(wider, together, 1e-12, "more padding")
-        for row, length in enumerate(lengths):
-            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-            check_close(alone[0], together[row], 1e-12, "alone")
+        together = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        for i in range(6):
+            alone = model(src[i : i + 1, src[i] != 0], tgt[i : i + 1])
+            check_close(alone[0], together[i], 1e-12)
 
     def test_decode_cache_gives_the_same_logits(self):
-        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        """It projects the memory only once: NaN there in later calls changes nothing."""
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 10))
-        memory, memory_mask = model.encode(src)
-        whole = model.decode(tgt, memory, memory_mask)
-        cache = {}
-        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
-        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-        for _ in range(2):  # what is refused leaves the cache as it was
-            with pytest.raises(ValueError, match="max_len=24"):
-                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
-            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
-
-    def test_decode_projects_the_memory_once(self):
-        """With a cache, a memory of NaN in later calls changes nothing."""
-        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 2))
-        memory, memory_mask = model.encode(src)
-        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
-        model.decode(tgt[:, :1], memory, memory_mask, cache)
-        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
-        check_close(second, expected, 1e-12)
+        memory, mask = model.encode(src)
+        expected, cache, pieces = model.decode(tgt, memory, mask), {}, []
+        for piece in tgt.split((1, 3, 1, 4, 1), dim=1):
+            pieces.append(model.decode(piece, memory, mask, cache))
+            memory = memory * math.nan
+            with pytest.raises(ValueError, match="max_len=24"):  # what is refused leaves it as it was
+                model.decode(torch.ones(6, 24).long(), memory, mask, cache)
+        check_close(torch.cat(pieces, dim=1), expected, 1e-12)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_decoder_layer_under_activation_checkpointing(self, reentrant):
-        """Loss and every gradient as without, the encoder's too."""
-        model, (src, _) = transformer_tiny(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        """Every gradient as without, the encoder's too."""
+        model, src = transformer_tiny(), transformer_sentences()
+        parameters = dict(model.named_parameters())
+        expected = torch.autograd.grad(model(src, src).sin().sum(), [*parameters.values()])
         for layer in (*model.encoder, *model.decoder):
-            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
-            layer.forward = functools.partial(checkpoint, layer.forward)
-        model(src, tgt).sin().sum().backward()
-        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward)
+            layer.forward = functools.partial(checkpoint, use_reentrant=reentrant)
+        model(src, src).sin().sum().backward()
+        for (name, p), grad in zip(parameters.items(), expected, strict=True):
             check_close(p.grad, grad, 1e-12, name)
-
-    def test_transformer_dropout_only_while_training(self):
-        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        assert not torch.equal(model(src, tgt), model(src, tgt))
-        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
-            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
-        model.eval()
-        assert torch.equal(model(src, tgt), model(src, tgt))
-        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
-        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
-        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
-        model = transformer_tiny(norm_first, dropout=0.999999).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
-            check_close(layer(x, mask), expected, 1e-12)
-        for layer in model.decoder:
-            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+        """At dropout 1 pre-norm layers return their input, post-norm ones its norms; tokens vanish."""
+        model = transformer_tiny(norm_first, dropout=1.0)
+        x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
+        for layer in (*model.encoder, *model.decoder):
+            decodes = hasattr(layer, "cross_attention")
+            y = layer(x, mask, x, mask)[0] if decodes else layer(x, mask)
+            norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
+            assert len(norms) == 2 + decodes
             expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
-            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
+            check_close(y, expected, 1e-12)
+        src = transformer_sentences()
+        assert (model.encode(src)[0].std(0) < 1e-9).all()
+        model.eval()
+        assert (model.encode(src)[0].std(0) > 0).all()
 
     def test_evaluating_puts_every_mode_back(self):
-        model = transformer_tiny().train()
+        model = transformer_tiny()
         model.encoder.eval()
         modes = [module.training for module in model.modules()]
         with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
-            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
             raise ZeroDivisionError
         assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
 
@@ -1486,167 +1427,124 @@ class TestTransformer:
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
         targets = torch.randint(1, 11, (3, 5))
         targets[0, 3:] = targets[1, 1:] = 0
-        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-        terms = []
-        for row, position in (targets != 0).nonzero().tolist():
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-        assert len(terms) == 9
-        check_close(loss, torch.stack(terms).mean(), 1e-12)
-        grad = torch.autograd.grad(loss, logits)[0]
-        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
-        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
-        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
-        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+        real = targets != 0
+        log_p = logits.log_softmax(-1)
+        rows = -0.8 * log_p.gather(-1, targets[..., None])[..., 0] - 0.2 * log_p.mean(-1)
+        expected = rows[real].mean()
+        poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
+        loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
+        check_close(loss, expected, 1e-12)
+        check_close(*(torch.autograd.grad(x, y)[0] for x, y in ((loss, poisoned), (expected, logits))), 1e-12)
+        half = logits.bfloat16()
+        low = transformer.label_smoothed_loss(half, targets, 0)
+        check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
 
     def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
-        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+        peak = (512 * 4000) ** -0.5
+        for step, expected in ((1, peak / 4000), (3000, peak * 3 / 4), (4000, peak), (16_000, peak / 2)):
+            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(expected)
 
     # ---- search
 
-    @torch.no_grad()
-    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
-        """And a beam of 1; alone and in a batch."""
-        lengths, cut_off = set(), 0
+    def test_greedy_decode_and_a_beam_of_1_equal_the_plain_loop(self, transformer_searched):
+        """Whatever stands beside it in the batch, without dropout, in a model that trains."""
+        found = []
         for model, src in transformer_searched:
             tokens = transformer.greedy_decode(model, src, 12)
-            rows = transformer_rows(tokens)
-            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
             assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
+            rows = transformer_rows(tokens)
+            assert rows == [transformer_beam_oracle(model, row, 12, 1, 0.0)[0] for row in src]
             assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-            for i in range(0, len(src), 4):
-                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-            lengths |= {len(row) for row in rows}
-            cut_off += sum(row[-1] != 2 for row in rows)
-        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
+            assert model.training
+            found += rows
+        assert len({len(row) for row in found}) > 5  # both kinds were there
+        assert sum(row[-1] != 2 for row in found) > 2
 
-    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-    @torch.no_grad()
-    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
+    @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
+    def test_beam_search_of_full_width_equals_brute_force(self, penalty):
+        every = [list(row) for n in range(1, 5) for row in itertools.product(range(4), repeat=n)]
+        every = [row for row in every if 2 not in row[:-1] and (row[-1] == 2 or len(row) == 4)]
         for seed in range(4):
             torch.manual_seed(seed)
-            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
+            model = transformer_tiny(vocab_size=4, n_layers=1)
             src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
-            for row in range(2):
-                candidates = []
-                for n in range(1, 5):
-                    for sequence in itertools.product(range(4), repeat=n):
-                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                            continue  # EOS ends, and nothing else but max_len does
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
-                best_score, best = max(candidates)
-                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-                assert abs(scores[row].item() - best_score) < 1e-10
-            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, penalty)
+            for i, found in enumerate(transformer_rows(tokens)):
+                log_probs = [transformer_log_prob(model, src[i], row) for row in every]
+                rated = [x / ((5 + len(row)) / 6) ** penalty for row, x in zip(every, log_probs, strict=True)]
+                assert found == every[rated.index(max(rated))]
+                assert scores[i].item() == pytest.approx(max(rated), abs=1e-10)
 
-    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-    @torch.no_grad()
-    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
+    @pytest.mark.parametrize("beam_size, penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
+    def test_beam_search_equals_lists(self, transformer_searched, beam_size, penalty):
         lengths = set()
         for model, src in transformer_searched:
-            src = src[:12]
-            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-            assert scores.dtype == torch.float64
-            for row, found in enumerate(transformer_rows(tokens)):
-                real = src[row][src[row] != 0]
-                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
-                assert found == best and abs(scores[row].item() - score) < 1e-10
+            tokens, scores = transformer.beam_search(model, src[:12], 10, beam_size, penalty)
+            rows = transformer_rows(tokens)
+            assert scores.dtype == torch.float64 and tokens.shape[1] == max(map(len, rows))
+            for source, found, score in zip(src[:12], rows, scores.tolist(), strict=True):
+                best, expected = transformer_beam_oracle(model, source, 10, beam_size, penalty)
+                assert found == best and score == pytest.approx(expected, abs=1e-10)
                 lengths.add(len(found))
-            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-            assert torch.equal(wider[0], tokens)
-            check_close(wider[1], scores, 1e-12)
         assert len(lengths) > 4, lengths
 
-    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
-        model, tokenizer, corpus = transformer_half_trained
-        sources = [source for source, _ in corpus.test]
-        found = {
-            name: transformer.translate(model, tokenizer, sources, *search)
-            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
-        }
-        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
-            src = transformer.pad([tokenizer.encode(source, 32)], model)
-            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
-            with torch.no_grad():
-                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
-            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
-            assert row["text"] == tokenizer.decode(tokens)
-
-        def mean(name, key):
-            return statistics.fmean(row[key] for row in found[name])
-
-        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
-        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
-
-    def test_search_of_no_sentence(self):
-        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+    def test_beam_search_of_no_sentence_and_of_a_bf16_model(self):
+        model, none = transformer_tiny().bfloat16().eval(), torch.zeros(0, 4).long()
         tokens, scores = transformer.beam_search(model, none, 5)
-        assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
-        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
-        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-        with torch.no_grad():
-            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        assert transformer.greedy_decode(model, none, 5).shape == tokens.shape == (0, 0)
+        assert scores.shape == (0,)
+        src = transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]  # in float32
+        logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
         check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
 
     def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
         model, tokenizer, corpus = transformer_half_trained
-        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
-        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
-        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
-        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
-        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
-        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
-        s, tables = transformer.Settings(), []
-        for targets in ("eins", "tausend und"):  # a poisoned reference
-            test = [(source, targets) for source, _ in corpus.test[:9]]
-            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+        numbers = [transformer.english_number(n) for n in range(70)]
+        texts = ["", *numbers, *(source for source, _ in corpus.test), "  "]
+        first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
+        assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        for text, row in zip(texts[1:-1], rows, strict=True):
+            src = transformer.pad([tokenizer.encode(text, 32)], model)
+            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
+            log_prob = pytest.approx(transformer_log_prob(model, src[0], tokens), abs=1e-6)  # undivided
+            expected = {"text": tokenizer.decode(tokens), "log_prob": log_prob}
+            assert row == expected | {"n_tokens": len(tokens), "finished": tokens[-1] == 2}
+        tables = []
+        for target in ("eins", "tausend und"):  # a poisoned reference
+            test = [(source, target) for source, _ in corpus.test[:9]]
+            report = transformer.evaluate(
+                model, tokenizer, corpus._replace(test=test), transformer.Settings()
+            )
             tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
         assert tables[0] == tables[1]
-        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        sources = [source for source, _ in test]
+        greedy, beam = (transformer.translate(model, tokenizer, sources, k, 0.0) for k in (1, 4))
         for key in ("log_prob", "n_tokens", "finished"):
-            mean = statistics.fmean(row[key] for row in both[1])
+            mean = statistics.fmean(row[key] for row in greedy)
             assert report["searches"]["greedy"][key] == pytest.approx(mean)
-        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
-        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-        assert (report["search_gains"], report["search_errors"]) == expected
+        gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
+        assert report["search_gains"] == sum(gain > 1e-3 for gain in gains)
+        assert report["search_errors"] == sum(gain < -1e-3 for gain in gains)
 
     # ---- bad input
 
-    def test_transformer_config_refuses(self):
-        for changes, words in (
-            ({"d_model": 10, "n_heads": 3}, "n_heads"),
-            ({"vocab_size": 2}, "eos_id"),
-            ({"eos_id": 1}, "eos_id"),
-            ({"pad_id": -1}, "pad_id"),
-            ({"bos_id": 37_000}, "bos_id"),
+    def test_transformer_refuses(self):
+        bad = (("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1), ("bos_id", 37_000))
+        for name, value in bad:
+            with pytest.raises(ValueError, match=name):
+                transformer.TransformerConfig(**{name: value})
+        model, src, tgt = transformer_tiny(), torch.ones(2, 4).long(), torch.ones(2, 3).long()
+        for inputs, words in (
+            ((src[0], tgt), "tokens"),
+            ((src, tgt[0, :2]), "tokens"),
+            ((src.float(), tgt), "tokens"),
+            ((src, tgt[:1]), "batch"),
+            ((src.repeat(1, 7), tgt), "max_len"),
         ):
             with pytest.raises(ValueError, match=words):
-                transformer.TransformerConfig(**changes)
-
-    def test_transformer_refuses(self):
-        model = transformer_tiny()
-        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-        for bad_src, bad_tgt in (
-            (src[0], tgt),
-            (src.float(), tgt),
-            (src, tgt[:1]),
-            (src.repeat(1, 7), tgt),
-            (src, tgt[0]),
-        ):
-            with pytest.raises(ValueError, match="tokens|max_len|batch"):
-                model(bad_src, bad_tgt)
-        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+                model(*inputs)
+        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 3, 11)  # exactly max_len
         memory, mask = model.encode(src)
         for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
             with pytest.raises(ValueError, match="memory_mask"):
@@ -1664,19 +1562,14 @@ class TestTransformer:
         for n, english, german in (
             (0, "zero", "null"),
             (21, "twenty-one", "ein und zwanzig"),
-            (30, "thirty", "dreißig"),
-            (100, "one hundred", "einhundert"),
             (101, "one hundred and one", "einhundert eins"),
             (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-            (1_000, "one thousand", "ein tausend"),
             (1_001, "one thousand and one", "ein tausend eins"),
             (1_100, "one thousand one hundred", "ein tausend einhundert"),
-            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+            (41_000, "forty-one thousand", "ein und vierzig tausend"),
         ):
-            assert transformer.english_number(n) == english and transformer.german_number(n) == german
-        sample = [*range(2000), *range(2000, 1_000_000, 997)]
-        for words in (transformer.english_number, transformer.german_number):
-            assert len({words(n) for n in sample}) == len(sample)
+            assert transformer.english_number(n) == english
+            assert transformer.german_number(n) == german
 
     def test_number_corpus_parts_share_nothing(self):
         corpus = transformer.number_corpus(0)
@@ -1684,7 +1577,7 @@ class TestTransformer:
         assert [len(part) for part in parts] == [8_000, 500, 1_000]
         for side in (0, 1):
             assert len({pair[side] for part in parts for pair in part}) == 9_500
-        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
+        short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
         assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
         assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
         assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
@@ -1696,10 +1589,9 @@ class TestTransformer:
         for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
             ids = tokenizer.encode(text, 99)
             assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
+            assert tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert tokenizer.encode("FORTY", 9)[0] == tokenizer.encode("one forty", 9)[1]
         assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
-        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
         assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
         assert len(tokenizer.encode("forty-two", 4)) == 4
         with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
@@ -1710,13 +1602,13 @@ class TestTransformer:
         lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
         batches = transformer.token_batches(lengths, 120, "0 0")
         assert sorted(i for batch in batches for i in batch) == list(range(501))
-        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
-        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
+        sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert [size for size in sizes if size > 120] == [1000]
+        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert sizes != sorted(sizes)  # in no order
         assert transformer.token_batches(lengths, 120, "0 0") == batches
         other = transformer.token_batches(lengths, 120, "0 1")
-        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
         assert len(other) == len(batches)  # train counts on it
         assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
 
@@ -1726,18 +1618,17 @@ class TestTransformer:
             lines = transformer.lines_of(text.encode(encoding))
             assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
         assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
-        with pytest.raises(UnicodeDecodeError):
-            transformer.lines_of("one".encode("utf-16"))
 
     def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
-        folder = transformer_small_multi30k(tmp_path / "good")
-        corpus = transformer.multi30k_corpus(str(folder))
+        folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
+        corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
-        german, english = corpus.train[7]
-        assert german.endswith("auf der wiese 7") and english.endswith("on the meadow 7")
-        text = "\n".join([german for german, _ in corpus.train] + [english for _, english in corpus.train])
-        known = dict.fromkeys(transformer.MULTI30K, (12, hashlib.sha256(text.encode()).hexdigest()))
+        assert corpus.train[7] == ("ein mann mit 7 $$ am\x0btag 3", "a man with 7 $$ a day 3")
+        german, english = zip(*corpus.train, strict=True)
+        sha256 = hashlib.sha256("\n".join(german + english).encode()).hexdigest()
+        known = dict.fromkeys(transformer.MULTI30K, (12, sha256))
         monkeypatch.setattr(transformer, "MULTI30K", known)
+        assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
         for i, (changes, words) in enumerate((
             ({"val_en": None}, "val.en"),
             ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
@@ -1745,57 +1636,42 @@ class TestTransformer:
             ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
         )):  # fmt: skip
             with pytest.raises(ValueError, match=words):
-                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-        whole = (folder / "train.de.gz").read_bytes()
-        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
-        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-            (folder / "train.de.gz").write_bytes(damaged)
-            with pytest.raises(ValueError, match="train.de.gz"):
-                transformer.multi30k_corpus(str(folder))
-        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
-        lines = "\ufeff" + "".join(f"{english}\r\n" for _, english in corpus.train)
-        folder = transformer_small_multi30k(tmp_path / "crlf", val_en=lines)
-        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+                transformer.multi30k_corpus(transformer_multi30k(tmp_path / str(i), **changes))
         for part in known:
-            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, known[part][1])})
-            assert transformer.multi30k_corpus(str(folder)).name == "own"
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, sha256)})
+            assert transformer.multi30k_corpus(folder).name == "own"
+        path = Path(folder, "train.de.gz")
+        whole = path.read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"junk", latin1):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(folder)
 
+    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
     def test_multi30k_corpus_of_the_official_files(self):
-        folder = os.environ.get("MULTI30K_DATA")
-        if not folder:
-            pytest.skip("MULTI30K_DATA is not set")
-        corpus = transformer.multi30k_corpus(folder)
+        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
         assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
         assert corpus.test[0][1].startswith("A man in an orange hat")
 
-    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
+        site, cache = tmp_path / "site", tmp_path / "new/cache"
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"{site.as_uri()}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        answers = [None, good[:-10], b"<html>", good[:20], good]  # the fourth breaks off
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer = answers.pop(0)
-                self.send_response(200 if answer else 404)
-                self.send_header("Content-Length", str(len(good if answer == good[:20] else answer or b"")))
-                self.end_headers()
-                self.wfile.write(answer or b"")
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-        while len(answers) > 1:
+        site.mkdir()
+        for wrong in (None, b"<html>", good[:-10]):
+            if wrong:
+                (site / "train.de.gz").write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
-        assert not (tmp_path / "new/cache/multi30k/train.de.gz").exists()  # nothing wrong was kept
-        for _ in range(2):  # the second time, from the cache
-            assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
-        server.shutdown()
+        assert not list(cache.glob("*/*"))  # nothing wrong was kept
+        (site / "train.de.gz").write_bytes(good)
+        assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
+        (site / "train.de.gz").unlink()
+        assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
         monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
-        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(good)
+        (cache / "multi30k/train.en.gz").write_bytes(good)
         with pytest.raises(ValueError, match="train.* altered"):
             transformer.multi30k_corpus("")
 
@@ -1805,11 +1681,9 @@ class TestTransformer:
         path = tmp_path / "x.pt"
         content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
         transformer.save(path, content)
-        loaded = transformer.load(path)
-        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
-        assert (
-            loaded["vocabulary"] == content["vocabulary"] == torch.load(path, weights_only=True)["vocabulary"]
-        )
+        for loaded in (transformer.load(path), torch.load(path, weights_only=True)):
+            assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
+            assert loaded["vocabulary"] == content["vocabulary"]
         whole = path.read_bytes()
         place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
         for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
@@ -1825,42 +1699,26 @@ class TestTransformer:
         with pytest.raises(pickle.UnpicklingError):
             transformer.load(path)
         assert not (tmp_path / "was run").exists()
-
         path.write_bytes(whole)
         for bad in (math.nan, math.inf):
             with pytest.raises(FloatingPointError):
                 transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)  # a full disk
+        with pytest.raises(ZeroDivisionError):
             transformer.save(path, content)
         assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
-
-    def test_main_waits_for_another_run_and_gives_up(self, tmp_path, monkeypatch, capsys):
-        lock = transformer.lock_out(tmp_path)
-        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
-        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
-        lock.close()
 
     # ---- training
 
     def test_batch_loss_is_the_mean_over_all_target_tokens(self):
-        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
-        tokenizer, pairs = transformer_pairs(64, max_len=64)
-        assert len({len(target) for _, target in pairs}) > 5
-        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
-
-        def gradient(batch):
-            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
+        """Of sentences of mixed lengths, and in bf16 where it is asked for."""
+        model, pairs, dtypes = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs(), []
         counts = [len(target) for _, target in pairs]
-        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
-        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
-
-    def test_batch_loss_autocasts_to_bf16(self):
-        tokenizer, pairs = transformer_pairs(4)
-        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
-        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        assert len(set(counts)) > 5
+        alone = [transformer.batch_loss(model, [pair], 0.1, False) for pair in pairs]
+        expected = sum(x * n for x, n in zip(alone, counts, strict=True)) / sum(counts)
+        check_close(transformer.batch_loss(model, pairs, 0.1, False), expected, 1e-10)
+        model.float().register_forward_hook(lambda *given: dtypes.append(given[-1].dtype))
         for bf16 in (True, False):
             assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
         assert dtypes == [torch.bfloat16, torch.float32]
@@ -1875,30 +1733,32 @@ class TestTransformer:
     def test_train_steps_written_out(self, tmp_path):
         """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
         alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
-        tokenizer, pairs = transformer_pairs(40)
-        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
-        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
-        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
-        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
-        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        pairs = transformer_pairs()
+        s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
+        # float64: in float32 Adam makes steps of rounding errors
+        model = transformer_tiny(vocab_size=400, max_len=32, dropout=0.2)
+        expected = copy.deepcopy(model)
+        state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
         transformer.train(s, model, pairs, pairs[:9], state)
 
-        names = dict(expected.named_parameters())
-        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
-        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
-        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
-        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
-
         def loss_of(batch, smoothing):
-            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
-            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
+            src, tgt = (
+                nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in side], batch_first=True)
+                for side in ([a for a, _ in batch], [[1, *b] for _, b in batch])
+            )
             logits = expected(src, tgt[:, :-1]).transpose(1, 2)
             return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
 
+        names = dict(expected.named_parameters())
+        vectors = [p for name, p in names.items() if "norm" in name or name.endswith("bias")]
+        optimizer = torch.optim.AdamW(vectors, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
+        matrices = [p for name, p in names.items() if "norm" not in name and name.endswith("weight")]
+        optimizer.add_param_group({"params": matrices, "weight_decay": 0.2})
+        lengths = [max(map(len, pair)) for pair in pairs]
+        step, ends, dev_losses = 0, [], []
         for epoch in range(4):
-            lengths = [max(map(len, pair)) for pair in pairs]
-            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
-            for batch in batches:
+            for batch in transformer.token_batches(lengths, 100, f"5 {epoch}"):
                 torch.manual_seed(5 * 1_000_003 + step)  # dropout
                 step += 1
                 optimizer.zero_grad()
@@ -1908,74 +1768,57 @@ class TestTransformer:
                     group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
                 optimizer.step()
             ends.append({name: p.detach().clone() for name, p in names.items()})
-            with torch.no_grad(), transformer.evaluating(expected):
+            with transformer.evaluating(expected):
                 dev_losses.append(loss_of(pairs[:9], 0.0).item())
-        assert len(batches) > 4 and state["step"] == step
+        assert state["step"] == step > 12
         assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
         assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
         for name, p in model.named_parameters():
             check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
 
-    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
-        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
-        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-            command = [
-                sys.executable,
-                "-c",
-                TRANSFORMER_KILLED,
-                place,
-                str(n),
-                "--out",
-                str(tmp_path),
-                *flags,
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
+        """In the 5th step, 2 after a checkpoint; after the next one, before another is moved."""
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in TRANSFORMER_SMALL.items()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for place in (["clip_grad_norm_", "5"], ["replace", "2"]):
+            command = [sys.executable, "-c", TRANSFORMER_KILLED, *place, "--out", str(tmp_path), *flags]
+            killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
             assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
+            assert not (tmp_path / "model.pt").exists()
         assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
         report, weights = transformer_run(tmp_path)
-        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
-        for key in ("history", "searches"):
-            assert transformer_undisturbed[1][key] == report[key]
+        _, expected, expected_weights = transformer_undisturbed
+        assert expected["steps"] > 12 and transformer_equal(expected_weights, weights)
+        for key in ("steps", "history", "searches"):
+            assert report[key] == expected[key]
 
     def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
         """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        _, expected, expected_weights = transformer_undisturbed
         out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
         lock = transformer.lock_out(out)
         report, weights = transformer_run(out, save_every=50, beam_size=2)
         assert list(report["searches"])[1] == "beam 2, penalty 0"
-        assert report["history"] == transformer_undisturbed[1]["history"]
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
-        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-        assert set(transformer.MAY_CHANGE) == may
-        capsys.readouterr()
-        assert transformer_stop(out, lr_scale=0.7) == 2
-        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
-        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-            corpus = transformer.number_corpus(0, 300, 20, 10)
-            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
-            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
-        assert "sentences" in capsys.readouterr().err
+        assert report["history"] == expected["history"] and transformer_equal(expected_weights, weights)
+        corpus = transformer.number_corpus(0, 300, 20, 10)
+        for changes, words in (
+            ({"lr_scale": 0.7}, "lr_scale=0.4, not 0.7"),
+            ({"corpus": corpus._replace(train=corpus.train[1:])}, "sentences"),
+        ):
+            assert transformer_stop(out, **changes) == 2
+            assert words in capsys.readouterr().err
         lock.close()
 
-    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
+    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path):
         """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
-        batch_loss, calls = transformer.batch_loss, itertools.count(1)
-
-        def overflow(*arguments):
-            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
-
+        batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "batch_loss", overflow)
+            patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
             stop = str(transformer_stop(tmp_path))
         assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
         assert not (tmp_path / "model.pt").exists()
         assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
-        _, weights = transformer_run(tmp_path)
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
+        assert transformer_equal(transformer_undisturbed[2], transformer_run(tmp_path)[1])
         for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
             out = tmp_path / str(changes)
             stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
@@ -1983,18 +1826,13 @@ class TestTransformer:
             assert {path.name for path in out.iterdir()} == {"lock"}
 
     def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
-        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
-            raised = error("no space left")
-            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
-            assert code in str(transformer_stop(tmp_path / code))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
-        with pytest.raises(ZeroDivisionError):
-            transformer_run(tmp_path)
-        capsys.readouterr()
         (tmp_path / "file").touch()
+        lock = transformer.lock_out(tmp_path)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
         for changes, words in (
+            ({"out": tmp_path}, "in use"),
             ({"out": tmp_path / "file/below"}, "file"),
-            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": 2**43}, "--seed"),
             ({"seed": -1}, "--seed"),
             ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
             ({"max_len": 3}, "max_len=3"),
@@ -2003,12 +1841,18 @@ class TestTransformer:
             code = transformer_stop(**({"out": tmp_path / "new"} | changes))
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
+        lock.close()
+        for error, words in ((KeyboardInterrupt(), "130"), (OSError("no space left"), "no space left")):
+            monkeypatch.setattr(transformer, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
+            assert words in str(transformer_stop(tmp_path))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
 
     def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
         corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
         monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
-        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        _, tokenizer, train, dev, _, lock = transformer.prepare(transformer.Settings(out=str(tmp_path)))
         assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
         lock.close()
 
@@ -2025,30 +1869,20 @@ class TestTransformer:
             with pytest.raises(SystemExit) as leaving:
                 transformer.parse(argv)
             assert leaving.value.code == 2
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            transformer.parse(["--preset", "multi30k", "--help"])
-        assert "4000" in capsys.readouterr().out
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
         """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
         They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
-        data = tmp_path / "data"
-        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
-        texts = {"de": german, "en": english}
-        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
-                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
-        transformer_small_multi30k(data, **texts)
-        monkeypatch.setenv("MULTI30K_DATA", str(data))
+        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
         changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
         s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
         transformer.main(s)
         report = json_of(tmp_path / "out/report.json")
-        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-        assert report["beam"] > 50, report["beam"]
-        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
-        monkeypatch.setattr(sys, "stdin", stdin)
+        assert report["dataset"] == "own" and report["measure"] == "bleu"
+        assert "case:lc" in report["signature"] and report["beam"] > 50
+        stdin = io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
         capsys.readouterr()
         transformer.main(dataclasses.replace(s, translate="-"))
         rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
@@ -2064,18 +1898,14 @@ class TestTransformer:
         assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
         assert report["settings"] == dataclasses.asdict(transformer.Settings())
         assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-        rows = list(report["searches"].values())
-        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+        greedy, beam, _ = report["searches"].values()
+        assert beam["log_prob"] >= greedy["log_prob"] - 1e-4 and greedy["finished"] > 0.99
 
     def test_demo_swaps_tens_and_units(self, transformer_demo):
         """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-        last_json(transformer_demo[1])
-        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
-        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
-        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
-        for units, tens in itertools.product(range(2, 10), range(2, 10)):
-            n = 517_000 + 10 * tens + units
+        model, tokenizer = transformer_saved(transformer_demo[0] / "out/transformer")
+        right = []
+        for n in range(517_022, 517_100):
             source = tokenizer.encode(transformer.english_number(n), 32)
             target = tokenizer.encode(transformer.german_number(n), 32)
             src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
@@ -2083,12 +1913,11 @@ class TestTransformer:
             assert weights.shape == (1, 4, len(target), len(source))
             check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
             looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+            if n % 10 > 1:
+                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
         assert sum(right) / len(right) > 0.9
-        assert not model.decoder[-1].cross_attention._forward_pre_hooks
 
     def test_demo_translates(self, transformer_demo):
-        last_json(transformer_demo[1])
         text = "Three hundred and forty-two thousand"
         row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
         assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
