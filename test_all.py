@@ -1884,288 +1884,176 @@ class TestTransformer:
 # losses.py: a table of all losses, each with an oracle and a sampler, drives most of the class
 
 
-def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+def losses_smoothed(z, y, smoothing=0.1, **options):
+    return F.cross_entropy(z, y, label_smoothing=smoothing, **options)
 
 
 def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
-    p = z.softmax(1)
     kept = y != -100
-    p_y = p.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
-    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[y.clamp(min=0)])
-    rows = torch.where(kept, rows, 0.0)
+    y = y.clamp(min=0)
+    p = z.softmax(1).gather(1, y[:, None]).squeeze(1)
+    rows = -((1 - p) ** gamma) * p.log() * kept
+    rows = rows if alpha is None else rows * alpha[y]
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
 
 
-def losses_torchvision_focal(logits, targets, alpha=0.25, gamma=2.0, reduction="mean"):
-    """torchvision.ops.sigmoid_focal_loss, line by line (0.20)."""
-    targets = targets.to(logits)
-    p = torch.sigmoid(logits)
-    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p_t = p * targets + (1 - p) * (1 - targets)
-    loss = ce * ((1 - p_t) ** gamma)
-    if alpha is not None:
-        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
-    return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
+def losses_binary_focal(z, y, gamma=2.0, alpha=0.25, reduction="mean"):
+    """A sigmoid of z is a softmax over 0 and z."""
+    weights = None if alpha is None else torch.tensor([1 - alpha, alpha], dtype=z.dtype)
+    return losses_focal(torch.stack((0 * z, z), 1), y.long(), gamma, weights, reduction)
 
 
 def losses_ordinal(z, y):
-    terms = []
-    for row, target in zip(z.softmax(1), y.tolist(), strict=True):
-        for k in range(len(row) - 1 if target >= 0 else 0):
-            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log() / (len(row) - 1))
-    return sum(terms) / (y >= 0).sum()
+    rows = []
+    for p, target in zip(z.softmax(1), y.tolist(), strict=True):
+        sides = [p[: k + 1] if target <= k else p[k + 1 :] for k in range(len(p) - 1)]
+        if target >= 0:
+            rows.append(-torch.stack([side.sum().log() for side in sides]).mean())
+    return torch.stack(rows).mean()
 
 
 def losses_contrastive(a, b, same, margin=1.0):
-    rows = []
-    for x1, x2, together in zip(a, b, same.tolist(), strict=True):
-        d = (x1 - x2).square().sum().sqrt()
-        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
-    return sum(rows) / len(rows)
+    d = (a - b).square().sum(1).sqrt()
+    return torch.where(same == 1, d**2, (margin - d).clamp(min=0) ** 2).mean() / 2
 
 
-def losses_info_nce(query, keys, _=None, temperature=0.07):
-    rows = []
-    for i, q in enumerate(query):
-        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
-        rows.append(-(scores[i] / sum(scores)).log())
-    return sum(rows) / len(rows)
+def losses_info_nce(query, keys, temperature=0.07):
+    scores = F.cosine_similarity(query[:, None], keys, dim=-1) / temperature
+    return (scores.exp().sum(1).log() - scores.diag()).mean()
 
 
 def losses_supcon(z, y, temperature=0.1):
     """Khosla et al., eq. 2, as loops over anchors and positives."""
-    rows = []
+    scores, rows = (F.cosine_similarity(z[:, None], z, dim=-1) / temperature).exp(), []
     for i in range(len(z)):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
-        positives = [j for j in scores if y[j] == y[i]]
-        if positives:
-            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
-    return sum(rows) / len(rows)
+        others = [j for j in range(len(z)) if j != i]
+        shares = [scores[i, j] / scores[i, others].sum() for j in others if y[j] == y[i]]
+        if shares:
+            rows.append(-torch.stack(shares).log().mean())
+    return torch.stack(rows).mean()
 
 
-def losses_nt_xent(z1, z2, _=None, temperature=0.5):
+def losses_nt_xent(z1, z2, temperature=0.5):
     return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), temperature)
 
 
+def losses_hinge(gaps, margin):
+    return F.softplus(gaps) if margin == "soft" else F.relu(gaps + margin)
+
+
+def losses_triplet(anchor, positive, negative, margin=1.0):
+    gaps = (anchor - positive).norm(dim=1) - (anchor - negative).norm(dim=1)
+    return losses_hinge(gaps, margin).mean()
+
+
 def losses_mined(z, y, margin=0.2, mining="hard"):
-    """Loops, with torch's norm: what the docstring says of each mining."""
-    n, terms = len(z), []
-    d = [[(z[i] - z[j]).norm() if i != j else torch.tensor(0.0) for j in range(n)] for i in range(n)]
-
-    def cost(x):
-        return F.softplus(x) if margin == "soft" else F.relu(x + margin)
-
-    for a in range(n):
-        positives = [p for p in range(n) if p != a and y[p] == y[a]]
-        negatives = [k for k in range(n) if y[k] != y[a]]
-        if mining == "hard" and positives and negatives:
-            terms.append(cost(max(d[a][p] for p in positives) - min(d[a][k] for k in negatives)))
-        for p in positives if mining == "semihard" else []:
-            farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
-            terms += [cost(d[a][p] - min(farther))] if farther else []
+    """Loops: what the docstring says of each mining."""
+    d, pairs = (z[:, None] - z).norm(dim=-1), []
+    for a in range(len(z)):
+        near = [d[a, p] for p in range(len(z)) if p != a and y[p] == y[a]]
+        far = [d[a, n] for n in range(len(z)) if y[n] != y[a]]
+        if mining == "hard" and near and far:
+            pairs.append((max(near), min(far)))
+        for x in near if mining == "semihard" else []:
+            pairs += [(x, min(n for n in far if n > x))] if max(far) > x else []
         if mining == "all":
-            terms += [cost(d[a][p] - d[a][k]) for p in positives for k in negatives]
-    return torch.stack(terms).mean()
+            pairs += itertools.product(near, far)
+    return losses_hinge(torch.stack([x - n for x, n in pairs]), margin).mean()
 
 
-def losses_logits(n=9, k=5):
-    y = torch.randint(k, (n,))
-    y[::4] = -100
-    return [3 * torch.randn(n, k, dtype=torch.float64)], y
-
-
-def losses_bits(n=9):
-    return [3 * torch.randn(n, dtype=torch.float64)], torch.arange(n) % 2
-
-
-def losses_labelled(n=9):
-    y = torch.randint(3, (n,))
-    y[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
-    return [torch.randn(n, 3, dtype=torch.float64)], y
-
-
-def losses_two(n=6):
-    return list(torch.randn(2, n, 4, dtype=torch.float64)), torch.arange(n) % 2
-
-
-def losses_three(n=6):
-    return list(torch.randn(3, n, 4, dtype=torch.float64)), torch.arange(n)
+def losses_sample(kind: str, n: int) -> tuple[list, list]:
+    """Inputs, and targets."""
+    y = torch.randint(5 if kind == "logits" else 3, (n,))
+    if kind == "logits":
+        y[::4] = -100
+        return [3 * torch.randn(n, 5).double()], [y]
+    if kind == "labels":
+        y[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
+        return [torch.randn(n, 3).double()], [y]
+    inputs, bits = list(torch.randn(3, n, 4).double()), [torch.arange(n) % 2]
+    kinds = {"bits": ([inputs[0][:, 0]], bits), "same": (inputs[:2], bits)}
+    return (kinds | {"two": (inputs[:2], []), "three": (inputs, [])})[kind]
 
 
 LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
 
 
-def losses_table() -> dict[str, tuple]:
-    """name: (the loss of (*inputs, targets), its oracle, sampler)"""
-    partial, weight = functools.partial, LOSSES_WEIGHT
-    smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
-    smoothed, weighted = {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "weight": weight}
-    focal = {"gamma": 0.5, "alpha": weight}
-    table = {
-        "smoothing": (smoothing, partial(F.cross_entropy, **smoothed), losses_logits),
-        "weight": (
-            partial(smoothing, smoothing=0.3, weight=weight),
-            partial(F.cross_entropy, **weighted),
-            losses_logits,
-        ),
-        "focal": (losses.focal_loss, losses_focal, losses_logits),
-        "alpha": (partial(losses.focal_loss, **focal), partial(losses_focal, **focal), losses_logits),
-        "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
-        "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
-        "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
-        "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
-        "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
-        "supcon": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
-        "triplet": (
-            lambda a, p, n, _: losses.triplet_loss(a, p, n),
-            lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
-            losses_three,
-        ),
-        "soft": (
-            lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
-            lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
-            losses_three,
-        ),
-        "batch_hard": (mined, losses_mined, losses_labelled),
-    }
-    margin, cold = {"margin": 3.0}, {"temperature": 0.2}
-    for name, options in (("contrastive", margin), ("supcon", cold)):
-        loss, oracle, sampler = table[name]
-        table[f"{name}_option"] = (partial(loss, **options), partial(oracle, **options), sampler)
-    for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
-        options = {"mining": mining, "margin": margin}
-        pair = (partial(mined, **options), partial(losses_mined, **options))
-        table[f"batch_{mining}_{margin}"] = (*pair, losses_labelled)
+def losses_table():
+    """name: (loss, its oracle, kind of inputs)"""
+    supcon, triplet = losses.supervised_contrastive_loss, losses.triplet_loss
+    table = {}
+    for name, kind, loss, oracle, options in (
+        ("smoothing", "logits", losses.label_smoothing_cross_entropy, losses_smoothed, {}),
+        ("focal", "logits", losses.focal_loss, losses_focal, {}),
+        ("alpha", "logits", losses.focal_loss, losses_focal, {"alpha": LOSSES_WEIGHT}),
+        ("ordinal", "logits", losses.ordinal_loss, losses_ordinal, {}),
+        ("binary_focal", "bits", losses.binary_focal_loss, losses_binary_focal, {}),
+        ("contrastive", "same", losses.contrastive_loss, losses_contrastive, {}),
+        ("far", "same", losses.contrastive_loss, losses_contrastive, {"margin": 3.0}),
+        ("info_nce", "two", losses.info_nce_loss, losses_info_nce, {}),
+        ("nt_xent", "two", losses.nt_xent_loss, losses_nt_xent, {}),
+        ("supcon", "labels", supcon, losses_supcon, {}),
+        ("supcon_warm", "labels", supcon, losses_supcon, {"temperature": 0.2}),
+        ("triplet", "three", triplet, losses_triplet, {}),
+        ("soft", "three", triplet, losses_triplet, {"margin": "soft"}),
+    ):
+        pair = (functools.partial(f, **options) for f in (loss, oracle))
+        table[name] = (*pair, kind)
+    for mining in ("hard", "semihard", "all"):
+        for options in ({}, {"margin": 0.0}, {"margin": 1.5}, {"margin": "soft"}):
+            pair = (losses.batch_hard_triplet_loss, losses_mined)
+            pair = (functools.partial(f, mining=mining, **options) for f in pair)
+            table[f"{mining}_{options.get('margin')}"] = (*pair, "labels")
     return table
 
 
 LOSSES = losses_table()
-LOSSES_ON_LOGITS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_logits}
-LOSSES_ON_LABELS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_labelled}
+LOSSES_ON_LOGITS = [name for name, row in LOSSES.items() if row[2] == "logits"]
 
 
-def losses_results(loss, inputs: list, y) -> list[Tensor]:
+def losses_results(loss, inputs: list, targets: list) -> list[Tensor]:
     """Value, and the gradient of each input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*leaves, y)
+    value = loss(*leaves, *targets)
     return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
 
 
-def losses_check(loss, oracle, inputs: list, y=None, tolerance: float = 1e-10) -> None:
-    results = zip(losses_results(loss, inputs, y), losses_results(oracle, inputs, y), strict=True)
-    for i, (actual, expected) in enumerate(results):
-        check_close(actual, expected, tolerance, f"gradient of input {i - 1}" if i else "value")
+def losses_check(loss, oracle, inputs: list, targets: list) -> None:
+    results = (losses_results(f, inputs, targets) for f in (loss, oracle))
+    for actual, expected in zip(*results, strict=True):
+        check_close(actual, expected, 1e-10)
 
 
-def losses_gather_model():
+def losses_refuse(name: str, given, loss, *arguments, **options) -> None:
+    """With a ValueError that tells both."""
+    with pytest.raises(ValueError) as error:
+        loss(*arguments, **options)
+    assert name in str(error.value) and str(given) in str(error.value), error.value
+
+
+def losses_gather_inputs():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
-
-
-def losses_gather_batch():
-    return torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    return model, torch.randn(2, 8, 5, dtype=torch.float64)
 
 
 def losses_gather_worker(rank: int, folder: str) -> None:
-    """One of two processes with half of the batch: writes its loss and the averaged gradients."""
-    import torch.distributed as dist
-
+    """One of two processes with half of the batch: writes what it found."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, half = losses_gather_model(), losses_gather_batch()[:, 4 * rank : 4 * rank + 4]
-    z1, z2 = (losses.gather_batch(model(x)) for x in half)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    model, batch = losses_gather_inputs()
+    z1, z2 = (losses.gather_batch(model(x[4 * rank :][:4])) for x in batch)
     loss = losses.nt_xent_loss(z1, z2)
     loss.backward()
-    for p in model.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= 2
-    a, weight = torch.ones(2, 3).requires_grad_(), torch.arange(12.0).view(4, 3)
+    a, weight = torch.ones(2, 3, requires_grad=True), torch.arange(12.0).view(4, 3)
     (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # a loss of its own on each process
     labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
-    try:
-        losses.gather_batch(torch.ones(2 + rank, 3))
-        message = "no error"
-    except ValueError as error:
-        message = str(error)
-    result = {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()], "labels": labels}
-    torch.save(result | {"message": message, "sum": a.grad}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
+    losses_refuse("x", "2 to 3", losses.gather_batch, torch.ones(2 + rank, 3))
+    gradients = [p.grad for p in model.parameters()]
+    torch.save([loss.detach(), labels, a.grad, gradients], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
-
-
-def losses_refused():
-    """(call, words of its ValueError)"""
-    z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    bits, one, nan = (y > 0).long(), z[:1], math.nan
-    for loss in (losses.label_smoothing_cross_entropy, losses.focal_loss, losses.ordinal_loss):
-        for bad, words in (
-            (y + 1, ("targets", "0 .. 2", "3")),
-            (y - 1, ("targets", "0 .. 2", "-1")),
-            (y.float(), ("targets", "integers", "float32")),
-            (y > 0, ("targets", "integers", "bool")),
-            (y + 0j, ("targets", "complex64")),
-            (y[:5], ("targets", "(6,)", "(5,)")),
-            (F.one_hot(y), ("targets", "(6,)", "(6, 3)")),
-        ):
-            yield functools.partial(loss, z, bad), words
-        yield functools.partial(loss, z, y, reduction="avg"), ("reduction", "avg", "none")
-    for bad in (-0.1, 1.0, nan):
-        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b), ("smoothing", "[0, 1)")
-    for bad in (torch.ones(2), torch.ones(3, 1), 0.5, -torch.ones(3), torch.tensor([1, math.inf, 1])):
-        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
-        yield lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
-    yield lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
-    for bad in (-1.0, nan, math.inf, "hard"):
-        for name, call in (
-            ("gamma", functools.partial(losses.focal_loss, z, y)),
-            ("gamma", functools.partial(losses.binary_focal_loss, z[:, 0], bits)),
-            ("margin", functools.partial(losses.contrastive_loss, z, z, bits)),
-            ("margin", functools.partial(losses.triplet_loss, z, z, z)),
-            ("margin", functools.partial(losses.batch_hard_triplet_loss, z, y)),
-            ("alpha", functools.partial(losses.GradNorm, 2)),
-        ):
-            yield functools.partial(call, bad), (name, str(bad))
-    for bad in (-0.1, 1.1, nan):
-        yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b), ("alpha", "[0, 1]")
-        yield lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
-    yield lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
-    yield lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
-    yield lambda: losses.binary_focal_loss(z[:, :1], bits), ("targets", "(6, 1)", "(6,)")
-    yield lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None), ("reduction", "None")
-    for bad in (0.0, -1.0, nan, math.inf):
-        yield lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
-        yield lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
-        yield lambda b=bad: losses.supervised_contrastive_loss(z, y, b), ("temperature", str(bad))
-    for loss in (losses.nt_xent_loss, losses.info_nce_loss):
-        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
-            yield functools.partial(loss, *pair), ("(N, D)", str(tuple(pair[1].shape)))
-    for loss in (losses.supervised_contrastive_loss, losses.batch_hard_triplet_loss):
-        yield functools.partial(loss, z, y[:1]), ("labels", "(6,)", "(1,)")
-        yield functools.partial(loss, z, y.float()), ("labels", "float32")
-        yield functools.partial(loss, z[None], y), ("z", "(1, 6, 3)")
-        yield functools.partial(loss, one, y[:1]), ("z", "2", "(1, 3)")
-    yield lambda: losses.triplet_loss(z, z, one), ("negative", "(1, 3)")
-    yield lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "(0, 3)")
-    yield lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "(0, 3)")
-    yield lambda: losses.contrastive_loss(z, z, y), ("same", "0 or 1", "2")
-    yield lambda: losses.contrastive_loss(z, z, bits[:, None]), ("same", "(6, 1)")
-    yield lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"), ("mining", "easy", "semihard")
-    yield lambda: losses.has_collapsed(one), ("z", "2")
-
-
-def losses_refused_by_weighting():
-    w = torch.ones(3, requires_grad=True)
-    for bad in ([3, 0], [], [[2, 2]], 3):
-        yield lambda b=bad: losses.class_balanced_weights(torch.tensor(b)), ("counts", str(bad))
-    for bad in (torch.ones(3), torch.ones(1)):
-        yield lambda b=bad: losses.UncertaintyWeighting(2)(b), ("losses", "(2,)", str(tuple(bad.shape)))
-        yield lambda b=bad: losses.GradNorm(2)(b * w[0], w), ("losses", "(2,)", str(tuple(bad.shape)))
-    yield lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
-    yield lambda: losses.make_optimizers("lion", [w], [], 0.1, 0.1), ("name", "lion", "muon")
-    yield lambda: losses.main(losses.Settings(n_seeds=1)), ("n_seeds", "2", "1")
 
 
 class TestLosses:
@@ -2173,218 +2061,198 @@ class TestLosses:
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_equals_its_oracle(self, name):
-        """Values and gradients, float64, 1e-10."""
-        loss, oracle, sampler = LOSSES[name]
+        """Values and gradients, float64, 1e-10; and gradcheck."""
+        loss, oracle, kind = LOSSES[name]
         for n in (6, 9, 12):
-            losses_check(loss, oracle, *sampler(n))
-
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_gradcheck(self, name):
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(7)
+            inputs, targets = losses_sample(kind, n)
+            losses_check(loss, oracle, inputs, targets)
         leaves = [x.requires_grad_() for x in inputs]
-        assert torch.autograd.gradcheck(lambda *x: loss(*x, y), leaves, atol=1e-7)
+        assert torch.autograd.gradcheck(lambda *x: loss(*x, *targets), leaves, atol=1e-7)
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
     def test_label_smoothing_cross_entropy_equals_torch(self, smoothing, weighted, reduction):
         for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
-            for ignore_index in (-1, 0):  # a class may be ignored, too: a pad id
-                logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
+            for ignore_index in (-1, 0) if k > 1 else (-1,):  # a class may be ignored, too: a pad id
+                logits = 3 * torch.randn(shape[0], k, *shape[1:]).double()
                 y = torch.randint(k, shape)
                 y.view(-1)[0] = k - 1
                 y.view(-1)[1::4] = ignore_index
-                weight = torch.rand(k, dtype=torch.float64) if weighted else None
-                kw = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
-                if k > 1 or ignore_index < 0:
-                    losses_check(
-                        lambda z, y, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
-                        lambda z, y, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
-                        [logits], y,
-                    )  # fmt: skip
+                weight = torch.rand(k).double() if weighted else None
+                options = {"smoothing": smoothing, "ignore_index": ignore_index, "weight": weight}
+                pair = (losses.label_smoothing_cross_entropy, losses_smoothed)
+                pair = (functools.partial(f, **options, reduction=reduction) for f in pair)
+                losses_check(*pair, [logits], [y])
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_focal_losses_equal_their_formulas(self, reduction):
-        inputs, y = losses_logits(17)
-        for gamma in (0.0, 0.5, 1.0, 3.5):
-            for alpha in (None, LOSSES_WEIGHT):
-                losses_check(
-                    lambda z, y, g=gamma, a=alpha: losses.focal_loss(z, y, g, a, reduction=reduction),
-                    lambda z, y, g=gamma, a=alpha: losses_focal(z, y, g, a, reduction),
-                    inputs, y,
-                )  # fmt: skip
-        losses_check(
-            lambda z, y: losses.focal_loss(z, y, 0.0, reduction=reduction),
-            lambda z, y: F.cross_entropy(z, y, reduction=reduction), inputs, y,
-        )  # fmt: skip
-        z, bits = torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4))
+        def check(loss, oracle, inputs, y, gamma, alpha):
+            options = {"gamma": gamma, "alpha": alpha, "reduction": reduction}
+            pair = (functools.partial(f, **options) for f in (loss, oracle))
+            losses_check(*pair, inputs, [y])
+
+        inputs, (y,) = losses_sample("logits", 17)
+        for gamma, alpha in itertools.product((0.0, 0.5, 1.0, 3.5), (None, LOSSES_WEIGHT)):
+            check(losses.focal_loss, losses_focal, inputs, y, gamma, alpha)
+        z, bits = torch.randn(6, 4).double(), torch.randint(2, (6, 4))
         for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0), (2.0, 1.0)):
-            for y in (bits, bits.bool(), bits.double(), bits.to(torch.uint16)):
-                losses_check(
-                    lambda z, y, g=gamma, a=alpha: losses.binary_focal_loss(z, y, g, a, reduction),
-                    lambda z, y, g=gamma, a=alpha: losses_torchvision_focal(z, y, a, g, reduction),
-                    [z], y,
-                )  # fmt: skip
+            for dtype in (torch.int64, torch.bool, torch.float64, torch.uint16):
+                check(losses.binary_focal_loss, losses_binary_focal, [z], bits.to(dtype), gamma, alpha)
 
     # Properties
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_permutation_of_rows(self, name):
         """Duplicates tie for the hardest; their gradients are shared, whoever comes first."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(12)
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 12)
         for x in inputs:
             x[8] = x[1]
-        if sampler is losses_labelled:
-            y[8:10] = torch.tensor([0, 1])
+        if kind == "labels":
+            targets[0][8:10] = torch.tensor([0, 1])
             inputs[0][9] = inputs[0][0]
         order = torch.randperm(12)
-        value, *gradients = losses_results(loss, inputs, y)
-        permuted, *others = losses_results(loss, [x[order] for x in inputs], y[order])
-        check_close(permuted, value, 1e-12)
-        for gradient, other in zip(gradients, others, strict=True):
-            check_close(other, gradient[order], 1e-12)
+        value, *gradients = losses_results(loss, inputs, targets)
+        permuted = losses_results(loss, [x[order] for x in inputs], [y[order] for y in targets])
+        for actual, expected in zip(permuted, [value, *(g[order] for g in gradients)], strict=True):
+            check_close(actual, expected, 1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_in_half_precision(self, name, dtype):
         """Computed, and returned, in float32 from the rounded inputs, under autocast too."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(8)
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 8)
         inputs = [(100 * x).to(dtype) for x in inputs]
-        value, *gradients = losses_results(loss, inputs, y)
-        expected, *_ = losses_results(loss, [x.float() for x in inputs], y)
-        assert value.dtype == torch.float32
+        value, *gradients = losses_results(loss, inputs, targets)
+        expected = loss(*(x.float() for x in inputs), *targets)
         check_close(value, expected, 1e-6)
-        for gradient in gradients:
-            assert gradient.dtype == dtype and gradient.isfinite().all()
+        assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_close(losses_results(loss, [x.float() for x in inputs], y)[0], expected, 1e-6)
+            check_close(loss(*(x.float() for x in inputs), *targets), expected, 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_at_extremes(self, name):
         """Rows of 1e4, 1e-20 and 0, and equal rows: as float64 has it, with finite gradients."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(12)
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 12)
         for x in inputs:
             x[:3] = 1e4 * x[:3].sign()
             x[3:6] *= 1e-20
             x[6:10] = 0.0
         for dtype in (torch.float64, torch.float32):
-            results = losses_results(loss, [x.to(dtype) for x in inputs], y)
+            results = losses_results(loss, [x.to(dtype) for x in inputs], targets)
             assert all(result.isfinite().all() and result.dtype == dtype for result in results)
             if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
-                check_close(results[0].double(), loss(*inputs, y), 1e-6)
+                check_close(results[0].double(), loss(*inputs, *targets), 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
         """Where new tensors would go elsewhere by default: as on a GPU."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(8)
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 8)
         with torch.device("meta"):
-            value = loss(*inputs, y)
-        assert value.device.type == "cpu" and value == loss(*inputs, y)
+            value = loss(*inputs, *targets)
+        assert value.device.type == "cpu"
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_ignored_rows_change_nothing(self, name):
-        loss = LOSSES_ON_LOGITS[name]
-        logits, y = 3 * torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 5
-        value, gradient = losses_results(loss, [logits], y)
-        ignored = torch.cat((y, torch.tensor([-100, -100])))
+        loss = LOSSES[name][0]
+        logits, y = 3 * torch.randn(17, 5).double(), torch.arange(17) % 5
+        value, gradient = losses_results(loss, [logits], [y])
+        ignored = F.pad(y, (0, 2), value=-100)
         for junk in (0.0, 1e4, math.inf, math.nan):
-            more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
-            value_more, gradient_more = losses_results(loss, [more], ignored)
+            more = F.pad(logits, (0, 0, 0, 2), value=junk)
+            value_more, gradient_more = losses_results(loss, [more], [ignored])
             assert torch.equal(value_more, value)
-            assert torch.equal(gradient_more, torch.cat((gradient, 0 * gradient[:2])))
+            assert torch.equal(gradient_more, F.pad(gradient, (0, 0, 0, 2)))
         rows = loss(more, ignored, reduction="none")
         assert rows.shape == (19,) and (rows[-2:] == 0).all()
         check_close(loss(more, ignored, reduction="sum"), rows.sum(), 1e-12)
         for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
             marked = y.masked_fill(y == 3, other)
-            expected = loss(logits[y != 3], y[y != 3])
-            check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
-        volume = logits[:16].view(2, 8, 5).movedim(-1, 1)  # (2, 5, 8)
+            check_close(loss(logits, marked, ignore_index=other), loss(logits[y != 3], y[y != 3]), 1e-12)
+        volume = logits[:16].view(2, 8, 5).mT  # (2, 5, 8)
         check_close(loss(volume, y[:16].view(2, 8), reduction="none"), rows[:16].view(2, 8), 1e-12)
         for dtype in (torch.uint8, torch.uint16, torch.int32):
             assert torch.equal(loss(logits, y.to(dtype)), value)
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_over_no_rows_is_0(self, name):
-        loss = LOSSES_ON_LOGITS[name]
-        for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
-            y = torch.full((len(logits),), -100)
-            for reduction in ("mean", "sum"):
-                value, gradient = losses_results(functools.partial(loss, reduction=reduction), [logits], y)
-                assert value == 0 and (gradient == 0).all()
-        weight = torch.tensor([0.0, 1, 1, 1, 1])  # rows that count, of weight 0
-        of_class_0 = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
-        value, gradient = losses_results(of_class_0, [torch.randn(4, 5)], torch.zeros(4).long())
+        loss, ignored = LOSSES[name][0], torch.full((4,), -100)
+        for n, reduction in itertools.product((4, 0), ("mean", "sum")):
+            logits = torch.full((n, 5), math.nan)
+            some = functools.partial(loss, reduction=reduction)
+            value, gradient = losses_results(some, [logits], [ignored[:n]])
+            assert value == 0 and (gradient == 0).all()
+
+    def test_label_smoothing_cross_entropy_of_weight_0_is_0(self):
+        weight = torch.tensor([0.0, 1, 1, 1, 1])
+        loss = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
+        value, gradient = losses_results(loss, [torch.randn(4, 5)], [torch.zeros(4).long()])
         assert value == 0 and (gradient == 0).all()
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_with_classes_ruled_out(self, name):
         """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
-        loss = LOSSES_ON_LOGITS[name]
-        if name in ("smoothing", "weight"):
-            loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
-        logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
-        logits[0, 0] = logits[1, 1] = 1.0
-        value, gradient = losses_results(loss, [logits], torch.tensor([0, 1]))
+        loss = LOSSES[name][0]
+        if name == "smoothing":
+            loss = functools.partial(loss, smoothing=0.0)
+        logits = torch.where(torch.eye(2, 5).bool(), 1.0, -math.inf)
+        value, gradient = losses_results(loss, [logits], [torch.arange(2)])
         assert value == 0 and (gradient == 0).all()
 
     @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
     def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
         """p rounds to 1 from a logit gap of 37 (float64), 17 (float32)."""
+        softmax = functools.partial(losses.focal_loss, gamma=gamma)
+        sigmoid = functools.partial(losses.binary_focal_loss, gamma=gamma)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
-                z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
-                y = torch.tensor([0, 1, 1])
-                two = losses_results(functools.partial(losses.focal_loss, gamma=gamma), [z], y)
-                binary = functools.partial(losses.binary_focal_loss, gamma=gamma)
-                one = losses_results(binary, [z[:, 1] - z[:, 0]], y)
-                assert all(result.isfinite().all() for result in (*two, *one)), (dtype, gap)
-        z = torch.tensor([[30.0, 0.0]]).double()  # and digits: 1 - p in float32 would be 0
-        expected = math.exp(-30 * gamma) * F.cross_entropy(z, torch.tensor([0]))
-        assert losses.focal_loss(z, torch.tensor([0]), gamma) / expected == pytest.approx(1, abs=1e-6)
+            z, y = torch.zeros(12, 2, dtype=dtype), torch.arange(12) % 2
+            z[:, 0] = torch.tensor([0, 5, 17, 40, 1e3, 1e4]).repeat_interleave(2)
+            results = losses_results(softmax, [z], [y]) + losses_results(sigmoid, [z[:, 0]], [y])
+            assert all(result.isfinite().all() for result in results)
+        z, y = torch.tensor([[30.0, 0.0]]).double(), torch.tensor([0])  # 1 - p in float32 would be 0
+        expected = math.exp(-30 * gamma) * F.cross_entropy(z, y)
+        assert softmax(z, y) / expected == pytest.approx(1, abs=1e-6)
 
-    def test_batch_without_pairs_or_triplets_is_0(self):
-        z = torch.randn(4, 3)
-        for name, loss in LOSSES_ON_LABELS.items():
-            for y in (torch.arange(4), torch.zeros(4).long()):
-                if "supcon" not in name or y[3]:  # one class: every anchor has positives
-                    value, gradient = losses_results(loss, [z], y)
-                    assert value == 0 and (gradient == 0).all(), name
-            assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
-        semihard = functools.partial(losses.batch_hard_triplet_loss, mining="semihard")
-        value, gradient = losses_results(semihard, [torch.zeros(6, 3)], torch.arange(6) % 2)
-        assert value == 0 and (gradient == 0).all()  # among ties no negative is farther
+    @pytest.mark.parametrize("name", [name for name, row in LOSSES.items() if row[2] == "labels"])
+    def test_batch_without_pairs_or_triplets_is_0(self, name):
+        loss, z, zeros = LOSSES[name][0], torch.randn(4, 3), torch.zeros(4).long()
+        cases = [(z, torch.arange(4))]
+        if "supcon" not in name:  # where every anchor has positives
+            cases.append((z, zeros))
+        if "semihard" in name:  # among ties no negative is farther
+            cases.append((0 * z, torch.arange(4) % 2))
+        for inputs, y in cases:
+            value, gradient = losses_results(loss, [inputs], [y])
+            assert value == 0 and (gradient == 0).all()
+        assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
 
     def test_batch_hard_triplet_loss_of_near_duplicates(self):
         """Beyond 25 rows cdist goes by matrix products, which lose distances of 1e-4 at 100."""
-        z = 100 + 1e-4 * torch.randn(60, 8)
-        y = torch.arange(60) % 3
+        z, y = 100 + 1e-4 * torch.randn(60, 8), torch.arange(60) % 3
         for mining in ("hard", "semihard", "all"):
-            actual = losses.batch_hard_triplet_loss(z, y, 0.0, mining)
-            expected = losses.batch_hard_triplet_loss(z.double(), y, 0.0, mining)
+            actual, expected = (losses.batch_hard_triplet_loss(x, y, 0.0, mining) for x in (z, z.double()))
             assert actual.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
 
     def test_has_collapsed_where_the_loss_is_the_margin(self):
         point, y = torch.randn(1, 5).expand(8, 5), torch.arange(8) % 2
         assert losses.has_collapsed(point) and losses.has_collapsed(torch.zeros(2, 2).bfloat16())
-        for mining in ("hard", "all"):
-            for margin, stands_at in ((0.2, 0.2), ("soft", 0.6931472)):
-                loss = losses.batch_hard_triplet_loss(point, y, margin, mining)
-                assert loss.item() == pytest.approx(stands_at, abs=1e-6)
+        for mining, margin in itertools.product(("hard", "all"), (0.2, "soft")):
+            loss = losses.batch_hard_triplet_loss(point, y, margin, mining).item()
+            assert loss == pytest.approx(0.6931472 if margin == "soft" else 0.2, abs=1e-6)
         spread = torch.randn(8, 5)
         spread = spread / torch.pdist(spread).mean()
-        assert losses.has_collapsed(0.009 * spread) and not losses.has_collapsed(0.011 * spread)
-        assert losses.has_collapsed(0.4 * spread, 0.5) and not losses.has_collapsed(0.6 * spread, 0.5)
+        for threshold, given in ((0.01, ()), (0.5, (0.5,))):
+            assert losses.has_collapsed(0.9 * threshold * spread, *given)
+            assert not losses.has_collapsed(1.1 * threshold * spread, *given)
 
     def test_ordinal_loss_far_mistakes_cost_more(self):
-        wrong, zeros = 5.0 * torch.eye(5, dtype=torch.float64), torch.zeros(5).long()
+        wrong, zeros = 5.0 * torch.eye(5).double(), torch.zeros(5).long()
         costs = losses.ordinal_loss(wrong, zeros, reduction="none")
-        _, gradient = losses_results(losses.ordinal_loss, [wrong], zeros)
+        _, gradient = losses_results(losses.ordinal_loss, [wrong], [zeros])
         assert (costs.diff() > 0.5).all() and (gradient[:, 0].diff() < 0).all()
         for k in (2, 5, 50):  # at the start it costs about the same whatever K
             assert 0.5 < losses.ordinal_loss(torch.zeros(k, k), torch.arange(k)) < 0.7
@@ -2394,31 +2262,34 @@ class TestLosses:
         expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
         assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
 
-    @pytest.mark.parametrize(
-        ("bug", "claim"),
-        [
-            (lambda z, y: losses.ordinal_loss(z, y), None),
-            (lambda z, y: F.cross_entropy(z, y), "limit"),
-            (lambda z, y: losses.ordinal_loss(z, y) - 5, "never negative"),
-            (lambda z, y: losses.ordinal_loss(z, y) + 0.1, "0 at best"),
-            (lambda z, y: losses.ordinal_loss(z, 4 - y), "downhill"),
-            (lambda z, y: losses.ordinal_loss(z, y) * losses.ordinal_loss(z, y).detach(), "gradcheck"),
-            (lambda z, y: 2 * losses.ordinal_loss(z, y).detach() - losses.ordinal_loss(z, y), "small step"),
-            (lambda z, y: 20 * losses.ordinal_loss(z, y), "scale"),
-            (lambda z, y: 0.01 * losses.ordinal_loss(z, y), "scale"),
-            (lambda z, y: losses_ordinal(z.float(), y), "float32"),
-            (lambda z, y: losses_ordinal(z, y), "float16"),
-        ],
-    )
-    def test_check_loss_refutes(self, bug, claim):
-        """Each planted bug fails its claim; the loss itself passes all."""
+    def test_check_loss_refutes(self):
+        """Each planted bug fails its claims, and no other; the loss itself passes all."""
         y = torch.arange(5).repeat(4)
         best = 50.0 * F.one_hot(y, 5)
-        limits = {"as ordinal_loss": (lambda z: losses.ordinal_loss(z, y), lambda z: bug(z, y), best / 30)}
-        holds = losses.check_loss(lambda z: bug(z, y), 0 * best, best, limits)
-        failed = [name for name, held in holds.items() if not held]
-        assert any(claim in name for name in failed) if claim else not failed, failed
-        assert len(holds) == 11 and all(type(held) is bool for held in holds.values())
+        loss = functools.partial(losses.ordinal_loss, targets=y)
+        start = loss(0 * best)
+        for bug, expected in (
+            (loss, []),
+            (lambda z: loss(z) - 5, ["negative", "0 at best", "scale"]),
+            (lambda z: loss(z) + 0.1, ["0 at best"]),
+            (lambda z: losses.ordinal_loss(z, 4 - y), ["0 at best", "downhill"]),
+            (lambda z: loss(z) * loss(z).detach(), ["gradcheck"]),
+            (lambda z: 2 * loss(z).detach() - loss(z), ["small step", "downhill", "gradcheck"]),
+            (lambda z: 1e4 * loss(z), ["scale"]),
+            (lambda z: 10.5 / start * loss(z), ["scale"]),
+            (lambda z: 0.15 / start * loss(z), []),
+            (lambda z: 0.08 / start * loss(z), ["scale"]),
+            (lambda z: losses_ordinal(z, y), ["float64", "float32", "float16", "bfloat16"]),
+        ):
+            holds = losses.check_loss(bug, 0 * best, best)
+            failed = [claim for claim, held in holds.items() if not held]
+            words = zip(failed, expected, strict=True)
+            assert all(word in claim for claim, word in words), failed
+        cross_entropy = functools.partial(F.cross_entropy, target=y)
+        limits = {"same": (loss, loss, best / 30), "other": (loss, cross_entropy, best / 30)}
+        holds = losses.check_loss(loss, 0 * best, best, limits)
+        assert [claim for claim in holds if not holds[claim]] == ["limit: other"]
+        assert "limit: same" in holds and all(type(held) is bool for held in holds.values())
 
     def test_check_loss_takes_embedding_losses(self):
         y = torch.arange(12) % 3
@@ -2431,45 +2302,91 @@ class TestLosses:
     # Refusals
 
     def test_losses_refuse_what_would_be_silently_wrong(self):
-        for i, (call, words) in enumerate([*losses_refused(), *losses_refused_by_weighting()]):
-            with pytest.raises(ValueError) as error:
-                call()
-            assert all(word in str(error.value) for word in words), (i, words, str(error.value))
+        z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+        bits, one, nan, inf = y.clamp(max=1), z[:1], math.nan, math.inf
+        smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
+        focal, binary = losses.focal_loss, losses.binary_focal_loss
+        contrastive, triplet = losses.contrastive_loss, losses.triplet_loss
+        supcon, refuse = losses.supervised_contrastive_loss, losses_refuse
+        for loss in (smoothing, focal, losses.ordinal_loss):
+            for bad, given in ((y + 1, 3), (y - 1, -1), (y[:5], (5,))):
+                refuse("targets", given, loss, z, bad)
+            for dtype in (torch.float32, torch.bool, torch.complex64):
+                refuse("targets", dtype, loss, z, y.to(dtype))
+            refuse("reduction", "avg", loss, z, y, reduction="avg")
+        for bad in (-0.1, 1.0, nan):
+            refuse("smoothing", bad, smoothing, z, y, bad)
+        two, negative, endless = torch.ones(2), -torch.ones(3), torch.tensor([1, inf, 1])
+        for bad in (two, torch.ones(3, 1), 0.5, negative, endless):
+            refuse("weight", 3, smoothing, z, y, weight=bad)
+            refuse("alpha", 3, focal, z, y, alpha=bad)
+        refuse("logits", 1, losses.ordinal_loss, z[:, :1], y * 0)
+        for bad in (-1.0, nan, inf, "hard"):
+            refuse("gamma", bad, focal, z, y, bad)
+            refuse("gamma", bad, binary, z[:, 0], bits, bad)
+            refuse("margin", bad, contrastive, z, z, bits, bad)
+            refuse("margin", bad, triplet, z, z, z, bad)
+            refuse("margin", bad, mined, z, y, bad)
+            refuse("alpha", bad, losses.GradNorm, 2, bad)
+        for bad in (-0.1, 1.1, nan):
+            refuse("alpha", bad, binary, z[:, 0], bits, 2.0, bad)
+            refuse("beta", bad, losses.class_balanced_weights, two, bad)
+        refuse("targets", 2, binary, z[:, 0], y)
+        refuse("targets", 0.5, binary, z[:, 0], bits * 0.5)
+        refuse("targets", (6,), binary, z[:, :1], bits)
+        for bad in (0.0, -1.0, nan, inf):
+            refuse("temperature", bad, losses.info_nce_loss, z, z, bad)
+        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
+            refuse("z1, z2", tuple(pair[1].shape), losses.nt_xent_loss, *pair)
+            refuse("query, keys", tuple(pair[1].shape), losses.info_nce_loss, *pair)
+        for loss in (supcon, mined):
+            refuse("labels", (1,), loss, z, y[:1])
+            refuse("labels", torch.float32, loss, z, y.float())
+            refuse("z", (1, 6, 3), loss, z[None], y)
+            refuse("z", (1, 3), loss, one, y[:1])
+        refuse("negative", (1, 3), triplet, z, z, one)
+        refuse("anchor", (0, 3), triplet, z[:0], z[:0], z[:0])
+        refuse("x1", (0, 3), contrastive, z[:0], z[:0], bits[:0])
+        refuse("same", 2, contrastive, z, z, y)
+        refuse("same", (6, 1), contrastive, z, z, bits[:, None])
+        refuse("mining", "easy", mined, z, y, mining="easy")
+        refuse("z", (1, 3), losses.has_collapsed, one)
+
+    def test_weighting_refuses(self):
+        w, refuse = torch.ones(3, requires_grad=True), losses_refuse
+        for bad in ([3, 0], [], [[2, 2]], 3):
+            refuse("counts", bad, losses.class_balanced_weights, torch.tensor(bad))
+        for bad in (torch.ones(3), torch.ones(1)):
+            refuse("losses", tuple(bad.shape), losses.UncertaintyWeighting(2), bad)
+            refuse("losses", tuple(bad.shape), losses.GradNorm(2), bad * w[0], w)
+        refuse("losses", 0, losses.GradNorm(3), w * 0, w)
+        refuse("name", "lion", losses.make_optimizers, "lion", [w], [], 0.1, 0.1)
+        refuse("n_seeds", 1, losses.main, losses.Settings(n_seeds=1))
 
     # Weighting
 
     def test_class_balanced_weights_by_hand(self):
-        counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
-        for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
+        counts = torch.tensor([1000, 50, 1]).double()
+        for beta in (0.0, 0.9, 0.999, 1 - 1e-9, 1.0):
             effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series
-            shares = torch.tensor([1 / e for e in effective], dtype=torch.float64)
+            shares = 1 / torch.tensor(effective, dtype=torch.float64)
             expected = 3 * shares / shares.sum()
-            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
-        inverse = 3 / counts / (1 / counts).sum()
-        check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
+            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10)
         for given in ([1000, 50, 1], counts.to(torch.uint16)):
-            check_close(losses.class_balanced_weights(given, 1.0), inverse.float(), 1e-6)
+            check_close(losses.class_balanced_weights(given, 1.0), expected.float(), 1e-6)
         assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
 
     def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
-        """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i, and sum L_i' / L_i = 0 puts x half-way."""
-        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        """At s_i = log L_i the gradient is 0, and every task pulls with weight 1 / (2 L_i)."""
         weighting = losses.UncertaintyWeighting(2).double()
-        assert weighting(torch.tensor([3.0, 0.5])) == 1.75  # s = 0: half the sum
-        parameters = [x, *weighting.parameters()]
-        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            total = weighting(torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1))))
-            total.backward()
-            return total
-
-        optimizer.step(closure)
-        check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
-        check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
-        by_hand = (1 + math.log(1.25) + 1 + math.log(125)) / 2
-        assert closure().item() == pytest.approx(by_hand, abs=1e-6)
+        tasks = torch.tensor([1.25, 125.0], dtype=torch.float64, requires_grad=True)
+        assert weighting(tasks) == 126.25 / 2  # s = 0: half the sum
+        weighting.log_variances.data = tasks.detach().log()
+        total = weighting(tasks)
+        of_s, of_tasks = torch.autograd.grad(total, (weighting.log_variances, tasks))
+        assert total.item() == pytest.approx((1 + math.log(1.25) + 1 + math.log(125)) / 2)
+        check_close(of_s, torch.zeros(2).double(), 1e-12)
+        check_close(of_tasks, 0.5 / tasks.detach(), 1e-12)
 
     def test_gradnorm_by_hand(self):
         """Two linear tasks with gradient norms 3 and 4 on the shared weights: d w_i / d s_j is
@@ -2482,18 +2399,16 @@ class TestLosses:
         def check(tasks, of_weights, total, alpha=1.5):
             gradnorm.alpha = alpha
             value = gradnorm(tasks, w)
-            gradients = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
+            of_w, of_s = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
             assert value.item() == pytest.approx(total)
-            model = gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double()
-            check_close(gradients[0], model, 1e-12)
-            check_close(gradients[1], torch.tensor([of_weights, -of_weights]).double(), 1e-12)
+            check_close(of_w, gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double(), 1e-12)
+            check_close(of_s, torch.tensor([of_weights, -of_weights]).double(), 1e-12)
 
         assert gradnorm.alpha == 1.5
         check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
         check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
         check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
-        with torch.no_grad():
-            gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())  # weights 1.5, 0.5
+        gradnorm.log_weights.data = torch.tensor([3.0, 1.0]).double().log()  # weights 1.5, 0.5
         check(half_way, 2.625, 1.5 * 1.5 + 0.5 * 4, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
         with torch.no_grad():  # a validation's losses: the weighted sum alone
             assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
@@ -2512,7 +2427,7 @@ class TestLosses:
             assert torch.equal(copied.first_losses, torch.full((n,), 2.0))
         a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
         tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
-        for shared in ([a, b], (b, a), iter([a, b])):
+        for shared in ([a, b], iter([b, a])):
             gradnorm = losses.GradNorm(2).double()
             total = gradnorm(tasks, shared)
             gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
@@ -2520,33 +2435,30 @@ class TestLosses:
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
-        model = losses_gather_model()
-        z1, z2 = (losses.gather_batch(model(x)) for x in losses_gather_batch())  # one process: as it is
-        loss = losses.nt_xent_loss(z1, z2)
-        loss.backward()
-        for rank in range(2):
-            result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-            check_close(result["loss"], loss.detach(), 1e-12)
-            for actual, p in zip(result["gradients"], model.parameters(), strict=True):
-                check_close(actual, p.grad, 1e-12)
-            assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1] and "2 to 3" in result["message"]
-            assert torch.equal(result["sum"], 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+        model, batch = losses_gather_inputs()
+        expected = losses.nt_xent_loss(*(losses.gather_batch(model(x)) for x in batch))  # one process
+        expected.backward()
+        ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        for rank, (loss, labels, summed, _) in enumerate(ranks):
+            check_close(loss, expected.detach(), 1e-12)
+            assert labels.tolist() == [0, 7, 0, 1, 7, -1]
+            assert torch.equal(summed, 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+        for p, *gradients in zip(model.parameters(), ranks[0][3], ranks[1][3], strict=True):
+            check_close(sum(gradients) / 2, p.grad, 1e-12)
 
     # Optimization strategies
 
     def test_parameter_groups_decay_matrices_alone(self):
-        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
+        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2))
         model = nn.Sequential(*layers)
         model[1].weight.requires_grad_(False)
         decayed, free = losses.parameter_groups(model.parameters(), 0.1)
         assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
         assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
-        assert sorted(len(p) for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+        assert [len(p) for p in free["params"]] == [4, 4, 4, 3]
 
-    @pytest.mark.parametrize(
-        ("name", "expected"), [("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 1.98)]
-    )
-    def test_make_optimizers_decay(self, name, expected):
+    @pytest.mark.parametrize("name", ["adamw", "muon", "adam", "sgd"])
+    def test_make_optimizers_decay(self, name):
         """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
         hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in ((3, 3), (2, 3), (3,)))
         optimizers = losses.make_optimizers(name, iter([hidden]), iter([head, bias]), 0.1, 0.1)
@@ -2554,15 +2466,15 @@ class TestLosses:
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4)
-        check_close(head.detach(), torch.full((2, 3), expected), 1e-4)
-        assert torch.equal(bias.detach(), torch.full((3,), 2.0))
+        expected = 1.9 if name == "adam" else 1.98
+        for p, left in ((hidden, expected), (head, expected), (bias, 2.0)):
+            check_close(p.detach(), torch.full_like(p, left), 1e-4)
         kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
-        assert kinds == [name, "adamw"][: len(kinds)] and (len(kinds) == 2) == (name == "muon")
+        assert kinds == (["muon", "adamw"] if name == "muon" else [name])
+        group = optimizers[0].param_groups[0]
         if name == "muon":
-            assert [len(group["params"]) for group in optimizers[0].param_groups] == [1]
-            assert optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-        assert optimizers[0].param_groups[0].get("momentum", 0.9) == (0.95 if name == "muon" else 0.9)
+            assert len(group["params"]) == 1 and group["adjust_lr_fn"] == "match_rms_adamw"
+        assert name != "sgd" or group["momentum"] == 0.9
 
     def test_warmup_cosine_by_hand(self):
         factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
@@ -2592,57 +2504,37 @@ class TestLosses:
 
     def test_judge_by_hand(self):
         """Paired: a constant difference in noisy rows is found; noise is not. Less is better for some."""
-        base = [0.5, 0.9, 0.1, 0.7, 0.3]
-        up = [0.61, 1.0, 0.2, 0.79, 0.4]
-        noise = [0.6, 0.8, 0.2, 0.6, 0.4]
-        rows = {
-            name: {"values": {"accuracy": values, "NLL": values}}
-            for name, values in (("base", base), ("up", up), ("noise", noise))
-        }
+        values = {"base": [0.5, 0.9, 0.1, 0.7, 0.3], "up": [0.61, 1.0, 0.2, 0.79, 0.4]}
+        values["noise"] = [0.6, 0.8, 0.2, 0.6, 0.4]
+        rows = {name: {"values": {"accuracy": row, "NLL": row}} for name, row in values.items()}
         sentence = losses.judge(rows)
+        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
         mean, error, verdict = rows["up"]["difference"]["accuracy"]
         assert mean == pytest.approx(0.1) and verdict == "better"
         assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / math.sqrt(5))
         assert rows["up"]["difference"]["NLL"][2] == "worse" and rows["noise"]["difference"]["NLL"][2] == ""
-        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
-        del rows["up"]
-        assert "beyond chance" in losses.judge(rows)
 
     def test_tune_takes_the_rate_that_is_best_on_dev(self):
         """On average, though not for seed 1; the test counts for nothing; an edge is told."""
-        dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
+        dev, s = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}, losses.Settings(n_seeds=2)
 
-        def evaluate(model, k, part):
-            lr = model
+        def evaluate(lr, k, part):
             return {"score": dev[lr][k] if part == "dev" else 10 * lr, "other": -dev[lr][k]}
 
-        s = losses.Settings(n_seeds=2)
-        models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, (0.1, 0.2, 0.3))
-        assert models == [0.2, 0.2] and row["rate"] == 0.2 and not row["at_edge"]
-        assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.3]["score"] == pytest.approx(0.55)
-        for rates, best in (((0.2, 0.3), 0.2), ((0.1, 0.2), 0.2)):
-            _, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
-            assert row["rate"] == best and row["at_edge"]
+        for rates in ((0.1, 0.2, 0.3), (0.2, 0.3), (0.1, 0.2)):
+            models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
+            assert models == [0.2, 0.2] and row["rate"] == 0.2 and row["at_edge"] == (len(rates) == 2)
+            assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.2]["score"] == 0.65
 
     def test_train_options_do_something(self):
-        """Same seed, same weights; each option gives others; the batches don't depend on the sizes."""
-        s = losses.Settings(n_seeds=1, steps=12)
+        """Same seed, same weights; each option gives others."""
+        s, weights = losses.Settings(n_seeds=1, steps=12), []
         sets = losses.digits(s, 200, 50)
-        runs = {"plain": {}, "cosine": {"cosine": True}, "sgd": {"optimizer": "sgd"}}
-        weights, seen = {}, []
-
-        def loss_of(z, y):
-            seen.append(y)
-            return F.cross_entropy(z, y)
-
-        for label, options in (runs | {"again": {}}).items():
-            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), loss_of, s, **options)
-            weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        assert torch.equal(weights.pop("again"), weights["plain"])
-        for one, other in itertools.combinations(weights, 2):
-            assert not torch.allclose(weights[one], weights[other]), (one, other)
-        losses.train(0.01, 0, sets, (64, 10), loss_of, s)
-        assert torch.equal(torch.stack(seen[-12:]), torch.stack(seen[:12]))
+        for options in ({}, {}, {"cosine": True}, {"optimizer": "sgd"}):
+            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), F.cross_entropy, s, **options)
+            weights.append(nn.utils.parameters_to_vector(model.parameters()))
+        assert torch.equal(weights[0], weights.pop(0))
+        assert torch.pdist(torch.stack(weights)).min() > 0.01
 
     @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
     def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
@@ -2655,14 +2547,13 @@ class TestLosses:
             return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
 
         monkeypatch.setattr(losses, "digits", with_nonsense)
-        other = demo(s)
-        for row, values in honest.items():
-            assert other[row]["rate"] == values["rate"] and other[row]["dev"] == values["dev"]
-            assert other[row]["values"] != values["values"]
+        for name, row in demo(s).items():
+            assert row["rate"] == honest[name]["rate"] and row["dev"] == honest[name]["dev"]
+            assert row["values"] != honest[name]["values"]
 
     def test_demo_script(self, tmp_path):
-        result = run_script("losses.py", "--steps", "2", "--n-seeds", "2", "--out", "here", cwd=tmp_path,
-                            PYTHONIOENCODING="ascii")  # fmt: skip
+        flags = "--steps 2 --n-seeds 2 --out here".split()
+        result = run_script("losses.py", *flags, cwd=tmp_path, PYTHONIOENCODING="ascii")
         summary = last_json(result)
         assert len(result.stdout.strip().splitlines()[-1]) < 300
         report = json_of(tmp_path / summary["report"])
@@ -2670,15 +2561,13 @@ class TestLosses:
         assert all(report["checklist"].values()) and len(report["checklist"]) == 11
         edges = 0
         for title, rows in report["tables"].items():
-            assert title in result.stdout and report["conclusions"][title] in result.stdout
+            assert report["conclusions"][title] in result.stdout
             for name, row in rows.items():
                 assert name in result.stdout
-                assert all(len(v) == 2 and math.isfinite(sum(v)) for v in row["values"].values())
+                assert all(math.isfinite(sum(values)) for values in row["values"].values())
                 edges += row["at_edge"]
         assert summary["rates_on_an_edge"] == edges and report["settings"]["n_seeds"] == 2
         assert (tmp_path / "here" / "losses.png").read_bytes()[:4] == b"\x89PNG"
-        for key in ("seconds", "torch", "threads", "cpu"):
-            assert report[key]
 
 
 # -----------------------------------------------------------------------------
