@@ -2061,13 +2061,15 @@ class TestLosses:
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_equals_its_oracle(self, name):
-        """Values and gradients, float64, 1e-10; and gradcheck."""
+        """Values and gradients, float64, 1e-10; gradcheck; new tensors on its inputs' device."""
         loss, oracle, kind = LOSSES[name]
         for n in (6, 9, 12):
             inputs, targets = losses_sample(kind, n)
             losses_check(loss, oracle, inputs, targets)
         leaves = [x.requires_grad_() for x in inputs]
         assert torch.autograd.gradcheck(lambda *x: loss(*x, *targets), leaves, atol=1e-7)
+        with torch.device("meta"):
+            assert loss(*inputs, *targets).device.type == "cpu"
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("weighted", [False, True])
@@ -2147,15 +2149,6 @@ class TestLosses:
             if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
                 check_close(results[0].double(), loss(*inputs, *targets), 1e-6)
 
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
-        """Where new tensors would go elsewhere by default: as on a GPU."""
-        loss, _, kind = LOSSES[name]
-        inputs, targets = losses_sample(kind, 8)
-        with torch.device("meta"):
-            value = loss(*inputs, *targets)
-        assert value.device.type == "cpu"
-
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_ignored_rows_change_nothing(self, name):
         loss = LOSSES[name][0]
@@ -2179,29 +2172,20 @@ class TestLosses:
             assert torch.equal(loss(logits, y.to(dtype)), value)
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-    def test_loss_over_no_rows_is_0(self, name):
-        loss, ignored = LOSSES[name][0], torch.full((4,), -100)
-        for n, reduction in itertools.product((4, 0), ("mean", "sum")):
-            logits = torch.full((n, 5), math.nan)
-            some = functools.partial(loss, reduction=reduction)
-            value, gradient = losses_results(some, [logits], [ignored[:n]])
-            assert value == 0 and (gradient == 0).all()
-
-    def test_label_smoothing_cross_entropy_of_weight_0_is_0(self):
-        weight = torch.tensor([0.0, 1, 1, 1, 1])
-        loss = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
-        value, gradient = losses_results(loss, [torch.randn(4, 5)], [torch.zeros(4).long()])
-        assert value == 0 and (gradient == 0).all()
-
-    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-    def test_loss_with_classes_ruled_out(self, name):
-        """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
+    def test_loss_over_no_rows_and_of_certainty_is_0(self, name):
+        """And where all rows have weight 0. Certain: -inf for all classes but the target, p = 1."""
         loss = LOSSES[name][0]
+        certain = torch.where(torch.eye(2, 5).bool(), 1.0, -math.inf)
+        cases = [(certain, torch.arange(2))]
+        for n in (0, 4):
+            cases.append((torch.full((n, 5), math.nan), torch.full((n,), -100)))
         if name == "smoothing":
-            loss = functools.partial(loss, smoothing=0.0)
-        logits = torch.where(torch.eye(2, 5).bool(), 1.0, -math.inf)
-        value, gradient = losses_results(loss, [logits], [torch.arange(2)])
-        assert value == 0 and (gradient == 0).all()
+            loss = functools.partial(loss, smoothing=0.0, weight=torch.tensor([0.0, 1, 1, 1, 1]))
+            cases.append((torch.randn(4, 5), torch.zeros(4).long()))
+        for (logits, y), reduction in itertools.product(cases, ("mean", "sum")):
+            reduced = functools.partial(loss, reduction=reduction)
+            value, gradient = losses_results(reduced, [logits], [y])
+            assert value == 0 and (gradient == 0).all()
 
     @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
     def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
@@ -2309,15 +2293,15 @@ class TestLosses:
         contrastive, triplet = losses.contrastive_loss, losses.triplet_loss
         supcon, refuse = losses.supervised_contrastive_loss, losses_refuse
         for loss in (smoothing, focal, losses.ordinal_loss):
-            for bad, given in ((y + 1, 3), (y - 1, -1), (y[:5], (5,))):
-                refuse("targets", given, loss, z, bad)
+            refuse("targets", 3, loss, z, y + 1)
+            refuse("targets", -1, loss, z, y - 1)
+            refuse("targets", (5,), loss, z, y[:5])
             for dtype in (torch.float32, torch.bool, torch.complex64):
                 refuse("targets", dtype, loss, z, y.to(dtype))
             refuse("reduction", "avg", loss, z, y, reduction="avg")
         for bad in (-0.1, 1.0, nan):
             refuse("smoothing", bad, smoothing, z, y, bad)
-        two, negative, endless = torch.ones(2), -torch.ones(3), torch.tensor([1, inf, 1])
-        for bad in (two, torch.ones(3, 1), 0.5, negative, endless):
+        for bad in ([1, 1], [[1], [1], [1]], 0.5, [1, -1, 1], [1, inf, 1]):
             refuse("weight", 3, smoothing, z, y, weight=bad)
             refuse("alpha", 3, focal, z, y, alpha=bad)
         refuse("logits", 1, losses.ordinal_loss, z[:, :1], y * 0)
@@ -2330,7 +2314,7 @@ class TestLosses:
             refuse("alpha", bad, losses.GradNorm, 2, bad)
         for bad in (-0.1, 1.1, nan):
             refuse("alpha", bad, binary, z[:, 0], bits, 2.0, bad)
-            refuse("beta", bad, losses.class_balanced_weights, two, bad)
+            refuse("beta", bad, losses.class_balanced_weights, [1, 1], bad)
         refuse("targets", 2, binary, z[:, 0], y)
         refuse("targets", 0.5, binary, z[:, 0], bits * 0.5)
         refuse("targets", (6,), binary, z[:, :1], bits)
@@ -2351,14 +2335,12 @@ class TestLosses:
         refuse("same", (6, 1), contrastive, z, z, bits[:, None])
         refuse("mining", "easy", mined, z, y, mining="easy")
         refuse("z", (1, 3), losses.has_collapsed, one)
-
-    def test_weighting_refuses(self):
-        w, refuse = torch.ones(3, requires_grad=True), losses_refuse
+        w = torch.ones(3, requires_grad=True)
         for bad in ([3, 0], [], [[2, 2]], 3):
             refuse("counts", bad, losses.class_balanced_weights, torch.tensor(bad))
-        for bad in (torch.ones(3), torch.ones(1)):
-            refuse("losses", tuple(bad.shape), losses.UncertaintyWeighting(2), bad)
-            refuse("losses", tuple(bad.shape), losses.GradNorm(2), bad * w[0], w)
+        for n in (3, 1):
+            refuse("losses", (n,), losses.UncertaintyWeighting(2), w[:n])
+            refuse("losses", (n,), losses.GradNorm(2), w[:n], w)
         refuse("losses", 0, losses.GradNorm(3), w * 0, w)
         refuse("name", "lion", losses.make_optimizers, "lion", [w], [], 0.1, 0.1)
         refuse("n_seeds", 1, losses.main, losses.Settings(n_seeds=1))
@@ -2401,15 +2383,15 @@ class TestLosses:
             value = gradnorm(tasks, w)
             of_w, of_s = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
             assert value.item() == pytest.approx(total)
-            check_close(of_w, gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double(), 1e-12)
-            check_close(of_s, torch.tensor([of_weights, -of_weights]).double(), 1e-12)
+            assert of_w.tolist() == pytest.approx((gradnorm.weights() * torch.tensor([3, 4])).tolist())
+            assert of_s.tolist() == pytest.approx([of_weights, -of_weights])
 
         assert gradnorm.alpha == 1.5
         check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
         check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
         check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
         gradnorm.log_weights.data = torch.tensor([3.0, 1.0]).double().log()  # weights 1.5, 0.5
-        check(half_way, 2.625, 1.5 * 1.5 + 0.5 * 4, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
+        check(half_way, 2.625, 4.25, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
         with torch.no_grad():  # a validation's losses: the weighted sum alone
             assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
 
@@ -2431,7 +2413,7 @@ class TestLosses:
             gradnorm = losses.GradNorm(2).double()
             total = gradnorm(tasks, shared)
             gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
-            check_close(gradient, torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
+            assert gradient.tolist() == pytest.approx([-7.5, 7.5])  # -5 / 2 - 10 / 2
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
@@ -2477,9 +2459,8 @@ class TestLosses:
         assert name != "sgd" or group["momentum"] == 0.9
 
     def test_warmup_cosine_by_hand(self):
-        factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
-        falling = [(1 + math.cos(math.pi * part / 8)) / 2 for part in range(8)]
-        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling, 0.0, 0.0], abs=1e-12)
+        factors = [losses.warmup_cosine(step, 2, 5) for step in range(7)]
+        assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.25, 0, 0])
         assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]  # cut to the run
 
     # The demo
@@ -2516,14 +2497,17 @@ class TestLosses:
 
     def test_tune_takes_the_rate_that_is_best_on_dev(self):
         """On average, though not for seed 1; the test counts for nothing; an edge is told."""
-        dev, s = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}, losses.Settings(n_seeds=2)
+        s = losses.Settings(n_seeds=2)
+        dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
 
         def evaluate(lr, k, part):
-            return {"score": dev[lr][k] if part == "dev" else 10 * lr, "other": -dev[lr][k]}
+            score = dev[lr][k] if part == "dev" else 10 * lr
+            return {"score": score, "other": -dev[lr][k]}
 
         for rates in ((0.1, 0.2, 0.3), (0.2, 0.3), (0.1, 0.2)):
             models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
-            assert models == [0.2, 0.2] and row["rate"] == 0.2 and row["at_edge"] == (len(rates) == 2)
+            assert models == [0.2, 0.2] and row["rate"] == 0.2
+            assert row["at_edge"] == (len(rates) == 2)
             assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.2]["score"] == 0.65
 
     def test_train_options_do_something(self):
