@@ -1105,28 +1105,33 @@ def transformer_sentences(n=6, longest=9):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
+TRANSFORMER_NAMES = {  # torch's: ours
+    "coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2",
+    "self_attn": "self_attention", "multihead_attn": "cross_attention",
+    "norm1": "self_attention_norm", "norm3": "ffn_norm",
+}  # fmt: skip
+
+
 def transformer_by_torch(model, src, tgt):
     """Logits by nn.Transformer, as a function of the model's parameters."""
     c = model.config
-    sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff)
-    theirs = nn.Transformer(*sizes, dropout=0.0, batch_first=True, norm_first=c.norm_first)
+    sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff, 0.0)
+    theirs = nn.Transformer(*sizes, batch_first=True, norm_first=c.norm_first)
     if not c.norm_first:
         theirs.encoder.norm = theirs.decoder.norm = None
-    names = {"coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2"}
-    names |= {"self_attn": "self_attention", "multihead_attn": "cross_attention"}
-    names |= {"norm1": "self_attention_norm", "norm3": "ffn_norm"}
     weights = {}
     for name, _ in theirs.named_parameters():
         ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
-        for their, our in names.items():
+        for their, our in TRANSFORMER_NAMES.items():
             ours = ours.replace(their, our)
-        parts = dict.fromkeys(ours.replace("in_proj_", f"{x}_proj.") for x in "qkv")  # torch joins three
+        parts = [ours.replace("in_proj_", f"{x}_proj.") for x in "qkv"]  # torch joins three
+        parts = parts if "in_proj_" in ours else [ours]
         weights[name] = torch.cat([model.get_parameter(part) for part in parts])
-    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model).double()
+    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model)
     for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
-        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.shape[1]])
+        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.size(1)])
     masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
-    masks["tgt_mask"] = torch.ones(tgt.shape[1], tgt.shape[1]).triu(1).bool()
+    masks["tgt_mask"] = torch.ones(tgt.size(1), tgt.size(1)).triu(1).bool()
     hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
     return F.linear(hidden, model.output.weight)
 
@@ -1148,11 +1153,12 @@ def transformer_by_lists(model, src, max_len, beam_size, length_penalty):
                 following = enumerate(logits.log_softmax(-1).tolist())
                 candidates += [([*tokens, i], log_prob + x) for i, x in following]
             beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-        ends = [(x / ((4 + len(tokens)) / 6) ** length_penalty, tokens[1:]) for tokens, x in beams]
-        found.append(max(ends))
-    rows = [torch.tensor(tokens) for _, tokens in found]
-    scores = torch.tensor([score for score, _ in found], dtype=torch.float64)
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), scores
+        divided = [x / ((4 + len(tokens)) / 6) ** length_penalty for tokens, x in beams]
+        best = divided.index(max(divided))
+        found.append((torch.tensor(beams[best][0][1:]), divided[best]))
+    rows, scores = zip(*found, strict=True)
+    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return rows, torch.tensor(scores, dtype=torch.float64)
 
 
 TRANSFORMER_SMALL = {
@@ -1188,7 +1194,7 @@ def transformer_run(out, corpus=None, **changes):
 
 
 def transformer_stop(out, **changes):
-    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    """A stopped run's exit status. (An exception that is kept would keep the lock.)"""
     try:
         transformer_run(out, **changes)
     except SystemExit as stop:
@@ -1216,7 +1222,7 @@ def transformer_pairs():
 
 
 def transformer_multi30k(folder, **changes):
-    """Files in Multi30k's layout, 12 lines each; changes: other texts, by name with _ for the dot."""
+    """Files in Multi30k's layout, 12 lines each; changes: other texts."""
     folder.mkdir()
     lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
     for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
@@ -1269,9 +1275,10 @@ class TestTransformer:
         real = (tgt != 0)[..., None]
         logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
         check_close(logits, expected, 1e-10)
-        upstream, parameters = torch.randn_like(logits), dict(model.named_parameters())
-        grads = (torch.autograd.grad(x, [*parameters.values()], upstream) for x in (logits, expected))
-        for name, actual, other in zip(parameters, *grads, strict=True):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        upstream = torch.randn_like(logits)
+        ours, theirs = (torch.autograd.grad(x, parameters, upstream) for x in (logits, expected))
+        for name, actual, other in zip(names, ours, theirs, strict=True):
             check_close(actual, other, 1e-9, name)
 
     def test_transformer_parameter_counts(self):
@@ -1321,8 +1328,9 @@ class TestTransformer:
         assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         check_close(output, expected, 1e-12)
-        low = transformer.attention(60 * q, -60 * q, v, mask)[0]  # what is seen scores below any fill
-        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        low = (60 * q, -60 * q, v)  # what is seen scores below any fill
+        expected = F.scaled_dot_product_attention(*low, attn_mask=mask)
+        check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
         assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
         only_padding, bos = torch.zeros(2, 4).long(), torch.ones(2, 3).long()
@@ -1374,7 +1382,7 @@ class TestTransformer:
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
-        """At dropout 1 pre-norm layers return their input, post-norm ones its norms; tokens vanish."""
+        """At 1, pre-norm layers return their input, post-norm ones its norms."""
         model = transformer_tiny(norm_first, dropout=1.0)
         x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
         for layer in (*model.encoder, *model.decoder):
@@ -1384,10 +1392,7 @@ class TestTransformer:
             assert len(norms) == 2 + decodes
             expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
             check_close(y, expected, 1e-12)
-        src = transformer_sentences()
-        assert (model.encode(src)[0].std(0) < 1e-9).all()
-        model.eval()
-        assert (model.encode(src)[0].std(0) > 0).all()
+        assert (model.encode(transformer_sentences())[0].std(0) < 1e-9).all()
 
     def test_label_smoothed_loss_is_the_formula(self):
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
@@ -1400,7 +1405,8 @@ class TestTransformer:
         poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
         loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
         check_close(loss, expected, 1e-12)
-        check_close(*(torch.autograd.grad(x, y)[0] for x, y in ((loss, poisoned), (expected, logits))), 1e-12)
+        expected_grad = torch.autograd.grad(expected, logits)[0]
+        check_close(torch.autograd.grad(loss, poisoned)[0], expected_grad, 1e-12)
         half = logits.bfloat16()
         low = transformer.label_smoothed_loss(half, targets, 0)
         check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
@@ -1414,7 +1420,7 @@ class TestTransformer:
 
     @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (4, 0.6), (5, 1.5)])
     def test_greedy_decode_and_beam_search_equal_lists(self, transformer_half_trained, beam_size, penalty):
-        """Whatever stands beside a row in its batch, in a model that trains; its modes stay as they are."""
+        """In batches, with a model that trains, whose modes stay as they are."""
         model, tokenizer, corpus = transformer_half_trained
         src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test[:12]], model)
         cases, lengths, cut_off = [(model, src)], set(), 0
@@ -1567,7 +1573,7 @@ class TestTransformer:
             assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
         assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
 
-    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
+    def test_multi30k_corpus_refuses_damaged_files(self, tmp_path, monkeypatch):
         folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
         corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
@@ -1622,7 +1628,7 @@ class TestTransformer:
 
     # ---- files
 
-    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
+    def test_save_and_load_refuse(self, tmp_path, monkeypatch):
         path, weight = tmp_path / "x.pt", torch.arange(1000.0)
         content = {"model": {"weight": weight}, "vocabulary": [b"a", b"\xff"]}
         transformer.save(path, content)
@@ -1671,8 +1677,8 @@ class TestTransformer:
         assert chosen == [torch.cpu.get_capabilities().get("avx512_bf16", False), True, False]
 
     def test_train_steps_written_out(self, tmp_path):
-        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
-        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
+        """AdamW at Noam's rate on clipped gradients, decay of matrices alone, every pair once an epoch;
+        the final weights are the mean over the last epochs' ends."""
         pairs = transformer_pairs()
         s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
         s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
@@ -1709,8 +1715,8 @@ class TestTransformer:
             check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
 
     def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
-        """And after a gradient that isn't finite: in the 5th step, 2 after a checkpoint; killed in that step;
-        killed while a checkpoint is saved, after the next one."""
+        """And after a gradient that isn't finite. In the 5th step, 2 after a checkpoint; there again;
+        while another checkpoint is saved."""
         batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
@@ -1738,7 +1744,7 @@ class TestTransformer:
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
     def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
-        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        """Without its lock; not with settings that may not change, nor on other sentences."""
         _, expected, expected_weights = transformer_undisturbed
         out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
         lock = transformer.lock_out(out)
@@ -1771,10 +1777,11 @@ class TestTransformer:
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
-        for error, words in ((KeyboardInterrupt(), "130"), (OSError("no space left"), "no space left")):
-            monkeypatch.setattr(transformer, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
+        for error, words in ((KeyboardInterrupt(), "130"), (OSError("full"), "full")):
+            failing = (_ for _ in ()).throw
+            monkeypatch.setattr(transformer, "train", lambda *_, e=error, throw=failing: throw(e))
             assert words in str(transformer_stop(tmp_path / words))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
         with pytest.raises(ZeroDivisionError):
             transformer_run(tmp_path)
 
@@ -1800,8 +1807,8 @@ class TestTransformer:
             assert leaving.value.code == 2
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
-        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
-        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
+        """From files to BLEU and --translate, on sentences that can be learned by heart. Their
+        $ signs are no formulas in the picture, their vertical tab ends no line."""
         monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
         changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
@@ -1842,7 +1849,8 @@ class TestTransformer:
             assert weights.shape == (1, 4, len(target), len(source))
             check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
             looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            right += [looked_at[-4] > looked_at[-2]] if n % 10 > 1 else []  # ... units und tens EOS
+            if n % 10 > 1:
+                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
         assert sum(right) / len(right) > 0.9
 
     def test_demo_translates(self, transformer_demo):
