@@ -1464,8 +1464,8 @@ class TestTransformer:
 
     def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
         model, tokenizer, corpus = transformer_half_trained
-        numbers = [transformer.english_number(n) for n in range(70)]
-        texts = ["", *numbers, *(source for source, _ in corpus.test), "  "]
+        sources = [source for source, _ in corpus.test]
+        texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
         first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
         assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
         for text, row in zip(texts[1:-1], rows, strict=True):
@@ -1476,15 +1476,12 @@ class TestTransformer:
             assert row["finished"] == (found[0, -1] == 2) and row["n_tokens"] == n
             assert row["text"] == tokenizer.decode(found[0].tolist())
         tables = []
-        for target in ("eins", "tausend und"):  # a poisoned reference
-            test = [(source, target) for source, _ in corpus.test[:9]]
-            report = transformer.evaluate(
-                model, tokenizer, corpus._replace(test=test), transformer.Settings()
-            )
+        for target in ("eins", "tausend und"):
+            poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
+            report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
             tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
         assert tables[0] == tables[1]
-        sources = [source for source, _ in test]
-        greedy, beam = (transformer.translate(model, tokenizer, sources, k, 0.0) for k in (1, 4))
+        greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
         for key in ("log_prob", "n_tokens", "finished"):
             mean = statistics.fmean(row[key] for row in greedy)
             assert report["searches"]["greedy"][key] == pytest.approx(mean)
@@ -1540,7 +1537,6 @@ class TestTransformer:
             assert len({pair[side] for part in parts for pair in part}) == 9_500
         short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
         assert min(short) > 0.05 and max(short) - min(short) < 0.05  # each part has short ones
-        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
 
     def test_tokenizer_keeps_every_text(self):
         tokenizer = transformer.Tokenizer.train(["ONE", "two one"] * 9, 262)
@@ -1562,7 +1558,8 @@ class TestTransformer:
         sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
         assert [size for size in sizes if size > 120] == [1000]
         assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
-        assert sizes != sorted(sizes)  # in no order
+        first = [lengths[batch[0]] for batch in batches]
+        assert first != sorted(first)  # in no order
         assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
         assert len(other) == len(batches)  # train counts on it
         assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "")] == [12, 12]
@@ -1614,8 +1611,9 @@ class TestTransformer:
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        for wrong in (b"<html>", good[:-10], None):
-            there.unlink() if wrong is None else there.write_bytes(wrong)
+        for wrong in (None, b"<html>", good[:-10]):
+            if wrong:
+                there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
         there.write_bytes(good)
@@ -1663,13 +1661,12 @@ class TestTransformer:
     def test_batch_loss_is_the_mean_over_all_target_tokens(self):
         """Of sentences of mixed lengths."""
         model, pairs = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs()
-        losses = []
+        rows, options = [], {"label_smoothing": 0.1, "reduction": "none"}
         for source, target in pairs:
             logits = model(torch.tensor([source]), torch.tensor([[1, *target[:-1]]]))[0]
-            options = {"label_smoothing": 0.1, "reduction": "none"}
-            losses.append(F.cross_entropy(logits, torch.tensor(target), **options))
+            rows.append(F.cross_entropy(logits, torch.tensor(target), **options))
         together = transformer.batch_loss(model, pairs, 0.1, bf16=False)
-        check_close(together, torch.cat(losses).mean(), 1e-10)
+        check_close(together, torch.cat(rows).mean(), 1e-10)
         low = transformer.batch_loss(model.float(), pairs, 0.1, bf16=True)
         assert low.dtype == torch.float32 and 1e-6 < abs(low - together) < 0.1
 
@@ -1778,9 +1775,12 @@ class TestTransformer:
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
+
+        def fail(*_):
+            raise error
+
+        monkeypatch.setattr(transformer, "train", fail)
         for error, words in ((KeyboardInterrupt(), "130"), (OSError("full"), "full")):
-            failing = (_ for _ in ()).throw
-            monkeypatch.setattr(transformer, "train", lambda *_, e=error, throw=failing: throw(e))
             assert words in str(transformer_stop(tmp_path / words))
         monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
         with pytest.raises(ZeroDivisionError):
@@ -2434,12 +2434,14 @@ class TestLosses:
         expected = 1.9 if name == "adam" else 1.98
         for p, left in ((hidden, expected), (head, expected), (bias, 2.0)):
             check_close(p.detach(), torch.full_like(p, left), 1e-4)
-        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
-        assert kinds == (["muon", "adamw"] if name == "muon" else [name])
-        group = optimizers[0].param_groups[0]
+        kinds = [type(optimizer).__name__ for optimizer in optimizers]
+        first = optimizers[0].param_groups[0]
         if name == "muon":
-            assert len(group["params"]) == 1 and group["adjust_lr_fn"] == "match_rms_adamw"
-        assert name != "sgd" or group["momentum"] == 0.9
+            assert kinds == ["Muon", "AdamW"] and len(first["params"]) == 1
+            assert first["adjust_lr_fn"] == "match_rms_adamw"
+        else:
+            assert [kind.lower() for kind in kinds] == [name]
+            assert first.get("momentum", 0.9) == 0.9
 
     def test_warmup_cosine_by_hand(self):
         factors = [losses.warmup_cosine(step, 2, 5) for step in range(7)]
@@ -2493,22 +2495,14 @@ class TestLosses:
             assert row["at_edge"] == (len(rates) == 2)
             assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.2]["score"] == 0.65
 
-    def test_train_options_do_something(self):
-        """Same seed, same weights; each option gives others."""
-        s, weights = losses.Settings(n_seeds=1, steps=12), []
-        sets = losses.digits(s, 200, 50)
-        for options in ({}, {}, {"cosine": True}, {"optimizer": "sgd"}):
-            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), F.cross_entropy, s, **options)
-            weights.append(nn.utils.parameters_to_vector(model.parameters()))
-        assert torch.equal(weights[0], weights.pop(0))
-        assert torch.pdist(torch.stack(weights)).min() > 0.01
-
     @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
     def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
         """Test labels turned to nonsense change no rate and no dev score, but the values."""
         digits, s = losses.digits, losses.Settings(n_seeds=2, steps=4)
         demo = getattr(losses, f"demo_{name}")
         honest = demo(s)
+        found = {str(row["dev"]) for row in honest.values()}
+        assert name != "optimizers" or len(found) == 8  # schedules do something
 
         def with_nonsense(*arguments):
             return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
