@@ -1776,11 +1776,13 @@ class TestTransformer:
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
 
+        errors = [KeyboardInterrupt(), OSError("full")]
+
         def fail(*_):
-            raise error
+            raise errors.pop(0)
 
         monkeypatch.setattr(transformer, "train", fail)
-        for error, words in ((KeyboardInterrupt(), "130"), (OSError("full"), "full")):
+        for words in ("130", "full"):
             assert words in str(transformer_stop(tmp_path / words))
         monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
         with pytest.raises(ZeroDivisionError):
@@ -2311,6 +2313,7 @@ class TestLosses:
             refuse("labels", torch.float32, loss, z, y.float())
             refuse("z", (1, 6, 3), loss, z[None], y)
             refuse("z", (1, 3), loss, one, y[:1])
+        assert contrastive(one, one, bits[:1]) == 0 and triplet(one, one, one) == 1  # a row is enough
         refuse("negative", (1, 3), triplet, z, z, one)
         refuse("anchor", (0, 3), triplet, z[:0], z[:0], z[:0])
         refuse("x1", (0, 3), contrastive, z[:0], z[:0], bits[:0])
