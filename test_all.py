@@ -2241,6 +2241,7 @@ class TestLosses:
             (loss, []),
             (lambda z: loss(z) - 5, ["negative", "0 at best", "scale"]),
             (lambda z: loss(z) + 0.1, ["0 at best"]),
+            (lambda z: 8 * loss(z) + 0.002, []),
             (lambda z: losses.ordinal_loss(z, 4 - y), ["0 at best", "downhill"]),
             (lambda z: loss(z) * loss(z).detach(), ["gradcheck"]),
             (lambda z: 2 * loss(z).detach() - loss(z), ["small step", "downhill", "gradcheck"]),
@@ -2313,7 +2314,7 @@ class TestLosses:
             refuse("labels", torch.float32, loss, z, y.float())
             refuse("z", (1, 6, 3), loss, z[None], y)
             refuse("z", (1, 3), loss, one, y[:1])
-        assert contrastive(one, one, bits[:1]) == 0 and triplet(one, one, one) == 1  # a row is enough
+        assert contrastive(one, one, bits[:1]) == 0.5 and triplet(one, one, one) == 1  # a row is enough
         refuse("negative", (1, 3), triplet, z, z, one)
         refuse("anchor", (0, 3), triplet, z[:0], z[:0], z[:0])
         refuse("x1", (0, 3), contrastive, z[:0], z[:0], bits[:0])
