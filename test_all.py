@@ -1600,6 +1600,11 @@ class TestTransformer:
             with pytest.raises(ValueError, match="train.de.gz"):
                 transformer.multi30k_corpus(folder)
 
+    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
+    def test_multi30k_corpus_of_the_official_files(self):
+        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
+        assert corpus.name == "multi30k" and len(corpus.test) == 1_000
+
     def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
         there, cache = tmp_path / "train.de.gz", tmp_path / "new/cache"
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
