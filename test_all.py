@@ -1334,8 +1334,10 @@ class TestTransformer:
         check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
         assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
-        only_padding, bos = torch.zeros(2, 4).long(), torch.ones(2, 3).long()
-        assert transformer_tiny()(only_padding, bos).isfinite().all()
+        model = transformer_tiny()
+        loss = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long()).sum()  # only padding
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
     def test_transformer_no_look_ahead(self):
         model, src = transformer_tiny(), transformer_sentences()
