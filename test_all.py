@@ -1464,7 +1464,7 @@ class TestTransformer:
         logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
         check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
 
-    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained, capsys):
         model, tokenizer, corpus = transformer_half_trained
         sources = [source for source, _ in corpus.test]
         texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
@@ -1482,7 +1482,7 @@ class TestTransformer:
             poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
             report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
             tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
-        assert tables[0] == tables[1]
+        assert tables[0] == tables[1] and "9 of 9 aren't" in capsys.readouterr().out
         greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
         for key in ("log_prob", "n_tokens", "finished"):
             mean = statistics.fmean(row[key] for row in greedy)
