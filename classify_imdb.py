@@ -38,7 +38,6 @@ import platform
 import random
 import re
 import shutil
-import signal
 import sys
 import tarfile
 import tempfile
@@ -409,7 +408,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
     """From step run.step to the last; run, weights and optimizer are saved in OUT every so often.
 
     All randomness of a step is a function of seed, step and rank, so a run that goes on needs no generator's
-    state to end with the very same weights. After a signal it saves and raises ddp.Interrupted.
+    state to end with the very same weights. After a signal it saves and raises ddp.Stop.
     """
     from tqdm import tqdm
 
@@ -465,8 +464,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
             path = ddp.on_rank_0(partial(save, run, s, state, keep=1 if last else 2), p)
             saved = time.monotonic()
         if stop and not last:
-            number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            raise ddp.Interrupted(number, f"step {run.step} of {steps} is saved in {path}")
+            signals.interrupt(f"step {run.step} of {steps} is saved in {path}")
         if last:
             break
     bar.close()
