@@ -82,9 +82,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
-    if "RANK" in env or "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        p.rank, p.world, local_rank = (int(env[name]) for name in names)  # KeyError: start with torchrun
+    if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
+        p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if "TORCHELASTIC_RUN_ID" in env:
         p.parent = os.getppid()
     backend = "gloo"
@@ -168,11 +167,6 @@ class Signals:
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
-
-    def interrupt(self, done: str):
-        """To be called on all ranks, those that got no signal too: Stop with exit code 128 + its number."""
-        number = self.noted[0] if self.noted else signal.SIGTERM
-        raise Stop(f"interrupted: {done}; the same command goes on from there", 128 + number, shared=True)
 
     def restore(self) -> None:
         for name, handler in self.before.items():
@@ -392,7 +386,9 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             state["scaler"] = scaler.state_dict()
             path = on_rank_0(partial(save_checkpoint, Path(s.out), run["step"], state, s.keep), p)
         if stopped and not last:
-            signals.interrupt(f"step {run['step']} is in {path}")
+            number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on from there"
+            raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
 

@@ -14,15 +14,11 @@ an --out that all of them see. Lost processes and elastic runs: as in train_ddp.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
-- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece.
-  Three times the weights a step.
-- HSDP on several machines: slices within one, where links are fast.
-  Gradients alone travel between them.
-- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW
-  live in the host's memory, and every step waits for the bus.
+- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece. Three times the weights a step.
+- HSDP on several machines: slices within one, where links are fast; gradients alone travel between them.
+- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW live in the host's memory.
 
-FSDP: Zhao et al. 2023, arXiv:2304.11277.
-ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
+FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import hashlib
@@ -123,8 +119,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 def clip_gradients(model: nn.Module, largest: float, exact: bool = False) -> Tensor:
     """Scale all gradients so that the norm of them together is at most largest. Returns the norm before, ().
-    torch's clip_grad_norm_ takes DTensors: a norm of slices' norms, one number sent. Its last digits depend
-    on the number of slices. exact: norms of whole gradients, gathered one by one, as one process sees them."""
+    torch's clip_grad_norm_ takes DTensors: a norm of slices' norms, whose last digits depend on their number.
+    exact: norms of whole gradients, gathered one by one, as one process sees them."""
     if not exact:
         return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest))
     norms = [torch.linalg.vector_norm(full_tensor(weight.grad)) for weight in model.parameters()]
@@ -142,8 +138,8 @@ def make_optimizer(model: nn.Module, s: "Settings") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=not s.exact)
 
 
-def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> list[dict[str, int]]:
-    """For each rank: bytes that it keeps between steps, counted from its tensors, and the most it ever had."""
+def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> list[dict]:
+    """For each rank: bytes that it keeps between steps, counted from its tensors, and the most it had."""
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     gradients = [weight.grad for weight in model.parameters()]
     kinds = {"weights": list(model.parameters()), "gradients": gradients, "moments": moments}
@@ -198,9 +194,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
-    if "RANK" in env or "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        p.rank, p.world, local_rank = (int(env[name]) for name in names)  # KeyError: start with torchrun
+    if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
+        p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if "TORCHELASTIC_RUN_ID" in env:
         p.parent = os.getppid()
     backend = "gloo"
@@ -278,11 +273,6 @@ class Signals:
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
-
-    def interrupt(self, done: str):
-        """To be called on all ranks, those that got no signal too: Stop with exit code 128 + its number."""
-        number = self.noted[0] if self.noted else signal.SIGTERM
-        raise Stop(f"interrupted: {done}; the same command goes on from there", 128 + number, shared=True)
 
     def restore(self) -> None:
         for name, handler in self.before.items():
@@ -368,7 +358,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 
 def sha256_of(folder: Path, names: list[str]) -> dict[str, str]:
-    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file: it takes a while."""
+    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file: it takes long."""
 
     def hashed(name: str) -> str:
         if not (folder / name).is_file():
@@ -410,9 +400,7 @@ class PlainReader(dcp.FileSystemReader):
     """dcp's own unpickles .metadata, which runs whatever code it names; this one takes plain data alone."""
 
     def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
-        metadata = MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -582,7 +570,9 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             state = run | {"scaler": scaler.state_dict()}
             path = save_checkpoint(Path(s.out), run["step"], tensors, state, p, s.keep)
         if stopped and not last:
-            signals.interrupt(f"step {run['step']} is in {path}")
+            number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on from there"
+            raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
 
@@ -782,9 +772,8 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
     held = {"all": {"weights": size, "gradients": size, "moments": 2 * size}}
     held |= {f"rank {rank}": of_rank for rank, of_rank in enumerate(run["held"])}
     print("MiB held between steps, and peak RSS (on a GPU: peak of its memory)")
-    print(f"{'':9}{'weights':>12}{'gradients':>12}{'moments':>12}{'peak':>12}")
     for who, row in held.items():
-        print(f"{who:9}" + "".join(f"{size / 2**20:12,.3f}" for size in row.values()))
+        print(f"{who:9}" + "".join(f"{kind} {size / 2**20:,.3f}  " for kind, size in row.items()))
     report = run | run["log"][-1] | {"finished": True, "held": held, "processes": p.world}
     report["n_parameters"] = sum(weight.numel() for weight in weights.values())
     report |= {"device": str(p.device), "cpu": platform.processor() or platform.machine()}
