@@ -3280,24 +3280,16 @@ class TestTraining:
 
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_warmup_cosine(self, module):
-        rates = [module.warmup_cosine(step, 10, 30) for step in range(30)]
-        assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-        assert rates[10] == 1 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
-        for step, warmup, total, rate in ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5)):
-            assert module.warmup_cosine(step, warmup, total) == rate
-
-    def test_generate_goes_on_past_max_len(self):
-        class Alternates(nn.Module):
-            """Sure of "ab" again and again; of nothing in training or of max_len bytes."""
-
-            max_len = 8
-
-            def forward(self, tokens: Tensor) -> Tensor:
-                following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
-                sure = not self.training and tokens.shape[1] < self.max_len
-                return sure * 50.0 * F.one_hot(following, 256)
-
-        assert train_ddp.generate(Alternates(), "xa", 12, CPU, temperature=0.02) == "xa" + "ba" * 6
+        table = (
+            (0, 0, 5, 1),
+            (10, 10, 10, 0),
+            (99, 3, 10, 0),
+            (1, 50, 4, 0.5),
+            (0, 4, 9, 0.25),
+            (6, 4, 8, 0.5),
+        )
+        for *arguments, rate in table:
+            assert module.warmup_cosine(*arguments) == pytest.approx(rate)
 
     # ---- properties: the same weights, however the work is split
 
@@ -3356,9 +3348,10 @@ class TestTraining:
             assert 5e-5 < distance < 0.02 if "16" in name else distance <= 1e-4, (name, distance)
 
     def test_train_clip_0_is_no_clipping(self, trainer, tmp_path):
-        weights = []
+        weights, exact = [], ["--exact"] * (trainer.module == "train_fsdp")
         for clip in ("0", "1e9", "0.01"):
-            trainer.run(1, *TINY, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip))
+            arguments = [*TINY, *exact, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip)]
+            trainer.run(1, *arguments)
             weights.append(final_weights(tmp_path / clip))
         assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
 
@@ -3415,18 +3408,6 @@ run()
             assert train_ddp.wrap(model, train_ddp.Processes(0, 1, device), asked) is expected
 
     # ---- properties: shards
-
-    def test_clip_gradients_both_ways(self):
-        for largest in (0.01, 1.0, 100.0, math.inf):
-            for exact in (False, True):
-                torch.manual_seed(1)
-                model = nn.Linear(30, 40)
-                model(torch.randn(5, 30)).square().sum().backward()
-                before = torch.cat([p.grad.flatten() for p in model.parameters()])
-                norm = train_fsdp.clip_gradients(model, largest, exact)
-                after = torch.cat([p.grad.flatten() for p in model.parameters()])
-                check_close(norm, before.norm(), 1e-5, "norm")
-                check_close(after, before * min(1.0, largest / before.norm()), 1e-5, f"{largest} {exact}")
 
     def test_shard_each_rank_holds_its_slices_and_no_more(self, fsdp, tmp_path):
         """1/N of weights, gradients and moments, of a replica with HSDP, as the report counts them."""
@@ -3603,7 +3584,8 @@ def digest(p, path, s):
     script.load_tensors(path, tensors, p)
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        sha.update(name.encode() + script.full_tensor(value).numpy().tobytes())
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        sha.update(name.encode() + whole.numpy().tobytes())
     return sha.hexdigest(), tensors
 """
         arguments, out = [*TINY, "--save-every", "10", "--out", str(tmp_path)], tmp_path
@@ -3685,7 +3667,7 @@ def digest(p, path, s):
             check_one_line_error(results[0], words)
             assert results[1].returncode == 2 and (words not in refused or results[1].stderr == "")
         assert not (tmp_path / "out").exists()
-        other = "pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[: 40 + 40 * RANK])\n"
+        other = "pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[: 20 + 20 * RANK])\n"
         for words, more, code in (("save_every", ["--save-every", "7"], ""), ("text", [], other)):
             results = trainer.attempt(2, *arguments, of_rank={1: more}, code=code + "run()")
             check_one_line_error(results[1], "rank 1", words)
@@ -3842,24 +3824,17 @@ run()
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--lr" in result.stderr
         assert not (tmp_path / "last/final.pt").exists() and not saved(tmp_path / "last")
 
+    BROKEN = """
+def broken(*arguments, batches=script.micro_batches):
+    for _, batch in zip(range(4), batches(*arguments)): yield batch
+    {}["no such row"]
+if RANK == 1: script.micro_batches = broken
+"""
+    ONE_LOSS = "if RANK == 1: script.F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)"
     FAILURES = {  # a user's own errors: (what goes wrong, what the traceback says, on which ranks)
         "a wrong shape": ("script.Block.forward = lambda self, x: x[..., :-1]", "RuntimeError", (0, 1)),
-        "a loss on one rank": (
-            "import torch.nn.functional as F\n"
-            "if RANK == 1: F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)",
-            "RuntimeError",
-            (1,),
-        ),
-        "a data set on one rank": (
-            "if RANK == 1:\n"
-            "    batches = script.micro_batches\n"
-            "    def broken(*arguments):\n"
-            "        for _, batch in zip(range(4), batches(*arguments)): yield batch\n"
-            "        {}['no such row']\n"
-            "    script.micro_batches = broken",
-            "KeyError: 'no such row'",
-            (1,),
-        ),
+        "a loss on one rank": (ONE_LOSS, "RuntimeError", (1,)),
+        "a data set on one rank": (BROKEN, "KeyError: 'no such row'", (1,)),
     }
 
     @pytest.mark.parametrize("failure", FAILURES)
@@ -6782,7 +6757,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "same_weights",
         ),
         ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
-        (".clamp(max=1.0))", "  )", "clip_gradients"),
+        (".clamp(max=1.0))", "  )", "clip_0"),
         ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
         (
             'if sha256_of(path, wrong)["manifest.json"] == path.suffix[1:]:',

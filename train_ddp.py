@@ -13,8 +13,8 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
         --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64  # nodes come and go
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
-they say what they waited for and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog
-thread aborts the process, which torchrun reports as SIGABRT.
+they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
+process, which torchrun reports as SIGABRT.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """

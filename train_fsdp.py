@@ -88,16 +88,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all ranks (each has to come here); other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The slice that this rank holds of a DTensor; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill the weights, sharded or whole, as GPT-2: a value depends on seed and its parameter's name alone.
@@ -122,11 +112,11 @@ def clip_gradients(model: nn.Module, largest: float, exact: bool = False) -> Ten
     torch's clip_grad_norm_ takes DTensors: a norm of slices' norms, whose last digits depend on their number.
     exact: norms of whole gradients, gathered one by one, as one process sees them."""
     if not exact:
-        return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest))
-    norms = [torch.linalg.vector_norm(full_tensor(weight.grad)) for weight in model.parameters()]
+        return nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+    norms = [torch.linalg.vector_norm(weight.grad.full_tensor()) for weight in model.parameters()]
     norm = torch.linalg.vector_norm(torch.stack(norms))  # ()
     for weight in model.parameters():
-        local_tensor(weight.grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        weight.grad.to_local().mul_((largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -143,7 +133,7 @@ def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processe
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     gradients = [weight.grad for weight in model.parameters()]
     kinds = {"weights": list(model.parameters()), "gradients": gradients, "moments": moments}
-    held = {kind: sum(local_tensor(t).nbytes for t in tensors) for kind, tensors in kinds.items()}
+    held = {kind: sum(t.to_local().nbytes for t in tensors) for kind, tensors in kinds.items()}
     if p.device.type == "cuda":
         held["peak"] = torch.cuda.max_memory_allocated()
     else:
@@ -754,9 +744,9 @@ def full_weights(model: nn.Module, p: Processes) -> dict[str, Tensor]:
     """The plain model's state dict, on rank 0's CPU; {} on the others. One tensor is gathered at a time."""
     weights = {}
     for name, value in model.state_dict().items():
-        value = full_tensor(value)
+        whole = value.full_tensor()  # every rank has to come here
         if p.rank == 0:
-            weights[name] = value.cpu()
+            weights[name] = whole.cpu()
     return weights
 
 
