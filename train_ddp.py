@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Stop(Exception):
-    """Ends this process with a sentence, not a traceback. shared: on all ranks, so rank 0 alone says it."""
+    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
 
     def __init__(self, sentence: str, code: int = 1, shared: bool = False):
         super().__init__(sentence)
@@ -77,8 +77,8 @@ def pick_device(name: str) -> torch.device:
 
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
-    timeout: seconds that a wait for another process may take, here and in every step. ValueError for a
-    device that isn't there; the error of dist.init_process_group if not all processes arrive."""
+    timeout: seconds that a wait for another process may take, here and in every step.
+    ValueError for a device that isn't there, a DistError if not all processes arrive."""
     env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
@@ -89,11 +89,11 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     backend = "gloo"
     if p.device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, there is none")
+            raise ValueError(f"device cuda: process {local_rank} needs a GPU of its own")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
         torch.set_float32_matmul_precision("high")  # TF32
-        backend = "cpu:gloo,cuda:nccl"  # gradients travel by nccl; numbers and flags from CPU to CPU
+        backend = "cpu:gloo,cuda:nccl"  # gradients by nccl, numbers and flags from CPU to CPU
     if p.world == 1:
         return p
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -104,8 +104,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
-    # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
+    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
+    # hides them; several nodes may count attempts differently.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
@@ -114,7 +114,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
 
 
 def on_rank_0(action, processes: Processes):
-    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
@@ -141,15 +141,15 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
 
 
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
-    """The loss to call backward() on, so that DDP's mean over ranks is the gradient of the mean over tokens.
-    loss_sum: () sum of the losses of this micro-batch's tokens; n_total: tokens of the step's whole batch, on
-    all ranks. A mean of the ranks' means would be wrong where they hold unequal numbers of tokens."""
+    """What to call backward() on, so that DDP's mean over ranks is the gradient of the mean over tokens.
+    loss_sum: () of this micro-batch's tokens; n_total: tokens of the step's whole batch, on all ranks.
+    A mean of the ranks' means would be wrong where they hold unequal numbers of tokens."""
     return loss_sum * (world / n_total)
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
-    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP): no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -163,7 +163,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Whether one came. Stop where torchrun was killed: its orphans must not write beside a new run."""
+        """Whether one came. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
@@ -174,8 +174,8 @@ class Signals:
 
 
 def exit_now(code: int):
-    """End a script. gloo's threads can abort the interpreter while it shuts down, after all work is done
-    (pytorch#190489); after a failure, ending the group may wait for others."""
+    """End a script. gloo's threads can abort the interpreter while it shuts down (pytorch#190489);
+    after a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -200,8 +200,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256.pt; then all but the newest keep are deleted. Returns its path.
-    state: tensors, numbers, strings, lists and dicts alone, so that it loads with weights_only=True. On a
-    full disk: OSError, and the older ones stay."""
+    state: tensors, numbers, strings, lists and dicts alone, so that it loads with weights_only=True.
+    On a full disk: OSError, and the older ones stay."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -268,8 +268,8 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Module:
     """The model that forward goes through: its gradients become the mean over all processes.
-    nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to every
-    GPU in every step, all logits come back to the first one, and it can't leave the machine."""
+    nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to
+    every GPU in every step, all logits come back to the first one, and it can't leave the machine."""
     if p.world == 1:
         return nn.DataParallel(model) if data_parallel and p.device.type == "cuda" else model
     device_ids = [p.device.index] if p.device.type == "cuda" else None
@@ -297,9 +297,9 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
-    """This rank's inputs and targets (B, T) from step on, each with the tokens of the step's whole batch.
-    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on exactly where
-    it stopped, on any number of processes."""
+    """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
+    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
+    exactly where it stopped, on any number of processes."""
     inputs, targets = text
     epoch, done = divmod(step * s.batch_size, len(inputs))
     rows = torch.empty(0, dtype=torch.long)
@@ -308,7 +308,9 @@ def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Proces
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
             rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
             epoch += 1
-        whole, rows = rows[done:][: s.batch_size], rows[done:][s.batch_size :]  # (batch_size,), the rest
+        end = done + s.batch_size
+        whole = rows[done:end]  # (batch_size,)
+        rows = rows[end:]
         done = 0
         n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
@@ -361,7 +363,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)  # ()
         loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
-        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
+        # Signals reach the ranks at different steps; the sum that each step makes tells all at once.
         loss, stopped = sum_over_ranks([loss / n_tokens, signals.received()], p)
         check_finite("loss", loss, step)
         if not scaler.is_enabled():  # GradScaler skips a step of infinite gradients itself
@@ -387,7 +389,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             path = on_rank_0(partial(save_checkpoint, Path(s.out), run["step"], state, s.keep), p)
         if stopped and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            done = f"interrupted: step {run['step']} is in {path}; the same command goes on from there"
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on"
             raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
@@ -409,7 +411,7 @@ def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes)
 
 @torch.no_grad()
 def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Processes) -> float:
-    """Mean loss of all tokens of text, nats: each row on one rank, once (DistributedSampler repeats some)."""
+    """Mean loss of all tokens of text: each row on one rank, once (DistributedSampler repeats some)."""
     model.eval()
     inputs, targets = text
     losses = []
@@ -428,8 +430,8 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Process
 
 
 def load_manual(max_len: int) -> list[tuple[Tensor, Tensor]]:
-    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes. Every byte
-    is a target once; a text's last row is filled up with -100, which cross_entropy ignores."""
+    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes.
+    Every byte is a target once; -100, which cross_entropy ignores, fills up a text's last row."""
     from pydoc_data.topics import topics  # what help("topics") shows; PSF License
 
     parts = ([], [])
@@ -515,7 +517,7 @@ def check_settings(s: Settings, p: Processes) -> None:
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
-        raise ValueError(f"batch_size {s.batch_size} is less than {p.world} process(es) x {s.accumulate}")
+        raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
         raise ValueError(f"amp {s.amp} needs dtype float32 and no data_parallel, got {s.dtype}")
 
@@ -577,7 +579,7 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
         run = load_checkpoint(out) or new
     wrong = differences(run.get("settings", {}), settings)
     if wrong:
-        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
+        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
     kept["model"] = run.pop("model", None)
     kept["optimizer"] = run.pop("optimizer", None)
     return run

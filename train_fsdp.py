@@ -72,10 +72,10 @@ def make_mesh(replicate: int, device: torch.device, timeout: float) -> DeviceMes
 def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = False) -> None:
     """Each rank of mesh (or of its dimension "shard") keeps a slice of every parameter, cut in dimension 0.
 
-    A block is a unit: its weights are gathered before its forward and dropped after it, gathered again for
-    its backward, after which its gradients are averaged over the ranks and each rank keeps its slice. So a
-    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False keeps the weights till
-    backward, ZeRO-2). On a GPU the next block is gathered while this one computes; gloo overlaps nothing.
+    A block is a unit: its weights are gathered before its forward and dropped after it, gathered again
+    for its backward; then its gradients are averaged over the ranks and each rank keeps its slice. So a
+    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False is ZeRO-2). On a GPU
+    the next block is gathered while this one computes; gloo overlaps nothing.
 
     amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module).
     Slices, averages of gradients and AdamW stay in float32.
@@ -90,9 +90,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill the weights, sharded or whole, as GPT-2: a value depends on seed and its parameter's name alone.
-    Each rank draws a whole parameter, on CPU, keeps its slice and goes on to the next. reset_parameters on
-    the slices would fill all with the same values; with a seed each, other numbers of ranks would differ."""
+    """Fill the weights, sharded or whole, as GPT-2: values depend on seed and parameter's name alone.
+    Each rank draws a whole parameter, on CPU, keeps its slice and goes on. reset_parameters on slices
+    would fill all with the same values; with a seed each, other numbers of ranks would differ."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # what is added to the residual stream 2 n_layers times starts smaller
             deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
@@ -108,8 +108,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def clip_gradients(model: nn.Module, largest: float, exact: bool = False) -> Tensor:
-    """Scale all gradients so that the norm of them together is at most largest. Returns the norm before, ().
-    torch's clip_grad_norm_ takes DTensors: a norm of slices' norms, whose last digits depend on their number.
+    """Scale all gradients so that their norm together is at most largest. Returns the norm before, ().
+    torch's clip_grad_norm_ takes the norm of slices' norms: last digits depend on their number.
     exact: norms of whole gradients, gathered one by one, as one process sees them."""
     if not exact:
         return nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
@@ -151,7 +151,7 @@ def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processe
 
 
 class Stop(Exception):
-    """Ends this process with a sentence, not a traceback. shared: on all ranks, so rank 0 alone says it."""
+    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
 
     def __init__(self, sentence: str, code: int = 1, shared: bool = False):
         super().__init__(sentence)
@@ -179,8 +179,8 @@ def pick_device(name: str) -> torch.device:
 
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
-    timeout: seconds that a wait for another process may take, here and in every step. ValueError for a
-    device that isn't there; the error of dist.init_process_group if not all processes arrive."""
+    timeout: seconds that a wait for another process may take, here and in every step.
+    ValueError for a device that isn't there, a DistError if not all processes arrive."""
     env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
@@ -191,11 +191,11 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     backend = "gloo"
     if p.device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, there is none")
+            raise ValueError(f"device cuda: process {local_rank} needs a GPU of its own")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
         torch.set_float32_matmul_precision("high")  # TF32
-        backend = "cpu:gloo,cuda:nccl"  # gradients travel by nccl; numbers and flags from CPU to CPU
+        backend = "cpu:gloo,cuda:nccl"  # gradients by nccl, numbers and flags from CPU to CPU
     if p.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return p
@@ -207,8 +207,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
-    # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
+    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
+    # hides them; several nodes may count attempts differently.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
@@ -217,7 +217,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
 
 
 def on_rank_0(action, processes: Processes):
-    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
@@ -244,8 +244,8 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
-    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP): no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -259,7 +259,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Whether one came. Stop where torchrun was killed: its orphans must not write beside a new run."""
+        """Whether one came. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
@@ -270,8 +270,8 @@ class Signals:
 
 
 def exit_now(code: int):
-    """End a script. gloo's threads can abort the interpreter while it shuts down, after all work is done
-    (pytorch#190489); after a failure, ending the group may wait for others."""
+    """End a script. gloo's threads can abort the interpreter while it shuts down (pytorch#190489);
+    after a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -296,8 +296,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
-    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes its
-    moments in its first step; before that they are made here, to be loaded into."""
+    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes
+    its moments in its first step; before that they are made here, to be loaded into."""
     names = {weight: name for name, weight in model.named_parameters()}
     tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
     for group in optimizer.param_groups:
@@ -313,9 +313,9 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Processes, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256; then all but the newest keep are deleted. Every rank comes here.
-    Each rank writes its slices below step_00000050.part, to which publish gives its name: killed at any
-    moment, it's there whole or not at all. OSError on a full disk; the older ones stay. (dcp.async_save
-    writes while training goes on; publish then waits for its future.)"""
+    Each rank writes its slices below step_00000050.part, to which publish gives its name: killed at
+    any moment, it's there whole or not at all. OSError on a full disk; the older ones stay.
+    (dcp.async_save writes while training goes on; publish then waits for its future.)"""
     part = folder / f"step_{step:08}.part"
     try:
         with dcp_errors(part):
@@ -327,8 +327,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
 
 def publish(part: Path, run: dict, keep: int) -> Path:
-    """For rank 0: add manifest.json, which holds run and the sha256 of each file, and name the folder after
-    the manifest's own. OSError where a rank's files aren't here: another machine's disk isn't this one."""
+    """For rank 0: add manifest.json, with run and the sha256 of each file; name the folder after its own.
+    OSError where a rank's files aren't here: another machine's disk isn't this one."""
     needed = {entry.relative_path for entry in PlainReader(part).read_metadata().storage_data.values()}
     files = sha256_of(part, [".metadata", *needed])
     if "" in files.values():
@@ -348,7 +348,7 @@ def finished_checkpoints(folder: Path) -> list[Path]:
 
 
 def sha256_of(folder: Path, names: list[str]) -> dict[str, str]:
-    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file: it takes long."""
+    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file."""
 
     def hashed(name: str) -> str:
         if not (folder / name).is_file():
@@ -378,8 +378,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], p: Processes | None = None) -> None:
-    """Read a checkpoint into these tensors, in place: each rank the slices that it has of them, on any number
-    of ranks; p = None: one process without torch.distributed and with a plain model.
+    """Read a checkpoint into these tensors, in place: each rank its slices, on any number of ranks.
+    p = None: one process without torch.distributed and with a plain model.
     Checks no sums: newest_checkpoint does. Runs no code from a file."""
     with dcp_errors(path):
         reader = PlainReader(path)
@@ -387,7 +387,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], p: Processes | None = N
 
 
 class PlainReader(dcp.FileSystemReader):
-    """dcp's own unpickles .metadata, which runs whatever code it names; this one takes plain data alone."""
+    """dcp's own unpickles .metadata, which runs whatever code it names; this one takes plain data."""
 
     def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
         return MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
@@ -472,9 +472,9 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
-    """This rank's inputs and targets (B, T) from step on, each with the tokens of the step's whole batch.
-    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on exactly where
-    it stopped, on any number of processes."""
+    """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
+    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
+    exactly where it stopped, on any number of processes."""
     inputs, targets = text
     epoch, done = divmod(step * s.batch_size, len(inputs))
     rows = torch.empty(0, dtype=torch.long)
@@ -483,7 +483,9 @@ def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Proces
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
             rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
             epoch += 1
-        whole, rows = rows[done:][: s.batch_size], rows[done:][s.batch_size :]  # (batch_size,), the rest
+        end = done + s.batch_size
+        whole = rows[done:end]  # (batch_size,)
+        rows = rows[end:]
         done = 0
         n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
@@ -502,9 +504,8 @@ def check_finite(what: str, value: float, step: int) -> None:
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
     """From step run["step"] to the last, with checkpoints. Stop after a signal.
-    run: what a manifest holds; it grows with each step. All randomness of a step (batch, dropout) is a
-    function of seed and step, and so is the learning rate: a checkpoint that knows the step needs no
-    generator's, sampler's or scheduler's state to go on exactly."""
+    run: what a manifest holds. All randomness of a step (batch, dropout) is a function of seed and
+    step, and so is the learning rate: no generator's, sampler's or scheduler's state needs saving."""
     from tqdm import tqdm
 
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
@@ -534,7 +535,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
         norm = clip_gradients(model, s.clip or math.inf, s.exact)  # ()
         loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
-        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
+        # Signals reach the ranks at different steps; the sum that each step makes tells all at once.
         loss, stopped = sum_over_ranks([loss / n_tokens, signals.received()], p)
         check_finite("loss", loss, step)
         if not scaler.is_enabled():  # GradScaler skips a step of infinite gradients itself
@@ -561,7 +562,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             path = save_checkpoint(Path(s.out), run["step"], tensors, state, p, s.keep)
         if stopped and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            done = f"interrupted: step {run['step']} is in {path}; the same command goes on from there"
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on"
             raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
@@ -589,7 +590,7 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
     losses = []
     for chunk in torch.arange(len(inputs)).split(64 * p.world):
         rows = chunk[p.rank :: p.world]
-        taking_part = rows if len(rows) else chunk[:1]  # every rank must be in every forward: it has slices
+        taking_part = rows if len(rows) else chunk[:1]  # every rank has slices: none may miss a forward
         logits = model(inputs[taking_part].to(p.device)).flatten(0, 1)  # (B T, V)
         y = targets[taking_part].to(p.device).flatten()
         loss = F.cross_entropy(logits.to(model.norm.weight.dtype), y, reduction="sum")
@@ -605,8 +606,8 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
 
 
 def load_manual(max_len: int) -> list[tuple[Tensor, Tensor]]:
-    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes. Every byte
-    is a target once; a text's last row is filled up with -100, which cross_entropy ignores."""
+    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes.
+    Every byte is a target once; -100, which cross_entropy ignores, fills up a text's last row."""
     from pydoc_data.topics import topics  # what help("topics") shows; PSF License
 
     parts = ([], [])
@@ -653,7 +654,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T, C)
-        for block in self.blocks:  # recompute: in backward, from its input, instead of keeping what is within
+        for block in self.blocks:  # recompute: in backward, from its input
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return F.linear(self.norm(x), self.embedding.weight)  # (B, T, V), tied to the embedding
 
@@ -684,11 +685,11 @@ def check_settings(s: Settings, p: Processes) -> None:
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
-        raise ValueError(f"batch_size {s.batch_size} is less than {p.world} process(es) x {s.accumulate}")
+        raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.exact):
         raise ValueError(f"amp {s.amp} needs dtype float32 and no exact, got {s.dtype}")
     if p.world % s.replicate:
-        raise ValueError(f"replicate {s.replicate} doesn't divide the {p.world} process(es): no mesh fits")
+        raise ValueError(f"replicate {s.replicate} doesn't divide {p.world} process(es)")
 
 
 def differences(there: dict, here: dict) -> str:
@@ -717,8 +718,8 @@ def lock_out(out: Path, patience: float = 10.0):
 
 
 def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
-    """For rank 0: the newest checkpoint's path (None: there is none) and the state of the run in OUT, or of a
-    new one; the report, if that run is finished. kept gets OUT's lock. ValueError for another run."""
+    """For rank 0: the newest checkpoint's path, or None, and the state of the run in OUT, or of a new one;
+    the report, if that run is finished. kept gets OUT's lock. ValueError for another run."""
     settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
     path = run = None
     if (out / "final.pt").exists() and (out / "report.json").exists():
@@ -736,12 +737,12 @@ def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
         run = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
     wrong = differences(run.get("settings", {}), settings)
     if wrong:
-        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
+        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
     return path, run
 
 
 def full_weights(model: nn.Module, p: Processes) -> dict[str, Tensor]:
-    """The plain model's state dict, on rank 0's CPU; {} on the others. One tensor is gathered at a time."""
+    """The plain model's state dict, on rank 0's CPU; {} on the others. Gathered tensor by tensor."""
     weights = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor()  # every rank has to come here
