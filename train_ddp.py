@@ -141,7 +141,7 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
 
 
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
-    """What to call backward() on, so that DDP's mean over ranks is the gradient of the mean over tokens.
+    """The loss for backward(), such that DDP's mean over ranks is the gradient of the mean over tokens.
     loss_sum: () of this micro-batch's tokens; n_total: tokens of the step's whole batch, on all ranks.
     A mean of the ranks' means would be wrong where they hold unequal numbers of tokens."""
     return loss_sum * (world / n_total)
@@ -163,7 +163,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Whether one came. Stop where torchrun is gone: orphans must not write beside a new run."""
+        """True once one has come. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)

@@ -259,7 +259,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Whether one came. Stop where torchrun is gone: orphans must not write beside a new run."""
+        """True once one has come. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
             raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
