@@ -462,7 +462,7 @@ print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
             check_close(torch.autograd.grad(output.sum(), x)[0], wanted, 1e-12, str(pieces))
 
     def test_forward_cached_survives_what_it_refuses(self):
-        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+        """A wrong mask or batch leaves the tokens that were there."""
         module = attention.MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
@@ -576,7 +576,7 @@ print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
         assert not list(tmp_path.iterdir())
 
     def test_attention_html(self, tmp_path):
-        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is masked."""
+        """Self-contained; no token gets out of its place; 0 alone is masked."""
         queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
         keys = ["<!--", "&amp;", "x"]
         weights = torch.rand(2, 3, 5, 3).softmax(dim=-1)
@@ -593,7 +593,7 @@ print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
     # ---- the demo
 
     def test_induction_batch(self):
-        """The answer is the word that followed the asked one, and it stands where `places` says."""
+        """The answer is the word that followed the asked one, at its place."""
         seen = attention.N_SEEN
         batch = [tensor.tolist() for tensor in attention.induction_batch(300)]
         for row, places, answers in zip(*batch, strict=True):
@@ -664,7 +664,7 @@ def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
 
 
 def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
-    """torch's layer; its parameters are random: zero biases and unit norms would hide a forgotten one."""
+    """torch's layer with random parameters: a zero bias would hide a forgotten one."""
     choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
     sizes = config.d_model, config.n_heads, config.d_ff
     layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
@@ -678,7 +678,7 @@ class TestEncoder:
 
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
     def test_encoder_layer_equals_torch(self, dtype, tolerance):
-        """Values, gradients of the input and of every parameter, with padding; eps is taken over too."""
+        """Values, gradients of the input and of every parameter, with padding."""
         for seed in range(30):
             rng = random.Random(seed)
             config = encoder_config(rng)
@@ -802,7 +802,7 @@ class TestEncoder:
         assert layer.linear1.weight.any(), "copies: the original stays as it is"
 
     def test_encoder_padding_and_batch_invariance(self):
-        """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
+        """More padding, other rows, other ids under the mask change nothing."""
         for seed in range(30):
             rng = random.Random(seed)
             config = encoder_config(rng)
@@ -890,7 +890,7 @@ class TestEncoder:
         weights = model.weights(torch.full((1, 3, 64), 8.0).half())
         check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
 
-    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
+    @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
     def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
         model = encoder_classifier(norm_first=norm_first, pool=pool)
@@ -4198,7 +4198,7 @@ EXPORT_FORMATS = {
 EXPORT_EVERY_WAY = pytest.mark.parametrize(
     "name",
     EXPORT_FORMATS,
-    ids=["export_torchscript-trace", "export_torchscript-script", "export_program", "export_onnx"],
+    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
 )
 
 
@@ -4247,7 +4247,7 @@ def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
 
 
 def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
-    """Importance by its definition: a gate of 1 on each head, |dloss/dgate|, mean over examples."""
+    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
     expected = torch.zeros(n)
     for x, label in examples:
         with torch.enable_grad():
@@ -4315,7 +4315,7 @@ class ExportAttention(nn.Module):
         return (y, y) if self.change == "tuple" else y
 
 
-# Reads nothing but the artefacts of the demo: -I leaves neither the project nor PYTHONPATH on the path.
+# Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
 EXPORT_FRESH = """
 import json, sys
 import numpy as np, onnxruntime, torch
@@ -4375,7 +4375,7 @@ class TestExport:
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
-        """A query that may attend to nothing gets 0; masks broadcast, and are booleans or added."""
+        """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
         keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
@@ -4432,8 +4432,8 @@ class TestExport:
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        metadata = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in metadata.items()}
+        read = session.get_modelmeta().custom_metadata_map
+        read = {name: json.loads(value) for name, value in read.items()}
         assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
@@ -4443,7 +4443,8 @@ class TestExport:
         example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
         run = exported("onnx", model, example, tmp_path)
         for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
+            src = torch.randint(3, 11, (batch, source))
+            tgt = torch.randint(3, 11, (batch, target))
             src[0, source // 2 + 1 :] = 0
             check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
 
@@ -4475,7 +4476,7 @@ class TestExport:
 
     @pytest.mark.parametrize("name", ["trace", "onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
-        """Outputs of -inf, large ones, several; a row beside a batch, scalars, inputs with gradients."""
+        """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
@@ -4544,7 +4545,7 @@ class TestExport:
                     export.load_artefact(path)
 
     def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, and an export in a fifth: modes stay, and so do stderr and logging."""
+        """From four threads at once, beside an export: modes, stderr and logging stay."""
         model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
         paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
         root = logging.getLogger()
@@ -4591,7 +4592,7 @@ class TestExport:
 
     @pytest.mark.parametrize("bits", [7, 8])
     def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
-        """int8 matrices with a scale a column; attention and metadata untouched; 7 bits unless asked."""
+        """A scale a column, 7 bits unless asked; attention and metadata stay."""
         wide = {} if bits == 7 else {"reduce_range": False}
         path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
         kinds, weights = export_graph(path)
@@ -4670,7 +4671,7 @@ class TestExport:
     # ---- pruning
 
     def test_prune_unstructured_zeroes_the_smallest(self):
-        """Of Linear and Conv weights, ranked over all layers; in a copy, without a mask beside it."""
+        """Of Linear and Conv weights, ranked over all layers; in a copy."""
         model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
         nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
@@ -4792,7 +4793,7 @@ class TestExport:
         assert smaller.training and smaller.qkv_proj.bias is None
 
     def test_feed_forwards_are_linear_elementwise_linear(self):
-        """A Softmax mixes neurons, a Dropout alone has none: only known functions may stand between."""
+        """A Softmax mixes neurons, a Dropout alone has none."""
         first, last = nn.Linear(4, 6), nn.Linear(6, 4)
         for n, *net in (
             (1, first, nn.ReLU(), last),
@@ -4812,7 +4813,7 @@ class TestExport:
     # ---- the evidence
 
     def test_benchmark_alternates_and_counts(self, monkeypatch):
-        """A clock that the models advance; the first call of a turn, which takes longer, isn't counted."""
+        """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
@@ -4838,7 +4839,7 @@ class TestExport:
         assert len(calls) > 300  # as long as it may
 
     def test_export_all_recommends_by_agreement_and_says_what_is_refused(self, tmp_path):
-        """The fastest that agrees, whatever the labels are; a model with an `if` has no .pt2 and no ONNX."""
+        """The fastest that agrees, whatever the labels are."""
         x = torch.randn(64, 64)
         slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
         nn.init.constant_(slow[2].bias[:1], 5.0)  # its answer is mostly 0
@@ -4907,7 +4908,7 @@ class TestExport:
         assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
 
     def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone is finite and the same in all formats."""
+        """With the words from the metadata; a row of padding alone, too."""
         sentences = {
             "the plot was superb": "positive",
             "the plot was not superb": "negative",
@@ -6052,7 +6053,7 @@ class TestClassifyImdb:
 
 
 # -----------------------------------------------------------------------------
-# The quiz, assets/quiz.md: where a number is asked that no other test computes, it is computed here
+# assets/quiz.md: numbers that no other test computes
 
 
 class TestQuiz:
@@ -6244,7 +6245,7 @@ class TestAllFiles:
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
     def test_models_make_their_tensors_where_their_input_is(self):
-        """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
+        """On the device "meta", where a tensor of the CPU is an error, as on a GPU."""
         small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
         config = transformer.TransformerConfig(30, **small)
         many = attention.MultiHeadAttention(16, 2)
@@ -6287,8 +6288,10 @@ def readme_parts() -> dict[str, str]:
 
 
 def numbers_in(log) -> set[float]:
-    """All numbers of a log, and what README derives from them: in a list of runs the mean and standard
-    deviation of each entry; in an export table how many times as fast each row is as the first one."""
+    """All numbers of a log, and what README derives from them.
+
+    In a list of runs: mean and standard deviation. In an export table: how many times as fast.
+    """
     if isinstance(log, int | float):
         return {abs(float(log))}
     if not isinstance(log, dict | list):
@@ -6345,7 +6348,7 @@ class TestReadme:
         assert 0 < whole["test_accuracy"] - without["test_accuracy"] < 0.01 < without["test_accuracy"] - 0.88
 
     def test_commands_parse(self, tmp_path, monkeypatch):
-        """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
+        """All of README and of the files' docstrings."""
         import shlex
 
         from torch.distributed.run import parse_args
@@ -6406,8 +6409,8 @@ class TestReadme:
 
 
 # -----------------------------------------------------------------------------
-# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file: what a tired
-# person might write. The tests named must fail on it, and pass on the file as it is.
+# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file.
+# The tests named must fail on it, and pass on the file as it is.
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
