@@ -288,6 +288,13 @@ print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
         blockwise, written_out = map(float, found.split())
         assert blockwise < 64 and written_out > 500
 
+    def test_blockwise_takes_any_block_size(self):
+        q, k = torch.randn(5, 4), torch.randn(7, 4)
+        expected = attention.attention_loop(q, k, k, causal=True)
+        for block_size in (1, 2, 5, 7, 100):
+            output = attention.blockwise_attention(q, k, k, None, True, block_size)
+            check_close(output, expected, 1e-6)
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_blockwise_sums_in_float32(self, dtype):
         """As of the same numbers in float32, to the last bit; under autocast, too."""
