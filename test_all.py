@@ -20,7 +20,6 @@ import hashlib
 import html.parser
 import http.server
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -68,16 +67,6 @@ ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # What the tests share
-
-
-@pytest.fixture
-def read_only(monkeypatch):
-    """Folders exist, but nothing can be written there."""
-
-    def refuse(dir):
-        raise OSError("read-only")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
 
 DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
@@ -146,133 +135,75 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_WAYS = {
-    "loop": attention.attention_loop,
-    "written out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
-    "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
-    "fused": attention.fused_attention,
-}
-ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
+ATTENTION_WAYS = [
+    attention.attention_loop,
+    lambda *inputs: attention.scaled_dot_product_attention(*inputs)[0],
+    lambda *inputs: attention.blockwise_attention(*inputs, block_size=3),
+    attention.fused_attention,
+]
+ATTENTION_EVERY_WAY = pytest.mark.parametrize(
+    "way",
+    ATTENTION_WAYS,
+    ids=["loop", "scaled_dot_product_attention", "blockwise_attention", "fused_attention"],
+)
 ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
-ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
-
-
-def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
-    """Every shape that a mask may have; about a third of the pairs may not attend."""
-    shapes = {
-        "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
-        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,), "scalar": (),
-    }  # fmt: skip
-    return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
-
-
-def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
-    """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
-    allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
-        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
-            allowed[..., i, j] = False
-    return allowed
-
-
-ATTENTION_PEAK = """
-import resource, sys, torch, attention
-torch.set_num_threads(1)
-def peak(T):
-    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
-    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-before = peak(200)  # loads the libraries, starts the autograd thread
-print(peak(8192) - before)
-"""
 
 
 class AttentionCall(nn.Module):
-    """A fixed way to call the module: tracing and export take tensors alone."""
+    """Causal attention of a fixed kind: tracing and export take tensors alone."""
 
-    def __init__(self, causal: bool, fused: bool, cross: bool):
+    def __init__(self, fused: bool, cross: bool):
         super().__init__()
-        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=10 if cross else None, fused=fused)
-        self.causal = causal
+        kv_dim = 10 if cross else None
+        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
 
-    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.attention(query, context, mask, self.causal)
-
-    @staticmethod
-    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
-        example = {"query": torch.randn(b, tq, 12)}
-        if cross:
-            example["context"] = torch.randn(b, tk, 10)
-        if masked:
-            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
-        return example
+    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None):
+        return self.attention(query, context, mask, causal=True)
 
 
 class TestAttention:
-    # ---- the four ways against torch, in all the cases
+    # ---- the four ways against torch
 
-    @ATTENTION_DTYPES
-    def test_all_ways_agree_with_torch(self, dtype, tolerance):
-        """Values, gradients and weights, over random sizes, masks and strides."""
+    @ATTENTION_EVERY_WAY
+    def test_all_ways_agree_with_torch(self, way):
+        """Values and gradients, over random sizes, masks, strides and dtypes."""
         draw = random.Random(1)
-        for case in range(220):
-            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
-            d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
-            tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
-            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
-            inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
-            if draw.random() < 0.5:  # as heads that were split off a projection
-                inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+        for case in range(300):
+            batch = draw.choice([(), (4,), (2, 1, 2), (draw.randint(1, 3), draw.randint(1, 3))])
+            tq, tk = draw.randint(1, 8), draw.randint(1, 9)
+            tk = draw.choice([tq, tk, tk])  # the fused form takes torch's own triangle where Tq = Tk
+            d, dv = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8])
+            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            sizes = (d, tq), (d, tk), (dv, tk)
+            inputs = [torch.randn(*batch, *size, dtype=dtype).mT for size in sizes]
+            if draw.random() < 0.5:
+                inputs = [x.contiguous() for x in inputs]
             inputs = [x.requires_grad_() for x in inputs]
-            allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+
+            mask = None
+            causal = draw.random() < 0.5
+            allowed = torch.ones(*batch, tq, tk).tril(tk - tq if causal else tk).bool()
+            if draw.random() < 0.9:  # of any shape that broadcasts
+                shape = [draw.choice([1, n]) for n in allowed.shape]
+                mask = torch.rand(shape[draw.randint(0, len(shape)) :]) < 0.67
+                allowed &= mask
             exact = [x.detach().double().requires_grad_() for x in inputs]
             expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
             towards = torch.randn_like(expected)
-            expected_gradients = torch.autograd.grad(expected, exact, towards)
-            empty = ~allowed.any(dim=-1)
-            for name, way in ATTENTION_WAYS.items():
-                what = f"{name}, case {case}: {causal=} {mask=} {[tuple(x.shape) for x in inputs]}"
-                output = way(*inputs, mask, causal)
-                assert output.dtype == dtype and (output[empty] == 0).all(), what
-                check_close(output.double(), expected, tolerance, what)
-                gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-                for got, want in zip(gradients, expected_gradients, strict=True):
-                    check_close(got.double(), want, tolerance, what)
-            weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
-            assert (weights[~allowed] == 0).all()
-            check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+            wanted = torch.autograd.grad(expected, exact, towards)
 
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)])
-    def test_all_ways_take_any_leading_dimensions(self, name, shape):
-        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
-        mask = torch.rand(*shape, 3, 5) < 0.6
-        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
-        check_close(ATTENTION_WAYS[name](q, k, v, mask, True), expected, 1e-12)
-
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_all_ways_pass_gradcheck(self, name, causal):
-        way = ATTENTION_WAYS[name]
-        mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
-        sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
-        inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-        assert torch.autograd.gradcheck(lambda *x: way(*x, mask, causal), inputs)
-        if name in ("loop", "written out"):
-            assert torch.autograd.gradgradcheck(lambda *x: way(*x, mask, causal), inputs)
-        if name == "written out":  # the weights are differentiable as well
-            weights = lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1]  # noqa: E731
-            assert torch.autograd.gradcheck(weights, inputs)
-        if name == "blockwise":
-            with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
-                torch.autograd.grad(way(*inputs).sum(), inputs, create_graph=True)
+            what = f"case {case}: {causal=} {mask=} {batch=} {tq=} {tk=} {d=} {dv=}"
+            output = way(*inputs, mask, causal)
+            assert output.dtype == dtype and not output[~allowed.any(dim=-1)].any(), what
+            check_close(output.double(), expected, tolerance, what)
+            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+            for got, want in zip(gradients, wanted, strict=True):
+                check_close(got.double(), want, tolerance, what)
 
     @ATTENTION_EVERY_WAY
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-    def test_nothing_to_attend_to(self, name):
-        """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
-        way = ATTENTION_WAYS[name]
+    def test_nothing_to_attend_to(self, way):
+        """No keys, no queries, rows that a mask empties: 0, and finite gradients."""
         q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
         assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
         assert way(q[:, :0], q, q).shape == (2, 0, 4)
@@ -281,84 +212,101 @@ class TestAttention:
         assert torch.equal(output, torch.zeros(2, 3, 4))
         with torch.autograd.detect_anomaly():  # no NaN on the way, either
             gradients = torch.autograd.grad(output.sum(), inputs)
-        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients)
+        assert not any(gradient.any() for gradient in gradients)
 
     @ATTENTION_EVERY_WAY
-    def test_large_logits_stay_finite(self, name):
-        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
-        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+    def test_large_logits_stay_finite(self, way):
+        q = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+        v = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
         output = way(q, k, v)  # D = 1: the logits are q k
         assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+        gradients = torch.autograd.grad(output.sum(), (q, k, v))
+        assert all(gradient.isfinite().all() for gradient in gradients)
         only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
-        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
-        low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
-        assert low.item() == 1  # scores far below 0
+        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]
+        assert way(q[:1], -k[:2] - 5, v[:2]).tolist() == [[2.0]]  # all scores are far below 0
 
     @ATTENTION_EVERY_WAY
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision(self, name, dtype):
-        way, mask = ATTENTION_WAYS[name], torch.rand(9, 9) < 0.5
-        q, v = (30 * torch.randn(1, 2, 9, 64)).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
-        inputs = [q.requires_grad_(), q.detach().clone().requires_grad_(), v.requires_grad_()]
-        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # scaled afterwards, it would overflow
-        output = way(*inputs, mask, False)
+    def test_half_precision(self, way, dtype):
+        inputs = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        mask = torch.rand(9, 9) < 0.5
+        exact = F.scaled_dot_product_attention(*(x.double() for x in inputs), mask)
+        check_close(way(*inputs, mask, False).double(), exact, 2e-2)
+        q = 30 * inputs[0]
+        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # unless q is scaled first
+        large = [x.detach().requires_grad_() for x in (q, q, inputs[2])]
+        output = way(*large, mask, False)
         assert output.dtype == dtype and output.isfinite().all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
-        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
-        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
-        check_close(way(*small, mask, False).double(), exact, 2e-2)
+        gradients = torch.autograd.grad(output.float().sum(), large)
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_all_ways_make_tensors_where_their_input_is(self):
-        """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
+    @ATTENTION_EVERY_WAY
+    def test_all_ways_follow_their_input(self, way):
+        """Not the default device or dtype, wherever they make a tensor."""
         q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
-            with torch.device("meta"):
-                outputs = [way(q, k, k, None, causal)]
+        for causal in (False, True):
+            expected = way(q, k, k, None, causal)
             torch.set_default_dtype(torch.float64)
             try:
-                outputs.append(way(q, k, k, None, causal))
+                with torch.device("meta"):
+                    output = way(q, k, k, None, causal)
             finally:
                 torch.set_default_dtype(torch.float32)
-            for output in outputs:
-                check_close(output, way(q, k, k, None, causal), 1e-6)
+            check_close(output, expected, 1e-6)
+
+    def test_second_derivatives(self):
+        """Right where there are some, refused by the blockwise form."""
+        module = attention.MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+        for part in (0, 1):  # output, weights
+            call = lambda x, part=part: module.forward_with_weights(x, causal=True)[part]  # noqa: E731
+            assert torch.autograd.gradcheck(call, x)
+            assert torch.autograd.gradgradcheck(call, x)
+        output = attention.blockwise_attention(x, x, x)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(output.sum(), x, create_graph=True)
 
     # ---- blockwise
 
-    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units")
     def test_blockwise_memory(self, tmp_path):
-        """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
-        megabytes = {}
-        for name in ("blockwise", "written out"):
-            command, where = (
-                [sys.executable, "-c", ATTENTION_PEAK, name],
-                os.environ | {"PYTHONPATH": str(ROOT)},
-            )
-            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
-        assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
+        """T = 8192, forward and backward: under 64 MB; written out it takes 500."""
+        code = """
+import resource, torch, attention
+def peak(way, T):
+    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
+    attention.WAYS[way](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak("blockwise", 200)  # loads the libraries, starts the autograd thread
+print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
+"""
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        found = subprocess.check_output(command, cwd=tmp_path, env=environment, timeout=240)
+        blockwise, written_out = map(float, found.split())
+        assert blockwise < 64 and written_out > 500
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_blockwise_takes_any_block_size(self):
+        q, k = torch.randn(5, 4), torch.randn(7, 4)
+        expected = attention.attention_loop(q, k, k, causal=True)
+        for block_size in (1, 2, 5, 7, 100):
+            output = attention.blockwise_attention(q, k, k, None, True, block_size)
+            check_close(output, expected, 1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_blockwise_sums_in_float32(self, dtype):
-        """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
-        q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
-        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
-        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
-        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-        inputs = [x.to(dtype).requires_grad_() for x in inputs]
-        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
-        assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-
-    def test_blockwise_is_exact_under_autocast(self):
-        inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
-        expected = attention.blockwise_attention(*inputs, block_size=4)
-        expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+        """As of the same numbers in float32, to the last bit; under autocast, too."""
+        inputs = [torch.randn(t, 8).to(dtype).requires_grad_() for t in (300, 400, 400)]
+        wide = [x.detach().float().requires_grad_() for x in inputs]
+        expected = attention.blockwise_attention(*wide, block_size=7)
+        wanted = torch.autograd.grad(expected.sum(), wide)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = attention.blockwise_attention(*inputs, block_size=4)
+            output = attention.blockwise_attention(*inputs, block_size=7)
             gradients = torch.autograd.grad(output.sum(), inputs)
-        for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-            assert torch.equal(got, want)
+        for got, want in zip((output, *gradients), (expected, *wanted), strict=True):
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
 
     # ---- masks
 
@@ -367,13 +315,13 @@ class TestAttention:
         assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
         assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
         assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
-        assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+        assert attention.causal_mask(2).dtype == torch.bool
 
     def test_padding_mask(self):
         x, o = True, False
-        padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+        padding = attention.padding_mask([0, 2, 3])
         assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
-        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1], max_len=3).tolist() == [[[[x, o, o]]]]
         assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
         for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
             lengths = np.array([0, 2, 3], dtype=kind)
@@ -382,50 +330,52 @@ class TestAttention:
 
     # ---- MultiHeadAttention
 
-    @ATTENTION_DTYPES
-    def test_multi_head_attention_agrees_with_torch(self, dtype, tolerance):
-        """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
+    def test_multi_head_attention_agrees_with_torch(self):
+        """Values, weights, gradients of inputs and parameters; with kv_dim, without bias."""
         draw = random.Random(2)
-        for case in range(200):
+        for case in range(300):
             heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
-            c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+            c = heads * draw.choice([1, 4, 5])
+            cross, bias = draw.random() < 0.5, draw.random() < 0.5
             kv_dim = draw.choice([None, 6, 7]) if cross else None
-            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
-            theirs = nn.MultiheadAttention(c, heads, **sizes)
-            if bias:  # torch starts them at 0, which would hide a mix-up
-                nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
+            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, batch_first=True, **sizes)
+            for parameter in theirs.parameters():
+                if parameter.dim() == 1:  # biases of 0 would hide a mix-up
+                    nn.init.normal_(parameter)
             ours = attention.MultiHeadAttention.from_torch(theirs)
             ours.fused = draw.random() < 0.5
-            query = torch.randn(b, tq, c, dtype=dtype, requires_grad=True)
-            context = torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True) if cross else None
-            source = query if context is None else context
+
+            inputs = [torch.randn(b, tq, c, dtype=dtype, requires_grad=True)]
+            if cross:
+                inputs.append(torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True))
+            source = inputs[-1]
             tk = source.size(1)
             causal = draw.random() < 0.4 and tk >= tq
-            hidden = torch.rand(b, tk) < 0.3 if draw.random() < 0.6 else torch.zeros(b, tk, dtype=torch.bool)
+            future = ~attention.causal_mask(tq, tk) if causal else None
+            hidden = torch.rand(b, tk) < draw.choice([0, 0.3])
             hidden[:, 0] = False  # torch gives NaN where nothing may be attended to
-            future = torch.ones(tq, tk).triu(tk - tq + 1).bool() if causal else None
-            expected, expected_weights = theirs(
-                query, source, source, hidden, attn_mask=future, average_attn_weights=False
-            )
             mask = ~hidden[:, None, None, :] if hidden.any() else None
-            output, weights = ours.forward_with_weights(query, context, mask, causal)
+
+            call = {"attn_mask": future, "average_attn_weights": False}
+            expected, expected_weights = theirs(inputs[0], source, source, hidden, **call)
+            arguments = {"mask": mask, "causal": causal}
+            output, weights = ours.forward_with_weights(*inputs, **arguments)
             what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
             check_close(output, expected, tolerance, what)
             check_close(weights, expected_weights, tolerance, what)
-            assert torch.equal(output, ours(query, context, mask, causal)), what
+            assert torch.equal(output, ours(*inputs, **arguments)), what
 
-            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
-            got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-            want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
-            for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
-                check_close(one, other, tolerance, what)
-            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
-            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
-                if name.startswith("in_proj_"):
-                    packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
-                    check_close(torch.cat(packed), gradient, tolerance, what)
-                else:
-                    check_close(got[name.replace("_proj_weight", "_proj.weight")], gradient, tolerance, what)
+            towards = torch.randn_like(output)
+            gradients = torch.autograd.grad(output, [*inputs, *ours.parameters()], towards)
+            wanted = torch.autograd.grad(expected, [*inputs, *theirs.parameters()], towards)
+            for parameter, gradient in zip(theirs.parameters(), wanted[len(inputs) :], strict=True):
+                parameter.data = gradient
+            named = attention.MultiHeadAttention.from_torch(theirs)  # so that they have our names
+            wanted = [*wanted[: len(inputs)], *named.parameters()]
+            for got, want in zip(gradients, wanted, strict=True):
+                check_close(got, want.detach(), tolerance, what)
 
     def test_from_torch_keeps_everything(self):
         source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
@@ -438,58 +388,53 @@ class TestAttention:
         frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
         assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
         assert {p.dtype for p in ours.parameters()} == {torch.float64}
-        assert torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
-        for name, p in source.named_parameters():  # a copy
+        for p in source.parameters():
             nn.init.constant_(p, 7)
-            assert not any((q == 7).any() for q in ours.parameters()), name
+        assert not any((q == 7).any() for q in ours.parameters()), "copies"
 
-    def test_multi_head_attention_parameters(self):
+    def test_multi_head_attention_starts_as_glorot_says(self):
         module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
-            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
-            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
-            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
-        names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
-        assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
+        for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+            limit = math.sqrt(6 / (24 + projection.in_features))
+            assert 0.9 * limit < projection.weight.abs().max() <= limit
+            assert not projection.bias.any()
 
     @ATTENTION_FUSED_OR_NOT
     def test_padding_and_empty_rows(self, fused):
         module = attention.MultiHeadAttention(12, 3, fused=fused).double()
         nn.init.normal_(module.out_proj.bias)
         x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
-        mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+        mask = attention.padding_mask([4, 0, 6])
         output, weights = module.forward_with_weights(x, mask=mask)
-        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the bias")
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys")
         assert (weights[1] == 0).all()
         output.sum().backward()
-        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
-        # What stands in the padding changes nothing, nor do more padding and the other sequences.
+        assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
         altered = x.detach().clone()
         altered[0, 4:] = 1e3
-        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
-        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
-        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
+        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0, "what is padded")
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
+        longer = module(longer, mask=attention.padding_mask([4], 11))
+        check_close(longer[0, :4], output[0, :4], 1e-12, "more padding")
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12, "alone, without padding")
 
     @ATTENTION_FUSED_OR_NOT
     def test_causality(self, fused):
         """A later token moves no earlier output; it moves its own and the later ones."""
-        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        module = attention.MultiHeadAttention(12, 3, fused=fused)
+        x = torch.randn(3, 6, 12)
         altered = x + (torch.arange(6) == 4)[:, None]
-        moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
+        difference = module(altered, causal=True) - module(x, causal=True)
+        moved = difference.abs().amax(dim=(0, 2))
         assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
-
-    def test_second_derivatives(self):
-        module = attention.MultiHeadAttention(6, 2, fused=False).double()
-        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-        assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
 
     @ATTENTION_FUSED_OR_NOT
     @pytest.mark.parametrize("causal", [False, True])
     def test_dropout_only_in_training(self, fused, causal):
         module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain = attention.MultiHeadAttention(8, 2)
         plain.load_state_dict(module.state_dict())
+        x = torch.randn(2, 7, 8)
         expected, expected_weights = plain.forward_with_weights(x, causal=causal)
         check_close(module.eval()(x, causal=causal), expected, 1e-6)
         module.train()
@@ -499,38 +444,36 @@ class TestAttention:
         assert torch.equal(first, module(x, causal=causal))
         assert not torch.equal(first, module(x, causal=causal))
         check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
-        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
-        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
+        mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
+        assert (mean - expected).abs().max() < 0.15, "unbiased: what is kept is scaled up"
 
     @ATTENTION_FUSED_OR_NOT
-    def test_cache_equals_one_shot(self, fused):
+    def test_forward_cached_equals_one_shot(self, fused):
+        """Values and gradients, in pieces of any size, after left padding."""
         module = attention.MultiHeadAttention(12, 3, fused=fused).double()
         x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-        mask = attention.padding_mask(torch.tensor([9, 9])).clone()
-        mask[0, ..., :2] = False  # left padding
+        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        mask[0, ..., :2] = False
         expected = module(x, mask=mask, causal=True)
-        expected_gradient = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+        (wanted,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
         for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-            cache, outputs, seen = attention.KVCache(), [], 0
+            cache = attention.KVCache()
+            outputs = []
+            seen = 0
             for piece in x.split(pieces, dim=1):
                 seen += piece.size(1)
                 outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
             assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
             output = torch.cat(outputs, dim=1)
             check_close(output, expected, 1e-12, str(pieces))
-            check_close(torch.autograd.grad(output.sum(), x)[0], expected_gradient, 1e-12, str(pieces))
-        cache = attention.KVCache()
-        module.forward_cached(x[:, :5], cache)
-        cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
-        expected = module(x[[1, 1], :6], causal=True)[:, 5:]
-        check_close(module.forward_cached(x[[1, 1], 5:6], cache), expected, 1e-12)
+            check_close(torch.autograd.grad(output.sum(), x)[0], wanted, 1e-12, str(pieces))
 
-    def test_cache_survives_what_is_refused(self):
-        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+    def test_forward_cached_survives_what_it_refuses(self):
+        """A wrong mask or batch leaves the tokens that were there."""
         module = attention.MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
-        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
+        for query, mask in ((x, torch.ones(4)), (x, torch.ones(2).bool()), (x[:1], None)):
             with pytest.raises((ValueError, RuntimeError)):
                 module.forward_cached(query[:, 3:], cache, mask)
             assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
@@ -538,178 +481,149 @@ class TestAttention:
 
     # ---- refusals: what would be silently wrong
 
-    @pytest.mark.parametrize("call,words", [
-        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
-        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
-        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
-        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
-        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
-        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
-        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
-        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
-        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
-        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
-        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
-        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
-        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
-    ])  # fmt: skip
-    def test_refused(self, call, words):
-        with pytest.raises(ValueError, match=words):
-            call(attention)
+    def test_refused(self):
+        mha, theirs = attention.MultiHeadAttention, nn.MultiheadAttention
+        x, row = torch.randn(2, 5, 8), torch.randn(5, 8)
+        for words, function, *arguments in (
+            ("lengths.*max_len=4.*5", attention.padding_mask, [2, 5], 4),
+            ("lengths.*-1", attention.padding_mask, [-1, 2]),
+            ("lengths.*float32", attention.padding_mask, [1.5]),
+            ("lengths.*1, 1", attention.padding_mask, [[1]]),
+            ("lengths.*bool", attention.padding_mask, [True, False]),
+            ("block_size.*0", attention.blockwise_attention, x, x, x, None, False, 0),
+            ("n_heads.*4.*10", mha, 10, 4),
+            ("n_heads.*0", mha, 8, 0),
+            ("n_heads.*-2", mha, 8, -2),
+            ("5, 8", mha(8, 1), row),  # with one head it would run
+            ("5, 8", mha(8, 1), x, row),
+            ("mask.*float", mha(8, 2), x, None, torch.ones(5)),
+            ("vdim", mha.from_torch, theirs(12, 3, kdim=4, vdim=6)),
+            ("bias_kv", mha.from_torch, theirs(8, 2, add_bias_kv=True)),
+            ("zero", mha.from_torch, theirs(8, 2, add_zero_attn=True)),
+        ):
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
 
     @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
-        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
-        "215 217 219 57", "215 217 216 57",
-    ])  # fmt: skip
-    def test_all_ways_refuse_shapes(self, name, shapes):
-        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
-        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
-        inputs = [torch.randn(*size, 4) for size in inputs]
-        with pytest.raises((RuntimeError, IndexError)):
-            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
-
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
-        with pytest.raises(ValueError, match="mask.*boolean"):
-            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
+    def test_all_ways_refuse_what_does_not_fit(self, way):
+        """Masks that would enlarge the output, or hold numbers; more values than keys."""
+        q, k, v = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 9, 4)
+        for shape in ((7, 5), (5, 6), (2, 7), (1, 2, 1, 5, 7), (2, 3, 5, 7)):
+            with pytest.raises((RuntimeError, IndexError)):
+                way(q, k, k, torch.ones(shape, dtype=torch.bool))
+        for dtype in (torch.float32, torch.int64):
+            with pytest.raises(ValueError, match="mask.*boolean"):
+                way(q, k, k, torch.ones(5, 7, dtype=dtype))
+        for values in (v, v[:, :, :6]):
+            with pytest.raises((RuntimeError, IndexError)):
+                way(q, k, values, torch.ones(5, 7, dtype=torch.bool))
 
     # ---- it leaves Python
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-    @pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
-    def test_multi_head_attention_leaves_python(self, way):
-        """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
-        combinations = list(itertools.product([False, True], repeat=4))
-        if way in ("export", "compile"):  # seconds each
-            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
-        for causal, fused, cross, masked in combinations:
-            module = AttentionCall(causal, fused, cross)
-            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
-            example = AttentionCall.example(2, 5, tk, cross, masked)
-            if way == "trace":
-                converted = torch.jit.trace(module, example_kwarg_inputs=example)
-            elif way == "script":
-                converted = torch.jit.script(module)
-            elif way == "export":
-                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
-                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
-                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
-            else:
-                torch._dynamo.reset()
-                converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
-            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
-                given = AttentionCall.example(*sizes, cross, masked)
-                what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
-                check_close(converted(**given), module(**given), 1e-6, what)
+    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+    @pytest.mark.parametrize("how", ["trace", "script", "export"])
+    def test_multi_head_attention_leaves_python(self, how):
+        """The same outputs, at sizes that were not there then."""
 
-    def test_traced_fused_attention_fits_other_lengths(self):
+        def example(b: int, tq: int, tk: int) -> dict[str, Tensor]:
+            given = {"query": torch.randn(b, tq, 12)}
+            if cross:
+                given["context"] = torch.randn(b, tk, 10)
+            if masked:
+                given["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+            return given
+
+        for fused, cross, masked in itertools.product([True, False], repeat=3):
+            module = AttentionCall(fused, cross)
+            given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
+            if how == "trace":
+                converted = torch.jit.trace(module, example_kwarg_inputs=given)
+            elif how == "script":
+                converted = torch.jit.script(module)
+            else:
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
+                converted = torch.export.export(module, (), given, dynamic_shapes=free).module()
+            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+                given = example(*sizes)
+                check_close(converted(**given), module(**given), 1e-6, f"{fused=} {masked=} {sizes}")
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_fused_attention_traced_fits_other_lengths(self):
         q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-        with warnings.catch_warnings(action="ignore"):  # deprecated
-            traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
-        for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
-            check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+        attend = lambda q, k: attention.fused_attention(q, k, k, causal=True)  # noqa: E731
+        traced = torch.jit.trace(attend, (q, q))
+        for queries in (q, q[:, :, :2]):
+            check_close(traced(queries, k), attend(queries, k), 1e-6)
 
     # ---- pictures
 
-    @staticmethod
-    def weights(*shape: int) -> Tensor:
-        weights = torch.rand(shape).softmax(dim=-1)
-        weights[..., 1:2] = 0.0  # masked
-        return weights
-
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
-    def test_plot_attention(self, shape, tmp_path, monkeypatch):
-        """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
-        from matplotlib.figure import Figure
-
+    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)])
+    def test_plot_attention(self, shape, tmp_path):
+        """Any tokens and sizes."""
         tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
-        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
-        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
-        savefig = Figure.savefig
-        monkeypatch.setattr(Figure, "savefig", keep)
-        path = tmp_path / "a.png"
-        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
+        weights = torch.rand(shape).softmax(dim=-1)
+        queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
+        path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
         assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
-        maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
-        for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
-            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
-            assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
-            assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
-        assert len(labels) <= 40 and max(map(len, labels)) <= 12
-        if shape == (2, 5, 7):
-            assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
 
-    @pytest.mark.parametrize("weights,words", [
-        (torch.rand(2, 2), "2, 2"), (torch.rand(1, 2, 3), "1, 2, 3"), (torch.rand(1, 3, 2), "1, 3, 2"),
-        (torch.rand(1, 1, 1, 2, 2), "1, 1, 1, 2, 2"), (torch.full((1, 2, 2), 1.02), "1.02"),
-        (torch.full((1, 2, 2), -0.5), "-0.5"), (torch.full((1, 2, 2), math.nan), "nan"),
-    ])  # fmt: skip
-    def test_pictures_refuse_what_is_no_weights(self, weights, words, tmp_path):
-        for draw in (attention.plot_attention, attention.attention_html):
-            with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
-                draw(weights, ["a", "b"], ["a", "b"], tmp_path / "x")
+    def test_pictures_refuse_what_is_no_weights(self, tmp_path):
+        for words, weights in (
+            ("1, 2, 3", torch.rand(1, 2, 3)),
+            ("1, 3, 2", torch.rand(1, 3, 2)),
+            ("2, 2", torch.rand(2, 2)),
+            ("1.02", torch.full((1, 2, 2), 1.02)),
+            ("-0.5", torch.full((1, 2, 2), -0.5)),
+            ("nan", torch.full((1, 2, 2), math.nan)),
+        ):
+            for draw in (attention.plot_attention, attention.attention_html):
+                with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
+                    draw(weights, "ab", "ab", tmp_path / "x")
         assert not list(tmp_path.iterdir())
 
     def test_attention_html(self, tmp_path):
-        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is shown as masked."""
+        """Self-contained; no token gets out of its place; 0 alone is masked."""
         queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
         keys = ["<!--", "&amp;", "x"]
-        weights = self.weights(2, 3, 5, 3)
-        weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+        weights = torch.rand(2, 3, 5, 3).softmax(dim=-1)
+        weights[0, 0, 0] = torch.tensor([1.005, 1e-7, 0.0])  # as bfloat16 may round them
         page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
         assert not re.findall(r"https?:|src=|url\(|import ", page)
         assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
         data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
         assert data["queries"] == queries and data["keys"] == keys
-        stored = np.array(data["weights"])
-        assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
-        assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [10_000, 1, 0]
-        half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
-        page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
-        assert '"weights":[[[[10000]]]]' in page
+        stored = torch.tensor(data["weights"])
+        assert stored[0, 0, 0].tolist() == [10_000, 1, 0]
+        check_close(stored / 10_000, weights.clamp(max=1), 1e-4)
 
     # ---- the demo
 
     def test_induction_batch(self):
-        """The answer is the word that followed the asked one, and it stands where `places` says."""
-        tokens, places, answers = attention.induction_batch(300)
-        assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
+        """The answer is the word that followed the asked one, at its place."""
         seen = attention.N_SEEN
-        for row, where, what in zip(tokens.tolist(), places.tolist(), answers.tolist(), strict=True):
+        batch = [tensor.tolist() for tensor in attention.induction_batch(300)]
+        for row, places, answers in zip(*batch, strict=True):
             first, asked = row[:seen], row[seen:]
-            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1]) and len(where) == seen - 1
-            for word, place, answer in zip(asked, where, what, strict=True):
-                assert place == first.index(word) + 1 and answer == first[place]
+            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
+            assert places == [first.index(word) + 1 for word in asked]
+            assert answers == [first[place] for place in places]
 
     def test_demo_alone_in_an_empty_folder(self, tmp_path):
         shutil.copy(ROOT / "attention.py", tmp_path)
-        arguments = "--max-len", "1024", "--seed", "3"
         environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
-        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
+        arguments = "attention.py", "--max-len", "1024", "--seed", "3"
+        result = run_script(*arguments, cwd=tmp_path, folder=tmp_path, **environment)
         headline = last_json(result)
         assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
-        report = json_of(tmp_path / headline["report"])
         assert headline["weight_on_answer"] >= 0.9 and headline["exact_match"] >= 0.99
-        assert len(report["largest_difference"]) == 3 and max(report["largest_difference"].values()) < 1e-12
+        report = json_of(tmp_path / headline["report"])
+        assert max(report["largest_difference"].values()) < 1e-12
         kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
         grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
         assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
-        assert all(report[key] for key in ("settings", "cpu", "threads", "torch", "command", "date"))
         names = sorted(os.listdir(tmp_path / "out/attention"))
         assert names == ["heads.html", "heads.png", "report.json"]
-
-    def test_logged_benchmark(self):
-        log = json_of(ROOT / "assets/attention_benchmark.json")
-        assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
-        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
-        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
@@ -727,16 +641,23 @@ def encoder_classifier(**given) -> encoder.EncoderClassifier:
     return encoder.EncoderClassifier(encoder_small(**given)).eval()
 
 
-def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
+def encoder_config(rng: random.Random) -> encoder.EncoderConfig:
     """A small random config; dropout is 0, so that training mode can be compared."""
     n_heads = rng.choice([1, 2, 3, 4])
-    sizes = {
-        "vocab_size": rng.randint(5, 50), "max_len": rng.randint(12, 40), "n_layers": rng.randint(1, 3),
-        "n_heads": n_heads, "d_model": n_heads * rng.randint(1, 6), "d_ff": rng.randint(1, 40),
-        "n_classes": rng.randint(1, 5), "dropout": 0.0, "norm_first": rng.random() < 0.5,
-        "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(ENCODER_POOLS),
-    }  # fmt: skip
-    return encoder.EncoderConfig(**(sizes | given))
+    return encoder.EncoderConfig(
+        vocab_size=rng.randint(5, 50),
+        max_len=rng.randint(12, 40),
+        d_model=n_heads * rng.randint(1, 6),
+        n_heads=n_heads,
+        n_layers=rng.randint(1, 3),
+        d_ff=rng.randint(1, 40),
+        dropout=0.0,
+        norm_first=rng.random() < 0.5,
+        activation=rng.choice(["relu", "gelu"]),
+        n_classes=rng.randint(1, 5),
+        pad_id=rng.choice([0, 3]),
+        pool=rng.choice(ENCODER_POOLS),
+    )
 
 
 def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
@@ -750,7 +671,7 @@ def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
 
 
 def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
-    """torch's layer; its parameters are random: zero biases and unit norms would hide a forgotten one."""
+    """torch's layer with random parameters: a zero bias would hide a forgotten one."""
     choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
     sizes = config.d_model, config.n_heads, config.d_ff
     layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
@@ -760,42 +681,37 @@ def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.Transforme
 
 
 class TestEncoder:
-    # Oracles
+    # ---- oracles
 
-    @pytest.mark.parametrize("norm_first", [True, False])
-    @pytest.mark.parametrize("activation", ["relu", "gelu"])
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-    def test_encoder_layer_equals_torch(self, norm_first, activation, dtype, tolerance):
-        """Values, gradients of the input and of every parameter, with padding; eps is taken over too."""
-        for seed in range(10):
+    def test_encoder_layer_equals_torch(self, dtype, tolerance):
+        """Values, gradients of the input and of every parameter, with padding."""
+        for seed in range(30):
             rng = random.Random(seed)
-            config = encoder_config(rng, norm_first=norm_first, activation=activation)
+            config = encoder_config(rng)
             eps = rng.choice([1e-5, 1e-2])
             theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=eps)
             ours = encoder.EncoderLayer.from_torch(theirs)
-            x = torch.randn(rng.randint(1, 4), rng.randint(1, 9), config.d_model, dtype=dtype)
+            x = torch.randn(3, rng.randint(1, 9), config.d_model, dtype=dtype, requires_grad=True)
             mask = torch.rand(x.shape[:2]) < 0.7
             mask[:, 0] = True
-            inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-            output = ours(inputs[0], mask[:, None, None, :])
-            expected = theirs(inputs[1], src_key_padding_mask=~mask)
+            output = ours(x, mask[:, None, None, :])
+            expected = theirs(x, src_key_padding_mask=~mask)
             check_close(output, expected, tolerance, "output")
-            upstream = torch.randn_like(x)
-            (output * upstream).sum().backward()
-            (expected * upstream).sum().backward()
-            check_close(inputs[0].grad, inputs[1].grad, tolerance, "gradient of x")
-            for parameter in theirs.parameters():
-                parameter.data = parameter.grad
-            wanted = encoder.EncoderLayer.from_torch(theirs)  # so that each gradient has our name
-            for name, parameter in ours.named_parameters():
-                check_close(parameter.grad, wanted.get_parameter(name), tolerance, f"gradient of {name}")
+            towards = torch.randn_like(x)
+            gradients = torch.autograd.grad(output, [x, *ours.parameters()], towards)
+            wanted = torch.autograd.grad(expected, [x, *theirs.parameters()], towards)
+            for parameter, gradient in zip(theirs.parameters(), wanted[1:], strict=True):
+                parameter.data = gradient
+            named = encoder.EncoderLayer.from_torch(theirs)  # so that they have our names
+            for got, want in zip(gradients, [wanted[0], *named.parameters()], strict=True):
+                check_close(got, want.detach(), tolerance, "gradient")
 
-    @pytest.mark.parametrize("norm_first", [True, False])
-    def test_encoder_stack_equals_torch(self, norm_first):
+    def test_encoder_stack_equals_torch(self):
         """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm, none in post-norm."""
-        for seed in range(10):
+        for seed in range(20):
             rng = random.Random(seed)
-            config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
+            config = encoder_config(rng)
             ours = encoder.Encoder(config).double()
             theirs = [encoder_torch_layer(config).double() for _ in range(config.n_layers)]
             ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs))
@@ -805,23 +721,22 @@ class TestEncoder:
             x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
             for layer in theirs:
                 x = layer(x, src_key_padding_mask=~mask)
-            if norm_first:
+            if config.norm_first:
                 nn.init.normal_(ours.final_norm.weight)
                 nn.init.normal_(ours.final_norm.bias)
                 x = F.layer_norm(x, x.shape[-1:], ours.final_norm.weight, ours.final_norm.bias)
             check_close(ours(tokens)[mask], x[mask], 1e-10)
 
     def test_self_attention_equals_attention_py(self):
-        """Values, weights and gradients of both files' attention; a row without keys, too."""
-        short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
-        projections = long.q_proj, long.k_proj, long.v_proj
-        for module, weight, bias in zip(
-            projections, short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True
-        ):
+        """Values, weights and gradients; a row without keys, too."""
+        short = encoder.SelfAttention(12, 3).double()
+        long = attention.MultiHeadAttention(12, 3).double()
+        packed = zip(short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True)
+        for module, (weight, bias) in zip((long.q_proj, long.k_proj, long.v_proj), packed, strict=True):
             module.load_state_dict({"weight": weight, "bias": bias})
         long.out_proj.load_state_dict(short.out_proj.state_dict())
         x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
-        padding = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
+        padding = attention.padding_mask([7, 4, 1, 0, 6])  # (5, 1, 1, 7)
         for mask in (None, padding, torch.rand(7, 7) < 0.5, torch.rand(5, 3, 7, 7) < 0.5):
             expected, weights = long.forward_with_weights(x, mask=mask)
             output = short(x, mask)
@@ -844,24 +759,30 @@ class TestEncoder:
     def test_pool_tokens_equals_its_loops(self, pool):
         x = torch.randn(5, 7, 4, dtype=torch.float64) - 3  # below 0: padding's 0 would show in a max
         mask = torch.rand(5, 7) < 0.6
-        mask[0], mask[1], mask[2] = False, True, torch.arange(7) == 3
+        mask[0] = False
+        mask[1] = True
         seen = x.masked_fill(~mask[:, :, None], math.nan)  # what stands at padding counts for nothing
         for row, result in enumerate(encoder.pool_tokens(seen, mask, pool)):
-            real = [x[row, t] for t in range(7) if mask[row, t]] or [torch.zeros(4).double()]
-            mean, largest = torch.stack(real).mean(0), torch.stack(real).max(0).values
-            both, first = torch.cat((mean, largest)), x[row, 0] * mask[row, 0]
-            expected = {"mean": mean, "max": largest, "mean+max": both, "first": first}
+            real = x[row, mask[row]] if mask[row].any() else torch.zeros(1, 4).double()
+            largest = torch.stack([real[:, i].max() for i in range(4)])
+            expected = {
+                "mean": sum(real) / len(real),
+                "max": largest,
+                "mean+max": torch.cat((sum(real) / len(real), largest)),
+                "first": x[row, 0] * mask[row, 0],
+            }
             check_close(result, expected[pool], 1e-12, pool)
         assert torch.autograd.gradcheck(encoder.pool_tokens, (x.requires_grad_(), mask, pool))
 
-    # Properties
+    # ---- properties
 
     def test_forward_with_weights_are_those_of_forward(self):
         for seed in range(6):
             rng = random.Random(seed)
             config = encoder_config(rng)
-            model, used = encoder.Encoder(config), []
+            model = encoder.Encoder(config)
             tokens = encoder_tokens(rng, config)
+            used = []
             for layer in model.layers:
                 layer.self_attention.register_forward_hook(lambda m, xs, _, w=used: w.append(m.weights(*xs)))
             expected = model(tokens)
@@ -888,16 +809,15 @@ class TestEncoder:
         assert layer.linear1.weight.any(), "copies: the original stays as it is"
 
     def test_encoder_padding_and_batch_invariance(self):
-        """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
+        """More padding, other rows, other ids under the mask change nothing."""
         for seed in range(30):
             rng = random.Random(seed)
-            config = encoder_config(rng, pad_id=rng.choice([0, 2]))
+            config = encoder_config(rng)
             model = encoder.EncoderClassifier(config).double().eval()
             tokens = encoder_tokens(rng, config)
-            mask = tokens != config.pad_id
             logits = model(tokens)
             assert logits.shape == (4, config.n_classes)
-            for row, length in enumerate(mask.sum(1).tolist()):
+            for row, length in enumerate((tokens != config.pad_id).sum(1).tolist()):
                 alone = model(tokens[row : row + 1, :length])
                 check_close(alone, logits[row : row + 1], 1e-12, "alone, unpadded")
             longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
@@ -906,14 +826,12 @@ class TestEncoder:
             noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
             check_close(model(noise, mask), model(tokens, mask), 1e-12, "whatever stands under the mask")
 
-    @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
-    def test_pool_tokens_of_padding_alone_is_0(self, pool, norm_first):
+    def test_pool_tokens_of_padding_alone_is_0(self, pool):
         """So the logits are the head's bias; and gradients are finite."""
-        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        model = encoder_classifier(pool=pool)
         logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
         assert torch.equal(logits[0], model.head.bias)
-        assert not torch.equal(logits[1], model.head.bias)
         logits.square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -921,7 +839,8 @@ class TestEncoder:
     def test_encoder_dropout_in_training_alone(self, norm_first):
         """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
         model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
-        tokens, nothing = torch.randint(1, 20, (3, 6)), model.head.bias.expand(3, -1)
+        tokens = torch.randint(1, 20, (3, 6))
+        nothing = model.head.bias.expand(3, -1)
         assert torch.equal(model(tokens), model(tokens))
         assert (model(tokens) - nothing).abs().max() > 0.01
         model.dropout.train()
@@ -931,8 +850,6 @@ class TestEncoder:
         layer, x = model.encoder.layers[0], torch.randn(2, 5, 16)
         expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
         check_close(layer(x), expected, 1e-6)
-        dropouts = [m.p for m in encoder_classifier(dropout=0.3).modules() if isinstance(m, nn.Dropout)]
-        assert dropouts == [0.3] * 3
 
     def test_encoder_sees_order_by_its_positions_alone(self):
         model = encoder_classifier()
@@ -942,42 +859,35 @@ class TestEncoder:
         model.encoder.positions.zero_()
         check_close(model(tokens), model(shuffled), 1e-5)
 
-    def test_encoder_has_the_paper_s_parameters(self):
-        sizes = {"d_model": 8, "n_heads": 2, "n_layers": 3, "d_ff": 20, "n_classes": 4, "pool": "mean+max"}
-        model = encoder.EncoderClassifier(encoder.EncoderConfig(11, **sizes))
-        layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
-        n_parameters = sum(p.numel() for p in model.parameters())
-        assert n_parameters == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
-        embedded = encoder.Encoder(encoder.EncoderConfig(500)).embed(torch.arange(500)[:, None])[0]
-        positions = encoder.sinusoidal_positional_encoding(1, 128)
-        assert 0.9 < (embedded - positions).std() < 1.1, "words weigh as much as positions"
+    def test_encoder_starts_with_words_as_large_as_positions(self):
+        embed = encoder.Encoder(encoder.EncoderConfig(500)).eval().embed
+        words = embed(torch.arange(500)[:, None])[0] - embed(torch.zeros(500, 1).long())[0]
+        assert 1.2 < words.std() < 1.6  # sqrt(2): a difference of two
 
     def test_encoder_config_defaults(self):
         """Weights without their config are another model's once a default changes."""
-        assert dataclasses.astuple(encoder.EncoderConfig(9)) == (
-            9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean",
-        )  # fmt: skip
+        defaults = 9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean"
+        assert dataclasses.astuple(encoder.EncoderConfig(9)) == defaults
 
     @pytest.mark.parametrize("assign", [False, True])
-    def test_encoder_from_the_meta_device(self, assign):
-        """All is right once weights are loaded, positions too: to_empty leaves old memory there."""
-        source, tokens = encoder_classifier(), torch.randint(1, 20, (3, 6))
-        with torch.device("meta"):
-            model = encoder_classifier()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_encoder_from_the_meta_device(self, assign, dtype):
+        """All is right once weights are loaded, positions too, whatever the default dtype is."""
+        tokens = torch.randint(1, 20, (3, 6))
+        torch.set_default_dtype(dtype)
+        try:
+            source = encoder_classifier()
+            with torch.device("meta"):
+                model = encoder_classifier()
+        finally:
+            torch.set_default_dtype(torch.float32)
         if not assign:
-            model.to_empty(device="cpu")
+            model.to_empty(device="cpu")  # leaves old memory there
             for tensor in (*model.parameters(), *model.buffers()):
                 nn.init.constant_(tensor, math.nan)
         model.load_state_dict(source.state_dict(), assign=assign)
-        assert torch.equal(model(tokens), source(tokens))
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_encoder_follows_the_default_dtype(self, dtype):
-        torch.set_default_dtype(dtype)
-        try:
-            logits = encoder_classifier()(torch.randint(1, 20, (3, 6)))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        logits = model(tokens)
+        assert torch.equal(logits, source(tokens))
         assert logits.dtype == dtype and logits.isfinite().all()
 
     def test_self_attention_weights_in_float16(self):
@@ -987,46 +897,39 @@ class TestEncoder:
         weights = model.weights(torch.full((1, 3, 64), 8.0).half())
         check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
 
-    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
+    @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
     def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
         model = encoder_classifier(norm_first=norm_first, pool=pool)
         example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 12))
-        other[1, 4:], other[2] = 0, 0
-        dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
-        made = {
-            "script": torch.jit.script(model),
-            "trace": torch.jit.trace(model, (example,)),
-            "export": torch.export.export(model, (example,), dynamic_shapes=dynamic).module(),
-            "compile": torch.compile(model, fullgraph=True, backend="eager"),
-        }
-        for name, module in made.items():
-            check_close(module(other), model(other), 1e-6, name)
+        other[1, 4:] = 0
+        other[2] = 0
+        free = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
+        for made in (
+            torch.jit.script(model),
+            torch.jit.trace(model, (example,)),
+            torch.export.export(model, (example,), dynamic_shapes=free).module(),
+            torch.compile(model, fullgraph=True, backend="eager"),
+        ):
+            check_close(made(other), model(other), 1e-6)
 
-    # Refusals
+    # ---- refusals
 
-    @pytest.mark.parametrize(
-        "named, given",
-        [
-            ("n_heads.*d_model=9.*2", {"d_model": 9}), ("n_heads.*0", {"n_heads": 0}),
-            ("activation.*tanh", {"activation": "tanh"}), ("pool.*cls", {"pool": "cls"}),
-        ],
-    )  # fmt: skip
-    def test_encoder_config_refuses(self, named, given):
-        with pytest.raises(ValueError, match=named):
-            encoder_small(**given)
-
-    @pytest.mark.parametrize(
-        "given",
-        [
-            {"batch_first": False}, {"bias": False},
-            {"activation": F.silu}, {"activation": nn.GELU(approximate="tanh")},
-        ],
-    )  # fmt: skip
-    def test_from_torch_refuses(self, given):
-        theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
-        with pytest.raises(ValueError, match="from_torch|activation"):
-            encoder.EncoderLayer.from_torch(theirs)
+    def test_encoder_config_and_from_torch_refuse(self):
+        theirs = functools.partial(nn.TransformerEncoderLayer, 8, 2, 16)
+        ours = encoder.EncoderLayer.from_torch
+        for words, make in (
+            ("n_heads.*d_model=9.*2", lambda: encoder_small(d_model=9)),
+            ("n_heads.*0", lambda: encoder_small(n_heads=0)),
+            ("activation.*tanh", lambda: encoder_small(activation="tanh")),
+            ("pool.*cls", lambda: encoder_small(pool="cls")),
+            ("batch_first", lambda: ours(theirs())),
+            ("bias", lambda: ours(theirs(batch_first=True, bias=False))),
+            ("activation", lambda: ours(theirs(batch_first=True, activation=F.silu))),
+            ("activation", lambda: ours(theirs(activation=nn.GELU(approximate="tanh")))),
+        ):
+            with pytest.raises(ValueError, match=words):
+                make()
 
     def test_encoder_refuses_masks_and_lengths(self):
         model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
@@ -1041,17 +944,7 @@ class TestEncoder:
             with pytest.raises(ValueError, match="mask must be boolean"):
                 model.encoder.forward_with_weights(tokens, torch.ones(2, 12, dtype=dtype))
 
-    # Runs and demo
-
-    def test_train_is_a_function_of_its_seed(self):
-        """Twice the same; another seed of the training alone gives other batches, hence other weights."""
-        tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
-        for seed in (3, 3, 4):
-            torch.manual_seed(0)
-            model = encoder_classifier(dropout=0.1)
-            encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
-            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    # ---- demo
 
     def test_generate_reviews_are_twins(self):
         reviews = encoder.generate_reviews(4000, seed=5)
@@ -1059,19 +952,14 @@ class TestEncoder:
         assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
         for (positive, one), (negative, zero) in zip(reviews[::2], reviews[1::2], strict=True):
             assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
-            assert "{" not in positive and "  " not in positive + negative
 
-    def test_main_of_an_untrained_encoder_concludes_nothing(self, tmp_path, capsys):
-        encoder.main(encoder.Settings(epochs=0, out=str(tmp_path)))
-        assert "conclusion: none" in capsys.readouterr().out
-
-    def test_main_that_diverges_ends_in_a_sentence(self, tmp_path, capsys):
+    def test_main_that_diverges_ends_in_a_sentence(self, tmp_path):
         with pytest.raises(SystemExit, match="--lr"):
             encoder.main(encoder.Settings(lr=1e30, out=str(tmp_path)))
-        assert "conclusion" not in capsys.readouterr().out and not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_encoder_demo_alone_in_an_empty_folder(self, tmp_path):
-        """The file copied alone, on a terminal that knows ASCII only: table, picture, report."""
+        """On a terminal that knows ASCII only."""
         shutil.copy(ROOT / "encoder.py", tmp_path)
         result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path, PYTHONIOENCODING="ascii")
         summary = last_json(result)
@@ -1080,7 +968,6 @@ class TestEncoder:
             assert abs(summary[name] - 0.5) < 0.02
         report = json_of(tmp_path / summary["report"])
         assert {row["model"]: row["accuracy"] for row in report["rows"]}.items() <= summary.items()
-        assert {"cpu", "threads", "torch", "settings"} <= set(report)
         assert (tmp_path / "out/encoder/head.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -3713,14 +3600,22 @@ EXPORT_FORMATS = {
     "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
     "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
 }
+EXPORT_EVERY_WAY = pytest.mark.parametrize(
+    "name",
+    EXPORT_FORMATS,
+    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
+)
 
 
-def export_tokens(b: int, t: int, vocab_size: int = 50) -> Tensor:
-    """Ids with a tail of padding alone, and (in a batch) a row of nothing but padding."""
-    tokens = torch.randint(1, vocab_size, (b, t))
+def exported(name: str, model: nn.Module, example, folder: Path):
+    return export.load_artefact(EXPORT_FORMATS[name](model, example, folder))
+
+
+def export_tokens(b: int, t: int) -> Tensor:
+    """Ids below 50 with a tail of padding, and (in a batch) a row of nothing but padding."""
+    tokens = torch.randint(1, 50, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
-    if b > 1:
-        tokens[1] = 0
+    tokens[1:2] = 0
     return tokens
 
 
@@ -3733,13 +3628,18 @@ def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
         check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-def export_graph(path: Path):
-    """(kinds of operators, name -> weights) of an ONNX file."""
+def export_graph(path: Path) -> tuple[collections.Counter, dict[str, np.ndarray]]:
+    """Kinds of operators and name -> weights of an ONNX file."""
     import onnx
 
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
     return collections.Counter(node.op_type for node in graph.node), weights
+
+
+def int8_matrices(path: Path) -> dict[str, np.ndarray]:
+    weights = export_graph(path)[1]
+    return {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
 
 
 def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
@@ -3749,6 +3649,18 @@ def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
         linear = model.get_submodule(name)
         linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
     return model
+
+
+def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
+    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
+    expected = torch.zeros(n)
+    for x, label in examples:
+        with torch.enable_grad():
+            gate = torch.ones(n, requires_grad=True)
+            spread = gate.repeat_interleave(model.get_submodule(linear).in_features // n)
+            loss = F.cross_entropy(export_gated(model.eval(), {linear: spread})(x[None]), label[None])
+        expected += torch.autograd.grad(loss, gate)[0].abs() / len(examples)
+    return expected
 
 
 class ExportModule(nn.Module):
@@ -3765,42 +3677,41 @@ class ExportModule(nn.Module):
 
 def export_torch_module(name: str) -> nn.Module:
     """torch's own modules as people use them, of tokens (B, T)."""
-    embedding, head = nn.Embedding(50, 16), nn.Linear(16, 2)
-    if name == "bag":
-        return ExportModule(lambda m, x: m.head(m.bag(x)), bag=nn.EmbeddingBag(50, 16), head=head)
-    if name == "lstm":
-        lstm = nn.LSTM(16, 16, batch_first=True)
-        parts = {"embedding": embedding, "lstm": lstm, "head": head}
-        return ExportModule(lambda m, x: m.head(m.lstm(m.embedding(x))[0][:, -1]), **parts)
-    if name == "attention":
-        inner = nn.MultiheadAttention(16, 2, batch_first=True)
-    else:
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+    parts = {"embedding": nn.Embedding(50, 16), "head": nn.Linear(16, 2)}
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    parts["inner"] = {
+        "bag": nn.EmbeddingBag(50, 16),
+        "lstm": nn.LSTM(16, 16, batch_first=True),
+        "attention": nn.MultiheadAttention(16, 2, batch_first=True),
+    }.get(name) or nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
 
     def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
+        if name == "bag":
+            return m.head(m.inner(tokens))
         x = m.embedding(tokens)
+        if name == "lstm":
+            return m.head(m.inner(x)[0][:, -1])
         padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
         if name == "attention":
             x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
             x = m.inner(x, src_key_padding_mask=padding)
-        if "all places" in name:
-            return m.head(x.mean(1))
-        return m.head((x * ~padding[:, :, None]).sum(1) / (~padding).sum(1, keepdim=True))
+        if "all places" not in name:
+            x = x.masked_fill(padding[:, :, None], 0.0)
+        return m.head(x.mean(1))
 
-    return ExportModule(forward, embedding=embedding, inner=inner, head=head)
+    return ExportModule(forward, **parts)
 
 
 class ExportAttention(nn.Module):
     """Has the convention's parts, and does something else between them."""
 
-    def __init__(self, change: str):
+    def __init__(self, change: str = ""):
         super().__init__()
         self.change = change
         self.n_heads = 2
-        self.qkv_proj = nn.Linear(8, 24)
-        self.out_proj = nn.Linear(8, 8)
+        self.qkv_proj = nn.Linear(8, 24, bias=False)
+        self.out_proj = nn.Linear(8, 8).requires_grad_(False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         x = x * 1.5 if self.change == "scaled" else x
@@ -3809,8 +3720,32 @@ class ExportAttention(nn.Module):
         return (y, y) if self.change == "tuple" else y
 
 
+# Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
+EXPORT_FRESH = """
+import json, sys
+import numpy as np, onnxruntime, torch
+folder, sentences = sys.argv[1], sys.argv[2:]
+def session(name):
+    return onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
+metadata = session("original.int8").get_modelmeta().custom_metadata_map
+words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
+length = max(map(len, ids))
+tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
+names = "original", "original.int8", "original.e8", "original.static", "pruned.int8"
+answers = {name: session(name).run(None, {"tokens": tokens})[0] for name in names}
+tokens = torch.from_numpy(tokens)
+with torch.no_grad():
+    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
+    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
+    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
+print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
+"""
+
+
 class TestExport:
     PLACES = {"encoder": "encoder.layers", "own": "layers"}
+    BOTH = pytest.mark.parametrize("which", PLACES)
 
     @pytest.fixture(scope="class")
     def models(self) -> dict[str, nn.Module]:
@@ -3831,8 +3766,8 @@ class TestExport:
 
     # ---- formats
 
-    @pytest.mark.parametrize("name", EXPORT_FORMATS)
-    @pytest.mark.parametrize("which", ["encoder", "own"])
+    @EXPORT_EVERY_WAY
+    @BOTH
     def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
         model = models[which].train()
         before = torch.get_rng_state()
@@ -3845,50 +3780,49 @@ class TestExport:
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
-        """A query that may attend to nothing gets 0; masks broadcast, and are booleans or added."""
+        """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
         keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
         added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
+        ours, theirs = export.attention_for_onnx, F.scaled_dot_product_attention
         for mask in (None, keys, rows, added):
             for scale in (None, 0.7, -0.7):
-                y = export.attention_for_onnx(q, k, v, mask, scale=scale)
-                check_close(y, F.scaled_dot_product_attention(q, k, v, mask, scale=scale), tolerance)
-        shared = k[:, :2], v[:, :2, :, :3]
+                y = ours(q, k, v, mask, scale=scale)
+                check_close(y, theirs(q, k, v, mask, scale=scale), tolerance)
+        shared = q, k[:, :2], v[:, :2, :, :3]
         for rest in ((None, 0.0, True), (rows,)):
-            y = export.attention_for_onnx(q, *shared, *rest, enable_gqa=True)
-            check_close(y, F.scaled_dot_product_attention(q, *shared, *rest, enable_gqa=True), tolerance)
+            y = ours(*shared, *rest, enable_gqa=True)
+            check_close(y, theirs(*shared, *rest, enable_gqa=True), tolerance)
 
-    @pytest.mark.parametrize("kind", ["bool", "float"])
-    def test_export_onnx_attention_has_torchs_masks(self, kind, tmp_path):
+    def test_export_onnx_attention_has_torchs_masks(self, tmp_path):
         """In onnxruntime too, where a row may attend to nothing."""
-
-        def attend(m: nn.ModuleDict, x: Tensor, mask: Tensor) -> Tensor:
-            mask = mask[:, None, None, :]
-            mask = torch.where(mask, 0.5, -math.inf) if kind == "float" else mask
-            return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
-
-        model = ExportModule(attend)
-        example = torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5
-        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        attend = F.scaled_dot_product_attention
+        model = ExportModule(lambda _, x, mask: attend(x, x, x, mask[:, None, :]))
+        run = exported("onnx", model, (torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5), tmp_path)
         for b, t in ((1, 1), (2, 7), (5, 3)):
             x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
             check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
 
     TORCHS = [  # what the formats make of torch's own modules
-        ("attention", "onnx", "right"), ("attention", "program", "right"), ("encoder", "onnx", "right"),
-        ("encoder", "trace", "right"), ("encoder nested", "program", "right"), ("lstm", "trace", "right"),
-        ("bag", "onnx", "right"), ("bag", "program", "refused"), ("lstm", "program", "refused"),
-        ("encoder nested", "trace", "refused"), ("encoder nested, all places", "program", "refused"),
-    ]  # fmt: skip
+        ("attention", "onnx", "right"),
+        ("attention", "program", "right"),
+        ("encoder", "onnx", "right"),
+        ("encoder", "trace", "right"),
+        ("encoder nested", "program", "right"),
+        ("encoder nested", "trace", "refused"),
+        ("encoder nested, all places", "program", "refused"),
+        ("lstm", "trace", "right"),
+        ("lstm", "program", "refused"),
+        ("bag", "onnx", "right"),
+        ("bag", "program", "refused"),
+    ]
 
     @pytest.mark.parametrize("module,name,verdict", TORCHS)
     def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
         model = export_torch_module(module)
         if verdict == "right":
-            check_export(
-                export.load_artefact(EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)), model
-            )
+            check_export(exported(name, model, export_tokens(3, 9), tmp_path), model)
         else:
             with pytest.raises(ValueError, match="ExportModule"):
                 EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
@@ -3903,142 +3837,121 @@ class TestExport:
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        metadata = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in metadata.items()}
+        read = session.get_modelmeta().custom_metadata_map
+        read = {name: json.loads(value) for name, value in read.items()}
         assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
 
-    def test_exports_take_shapes_and_several_inputs(self, tmp_path):
-        """Lengths of their own, two or one; dynamic_shapes as torch.export takes them."""
+    def test_exports_take_two_lengths(self, tmp_path):
         model = transformer_tiny(dtype=torch.float32, n_layers=1)
         example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        run = exported("onnx", model, example, tmp_path)
         for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
+            src = torch.randint(3, 11, (batch, source))
+            tgt = torch.randint(3, 11, (batch, target))
             src[0, source // 2 + 1 :] = 0
             check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
+
+    def test_exports_take_dynamic_shapes(self, tmp_path):
         model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
         batch = torch.export.Dim("n", min=2, max=9)
-        x, y = torch.randn(3, 6), torch.randn(3)
         shapes = {"x": {0: batch}, "y": {0: batch}}
-        for write, suffix in ((export.export_program, "pt2"), (export.export_onnx, "onnx")):
-            run = export.load_artefact(write(model, [x, y], tmp_path / f"a.{suffix}", shapes))
-            check_close(run(torch.ones(9, 6), torch.ones(9)), model(torch.ones(9, 6), torch.ones(9)), 1e-6)
+        example, other = (torch.randn(3, 6), torch.randn(3)), (torch.randn(9, 6), torch.randn(9))
+        for write, suffix in ((export.export_onnx, "onnx"), (export.export_program, "pt2")):
+            run = export.load_artefact(write(model, example, tmp_path / f"a.{suffix}", shapes))
+            check_close(run(*other), model(*other), 1e-6)
         with pytest.raises(Exception, match="9"):
-            export.load_artefact(tmp_path / "a.pt2")(torch.ones(10, 6), torch.ones(10))
+            run(torch.ones(10, 6), torch.ones(10))
 
     def test_free_sizes_are_the_batch_and_lengths(self):
-        ids, auto = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 2, 2, dtype=torch.long)
+        ids = torch.zeros(3, 5, dtype=torch.long)
+        images = torch.zeros(3, 2, 2, dtype=torch.long)
         assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
-        inputs = ids, ids[:, :4] > 0, torch.zeros(3), torch.zeros(7), torch.zeros(3, 6), auto
-        assert export.free_sizes((*inputs, torch.zeros(3, 5, 6), torch.zeros(1, 5))) == (
-            {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {}, {0: "batch"},
-            {0: "batch"}, {0: "batch", 1: "length_6"}, {},
-        )  # fmt: skip
+        for other, free in (
+            (ids[:, :4] > 0, {0: "batch", 1: "length_1"}),
+            (torch.zeros(3), {0: "batch"}),
+            (torch.zeros(7), {}),
+            (torch.zeros(1, 5), {}),
+            (torch.zeros(3, 6), {0: "batch"}),
+            (images, {0: "batch"}),
+            (torch.zeros(3, 5, 6), {0: "batch", 1: "length_1"}),
+        ):
+            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free), other.shape
 
     @pytest.mark.parametrize("name", ["trace", "onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
-        """Outputs of -inf, large ones, several; a row beside a batch, scalars, inputs with gradients."""
+        """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
-            run = export.load_artefact(EXPORT_FORMATS[name](several, inputs, tmp_path))
-            found = run(torch.ones(7, 3), inputs[1])
-            assert torch.equal(found[0], 1 + inputs[1].expand(7, 3)) and found[1].all() and len(found) == 2
+            total, positive = exported(name, several, inputs, tmp_path)(torch.ones(7, 3), inputs[1])
+            assert torch.equal(total, 1 + inputs[1].expand(7, 3)) and positive.all()
         large = nn.Linear(512, 300)
-        torch.nn.init.normal_(large.weight, 0, 1e7)
-        run = export.load_artefact(EXPORT_FORMATS[name](large, torch.randn(2, 512), tmp_path))
+        nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        check_close(run(x), large(x).detach(), 1e-5)
-
-    def test_exports_hold_what_they_promise_or_refuse(self, tmp_path):
-        """A trace that has frozen a size isn't written."""
-        ids = torch.ones(3, 5, dtype=torch.long)
-        for function, example in (
-            (lambda m, x: sum(x[:, i] for i in range(x.size(1))), ids),
-            (lambda m, x: x.reshape(3, 2) if len(x) == 3 else x[:, :1] * 5, torch.ones(3, 2)),
-        ):
-            for name in ("trace", "program"):
-                with pytest.raises(ValueError, match="ExportModule"):
-                    EXPORT_FORMATS[name](ExportModule(function), example, tmp_path)
-        assert not list(tmp_path.iterdir())
+        check_close(exported(name, large, x[:2], tmp_path)(x), large(x).detach(), 1e-5)
 
     def test_a_trace_freezes_a_branch(self, tmp_path):
         x = torch.tensor([[3.0, -1.0]])
-        assert export.Gate()(x).tolist() == [[6.0, -2.0]] and export.Gate()(-x).tolist() == [[3.0, -1.0]]
-        found = {}
-        for name in ("trace", "script"):
-            found[name] = export.load_artefact(EXPORT_FORMATS[name](export.Gate(), x, tmp_path))(-x)
-        assert torch.equal(found["trace"], -2 * x) and torch.equal(found["script"], x)
+        assert export.Gate()(x).tolist() == [[6.0, -2.0]]
+        assert exported("trace", export.Gate(), x, tmp_path)(-x).tolist() == [[-6.0, 2.0]]
+        assert exported("script", export.Gate(), x, tmp_path)(-x).tolist() == [[3.0, -1.0]]
         for name in ("program", "onnx"):
             with pytest.raises(ValueError, match="torch.export can't capture Gate"):
                 EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
 
     # ---- refusals
 
-    @pytest.mark.parametrize("existing", [b"", b"an earlier artefact"])
-    @pytest.mark.parametrize("name", EXPORT_FORMATS)
-    def test_exports_refuse_by_name_and_write_nothing(self, name, existing, tmp_path):
-        class Strange(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                with open("/dev/null", "rb") as file:
-                    return x * len(file.read(1)) if float(x.sum()) > 0 else "no tensor"
-
-        class Random(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x + torch.rand(3)
-
-        suffix = {"program": "program.pt2", "onnx": "model.onnx"}.get(name, f"{name}.ts")
-        path = tmp_path / suffix
-        for model in (Strange(), Random()):
-            path.write_bytes(existing)
-            with pytest.raises(ValueError, match=type(model).__name__) as raised:
-                EXPORT_FORMATS[name](model, torch.zeros(2, 3), tmp_path)
+    @EXPORT_EVERY_WAY
+    def test_exports_refuse_by_name_and_write_nothing(self, name, tmp_path):
+        """What isn't a tensor, changes with each call, or was frozen at a size of the example."""
+        path = EXPORT_FORMATS[name](nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
+        path.write_bytes(b"an earlier artefact")
+        for function in (
+            lambda _, x: x if float(x.sum()) > 0 else "no tensor",
+            lambda _, x: x + torch.rand(4),
+            lambda _, x: sum(x[:, i] for i in range(x.size(1))),
+            lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
+        ):
+            with pytest.raises(ValueError, match="ExportModule") as raised:
+                EXPORT_FORMATS[name](ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
             assert "\n" not in str(raised.value)
-            assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == existing
+            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"an earlier artefact"
 
     def test_exports_refuse_bad_arguments(self, tmp_path):
         linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        for write, words in (
-            (lambda p: export.export_torchscript(linear, x, p, "compile"), "method.*trace.*script.*compile"),
-            (lambda p: export.export_program(linear, (x, 3), p), "must be tensors.*'Tensor', 'int'"),
-            (
-                lambda p: export.export_program(linear, x[:, :2], p),
-                "Linear refuses its example_inputs.*shapes",
-            ),
-            (lambda p: export.export_onnx(linear, x[:1], p), "can't capture Linear.*specialized"),
+        path, missing = tmp_path / "m", tmp_path / "nowhere.onnx"
+        for words, function, *arguments in (
+            ("method.*trace.*script.*compile", export.export_torchscript, linear, x, path, "compile"),
+            ("must be tensors.*'Tensor', 'int'", export.export_program, linear, (x, 3), path),
+            ("Linear refuses.*shapes", export.export_program, linear, x[:, :2], path),
+            ("can't capture Linear.*specialized", export.export_onnx, linear, x[:1], path),
+            ("nowhere", export.quantize_dynamic, missing, path),
+            ("onnx, .pt2 or .ts, got model.pth", export.load_artefact, "model.pth"),
         ):
             with pytest.raises(ValueError, match=words):
-                write(tmp_path / "m")
+                function(*arguments)
         with pytest.raises(TypeError, match="JSON"):
-            export.export_onnx(linear, x, tmp_path / "m", metadata={"labels": {1, 2}})
+            export.export_onnx(linear, x, path, metadata={"labels": {1, 2}})
+        with pytest.raises(FileNotFoundError):
+            export.load_artefact(missing)
+        for write in (export.export_torchscript, export.export_program, export.export_onnx):
+            with pytest.raises(OSError, match="nowhere"):
+                write(linear, x, tmp_path / "nowhere/m")
         assert not list(tmp_path.iterdir())
 
-    def test_places_that_cannot_be_written(self, onnx_file, tmp_path):
-        (tmp_path / "file").write_text("")
-        model, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        for write in (export.export_torchscript, export.export_program, export.export_onnx):
-            with pytest.raises(OSError, match="file"):
-                write(model, x, tmp_path / "file/m")
-        with pytest.raises(ValueError, match="nowhere"):
-            export.quantize_dynamic(tmp_path / "nowhere.onnx", tmp_path / "m")
-        assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-    @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
-    def test_load_artefact_refuses_what_is_damaged(self, suffix, tmp_path):
-        for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-            (tmp_path / f"a{suffix}").write_bytes(content)
-            with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-                export.load_artefact(tmp_path / f"a{suffix}")
-        with pytest.raises(FileNotFoundError):
-            export.load_artefact(tmp_path / f"b{suffix}")
-        with pytest.raises(ValueError, match="onnx, .pt2 or .ts, got model.pth"):
-            export.load_artefact("model.pth")
+    def test_load_artefact_refuses_what_is_damaged(self, tmp_path):
+        for suffix in (".onnx", ".pt2", ".ts"):
+            for content in (b"", b"no model", b"PK\x03\x04 and no more"):
+                path = tmp_path / f"a{suffix}"
+                path.write_bytes(content)
+                with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
+                    export.load_artefact(path)
 
     def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, and an export in a fifth: modes stay, and so do stderr and logging."""
-        model, example = models["encoder"], torch.randint(0, 50, (3, 20))
+        """From four threads at once, beside an export: modes, stderr and logging stay."""
+        model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
         paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
         root = logging.getLogger()
 
@@ -4047,7 +3960,6 @@ class TestExport:
             return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
 
         before = state()
-        model.train()
         with ThreadPoolExecutor(5) as pool:
             writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
             loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
@@ -4085,66 +3997,62 @@ class TestExport:
 
     @pytest.mark.parametrize("bits", [7, 8])
     def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
-        """int8 matrices with a scale a column; attention and metadata untouched; 7 bits unless asked."""
-        import onnx
-
+        """A scale a column, 7 bits unless asked; attention and metadata stay."""
         wide = {} if bits == 7 else {"reduce_range": False}
         path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
         kinds, weights = export_graph(path)
-        matrices = {n: w for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+        matrices = int8_matrices(path)
         linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
-        assert sorted(w.shape for w in matrices.values()) == sorted(m.weight.T.shape for m in linears)
         unmatched = [m.weight.detach().T.numpy() for m in linears]
+        assert sorted(w.shape for w in matrices.values()) == sorted(w.shape for w in unmatched)
         for name, w in matrices.items():
             scale = weights[name.removesuffix("_quantized") + "_scale"]
             assert scale.shape == (w.shape[1],), name
             errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
             assert min(errors) <= 0.51 * scale.max(), name  # half a unit
-            assert 2 * 255 * np.abs(w.astype(int)).max() <= 32767 or bits == 8, "saturates without VNNI"
-        assert max(np.abs(w.astype(int)).max() for w in matrices.values()) > (2 ** (bits - 1)) - 3
+            assert 2 * 255 * np.abs(w).max() <= 32767 or bits == 8, "saturates without VNNI"
+        assert max(np.abs(w).max() for w in matrices.values()) > 2 ** (bits - 1) - 3
         assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
-        kept = {x.key: x.value for x in onnx.load(path).metadata_props}
-        assert json.loads(kept["note"]) == "gut, süß" and json.loads(kept["max_len"]) == 224
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.05)
+        run = export.load_artefact(path)
+        assert json.loads(run.metadata["note"]) == "gut, süß"
+        check_export(run, models["encoder"], tolerance=0.05)
 
     def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
         model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
         fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
-        tokens, table = torch.arange(5000).view(1, -1), 5000 * 64
-        for embeddings, low, high in ((False, 4.0, 4.1), (True, 1.0, 1.1)):
+        tokens = torch.arange(5000).view(1, -1)
+        for embeddings, n_bytes in ((False, 4), (True, 1)):
             path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
             check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
-            assert low * table < path.stat().st_size < high * table
+            assert n_bytes < path.stat().st_size / (5000 * 64) < n_bytes + 0.1
 
     def test_quantize_static_learns_its_ranges(self, tmp_path):
         """The range of an activation is the calibration's: what lies beyond it is clipped."""
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
-        fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx", metadata={"labels": "ab"})
+        fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx")
         calibration = ({"input": torch.rand(size, 4) * 2 - 1} for size in (2, 5, 1, 50))
-        run = export.load_artefact(export.quantize_static(fp32, tmp_path / "s.onnx", calibration))
+        path = export.quantize_static(fp32, tmp_path / "s.onnx", calibration)
         inside, beyond = torch.rand(50, 4) * 1.6 - 0.8, torch.full((1, 4), 40.0)
+        run = export.load_artefact(path)
         check_close(run(inside), model(inside).detach(), 0.05)
-        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization would follow
-        kinds, weights = export_graph(tmp_path / "s.onnx")
-        assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        largest = [np.abs(w.astype(int)).max() for w in weights.values() if w.dtype == np.int8]
-        assert largest and 2 * 255 * max(largest) <= 32767
+        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization follows:
+        dynamic = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
+        check_close(dynamic(beyond), model(beyond).detach(), 0.05)
+        kinds, weights = export_graph(path)
+        assert kinds["QuantizeLinear"] and not kinds["DynamicQuantizeLinear"]
         points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
         assert points == {"uint8"}  # activations
-        run = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
-        check_close(run(beyond), model(beyond).detach(), 0.05)
         wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        matrices = [w for w in export_graph(wide)[1].values() if w.dtype == np.int8]
-        assert max(np.abs(w.astype(int)).max() for w in matrices) == 127
+        for file, largest in ((path, (62, 63, 64)), (wide, (127,))):
+            assert max(np.abs(w).max() for w in int8_matrices(file).values()) in largest
 
     def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
         feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
         path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
         check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
         linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
-        kinds, weights = export_graph(path)
-        assert sum(w.dtype == np.int8 and w.ndim == 2 for w in weights.values()) == linears
+        assert len(int8_matrices(path)) == linears
 
     def test_quantization_refuses(self, onnx_file, tmp_path):
         ids = torch.ones(2, 5, dtype=torch.long)
@@ -4157,14 +4065,10 @@ class TestExport:
         assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
 
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
-        for cpu, has in (
-            ({"avx2": True}, False), ({"avx2": True, "avx512_bf16": True}, True),
-            ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
-            ({"bf16": True}, True), ({"bf16": False}, False),
-        ):  # fmt: skip
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
-            model = nn.Linear(2, 2)
-            assert export.has_bf16() == has, cpu
+        model = nn.Linear(2, 2)
+        for name, has in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True), ("bf16", True)):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+            assert export.has_bf16() == has, name
             with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
                 assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
             assert model.weight.dtype == torch.float32
@@ -4172,167 +4076,140 @@ class TestExport:
     # ---- pruning
 
     def test_prune_unstructured_zeroes_the_smallest(self):
-        model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-        with torch.no_grad():
-            model[3].weight.mul_(10)  # ranked over all layers, so these survive
+        """Of Linear and Conv weights, ranked over all layers; in a copy."""
+        model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
+        nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
-        before = {name: p.clone() for name, p in model.state_dict().items()}
-        old = torch.cat([model[i].weight.flatten() for i in (1, 3)])
+        old = torch.cat([model[i].weight.flatten() for i in (1, 2)]).clone()
         for amount in (0, 0.25, 0.5, 1):
             pruned = export.prune_unstructured(model, amount)
-            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 3)])
-            assert (weights == 0).sum() == round(amount * 300), amount
-            kept = weights != 0
-            assert torch.equal(weights[kept], old[kept])
-            assert not 0 < amount < 1 or old[~kept].abs().max() <= old[kept].abs().min()
-            assert pruned.state_dict().keys() == before.keys()  # no mask left beside
+            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 2)])
+            threshold = old.abs().sort().values[: round(amount * 300)].max() if amount else 0
+            assert torch.equal(weights, old * (old.abs() > threshold)), amount
+            assert pruned.state_dict().keys() == model.state_dict().keys()
             assert torch.equal(pruned[0].weight, model[0].weight)
-            assert not pruned[1].weight.requires_grad and pruned[3].weight.requires_grad
-        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-        for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1)[0].weight.any()
-        for amount in (-0.1, 1.5, 7):
+            assert not pruned[1].weight.requires_grad and pruned[2].weight.requires_grad
+        assert torch.equal(torch.cat([model[i].weight.flatten() for i in (1, 2)]), old)
+        for amount in (-0.1, 1.5):
             with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
                 export.prune_unstructured(model, amount)
         with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
             export.prune_unstructured(nn.GELU(), 0.5)
 
-    @pytest.mark.parametrize("which", ["encoder", "own"])
-    @pytest.mark.parametrize(
-        "part,keep", [("head", 1), ("head", 2), ("head", 3), ("neuron", 1), ("neuron", 7)]
-    )
-    def test_pruned_models_equal_masked_ones(self, models, which, part, keep):
-        model, place = models[which].eval(), self.PLACES[which]
-        module, reader, width, n = (
-            ("self_attention", "out_proj", 8, 3) if part == "head" else ("ffn", "2", 1, 32)
-        )
-        scores = {f"{place}.{i}.{module}": torch.rand(n) for i in range(2)}
-        prune = export.prune_heads if part == "head" else export.prune_neurons
-        smaller = prune(model, scores, keep)
+    @BOTH
+    @pytest.mark.parametrize("prune", ["prune_heads", "prune_neurons"])
+    @pytest.mark.parametrize("keep", [1, 2, 3])
+    def test_pruned_models_equal_masked_ones(self, models, which, prune, keep):
+        model = models[which].eval()
+        module, writer, reader, width, n = "ffn", "0", "2", 1, 32
+        if prune == "prune_heads":
+            module, writer, reader, width, n = "self_attention", "qkv_proj", "out_proj", 8, 3
+        scores = {f"{self.PLACES[which]}.{i}.{module}": torch.rand(n) for i in range(2)}
+        smaller = getattr(export, prune)(model, scores, keep)
         gates = {}
         for name, score in scores.items():
-            gate = torch.zeros(n)
-            gate[score.argsort()[-keep:]] = 1
+            gate = (score >= score.sort().values[-keep]).float()
             gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
         tokens = export_tokens(5, 40)
         masked = export_gated(model, gates)(tokens)
         check_close(smaller(tokens), masked, 1e-6)
         assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
         for name in scores:
-            linear = smaller.get_submodule(f"{name}.{reader}")
-            assert linear.weight.shape == (24, width * keep) == (linear.out_features, linear.in_features)
-            first = smaller.get_submodule(f"{name}.{'qkv_proj' if part == 'head' else '0'}")
-            rows = 3 * 8 * keep if part == "head" else keep
-            assert (first.out_features, first.in_features) == first.weight.shape == (rows, 24)
-            assert model.get_submodule(f"{name}.{reader}").weight.shape == (24, width * n)  # left whole
-        again = export.load_pruned(model, smaller.state_dict())
-        assert torch.equal(again(tokens), smaller(tokens)) and not again.training
-        assert torch.equal(export.load_pruned(smaller, smaller.state_dict())(tokens), smaller(tokens))
+            last = smaller.get_submodule(f"{name}.{reader}")
+            assert last.weight.shape == (24, width * keep) == (last.out_features, last.in_features)
+            first = smaller.get_submodule(f"{name}.{writer}")
+            rows = width * keep * (3 if prune == "prune_heads" else 1)
+            assert first.weight.shape == (rows, 24) == (first.out_features, first.in_features)
+            assert model.get_submodule(f"{name}.{reader}").in_features == width * n, "left whole"
+        for start in (model, smaller):
+            again = export.load_pruned(start, smaller.state_dict())
+            assert torch.equal(again(tokens), smaller(tokens)) and not again.training
 
-    @pytest.mark.parametrize("which", ["encoder", "own"])
-    def test_importance_is_the_derivative_by_a_gate(self, models, which):
-        """Michel's definition: a gate of 1 on each head and example; |dloss/dgate|, mean over examples."""
-        model, place = models[which].train(), self.PLACES[which]
+    @BOTH
+    def test_head_importance_is_the_derivative_by_a_gate(self, models, which):
+        model = models[which].train()
         batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-        heads = export.head_importance(model, iter(batches))
-        neurons = export.neuron_importance(model, [(tokens, labels) for (tokens,), labels in batches])
+        found = export.head_importance(model, iter(batches))
         assert all(module.training and not module._forward_pre_hooks for module in model.modules())
         assert all(p.grad is None for p in model.parameters())
-        model.eval()
-        for found, width, part in ((heads, 8, "self_attention.out_proj"), (neurons, 1, "ffn.2")):
-            assert [name.split(".")[-1] for name in found] == [part.split(".")[0]] * 2
-            for layer, scores in enumerate(found.values()):
-                expected = torch.zeros_like(scores)
-                for (tokens,), labels in batches:
-                    for row, label in zip(tokens, labels, strict=True):  # one by one
-                        gate = torch.ones(len(scores), requires_grad=True)
-                        spread = {f"{place}.{layer}.{part}": gate.repeat_interleave(width)}
-                        loss = F.cross_entropy(export_gated(model, spread)(row[None]), label[None])
-                        expected += torch.autograd.grad(loss, gate)[0].abs() / 7
-                check_close(scores, expected, 1e-6)
-                assert scores.max() > 0
+        examples = [pair for (x,), y in batches for pair in zip(x, y, strict=True)]
+        for i in range(2):
+            name = f"{self.PLACES[which]}.{i}.self_attention"
+            check_close(found[name], export_derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
-        assert not torch.allclose(squared[f"{place}.0.self_attention"], heads[f"{place}.0.self_attention"])
+        assert not torch.allclose(squared[name], found[name])
 
     @torch.no_grad()
     @pytest.mark.parametrize("frozen", [False, True])
-    def test_importance_of_a_net_that_is_called_twice(self, frozen):
+    def test_neuron_importance_of_a_net_that_is_called_twice(self, frozen):
         """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
 
         def net() -> nn.Sequential:
             return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
 
-        def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
-            return m.head(m.net(x + m.net(x)))
-
-        model = ExportModule(forward, net=net(), unused=net(), head=nn.Linear(6, 2)).requires_grad_(
-            not frozen
-        )
-        batches = [(torch.randn(5, 6), torch.randint(2, (5,))) for _ in range(2)]
-        found = export.neuron_importance(model, batches)
-        expected = torch.zeros(8)
-        for x, y in ((x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(5)):
-            gate = torch.ones(8, requires_grad=True)
-            with torch.enable_grad():
-                loss = F.cross_entropy(export_gated(model.eval(), {"parts.net.3": gate})(x), y)
-            expected += torch.autograd.grad(loss, gate)[0].abs() / 10
+        parts = {"net": net(), "unused": net(), "head": nn.Linear(6, 2)}
+        model = ExportModule(lambda m, x: m.head(m.net(x + m.net(x))), **parts)
+        model.requires_grad_(not frozen)
+        x, y = torch.randn(10, 6), torch.randint(2, (10,))
+        found = export.neuron_importance(model, list(zip(x.split(5), y.split(5), strict=True)))
+        expected = export_derivative(model, "parts.net.3", 8, list(zip(x, y, strict=True)))
         check_close(found["parts.net"], expected, 1e-6)
         assert not found["parts.unused"].any()
         pruned = export.prune_neurons(model, found, keep=3)
-        assert pruned.parts.net[0].out_features == 3 and pruned(torch.randn(2, 6)).shape == (2, 2)
+        assert pruned.parts.net[0].out_features == 3 and pruned(x).shape == (10, 2)
         assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
-
-    def test_pruned_attention_keeps_what_is_frozen(self):
-        attention = export.SelfAttention(
-            nn.Linear(12, 36, bias=False), nn.Linear(12, 12).requires_grad_(False), 3
-        )
-        smaller = export.prune_heads(nn.Sequential(attention), {"0": torch.rand(3)}, 2)
-        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
-        assert smaller[0].training and smaller[0].qkv_proj.bias is None
 
     def test_pruning_refuses_what_it_does_not_know(self, models):
         model = models["own"]
         heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
         neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
         for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
-            for keep in (0, n + 1, -1):
+            for keep in (0, n + 1):
                 with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
                     prune(model, scores, keep)
             for wrong in ({}, {name: torch.ones(5) for name in scores}):
                 with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
                     prune(model, wrong, 2)
+        for importance in (export.head_importance, export.neuron_importance):
+            with pytest.raises(ValueError, match="GELU"):
+                importance(nn.GELU(), [])
+        with pytest.raises(ValueError, match="batches must hold at least one"):
+            export.head_importance(model, [])
+
+    def test_load_pruned_refuses_other_state_dicts(self, models):
+        model = models["own"]
         state = model.state_dict()
         wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
         less = {name: p for name, p in state.items() if "out_proj" not in name}
         for wrong in (wide, less, {}):
             with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
                 export.load_pruned(model, wrong)
+
+    def test_prune_heads_takes_plain_attention_alone(self):
+        scores = {"0": torch.ones(2)}
         for change in ("scaled", "mask ignored", "tuple"):
             with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportAttention(change)), {"0": torch.ones(2)}, 1)
-        export.prune_heads(nn.Sequential(ExportAttention("")), {"0": torch.ones(2)}, 1)
-        shared = ExportAttention("")
+                export.prune_heads(nn.Sequential(ExportAttention(change)), scores, 1)
+        plain = ExportAttention()
         with pytest.raises(ValueError, match="stands in two places"):
-            export.prune_heads(nn.Sequential(shared, shared), {"0": torch.ones(2)}, 1)
-        for importance, other in (
-            (export.head_importance, nn.Linear(3, 3)),
-            (export.neuron_importance, nn.GELU()),
-        ):
-            with pytest.raises(ValueError, match=type(other).__name__):
-                importance(other, [])
-        with pytest.raises(ValueError, match="batches must hold at least one"):
-            export.head_importance(model, [])
+            export.prune_heads(nn.Sequential(plain, plain), scores, 1)
+        (smaller,) = export.prune_heads(nn.Sequential(plain), scores, 1)
+        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
+        assert smaller.training and smaller.qkv_proj.bias is None
 
     def test_feed_forwards_are_linear_elementwise_linear(self):
-        """A Softmax mixes neurons, a Dropout alone has none: only known functions may stand between."""
+        """A Softmax mixes neurons, a Dropout alone has none."""
         first, last = nn.Linear(4, 6), nn.Linear(6, 4)
-        for net, found in (
-            ([first, nn.ReLU(), last], 1), ([first, nn.GELU(), nn.Dropout(), last], 1),
-            ([first, nn.Softmax(-1), last], 0), ([first, nn.ReLU(), nn.Dropout()], 0),
-            ([nn.Dropout(), nn.ReLU(), last], 0), ([first, nn.Unflatten(1, (2, 3)), nn.Flatten(1), last], 0),
-            ([first, nn.LayerNorm(6), last], 0), ([first, last], 0),
-        ):  # fmt: skip
-            assert len(export.feed_forwards(nn.Sequential(*net))) == found, net
+        for n, *net in (
+            (1, first, nn.ReLU(), last),
+            (1, first, nn.GELU(), nn.Dropout(), last),
+            (0, first, nn.Softmax(-1), last),
+            (0, first, nn.ReLU(), nn.Dropout()),
+            (0, nn.Dropout(), nn.ReLU(), last),
+            (0, first, nn.LayerNorm(6), last),
+            (0, first, last),
+        ):
+            assert len(export.feed_forwards(nn.Sequential(*net))) == n, net
         net = nn.Sequential(first, nn.ReLU(), last)
         smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
         x = torch.randn(5, 4)
@@ -4341,7 +4218,7 @@ class TestExport:
     # ---- the evidence
 
     def test_benchmark_alternates_and_counts(self, monkeypatch):
-        """A clock that the models advance; the first call of a turn, which takes longer, isn't counted."""
+        """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
@@ -4355,49 +4232,46 @@ class TestExport:
             return run
 
         runners = {"a": model("a", 0.001), "b": model("b", 0.004), "c": model("c", 0.002)}
-        results = export.benchmark(
-            runners, {"mix": [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]}, seconds=0.0
-        )
-        assert len(calls) == 3 * 3 * 6  # one round of warm-up, five that count
-        rounds = [tuple(calls[i : i + 9 : 3]) for i in range(0, 54, 9)]
+        mix = [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]
+        results = export.benchmark(runners, {"mix": mix}, seconds=0.0)
+        rounds = [tuple(calls[i : i + 9 : 3]) for i in range(0, len(calls), 9)]
+        assert len(rounds) == 6  # one of warm-up, five that count
         assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
         assert results["a"]["mix"] == {"p50_ms": 2.0, "p90_ms": 3.0, "throughput": 1000.0}
         assert results["b"]["mix"]["throughput"] == 250.0 and results["c"]["mix"]["p50_ms"] == 4.0
         calls.clear()
-        export.benchmark(runners, {"x": [(torch.zeros(1, 4),)]}, seconds=1000.0)
+        export.benchmark(runners, {"x": mix[:1]}, seconds=1000.0)
         assert len(calls) > 300  # as long as it may
 
     def test_export_all_recommends_by_agreement_and_says_what_is_refused(self, tmp_path):
-        """The fastest that agrees, whatever the labels are; a model with an `if` has no .pt2 and no ONNX."""
+        """The fastest that agrees, whatever the labels are."""
         x = torch.randn(64, 64)
         slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
-        slow[2].bias.data[0] = 5.0  # its answer is mostly 0
+        nn.init.constant_(slow[2].bias[:1], 5.0)  # its answer is mostly 0
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
-        with torch.no_grad():
-            fast[1].weight.zero_()
-            fast[1].bias.copy_(torch.tensor([0.0, 1.0]))  # its answer is always 1
+        nn.init.zeros_(fast[1].weight)
+        nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
         labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
         cases = {"first": [(x,)], "other": [(x[:1],)]}
         models = {"it": slow, "fast": fast}
-        report = export.export_all(models, x, [((x,), labels)], cases, [], tmp_path / "a/b", seconds=0.01)
+        out = tmp_path / "a/b"
+        report = export.export_all(models, x, [((x,), labels)], cases, [], out, seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(report["refused"])
-        assert "capture Sequential" in report["refused"]["fast, ONNX"]
-        assert "ONNX int8, static" in report["refused"]  # without calibration
-        assert {"eager", "TorchScript, trace", "TorchScript, script", "ONNX", "ONNX int8, dynamic"} <= set(
-            rows
-        )
-        assert rows["fast, TorchScript, trace"]["accuracy"] == 1 > rows["eager"]["accuracy"]
+        refused = report["refused"]
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(refused)
+        assert "capture Sequential" in refused["fast, ONNX"]
+        assert "ONNX int8, static" in refused  # without calibration
         for row in rows.values():
-            assert row["size_bytes"] == (tmp_path / "a/b" / row["file"]).stat().st_size
+            assert row["size_bytes"] == (out / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
-            assert (
-                row["p50_ms"] == row["latency"]["first"]["p50_ms"] <= row["p90_ms"] and row["throughput"] > 0
-            )
+            assert row["p50_ms"] == row["latency"]["first"]["p50_ms"]
         agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
         assert report["recommended"] == min(agreeing, key=lambda row: row["p50_ms"])["name"]
-        assert rows["fast, TorchScript, trace"] not in agreeing and rows["ONNX"] in agreeing
-        assert slow.training and report["case"] == "first" and report["threads"] == torch.get_num_threads()
+        disagreeing = rows["fast, TorchScript, trace"]
+        assert disagreeing["accuracy"] == 1 > rows["eager"]["accuracy"]
+        assert disagreeing not in agreeing and rows["ONNX"] in agreeing
+        assert slow.training and report["case"] == "first"
+        assert report["threads"] == torch.get_num_threads()
 
     # ---- the demo
 
@@ -4405,81 +4279,48 @@ class TestExport:
     def demo(self, tmp_path_factory):
         """A run of the demo in an empty folder, without a compiler and without a network."""
         folder = tmp_path_factory.mktemp("export")
-        without = {
-            "PATH": str(folder),
-            "http_proxy": "http://127.0.0.1:9",
-            "https_proxy": "http://127.0.0.1:9",
-        }
-        result = run_script(
-            "export.py", "--seconds", "0.002", "--out", "run", cwd=folder, timeout=600, **without
-        )
+        nowhere = "http://127.0.0.1:9"
+        without = {"PATH": str(folder), "http_proxy": nowhere, "https_proxy": nowhere}
+        arguments = "--seconds", "0.002", "--out", "run"
+        result = run_script("export.py", *arguments, cwd=folder, timeout=600, **without)
         return folder / "run", result
 
     def test_demo_reports_all_formats(self, demo):
         out, result = demo
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
-        assert summary["recommended"] == report["recommended"] and summary["report"] == "run/report.json"
+        assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
-        formats = {"TorchScript, trace", "TorchScript, script", "torch.export", "torch.export, bf16", "ONNX"}
-        formats |= {f"ONNX int8, {kind}" for kind in ("dynamic", "dynamic, embeddings", "static")}
-        expected = formats | {f"pruned, {name}" for name in formats} | {"eager"}
+        formats = export.formats(nn.Identity(), None, None, "")
+        expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
         assert set(rows) | set(report["refused"]) == expected
         assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
         for name, row in rows.items():
-            assert row["size_bytes"] == (out / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
                 exact = "int8" not in name and "bf16" not in name
-                assert (
-                    row["max_abs_diff"] <= (1e-4 if exact else 1) and row["agreement"] >= 0.99 + 0.01 * exact
-                )
+                assert row["max_abs_diff"] <= (1e-4 if exact else 1)
+                assert row["agreement"] >= (1 if exact else 0.99)
                 assert row["accuracy"] >= rows["eager"]["accuracy"] - 0.003
-        assert rows["pruned, ONNX"]["size_bytes"] < 0.6 * rows["ONNX"]["size_bytes"]
-        assert rows["ONNX int8, dynamic"]["size_bytes"] < 0.5 * rows["ONNX"]["size_bytes"]
+        sizes = {name: row["size_bytes"] for name, row in rows.items()}
+        assert max(sizes["pruned, ONNX"], sizes["ONNX int8, dynamic"]) < 0.6 * sizes["ONNX"]
         assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
         assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
         assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
-        for key in ("cpu", "threads", "torch", "seconds", "settings"):
-            assert report[key], key
-        assert report["control_flow"] == {
-            "TorchScript, trace": "wrong, silently", "TorchScript, script": "right",
-            "torch.export": "refused",
-        }  # fmt: skip
+        found = list(report["control_flow"].values())
+        assert found == ["wrong, silently", "right", "refused"]  # trace, script, torch.export
         whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
         assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
 
-    # Reads nothing but the artefacts: -I leaves neither the project nor PYTHONPATH on the path.
-    FRESH = """
-import json, sys
-import numpy as np, onnxruntime, torch
-folder, sentences = sys.argv[1], sys.argv[2:]
-session = onnxruntime.InferenceSession(f"{folder}/original.int8.onnx", providers=["CPUExecutionProvider"])
-metadata = session.get_modelmeta().custom_metadata_map
-words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
-ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
-length = max(map(len, ids))
-tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
-answers = {}
-for name in ("original", "original.int8", "original.e8", "original.static", "pruned.int8"):
-    session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-    answers[name] = session.run(None, {"tokens": tokens})[0]
-tokens = torch.from_numpy(tokens)
-with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
-print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
-"""
-
     def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone is finite and the same in all formats."""
+        """With the words from the metadata; a row of padding alone, too."""
         sentences = {
-            "the plot was superb": "positive", "the plot was not superb": "negative",
+            "the plot was superb": "positive",
+            "the plot was not superb": "negative",
             "the script was dull but the music was not awful": "positive",
             "the music was gripping but the cast was lifeless": "negative",
-        }  # fmt: skip
-        command = [sys.executable, "-I", "-W", "ignore", "-c", self.FRESH, str(demo[0]), *sentences]
+        }
+        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(demo[0]), *sentences]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         answers = last_json(result)
         weights = torch.load(demo[0] / "weights.pt", weights_only=True)
@@ -5617,25 +5458,7 @@ class TestClassifyImdb:
 
 
 # -----------------------------------------------------------------------------
-# README's quiz: where a number is asked, it is computed here
-
-
-class DrawnModel(nn.Module):
-    """After each beginning another distribution of the next token, drawn at random."""
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.logits = transformer.TransformerConfig(16, max_len=8), torch.randn(9973, 16)
-
-    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
-
-    def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        past = [layer[0] for layer in cache.get("layers", [])]
-        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
-        cache["layers"] = [(beginning, beginning)]
-        numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
-        return self.logits[numbers][:, None]  # (B, 1, V)
+# assets/quiz.md: numbers that no other test computes
 
 
 class TestQuiz:
@@ -5647,47 +5470,21 @@ class TestQuiz:
         slope = [(w * (1 - w)).mean() for w in (many.softmax(-1), (many / 8).softmax(-1))]
         assert slope[0] < slope[1] / 2  # nearly one-hot: nearly no gradient
 
-    def test_quiz_a_row_without_keys(self):
-        hidden = torch.zeros(4, dtype=torch.bool)
-        scores = torch.randn(4)
-        assert torch.equal(scores.masked_fill(~hidden, -1e9).softmax(-1), torch.full((4,), 0.25))
-        assert scores.masked_fill(~hidden, -math.inf).softmax(-1).isnan().all()
-        weights = attention.scaled_dot_product_attention(*torch.randn(3, 4, 8), mask=hidden)[1]
-        assert (weights == 0).all()
-
-    def test_quiz_masks_are_the_other_way_round(self):
-        hidden = torch.rand(5, 5) < 0.5
-        hidden.fill_diagonal_(False)  # no row without a key, either way
-        hidden[torch.arange(5), torch.arange(5).roll(1)] = True
-        x = torch.randn(1, 5, 8)
-        weights = nn.MultiheadAttention(8, 1, batch_first=True)(x, x, x, attn_mask=hidden)[1]
-        assert (weights[0][hidden] == 0).all() and (weights[0][~hidden] > 0).all()
-        output, weights = attention.scaled_dot_product_attention(x, x, x, hidden)
-        assert (weights[0][hidden] > 0).all() and (weights[0][~hidden] == 0).all()
-        check_close(F.scaled_dot_product_attention(x, x, x, hidden), output, 1e-5)
-
-    def test_quiz_torch_triangle_is_top_left(self):
-        q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
-        check_close(F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., 0, :], v[..., 0, :], 1e-6)
-        weights = attention.scaled_dot_product_attention(q, k, v, causal=True)[1]
-        assert (weights > 0).all() and attention.causal_mask(1, 6).all()
-
     def test_quiz_sizes(self):
         def size(module: nn.Module) -> int:
             return sum(p.numel() for p in module.parameters())
 
         q = torch.empty(8, 8192, 64, device="meta")
         assert attention.scaled_dot_product_attention(q, q, q)[1].nbytes == 2 * 2**30
-        assert (
-            size(attention.MultiHeadAttention(512, 8))
-            == size(attention.MultiHeadAttention(512, 16))
-            == 1_050_624
-        )
+        for n_heads in (8, 16):
+            assert size(attention.MultiHeadAttention(512, n_heads)) == 1_050_624
         layer = encoder.EncoderLayer(encoder.EncoderConfig(vocab_size=1, d_model=128, d_ff=512))
-        assert size(layer) == 198_272 and size(layer.self_attention) == 66_048 and size(layer.ffn) == 131_712
+        assert size(layer) == 198_272
+        assert size(layer.self_attention) == 66_048 and size(layer.ffn) == 131_712
         with torch.device("meta"):
-            assert size(transformer.Transformer(transformer.TransformerConfig())) == 63_082_496
-            assert size(transformer.Transformer(transformer.TransformerConfig(tied=False))) == 100_970_496
+            for tied, n in ((True, 63_082_496), (False, 100_970_496)):
+                config = transformer.TransformerConfig(tied=tied)
+                assert size(transformer.Transformer(config)) == n
         weight = nn.Parameter(torch.ones(1000))
         optimizer = torch.optim.AdamW([weight])
         weight.sum().backward()
@@ -5695,48 +5492,25 @@ class TestQuiz:
         moments = [v for v in optimizer.state[weight].values() if v.numel() > 1]
         assert sum(t.nbytes for t in (weight, weight.grad, *moments)) == 16 * 1000
 
-    def test_quiz_attention_sees_a_set(self):
-        q, k, v = torch.randn(3, 5, 8, dtype=torch.float64)
-        order = torch.tensor([3, 1, 4, 0, 2])
-        plain = attention.scaled_dot_product_attention(q, k, v)[0]
-        check_close(attention.scaled_dot_product_attention(q, k[order], v[order])[0], plain, 1e-12)
-        check_close(attention.scaled_dot_product_attention(q[order], k, v)[0], plain[order], 1e-12)
-
     def test_quiz_wavelengths(self):
         longest = 2 * math.pi * 10_000 ** (126 / 128)
         assert round(longest) == 54_410
         encoding = encoder.sinusoidal_positional_encoding(54_411, 128).double()
         check_close(encoding[54_410, -2:], encoding[0, -2:], 1e-3)
         assert (encoding[300:54_000, -1] < 1).all(), "no earlier return"
-        check_close(encoding[:100, 0], (torch.arange(100.0).double()).sin(), 1e-6)
 
     def test_quiz_noam_peak(self):
         rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 8000)]
         assert rates.index(max(rates)) + 1 == 4000 and round(max(rates), 6) == 0.000699
 
     def test_quiz_smoothing_floor(self):
-        target = torch.tensor([0.925, 0.025, 0.025, 0.025], dtype=torch.float64)
-        floor = losses.label_smoothing_cross_entropy(target.log()[None], torch.tensor([0]), 0.1).item()
+        target = torch.tensor([[0.925, 0.025, 0.025, 0.025]], dtype=torch.float64)
+        label = torch.tensor([0])
+        floor = losses.label_smoothing_cross_entropy(target.log(), label, 0.1).item()
         assert round(floor, 3) == 0.349
         for _ in range(100):
             z = torch.randn(1, 4, dtype=torch.float64) * 5
-            assert losses.label_smoothing_cross_entropy(z, torch.tensor([0]), 0.1).item() >= floor
-
-    def test_quiz_length_penalty(self):
-        def score(log_probability: float, n: int) -> float:
-            return log_probability / ((5 + n) / 6) ** 0.6
-
-        assert round(score(-4.0, 5), 2) == -2.94 and round(score(-4.6, 8), 2) == -2.89
-
-    def test_quiz_a_wider_beam_may_find_less(self):
-        gains, _ = [], torch.manual_seed(0)
-        for _ in range(150):
-            model = DrawnModel()
-            narrow, wide = (
-                transformer.beam_search(model, torch.ones(1, 1), 6, beam, 0.0)[1] for beam in (2, 3)
-            )
-            gains.append((wide - narrow).item())
-        assert min(gains) < -1 and statistics.fmean(gains) > 0.5
+            assert losses.label_smoothing_cross_entropy(z, label, 0.1).item() >= floor
 
     def test_quiz_decay_within_adam_spares_large_gradients(self):
         left = {}
@@ -5772,40 +5546,20 @@ class TestQuiz:
             assert ratio.item() == pytest.approx(weight)
 
     def test_quiz_scalar_alpha(self):
+        """It scales all gradients, which Adam undoes."""
         logits, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 0])
-        gradients = []
+        weights = []
         for alpha in (None, torch.full((3,), 0.25).double()):
-            z = logits.clone().requires_grad_()
-            losses.focal_loss(z, targets, alpha=alpha, reduction="sum").backward()
-            gradients.append(z.grad)
-        check_close(gradients[1], 0.25 * gradients[0], 1e-12)
-        weights = [nn.Parameter(logits.clone()) for _ in gradients]
-        for weight, weight.grad in zip(weights, gradients, strict=True):
+            weight = nn.Parameter(logits.clone())
+            losses.focal_loss(weight, targets, alpha=alpha, reduction="sum").backward()
             torch.optim.Adam([weight], eps=0.0).step()
+            weights.append(weight)
+        check_close(weights[1].grad, 0.25 * weights[0].grad, 1e-12)
         check_close(weights[0].detach(), weights[1].detach(), 1e-12)
 
     def test_quiz_collapsed_nt_xent(self):
         z = torch.ones(256, 16, dtype=torch.float64)
-        loss = losses.nt_xent_loss(z, z.clone()).item()
-        assert loss == pytest.approx(math.log(511)) and round(loss, 2) == 6.24
-
-    def test_quiz_mean_of_means(self):
-        tokens = torch.cat((torch.full((12,), 1.0), torch.full((4,), 3.0)))
-        assert tokens.mean() == 1.5 and (tokens[:12].mean() + tokens[12:].mean()) / 2 == 2.0
-        shares = [train_ddp.share_of_mean(part.sum(), 16, world=2) for part in (tokens[:12], tokens[12:])]
-        assert sum(shares) / 2 == 1.5  # what DDP's average makes of them
-
-    def test_quiz_int8(self):
-        assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
-        assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
-        rows = torch.stack((torch.linspace(-1, 1, 101), torch.linspace(-100, 100, 101)))  # (2, 101)
-        for scales, expected in (
-            (rows.abs().max() / 127, 0.39),
-            (rows.abs().amax(1, keepdim=True) / 127, 0.004),
-        ):
-            assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(
-                expected, rel=0.1
-            )
+        assert losses.nt_xent_loss(z, z.clone()).item() == pytest.approx(math.log(511))
 
 
 # -----------------------------------------------------------------------------
@@ -5843,32 +5597,6 @@ class TestAllFiles:
             for module in having("causal_mask"):
                 assert torch.equal(module.causal_mask(q, k), torch.ones(q, k).tril(k - q).bool())
 
-    def test_attention_is_the_same_in_transformer(self):
-        """Without a key to see, too: values, weights, gradients."""
-        long = attention.MultiHeadAttention(12, 3).double()
-        short = transformer.MultiHeadAttention(12, 3).double()
-        short.load_state_dict(long.state_dict())
-        x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
-        lengths = attention.padding_mask(torch.tensor([6, 0]))
-        for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
-            expected, weights = long.forward_with_weights(x, context, mask)
-            k, v = short.keys_values(context)
-            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
-            output = short(x, k, v, mask)
-            check_close(output, expected, 1e-12)
-            check_close(short_weights, weights, 1e-12)
-            gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
-            for one, other in zip(*gradients, strict=True):
-                check_close(one, other, 1e-12)
-
-    def test_smoothed_loss_is_the_same_in_transformer(self):
-        logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
-        targets[1, 2:] = 0  # padding
-        for smoothing in (0.0, 0.1, 0.4):
-            flat = logits.flatten(0, 1), targets.flatten()
-            long = losses.label_smoothing_cross_entropy(*flat, smoothing, ignore_index=0)
-            check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
-
     @pytest.mark.parametrize("module", having("warmup_cosine"), ids=name_of)
     def test_warmup_cosine(self, module):
         factors = [module.warmup_cosine(step, 3, 7) for step in range(9)]
@@ -5879,15 +5607,12 @@ class TestAllFiles:
 
     @pytest.mark.parametrize("module", having("write_atomically"), ids=name_of)
     def test_write_atomically(self, module, tmp_path, monkeypatch):
-        """Flushed to the disk before it is moved over the old file; a full disk leaves the old one alone."""
-        path, done = tmp_path / "file", []
-        fsync, move = os.fsync, os.replace
+        """Who has opened the old file reads it to its end; a full disk leaves it as it is."""
+        path = tmp_path / "file"
         path.write_bytes(b"old")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda fd: done.append(path.read_bytes()) or fsync(fd))
-            patch.setattr(os, "replace", lambda a, b: done.append(Path(a).read_bytes()) or move(a, b))
+        with open(path, "rb") as reader:
             module.write_atomically(path, b"new")
-        assert done == [b"old", b"new"] and path.read_bytes() == b"new"
+            assert reader.read() == b"old" and path.read_bytes() == b"new"
         umask = os.umask(0o022)
         os.umask(umask)
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # others may read it, as any file
@@ -5925,41 +5650,30 @@ class TestAllFiles:
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
     def test_models_make_their_tensors_where_their_input_is(self):
-        """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
-        meta = torch.device("meta")
-        q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
-        ids = torch.ones(2, 5, dtype=torch.long, device=meta)
-        fold = torch.zeros(2, dtype=torch.long, device=meta)
-        mask = attention.causal_mask(5, device=meta)
-        many = attention.MultiHeadAttention(16, 2).to(meta)
-        outputs = [
-            attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
-            attention.fused_attention(q, q, q, mask, causal=True),
-            many(x, context, causal=True),
-            many.forward_with_weights(x, causal=True)[1],
-        ]
+        """On the device "meta", where a tensor of the CPU is an error, as on a GPU."""
         small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
-        for pool in ("mean", "max", "mean+max", "first"):
-            config = encoder.EncoderConfig(30, pool=pool, **small)
-            outputs.append(encoder.EncoderClassifier(config).to(meta)(ids))
-        outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
-        outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
-        outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
-        assert all(output.device == meta for output in outputs) and len(outputs) == 12
+        config = transformer.TransformerConfig(30, **small)
+        many = attention.MultiHeadAttention(16, 2)
+        with torch.device("meta"):
+            x, context = torch.empty(2, 5, 16), torch.empty(2, 7, 16)
+            ids, fold = torch.ones(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        calls = [(many, x), (many, x, context, None, True), (transformer.Transformer(config), ids, ids)]
+        calls.append((imdb.make_model(imdb.Settings(**small), 300), ids, fold))
+        calls += [(script.GPT(16, 2, 1, 8), ids) for script in (train_ddp, train_fsdp)]
+        for pool in ENCODER_POOLS:
+            calls.append((encoder_classifier(pool=pool), ids))
+        for model, *inputs in calls:
+            assert model.to("meta")(*inputs).device == ids.device
 
     @pytest.mark.parametrize("module", ALL_FILES, ids=name_of)
     def test_help_lists_every_setting(self, module, tmp_path):
-        """With the reason beside it; on a terminal that knows ASCII alone, too."""
-        result = run_script(
-            f"{module.__name__}.py", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="100"
-        )
+        """On a terminal that knows ASCII alone, too."""
+        environment = {"PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+        result = run_script(f"{module.__name__}.py", "--help", cwd=tmp_path, **environment)
         assert result.returncode == 0, result.stderr
         for field in dataclasses.fields(module.Settings):
             assert f"--{field.name.replace('_', '-')}" in result.stdout, field.name
-        comments = re.findall(r"^    \w+: .*  # (\w+)", inspect.getsource(module.Settings), re.M)
-        assert len(comments) == len(dataclasses.fields(module.Settings)), "a setting without its reason"
-        assert all(comment in result.stdout for comment in comments)
-        assert f"python {module.__name__}.py" in result.stdout and not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_requirements_are_pinned(self):
         lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -5981,26 +5695,23 @@ def readme_parts() -> dict[str, str]:
 def numbers_in(log) -> set[float]:
     """All numbers of a log, and what README derives from them.
 
-    Of the same entry in a list of runs: mean and standard deviation. Of the rows of an export table: how many
-    times as fast each is as the first one.
+    In a list of runs: mean and standard deviation. In an export table: how many times as fast.
     """
+    if isinstance(log, int | float):
+        return {abs(float(log))}
+    if not isinstance(log, dict | list):
+        return set()
+    parts = log.values() if isinstance(log, dict) else log
+    found = set().union(*map(numbers_in, parts))
     if isinstance(log, dict):
-        found = set().union(*map(numbers_in, log.values())) if log else set()
-        times = [row.get("latency", {}) for row in log.get("models", []) if isinstance(row, dict)]
-        for case in times[0] if times else ():
-            found |= {times[0][case]["p50_ms"] / row[case]["p50_ms"] for row in times}
-        return found
-    if isinstance(log, list):
-        found = set().union(*map(numbers_in, log)) if log else set()
-        if log and all(type(x) in (int, float) for x in log):
-            found.add(abs(statistics.mean(log)))
-        if len(log) > 1 and all(isinstance(run, dict) for run in log):
-            for name in set.intersection(*(set(run) for run in log)):
-                values = [run[name] for run in log if type(run[name]) in (int, float)]
-                if len(values) == len(log):
-                    found |= {statistics.mean(values), statistics.stdev(values)}
-        return found
-    return {abs(float(log))} if type(log) in (int, float) else set()
+        times = [row["latency"] for row in log.get("models", ())]
+        return found | {times[0][c]["p50_ms"] / row[c]["p50_ms"] for row in times for c in times[0]}
+    runs = log if log and all(isinstance(run, dict) for run in log) else [{"": x} for x in log]
+    for name in set.intersection(*map(set, runs)) if runs else ():
+        values = [run[name] for run in runs]
+        if len(values) > 1 and all(type(x) in (int, float) for x in values):
+            found |= {abs(statistics.mean(values)), statistics.stdev(values)}
+    return found
 
 
 class TestReadme:
@@ -6013,19 +5724,16 @@ class TestReadme:
         for title, part in readme_parts().items():
             links = set(re.findall(r"\]\((assets/\w+\.json)\)", part))
             logged = set().union(*(numbers_in(json_of(ROOT / link)) for link in links))
+            scaled = [x * k for x in logged for k in (1, 100, 1e-3, 1e-6, 2**-20, 1 / 60)]
             rows = [line for line in part.splitlines() if line.startswith("|")]
             for row in rows if links else ():
                 cells = re.sub(r"`[^`]*`|\([^)]*\)|\]\(.*?\)", " ", row).split("|")[2:]
                 for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?", " ".join(cells)):
-                    digits = text.replace(",", "").rstrip(",")
-                    decimals = len(digits.partition(".")[2])
+                    digits = text.replace(",", "")
                     if len(digits) < 3:
                         continue  # a batch of 32, five seeds
-                    scales = (1, 100, 1e-3, 1e-6, 2**-20, 1 / 60)
-                    error = 0.5001 * 10**-decimals
-                    assert any(abs(x * k - float(digits)) <= error for x in logged for k in scales), (
-                        title, row, text,
-                    )  # fmt: skip
+                    error = 0.5001 * 10 ** -len(digits.partition(".")[2])
+                    assert any(abs(x - float(digits)) <= error for x in scaled), (title, row, text)
                     checked += 1
         assert checked >= 60
 
@@ -6044,16 +5752,10 @@ class TestReadme:
         assert without["seed"] == whole["seed"]
         assert 0 < whole["test_accuracy"] - without["test_accuracy"] < 0.01 < without["test_accuracy"] - 0.88
 
-    def test_first_commands_are_the_ones_that_ci_runs(self):
-        commands = re.findall(r"^(python3 -m venv .*)$", "\n".join(readme_parts().values()), re.M)
-        ends = [command.split("/")[-1].split()[-1] for command in commands]
-        assert "classify_imdb.py" in ends and ends.count("test_all.py") == 1
-
     def test_commands_parse(self, tmp_path, monkeypatch):
-        """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
+        """All of README and of the files' docstrings."""
         import shlex
 
-        import tyro
         from torch.distributed.run import parse_args
 
         texts = [*readme_parts().values(), *(module.__doc__ for module in ALL_FILES)]
@@ -6066,13 +5768,11 @@ class TestReadme:
             if words[0] == "torchrun":
                 known = parse_args([re.sub(r"\$\{?\w+\}?", "2", word) for word in words[1:]])
                 words = ["python", known.training_script, *known.training_script_args]
-            if words[1] in ("test_all.py", "FILE"):
-                continue
             assert (ROOT / words[1]).exists(), line
-            module = sys.modules[words[1].removesuffix(".py")]
+            module = sys.modules.get(words[1].removesuffix(".py"))
             if hasattr(module, "parse"):  # presets come first
                 module.parse(words[2:])
-            else:
+            elif module in ALL_FILES:
                 tyro.cli(module.Settings, args=words[2:])
 
     def test_links_lead_somewhere(self):
@@ -6114,52 +5814,36 @@ class TestReadme:
 
 
 # -----------------------------------------------------------------------------
-# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file: what a tired
-# person might write. The tests named must fail on it, and pass on the file as it is.
+# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file.
+# The tests named must fail on it, and pass on the file as it is.
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
-        (".tril(k_len - q_len)", ".tril()", "causal_mask or cache_equals"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask or cached_equals"),
         (".tril(k_len - q_len)", ".tril(k_len - q_len - 1)", "causal_mask"),
         ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "padding_mask"),
         ("scores = (q * q.size(-1) ** -0.5)", "scores = q", "all_ways_agree"),
         (".softmax(dim=-1).masked_fill(hidden, 0.0)", ".softmax(dim=-1)", "nothing_to_attend_to"),
         ("masked_fill(hidden, lowest)", "masked_fill(hidden, -math.inf)", "nothing_to_attend_to"),
-        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "all_ways_agree"),
+        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "multi_head_attention_agrees"),
         ("alpha = (m[..., i, :] - m_new).exp()", "alpha = 1.0", "all_ways_agree"),
         ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
         ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
         ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
-        ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
+        ("        cache.k, cache.v = k, v\n", "", "cached_equals"),
         ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
         ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
     ],
     "encoder.py": [
-        (
-            "x + self.dropout(self.self_attention(self",
-            "self.dropout(x + self.self_attention(self",
-            "encoder_dropout",
-        ),
-        (
-            "x + self.dropout(self.self_attention(self",
-            "self.dropout(self.self_attention(self",
-            "layer_equals_torch",
-        ),
-        (
-            "self.self_attention_norm(x + self.dropout(self.self_attention(x, mask)))",
-            "x + self.dropout(self.self_attention(self.self_attention_norm(x), mask))",
-            "layer_equals_torch",
-        ),
+        ("x + self.dropout(self.self_attention(self", "self.dropout(x + self.self_attention(self", "dropout"),
+        ("x = x + self.dropout(self.self_att", "x = self.dropout(self.self_att", "layer_equals"),
+        ("        x = self.self_attention_norm(x + self", "        x = (x + self", "layer_equals"),
         ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "sinusoidal_positional_encoding"),
         (".softmax(dim=-1).masked_fill(~mask, 0.0)", ".softmax(dim=-1)", "equals_attention_py"),
         ("tokens) * self.scale + self", "tokens) + self", "stack_equals_torch"),
         ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "encoder_stack"),
-        (
-            "nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()",
-            "nn.LayerNorm(config.d_model)",
-            "paper_s_parameters or stack_equals",
-        ),
+        ("(config.d_model) if config.norm_first else nn.Identity()", "(config.d_model)", "stack_equals"),
         ("mask.sum(1, keepdim=True).clamp(min=1)", "x.size(1)", "padding_and_batch"),
         ("x.masked_fill(padding, -math.inf).amax(1)", "x.amax(1)", "pool_tokens"),
         ("self.embedding.weight.dtype))", "self.embedding.weight.dtype), persistent=False)", "meta_device"),
@@ -6375,30 +6059,18 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "export.py": [
-        ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
+        ("if sum(m is child for child in places) > 1:", "if False:", "plain_attention"),
         ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
-        (
-            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
-            "model = copy.deepcopy(model)\n    with torch.no_grad()",
-            "equal_the_model",
-        ),
-        (
-            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
-            "model = model.eval()\n    with torch.no_grad()",
-            "equal_the_model",
-        ),
-        (
-            "torch.where(attn_mask, 0.0, -torch.inf)",
-            "torch.where(attn_mask, -torch.inf, 0.0)",
-            "attention_for_onnx",
-        ),
+        ("copy.deepcopy(model).eval()\n    with torch.no", "model.eval()\n    with torch.no", "equal_the"),
+        ("(model).eval()\n    with torch.no", "(model)\n    with torch.no", "equal_the_model"),
+        ("where(attn_mask, 0.0, -torch.inf)", "where(attn_mask, -torch.inf, 0.0)", "attention_for_onnx"),
         ("** -0.5 if scale is None else scale", "** -0.5", "attention_for_onnx"),
         (".softmax(-1) @ value * allowed", ".softmax(-1) @ value", "attention_for_onnx"),
         ('free[1] = f"length_{i}" if i else "length"', "pass", "free_sizes or one_file"),
         ('f"length_{i}" if i else "length"', '"length"', "free_sizes"),
         ("if name not in gates:", "if True:", "called_twice"),
         ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
-        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "hold_what_they_promise"),
+        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "refuse_by_name"),
         ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
         ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
         ("with LOADING:", "if True:", "changes_nothing"),
@@ -6432,14 +6104,9 @@ def plant(file: str, source: str, selection: str, limit: float = 600) -> str:
         shutil.copytree(ROOT / "assets", Path(folder, "assets"))
         Path(folder, file).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "test_all.py", "-x", "-q", "-p", "no:cacheprovider"]
-        process = subprocess.Popen(
-            [*command, "-k", selection],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+        options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*command, "-k", selection], cwd=folder, **options)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -6457,8 +6124,8 @@ def plant_all(bugs: list[tuple[str, str, str, str]], must_be_caught: bool) -> in
         if (verdict := plant(file, (ROOT / file).read_text(encoding="utf-8"), selection, 1800)) != "SURVIVED":
             print(f"{file}: its tests don't pass without a bug ({verdict}): {selection}")
             return 1
+    verdicts = []
     with ThreadPoolExecutor(int(os.environ.get("MUTANT_PROCESSES", 2))) as pool:
-        verdicts = []
         for bug, verdict in zip(bugs, pool.map(lambda bug: plant(bug[0], *bug[2:]), bugs), strict=True):
             print(f"{verdict}  {bug[0]}: {bug[1]} ({bug[3]})", flush=True)
             verdicts.append(verdict)
@@ -6497,8 +6164,10 @@ def changed(node: ast.AST) -> ast.AST | None:
         return node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         node.value = not node.value
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        node.value = node.value + 1 if isinstance(node.value, int) else 2 * node.value + (node.value == 0)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        node.value += 1
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        node.value = 2 * node.value + (node.value == 0)
     elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return ast.Pass()
     else:
@@ -6521,43 +6190,38 @@ def random_bugs(file: str, n: int, seed: int) -> list[tuple[str, str, str, str]]
         name = getattr(node, "name", "") or ""
         if getattr(node, "lineno", 0) > end or (isinstance(name, str) and NOT_DRAWN.match(name)):
             return
-        if isinstance(node, ast.JoinedStr | ast.arguments) or ast.unparse(node).startswith(
-            ("print(", "if __")
-        ):
+        if isinstance(node, ast.JoinedStr | ast.arguments):
+            return
+        if ast.unparse(node).startswith(("print(", "if __")):
             return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
             return
         if hasattr(node, "lineno") and changed(node) is not None:
             found.append(node)
         for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns", "exc"):
-                continue
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
+                if isinstance(child, ast.AST) and field not in ("annotation", "returns", "exc"):
                     visit(child)
 
     visit(ast.parse(source))
-    lines = source.encode().splitlines(keepends=True)  # columns are counted in bytes
+    text = source.encode()  # columns are counted in bytes
+    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
     bugs = []
     for node in random.Random(seed).sample(found, min(n, len(found))):
-        start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-        stop = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+        start = starts[node.lineno - 1] + node.col_offset
+        stop = starts[node.end_lineno - 1] + node.end_col_offset
         new = ast.unparse(changed(node))
-        if isinstance(node, ast.expr):
-            new = f"({new})"  # whatever stands around it
-        text = source.encode()
+        new = f"({new})" if isinstance(node, ast.expr) else new  # whatever stands around it
         old = " ".join(text[start:stop].decode().split())
-        source_with_bug = (text[:start] + new.encode() + text[stop:]).decode()
-        bugs.append((file, f"line {node.lineno}: {old} -> {new}", source_with_bug, SECTIONS[file]))
+        with_bug = (text[:start] + new.encode() + text[stop:]).decode()
+        bugs.append((file, f"line {node.lineno}: {old} -> {new}", with_bug, SECTIONS[file]))
     return bugs
 
 
 def plant_from_command_line(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Plant bugs; see that the tests notice.")
     parser.add_argument("--mutants", nargs="*", metavar="FILE", help="in these files; without: in all")
-    parser.add_argument(
-        "--random", type=int, metavar="N", help="N bugs a file drawn at random; else the named ones"
-    )
+    parser.add_argument("--random", type=int, metavar="N", help="N a file, drawn; else the named ones")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     options = parser.parse_args(arguments)
     files = options.mutants or list(MUTANTS)
