@@ -224,12 +224,11 @@ class Examples(NamedTuple):
     targets: list[float]  # P(class 1) to learn: the label, or the teacher's opinion
     folds: list[int]  # blocks of review numbers, see NgramOdds: other folds, other films
 
-    def batch(self, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, rows: list[int], device="cpu") -> tuple[Tensor, Tensor, Tensor]:
         """tokens (B, T), targets (B,), folds (B,) of these rows."""
-        tokens = pad([self.ids[i] for i in rows])
-        targets = torch.tensor([float(self.targets[i]) for i in rows])
-        folds = torch.tensor([self.folds[i] for i in rows])
-        return tokens.to(device), targets.to(device), folds.to(device)
+        tokens = pad([self.ids[i] for i in rows]).to(device)
+        targets = torch.tensor([float(self.targets[i]) for i in rows], device=device)
+        return tokens, targets, torch.tensor([self.folds[i] for i in rows], device=device)
 
 
 def encode(tokenizer: Tokenizer, reviews: list[Review], targets: list[float], max_len: int) -> Examples:
@@ -238,25 +237,23 @@ def encode(tokenizer: Tokenizer, reviews: list[Review], targets: list[float], ma
     return Examples(tokenizer.encode([r.text for r in reviews], max_len), targets, folds)
 
 
-def batches(lengths: list[int], batch_size: int, seed: int) -> list[list[int]]:
-    """All indices once, in batches of similar length, in random order: little padding, yet a shuffle."""
-    rng = random.Random(seed)
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    found = []
-    for start in range(0, len(order), 50 * batch_size):  # sorted by length within 50 batches only
-        group = sorted(order[start : start + 50 * batch_size], key=lambda i: lengths[i])
-        found += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-    rng.shuffle(found)
-    return found
+def batches(lengths: list[int], s: Settings, step: int, steps: int) -> Iterator[list[int]]:
+    """The rows of each step from this one to the last: a function of the seed, wherever a run goes on.
 
-
-def upcoming(lengths: list[int], s: Settings, step: int, steps: int) -> Iterator[list[int]]:
-    """The rows of each step from this one to the last: a function of the seed, wherever a run goes on."""
-    per_epoch = math.ceil(len(lengths) / s.batch_size)
+    An epoch has each once, in batches of similar length in random order: little padding, yet a shuffle.
+    """
+    size = s.batch_size
+    per_epoch = math.ceil(len(lengths) / size)
     while step < steps:
-        order = batches(lengths, s.batch_size, seed=s.seed * 1_000_003 + step // per_epoch)
-        for rows in order[step % per_epoch :][: steps - step]:
+        rng = random.Random(s.seed * 1_000_003 + step // per_epoch)
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        epoch = []
+        for start in range(0, len(order), 50 * size):  # sorted by length within 50 batches only
+            group = sorted(order[start : start + 50 * size], key=lambda i: lengths[i])
+            epoch += [group[i : i + size] for i in range(0, len(group), size)]
+        rng.shuffle(epoch)
+        for rows in epoch[step % per_epoch :][: steps - step]:
             yield rows
             step += 1
 
@@ -305,25 +302,15 @@ class NgramOdds(nn.Module):
 
     def fit(self, examples: Examples) -> None:
         """Count. A text without a label counts on the side that its teacher takes it for."""
-        ids, targets, folds = examples
-        size = BUCKETS + 1
-        gap = torch.zeros(len(FACTORS) - 1, dtype=torch.long)  # so that no n-gram reaches over two texts
-        text = torch.repeat_interleave(torch.tensor([len(x) + len(gap) for x in ids]))  # (tokens,)
-        buckets = ngram_ids(torch.cat([torch.cat((x, gap)) for x in ids])[None])[0]  # (tokens, 3)
-        # A text counts once for an n-gram, however often it holds it.
-        pairs = (text[:, None] * size + buckets)[buckets > 0].unique()
-        text = pairs // size
-        bucket = pairs % size
-        labels = (torch.tensor(targets) > 0.5).long()  # (N,)
-        fold_and_label = 2 * torch.tensor(folds)[text] + labels[text]
-        counts = torch.bincount(fold_and_label * size + bucket, minlength=FOLDS * 2 * size)
-        counts = counts.view(FOLDS, 2, size)
-        everywhere = counts.sum(0)  # (2, size)
-        elsewhere = everywhere - counts  # (FOLDS, 2, size): in all folds but this one
-        negative, positive = (torch.cat((elsewhere, everywhere[None])).float() + 1).unbind(1)
-        odds = (positive / negative).log()  # (FOLDS + 1, size)
-        self.table.copy_(odds[-1][:, None])
-        self.without_fold.copy_(odds[:-1].reshape(-1, 1))
+        counts = torch.zeros(FOLDS, 2, BUCKETS + 1)
+        for ids, target, fold in zip(*examples, strict=True):
+            buckets = ngram_ids(ids[None]).unique()  # once a text, however often it holds an n-gram
+            counts[fold, int(target > 0.5), buckets] += 1
+        counts[:, :, 0] = 0  # which stands for no n-gram
+        everywhere = counts.sum(0)  # (2, BUCKETS + 1)
+        elsewhere = everywhere - counts  # (FOLDS, 2, BUCKETS + 1): in all folds but this one
+        self.table[:, 0] = ((everywhere[1] + 1) / (everywhere[0] + 1)).log()
+        self.without_fold[:, 0] = ((elsewhere[:, 1] + 1) / (elsewhere[:, 0] + 1)).log().flatten()
 
     def forward(self, tokens: Tensor, fold: Tensor | None = None) -> Tensor:
         """tokens (B, T) -> (B, T, 3). fold (B,): each text's own fold, whose counts are left out."""
@@ -397,8 +384,7 @@ class Run:
     teacher: dict[str, list[float]] = field(default_factory=dict)  # the linear model's P(class 1)
     step: int = 0
     seconds: float = 0.0  # of training
-    prepare_seconds: float = 0.0  # tokenizer, teacher, encoding, counting
-    total_seconds: float = 0.0  # up to the last checkpoint
+    total_seconds: float = 0.0  # of all, up to the last checkpoint
     begun: float = 0.0  # by this process's clock, as if all parts of the run had just gone before
     right: int = 0  # training texts answered right since the last look at dev
     seen: int = 0
@@ -427,7 +413,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
     signals = ddp.Signals(p)
     saved = time.monotonic()
     bar = tqdm(initial=run.step, total=steps, unit="step", disable=None if p.rank == 0 else True)
-    for rows in upcoming(lengths, s, run.step, 0 if run.reached else steps):
+    for rows in batches(lengths, s, run.step, 0 if run.reached else steps):
         start = time.perf_counter()
         model.train()
         torch.manual_seed(s.seed * 1_000_003 + run.step + 2**40 * p.rank)
@@ -522,15 +508,10 @@ def accuracy(scores: Tensor, labels: Tensor) -> float:
 def classify(s: Settings, p: ddp.Processes, kept: dict) -> None:
     """The whole job, or what is left of it. Rank 0 alone reads, tests and exports; all ranks train.
     kept: rank 0's lock on OUT and its checkpoint's tensors."""
-    start = time.perf_counter()
     corpus, run = ddp.on_rank_0(lambda: open_run(s, kept), p)
     if run is None:  # it is finished
         return
-    run.begun = start - run.total_seconds
     train_set, dev_set = split_dev(corpus)
-    if not run.ranks:
-        run = ddp.on_rank_0(lambda: prepare(run, corpus, train_set, s), p)
-    start = time.perf_counter()
     tokenizer = Tokenizer(run.ranks)
     examples = encode(tokenizer, train_set, learned_labels(train_set, s), s.max_len)
     if s.unlabelled:
@@ -540,29 +521,22 @@ def classify(s: Settings, p: ddp.Processes, kept: dict) -> None:
     model = make_model(s, tokenizer.vocab_size)
     if s.odds:
         model.odds.fit(examples)
-    if run.step == 0:
-        run.prepare_seconds += time.perf_counter() - start
-    elif p.rank == 0:
+    if run.step and p.rank == 0:
         model.load_state_dict(kept["model"])  # DDP sends it to the others
     kept["training"] = True
     train(model.to(p.device), examples, dev, run, kept, s, p)
     ddp.on_rank_0(lambda: finish(model, tokenizer, corpus, examples, dev, run, s, p), p)
 
 
-def finish(
-    model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, run: Run, s: Settings, p
-) -> None:
+def finish(model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, run: Run, s, p) -> None:
     """For rank 0: test, pictures, export, page, report (last: with it the run is finished)."""
     out = Path(s.out)
     labels = torch.tensor([r.label for r in corpus.test])
     ids = tokenizer.encode([r.text for r in corpus.test], s.max_len)
     scores = log_odds(model.eval(), ids, replace(p, world=1))  # (N,); nothing is chosen by them
-    report = {"dataset": corpus.name, "test_accuracy": accuracy(scores, labels)}
-    if run.teacher:  # the linear model's answers, and what both say together
-        linear = torch.tensor(run.teacher["test"]).logit(1e-6)
-        report["linear_test_accuracy"] = accuracy(linear, labels)
-        report["with_linear_test_accuracy"] = accuracy(scores + linear, labels)
-    report |= {
+    report = {
+        "dataset": corpus.name,
+        "test_accuracy": accuracy(scores, labels),
         "dev_accuracy": run.history[-1]["dev_accuracy"],
         "calibration_error": plot_results(run.history, scores, labels, out / "results.png"),
         "train_seconds": round(run.seconds, 1),
@@ -571,15 +545,19 @@ def finish(
         "preset": s.preset,
         "seed": s.seed,
         "processes": p.world,
-        **hardware(p.device),
         "history": run.history,
         "settings": run.settings,
         "mistakes": worst_mistakes(scores, corpus),
     }
-    if s.target:
-        seconds = round(run.prepare_seconds + run.seconds, 1)
+    report |= hardware(p.device)
+    if run.teacher:  # the linear model's answers, and what both say together
+        linear = torch.tensor(run.teacher["test"]).logit(1e-6)
+        report["linear_test_accuracy"] = accuracy(linear, labels)
+        report["with_linear_test_accuracy"] = accuracy(scores + linear, labels)
+    if s.target:  # seconds: from the start to the last step
+        seconds = round(run.total_seconds, 1)
         report["target"] = {"accuracy": s.target, "reached": run.reached, "seconds": seconds}
-    report |= export_models(model.cpu(), tokenizer, corpus, examples, dev, s)
+    report |= export_models(model.cpu(), tokenizer, corpus, examples, dev, ids, s)
     report["total_seconds"] = round(time.perf_counter() - run.begun, 1)
     write_page(report, model, tokenizer, corpus, out)
     ddp.write_atomically(out / "report.json", json.dumps(report, indent=1).encode())
@@ -601,8 +579,9 @@ def print_end(report: dict, out: Path) -> None:
 
 
 def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
-    """For rank 0: the texts, and the run in OUT or a new one; None if it is finished.
-    ValueError if the run in OUT is another one."""
+    """For rank 0: the texts, and the run in OUT or a new one with a tokenizer and, for --unlabelled, the
+    linear model's opinions. None for a finished run; ValueError if OUT holds another one."""
+    start = time.perf_counter()
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus(s)
@@ -623,23 +602,18 @@ def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
         wrong = ddp.differences(there, settings)
         raise ValueError(f"--out {out} holds another run ({wrong}); give another --out, or delete it")
     run = Run(**kept["run"])
-    n_dev = len(split_dev(corpus)[1])
+    run.begun = start - run.total_seconds
+    train_set, dev_set = split_dev(corpus)
     kind = "drawn at random" if corpus.name == "own" else "blocks of neighbours"
-    print(f"{len(corpus.train) - n_dev:,} to learn from, {n_dev:,} dev ({kind}), {len(corpus.test):,} test")
+    print(f"{len(train_set):,} to learn from, {len(dev_set):,} dev ({kind}), {len(corpus.test):,} test")
     print(f"going on at step {run.step}" if run.ranks else "preparing", flush=True)
+    if not run.ranks:
+        run.ranks = Tokenizer.train(train_set, s.vocab_size).ranks
+        if s.unlabelled:
+            linear, _ = linear_model(train_set, learned_labels(train_set, s))
+            run.teacher = {"unlabelled": linear(corpus.unlabelled), "test": linear(corpus.test)}
+        save(run, s, {})
     return corpus, run
-
-
-def prepare(run: Run, corpus: Corpus, train_set: list[Review], s: Settings) -> Run:
-    """For rank 0: tokenizer and, for --unlabelled, the linear model's opinions; kept in OUT once done."""
-    start = time.perf_counter()
-    run.ranks = Tokenizer.train(train_set, s.vocab_size).ranks
-    if s.unlabelled:
-        linear, _ = linear_model(train_set, learned_labels(train_set, s))
-        run.teacher = {"unlabelled": linear(corpus.unlabelled), "test": linear(corpus.test)}
-    run.prepare_seconds = time.perf_counter() - start
-    save(run, s, {})
-    return run
 
 
 def save(run: Run, s: Settings, state: dict, keep: int = 2) -> Path:
@@ -693,9 +667,7 @@ def fingerprint(corpus: Corpus) -> str:
 def learned_labels(reviews: list[Review], s: Settings) -> list[int]:
     """The labels; in another order with --shuffle-labels."""
     labels = [r.label for r in reviews]
-    if s.shuffle_labels:
-        random.Random(s.seed).shuffle(labels)
-    return labels
+    return random.Random(s.seed).sample(labels, len(labels)) if s.shuffle_labels else labels
 
 
 def find_imdb() -> Path:
@@ -766,13 +738,13 @@ def read_own(path: Path) -> Corpus:
     """
     if path.is_file():
         parts = {"train": read_csv(path)}
+    elif (path / "train.csv").exists():
+        parts = {part: read_csv(path / f"{part}.csv") for part in ("train", "test")}
     else:
-        parts = {
-            part: read_csv(path / f"{part}.csv") or read_texts(path / part) for part in ("train", "test")
-        }
+        parts = {part: read_texts(path / part) for part in ("train", "test")}
     names = sorted({label for rows in parts.values() for label, _ in rows})
     if len(names) != 2 or "" in names:
-        raise ValueError(f"--data {path} has the labels {names[:9]}; needed are exactly two")
+        raise ValueError(f"--data {path} has the labels {names[:9]}; needed are two, see read_own")
     corpus = Corpus("own", names, [], [])
     for part, rows in parts.items():
         for label, name in enumerate(names):
@@ -784,15 +756,14 @@ def read_own(path: Path) -> Corpus:
     if path.is_file():
         corpus.train, corpus.test = hold_out(corpus.train, seed=0)
     if not corpus.test:
-        raise ValueError(f"--data {path} has no texts in test.csv or test/LABEL/*.txt")
+        raise ValueError(f"--data {path} has no texts to test on")
     return corpus
 
 
 def read_csv(path: Path) -> list[tuple[str, str]]:
-    """(label, text) of each row; none where there is no such file."""
+    """(label, text) of each row."""
     csv.field_size_limit(2**31 - 1)  # texts may be long
-    content = read_utf8(path) if path.exists() else "label,text"
-    rows = csv.DictReader(io.StringIO(content, newline=""), restval="", strict=True)
+    rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""), restval="", strict=True)
     try:
         return [(row["label"], row["text"]) for row in rows]
     except csv.Error as error:
@@ -802,9 +773,8 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
 
 
 def read_texts(folder: Path) -> list[tuple[str, str]]:
-    """(label, text) of each LABEL/*.txt in it."""
-    files = sorted(file for file in folder.glob("*/*.txt") if file.name[0] != ".")
-    return [(file.parent.name, read_utf8(file)) for file in files]
+    """(label, text) of each LABEL/*.txt."""
+    return [(file.parent.name, read_utf8(file)) for file in sorted(folder.glob("*/[!.]*.txt"))]
 
 
 def read_utf8(path: Path) -> str:
@@ -847,12 +817,11 @@ def plot_results(history: list[dict], scores: Tensor, labels: Tensor, path: Path
 
     p = scores.sigmoid()
     bins = (10 * p).long().clamp(max=9)
-    points = []
-    error = 0.0
-    for b in bins.unique():
-        said, happened = p[bins == b].mean().item(), labels[bins == b].double().mean().item()
-        points.append((said, happened))
-        error += (bins == b).double().mean().item() * abs(said - happened)
+    n = bins.bincount().double()  # texts in each bin
+    used = n > 0
+    said = (bins.bincount(p) / n)[used]
+    happened = (bins.bincount(labels.double()) / n)[used]
+    error = (n[used] * (said - happened).abs()).sum().item() / len(p)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     curves, calibration = figure.subplots(1, 2)
     seconds = [row["seconds"] for row in history]
@@ -860,7 +829,7 @@ def plot_results(history: list[dict], scores: Tensor, labels: Tensor, path: Path
         curves.plot(seconds, [100 * row[key] for row in history], "o-", label=label)
     curves.set(title="Learning curves", xlabel="training time (s)", ylabel="accuracy (%)")
     calibration.plot((0, 1), (0, 1), "--", color="grey", label="perfect")
-    calibration.plot(*zip(*points, strict=True), "o-", label=f"model, error {error:.3f}")
+    calibration.plot(said, happened, "o-", label=f"model, error {error:.3f}")
     calibration.set(title="Calibration", xlabel="predicted P(class 1)", ylabel="fraction of class 1")
     for axes in (curves, calibration):
         axes.grid(alpha=0.3)
@@ -892,8 +861,10 @@ def write_page(report: dict, model: nn.Module, tokenizer: Tokenizer, corpus: Cor
     for label in (0, 1):
         texts = [r.text for r in corpus.test if r.label == label] or [""]
         text = min(texts, key=lambda text: abs(len(text) - 400))
-        page = attention_page(model, tokenizer, text, out / f"attention_{label}.html")
-        parts.append(f'<iframe title="class {label}" srcdoc="{html.escape(page, quote=True)}"></iframe>')
+        weights, words = attention_of(model, tokenizer, text)
+        path = attention.attention_html(weights, words, words, out / f"attention_{label}.html")
+        page = html.escape(path.read_text(encoding="utf-8"))
+        parts.append(f'<iframe title="class {label}" srcdoc="{page}"></iframe>')
     (out / "index.html").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -904,8 +875,8 @@ def html_table(rows: Iterable[Iterable]) -> str:
 
 
 @torch.no_grad()
-def attention_page(model: ReviewClassifier, tokenizer: Tokenizer, text: str, path: Path) -> str:
-    """attention.py's viewer for one text; it is also in path."""
+def attention_of(model: ReviewClassifier, tokenizer: Tokenizer, text: str) -> tuple[Tensor, list[str]]:
+    """The weights (L, H, P, P) of a text, and the words at each place."""
     (ids,) = tokenizer.encode([text], model.config.max_len)
     x, mask = model.embed(pad([ids]))  # (1, P, C), (1, P)
     weights = []
@@ -914,8 +885,8 @@ def attention_page(model: ReviewClassifier, tokenizer: Tokenizer, text: str, pat
         weights.append(w[0])  # (H, P, P)
     first = STRIDE - WINDOW // 2  # a place's own tokens: the first has two, the others four
     parts = [ids[:first], *ids[first:].split(STRIDE)]
-    words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in parts if len(part)] or ["(nothing)"]
-    return attention.attention_html(torch.stack(weights), words, words, path).read_text(encoding="utf-8")
+    words = [tokenizer.bpe.decode((part - SPECIAL).tolist()) for part in parts if len(part)]
+    return torch.stack(weights), words or ["(nothing)"]
 
 
 # ---- export: this model in export.py's formats, and the one that --predict uses
@@ -927,7 +898,7 @@ TUNING = 500  # steps at most that the pruned copy is fine-tuned for
 def in_batches(examples: Examples, every: int = 1) -> list[tuple[tuple, Tensor]]:
     """As export.py takes them: ((tokens (B, T),), labels (B,)), by length; of each so many texts one."""
     rows = sorted(range(0, len(examples.ids), every), key=lambda i: len(examples.ids[i]))
-    parts = [examples.batch(rows[i : i + 50], ALONE.device) for i in range(0, len(rows), 50)]
+    parts = [examples.batch(rows[i : i + 50]) for i in range(0, len(rows), 50)]
     return [((tokens,), targets.round().long()) for tokens, targets, _ in parts]
 
 
@@ -939,16 +910,17 @@ def pruned_copy(model: ReviewClassifier, sample: list, examples: Examples, s: Se
     pruned.encoder.layers = pruned.encoder.layers[: max(1, s.n_layers // 2)]
     pruned = export.prune_heads(pruned, export.head_importance(pruned, sample), keep=max(1, s.n_heads // 4))
     pruned = export.prune_neurons(pruned, export.neuron_importance(pruned, sample), keep=max(1, s.d_ff // 4))
-    order = batches([len(x) for x in examples.ids], s.batch_size, seed=s.seed)[:TUNING]
+    lengths = [len(x) for x in examples.ids]
+    steps = min(TUNING, math.ceil(len(lengths) / s.batch_size))
     optimizer = torch.optim.AdamW(pruned.parameters())
     torch.manual_seed(s.seed)
     pruned.train()
-    for step, rows in enumerate(order):
-        tokens, targets, folds = examples.batch(rows, ALONE.device)
+    for step, rows in enumerate(batches(lengths, s, 0, steps)):
+        tokens, targets, folds = examples.batch(rows)
         with torch.no_grad():
             said = model(tokens, folds).softmax(-1)[:, 1]  # (B,)
         loss, _ = hidden_loss(pruned, tokens, (targets + said) / 2, folds, s)
-        optimizer.param_groups[0]["lr"] = s.lr / 2 * (1 - step / len(order))
+        optimizer.param_groups[0]["lr"] = s.lr / 2 * (1 - step / steps)
         optimizer.zero_grad()
         (loss / len(rows)).backward()
         nn.utils.clip_grad_norm_(pruned.parameters(), s.clip)
@@ -956,9 +928,9 @@ def pruned_copy(model: ReviewClassifier, sample: list, examples: Examples, s: Se
     return pruned.eval()
 
 
-def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, s: Settings) -> dict:
+def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, ids, s) -> dict:
     """export.py's table for the model and its pruned copy, measured on dev. The fastest ONNX file that gives
-    the model's answer on 95% of dev is kept as OUT/model.onnx; the test has no say in it."""
+    the model's answer on 95% of dev is kept as OUT/model.onnx; the test (ids) has no say in it."""
     out = Path(s.out)
     models = {"original": model.eval()}
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
@@ -989,7 +961,6 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     report["recommended"] = best["name"]
     export.print_table(report)
     export.plot_rows(report, out / "export.png")
-    ids = tokenizer.encode([r.text for r in corpus.test], s.max_len)
     labels = torch.tensor([r.label for r in corpus.test])
     right = accuracy(log_odds(export.load_artefact(out / "model.onnx"), ids, ALONE), labels)
     print(f"--predict uses {best['name']}: {right:.2%} of the test texts right")
