@@ -29,7 +29,6 @@ import hashlib
 import html
 import http.client
 import io
-import itertools
 import json
 import logging
 import math
@@ -128,10 +127,8 @@ class Corpus:
 
 
 def read_imdb(path: Path, unlabelled: bool = False) -> Corpus:
-    """The reviews by folder and number, from the tarball or the unpacked folder.
-
-    Nothing is unpacked, so no path in a tarball can escape. ValueError unless all of them are there.
-    """
+    """The reviews by folder and number, from the tarball or the unpacked folder. ValueError unless all are
+    there. Nothing is unpacked, so no path in a tarball can escape."""
     expected = PER_FOLDER | (UNLABELLED if unlabelled else {})
     found: dict[str, dict[int, str]] = {folder: {} for folder in expected}
     for name, content in imdb_files(path, expected):
@@ -239,9 +236,7 @@ def encode(tokenizer: Tokenizer, reviews: list[Review], targets: list[float], ma
 
 def batches(lengths: list[int], s: Settings, step: int, steps: int) -> Iterator[list[int]]:
     """The rows of each step from this one to the last: a function of the seed, wherever a run goes on.
-
-    An epoch has each once, in batches of similar length in random order: little padding, yet a shuffle.
-    """
+    An epoch has each once, in batches of similar length in random order: little padding, yet a shuffle."""
     size = s.batch_size
     per_epoch = math.ceil(len(lengths) / size)
     while step < steps:
@@ -321,11 +316,8 @@ class NgramOdds(nn.Module):
 
 
 class ReviewClassifier(EncoderClassifier):
-    """Embedding of a token + embedding of its n-grams' odds; a convolution that leaves every fourth place;
-    then encoder.py's layers, pooling and head. tokens (B, T) to logits (B, 2).
-
-    At a quarter of the length a layer costs a quarter and less. A place is padding where it sees only that.
-    """
+    """Embedding of a token + embedding of its n-grams' odds; a convolution that leaves every fourth place (at
+    a quarter of the length a layer costs a quarter and less); then encoder.py's layers, pooling and head."""
 
     def __init__(self, config: EncoderConfig, odds: bool = True):
         super().__init__(replace(config, max_len=config.max_len // STRIDE + 2))  # places
@@ -681,16 +673,13 @@ def find_imdb() -> Path:
 
 def download(url: str, path: Path, size: int, md5: str) -> None:
     """Fetch url to path, which exists once it is complete and right. Raises OSError.
-
-    What arrived before a break stays in PATH.part; the next attempt, now or in a later run, gets the rest.
-    An attempt that brings nothing is the last one. A file with another md5 is thrown away.
-    """
+    What arrived before a break stays in PATH.part; the next attempt, now or in a later run, gets the rest."""
     from tqdm import tqdm
 
     part = path.with_name(path.name + ".part")
     part.touch()
     have = -1
-    while have < part.stat().st_size < size:
+    while have < part.stat().st_size < size:  # an attempt that brings nothing is the last one
         have = part.stat().st_size
         problem = "the connection broke off"
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -702,8 +691,9 @@ def download(url: str, path: Path, size: int, md5: str) -> None:
                         shutil.copyfileobj(response, rest)
         except (OSError, http.client.HTTPException) as error:  # no network, no such file, broken off
             problem = str(error)
-    if part.stat().st_size < size:
-        raise OSError(f"{url}: {problem} after {part.stat().st_size:,} of {size:,} bytes")
+    have = part.stat().st_size
+    if have < size:
+        raise OSError(f"{url}: {problem} after {have:,} of {size:,} bytes")
     if hashlib.md5(part.read_bytes()).hexdigest() != md5:
         part.unlink()
         raise OSError(f"{url}: what arrived has another md5 than the published file; it was thrown away")
@@ -803,10 +793,9 @@ def worst_mistakes(scores: Tensor, corpus: Corpus) -> list[dict]:
     labels = torch.tensor([r.label for r in corpus.test])
     right = torch.where(labels == 1, scores, -scores)  # (N,) log-odds of the right label
     mistakes = []
-    for i in right.argsort()[:20].tolist():
-        if (scores[i] > 0) != labels[i]:
-            facts = {"label": corpus.labels[labels[i]], "probability": round(right[i].sigmoid().item(), 4)}
-            mistakes.append(facts | {"text": corpus.test[i].text})
+    for i in right.argsort()[: min(20, (right < 0).sum())].tolist():
+        facts = {"label": corpus.labels[labels[i]], "probability": round(right[i].sigmoid().item(), 4)}
+        mistakes.append(facts | {"text": corpus.test[i].text})
     return mistakes
 
 
@@ -846,14 +835,14 @@ iframe { width: 100%; height: 38rem; border: 1px solid #ddd }</style>"""
 def write_page(report: dict, model: nn.Module, tokenizer: Tokenizer, corpus: Corpus, out: Path) -> None:
     """OUT/index.html: the answer, pictures, table, mistakes, attention; no other file, no network."""
     title = f"{report['test_accuracy']:.1%} of {len(corpus.test):,} test texts right ({corpus.name})"
-    parts = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>']
-    parts.append(f"{STYLE}<h1>{title}</h1>")
     facts = {name.replace("_", " "): x for name, x in report.items() if not isinstance(x, list | dict)}
-    parts.append(html_table([("class 0, class 1", ", ".join(corpus.labels)), *facts.items()]))
-    for name in ("results", "export"):
-        if (out / f"{name}.png").exists():
-            picture = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-            parts.append(f'<p><img alt="{name}" src="data:image/png;base64,{picture}"></p>')
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>{STYLE}<h1>{title}</h1>',
+        html_table([("class 0, class 1", ", ".join(corpus.labels)), *facts.items()]),
+    ]
+    for picture in (*out.glob("results.png"), *out.glob("export.png")):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<p><img alt="{picture.stem}" src="data:image/png;base64,{data}"></p>')
     parts.append("<h2>The most confident mistakes</h2>")
     rows = [(m["label"], f"given {m['probability']:.1%}", clean(m["text"])[:600]) for m in report["mistakes"]]
     parts.append(html_table(rows))
@@ -936,12 +925,12 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
     if s.export:
         models["pruned"] = pruned_copy(model, sample, examples, s)
-    for each in models.values():
-        if s.odds:  # training is over
+    if s.odds:
+        for each in models.values():  # training is over
             each.odds.without_fold = each.odds.without_fold[:0].clone()
     T = min(256, s.max_len)
-    example, single = ((torch.randint(SPECIAL, tokenizer.vocab_size, (b, T)),) for b in (32, 1))
-    cases = {f"32 x {T}": [example], f"1 x {T}": [single]}
+    example = (torch.randint(SPECIAL, tokenizer.vocab_size, (32, T)),)
+    cases = {f"32 x {T}": [example], f"1 x {T}": [(example[0][:1],)]}
     about = {"labels": corpus.labels, "max_len": s.max_len, "pattern": WORDS}
     about["tokens"] = [token.decode("latin-1") for token in tokenizer.ranks]  # a letter for each byte
     calibration = [{"tokens": tokens} for (tokens,), _ in sample[::4]]
@@ -985,10 +974,7 @@ def predict(s: Settings) -> None:
     if s.predict == "-" or os.path.exists(s.predict):  # False also for what is no possible file name
         lines = open(0 if s.predict == "-" else s.predict, encoding="utf-8-sig")  # 0: stdin
     n = 0
-    for line in lines:
-        text = line.rstrip("\r\n")
-        if not text.strip():
-            continue
+    for text in (line.rstrip("\r\n") for line in lines if line.strip()):
         n += 1
         (ids,) = tokenizer.encode([text], max_len)
         score = log_odds(run, [ids], ALONE)
@@ -1000,22 +986,19 @@ def predict(s: Settings) -> None:
             for word, change in words:
                 print(f"  {change:+.2f} {word}")
         else:
-            answer = {"label": label, "probability": round(sure, 6), "text": text}
-            answer["probabilities"] = {names[0]: round(1 - p, 6), names[1]: round(p, 6)}
+            both = {names[0]: round(1 - p, 6), names[1]: round(p, 6)}
+            answer = {"label": label, "probability": both[label], "text": text, "probabilities": both}
             print(json.dumps(answer | ({"explain": words} if s.explain else {})), flush=True)
     if not n:
         raise ValueError("--predict: there is no text to classify")
 
 
 def explain(ids: Tensor, score: Tensor, tokenizer: Tokenizer, run: Callable) -> list[list]:
-    """The ten words that matter most: [word, how much the log-odds of class 1 fall without it].
-
-    Each in turn is hidden as in training; words that say the same twice hide each other. A sure answer's
-    probability would hardly move, its log-odds do.
-    """
+    """The ten words that matter most: [word, how much the log-odds of class 1 fall when it is hidden].
+    Words that say the same twice hide each other. A sure answer's probability would hardly move."""
     pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
     starts = [i for i, piece in enumerate(pieces) if i == 0 or piece.startswith(b" ")]  # words, by blanks
-    spans = list(itertools.pairwise([*starts, len(pieces)]))
+    spans = list(zip(starts, [*starts[1:], len(pieces)], strict=True)) if pieces else []
     hidden = [torch.cat((ids[:a], torch.full((b - a,), MASK), ids[b:])) for a, b in spans]
     changes = (score - log_odds(run, hidden, ALONE)).tolist() if hidden else []
     words = [b"".join(pieces[a:b]).decode(errors="replace").strip() for a, b in spans]
@@ -1028,10 +1011,7 @@ def explain(ids: Tensor, score: Tensor, tokenizer: Tokenizer, run: Callable) -> 
 
 def linear_model(reviews: list[Review], labels: list[int]) -> tuple[Callable, int]:
     """Logistic regression on n-grams of up to four words, weighted by naive Bayes (Wang and Manning 2012).
-
-    Returns (a function of reviews to P(class 1) of each, its number of parameters). A review's weights are
-    scaled to length 1: a long one isn't surer because it is long.
-    """
+    Returns (a function of reviews to P(class 1) of each, its number of parameters)."""
     import numpy as np
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -1039,16 +1019,17 @@ def linear_model(reviews: list[Review], labels: list[int]) -> tuple[Callable, in
 
     words = r"\w+|[^\w\s]"
     counts = CountVectorizer(ngram_range=(1, 4), min_df=2, binary=True, token_pattern=words)
-    x = counts.fit_transform([clean(r.text) for r in reviews])  # (N, n-grams): which ones a review has
+    has = counts.fit_transform([clean(r.text) for r in reviews])  # (N, n-grams): which ones a review has
     y = np.array(labels)
-    negative = 1 + np.asarray(x[y == 0].sum(0)).ravel()  # how many reviews have each n-gram
-    positive = 1 + np.asarray(x[y == 1].sum(0)).ravel()
+    negative = 1 + np.asarray(has[y == 0].sum(0)).ravel()  # how many reviews have each n-gram
+    positive = 1 + np.asarray(has[y == 1].sum(0)).ravel()
     weights = np.log(positive / positive.sum()) - np.log(negative / negative.sum())
-    model = LogisticRegression(C=30, max_iter=300).fit(normalize(x.multiply(weights).tocsr()), y)
+    # A review's features are scaled to length 1: a long one isn't surer because it is long.
+    model = LogisticRegression(C=30, max_iter=300).fit(normalize(has.multiply(weights).tocsr()), y)
 
     def predict_probabilities(reviews: list[Review]) -> list[float]:
-        x = counts.transform([clean(r.text) for r in reviews])
-        return model.predict_proba(normalize(x.multiply(weights).tocsr()))[:, 1].tolist()
+        has = counts.transform([clean(r.text) for r in reviews])
+        return model.predict_proba(normalize(has.multiply(weights).tocsr()))[:, 1].tolist()
 
     return predict_probabilities, model.coef_.size + 1
 
