@@ -6744,7 +6744,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     "classify_imdb.py": [
         ("(tokens != PAD).unfold(1, WINDOW, STRIDE).any(-1)", "tokens[:, 2:-2:4] != PAD", "written_out"),
         ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
-        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
+        ("0 <= n % fifth - fifth * 2 // 5 < fifth // 10", "n % 10 == 4", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
         ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
