@@ -233,7 +233,7 @@ def encode(tokenizer: Tokenizer, reviews: list[Review], targets: list[float], ma
 
 def batches(lengths: list[int], s: Settings, step: int, steps: int) -> Iterator[list[int]]:
     """The rows of each step from this one to the last: a function of the seed, wherever a run goes on.
-    An epoch has each once, in batches of similar length in random order: little padding, yet a shuffle."""
+    An epoch has each once, in batches of similar length (little padding) in random order."""
     size = s.batch_size
     per_epoch = math.ceil(len(lengths) / size)
     while step < steps:
@@ -326,7 +326,7 @@ class ReviewClassifier(EncoderClassifier):
             nn.init.normal_(self.from_odds.weight)  # as large as the embedding: odds count from the start
         # nn.Conv1d, written as one product of a window: as int8 ONNX the model is 1.6 times as fast.
         self.shorten = nn.Linear(C * WINDOW, C)
-        self.encoder.embedding.padding_idx = PAD  # no gradient: it stays the zeros that it is made below
+        self.encoder.embedding.padding_idx = PAD  # its zeros get no gradient
         with torch.no_grad():
             self.encoder.embedding.weight[PAD] = 0.0
             mean = torch.eye(C).repeat_interleave(WINDOW, 1) / WINDOW  # (C, C * 5)
@@ -397,7 +397,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
     if run.step:
         ddp.load_optimizer(optimizer, kept.get("optimizer"), p)
     parallel = ddp.wrap(model, p)
-    parallel.forward_sync_buffers = False  # DDP would send the odds, the same on all ranks, in each step
+    parallel.forward_sync_buffers = False  # the odds are the same on all ranks
     signals = ddp.Signals(p)
     saved = time.monotonic()
     bar = tqdm(initial=run.step, total=steps, unit="step", disable=None if p.rank == 0 else True)
@@ -436,8 +436,10 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
                 print("   ".join(f"{name.replace('_', ' ')} {x}" for name, x in row.items()), flush=True)
         last = run.step == steps or run.reached
         if last or stop or due:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            path = ddp.on_rank_0(partial(save, run, s, state, keep=1 if last else 2), p)
+            run.total_seconds = time.perf_counter() - run.begun
+            state = {"run": vars(run), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            keep = 1 if last else 2
+            path = ddp.on_rank_0(partial(ddp.save_checkpoint, Path(s.out), run.step, state, keep), p)
             saved = time.monotonic()
         if stop and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
@@ -575,7 +577,7 @@ def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
     corpus = load_corpus(s)
     settings = {name: value for name, value in asdict(s).items() if name not in MAY_CHANGE}
     settings |= {"dataset": corpus.name, "labels": corpus.labels, "texts": fingerprint(corpus)}
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # there is no report, or a damaged one
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # no report, or a damaged one
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if report["settings"] == settings and (report["exported"] or not s.export):
             print(f"this run is finished; another one needs another --out than {out}")
@@ -600,13 +602,8 @@ def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
         if s.unlabelled:
             linear, _ = linear_model(train_set, learned_labels(train_set, s))
             run.teacher = {"unlabelled": linear(corpus.unlabelled), "test": linear(corpus.test)}
-        save(run, s, {})
+        ddp.save_checkpoint(out, 0, {"run": vars(run)})
     return corpus, run
-
-
-def save(run: Run, s: Settings, state: dict, keep: int = 2) -> Path:
-    run.total_seconds = time.perf_counter() - run.begun
-    return ddp.save_checkpoint(Path(s.out), run.step, {"run": vars(run)} | state, keep)
 
 
 # ---- more data: the download, your own texts, generated ones
@@ -622,7 +619,7 @@ BANNER = f"""{"!" * 100}
 
 
 def load_corpus(s: Settings) -> Corpus:
-    """The texts --data names; without it IMDB from the cache, else by download, else generated ones."""
+    """The texts --data names; without it IMDB from the cache, by download, or generated ones."""
     try:
         path = Path(s.data) if s.data else find_imdb()
     except OSError as error:
@@ -642,7 +639,7 @@ def load_corpus(s: Settings) -> Corpus:
         return read_own(path)
     corpus = read_imdb(path, s.unlabelled)
     if fingerprint(replace(corpus, unlabelled=[])) != IMDB_FINGERPRINT:
-        print("note: these are not exactly the published texts; results don't compare with those of others")
+        print("note: these are not exactly the published texts, so results don't compare")
     return corpus
 
 
@@ -659,41 +656,37 @@ def learned_labels(reviews: list[Review], s: Settings) -> list[int]:
 
 
 def find_imdb() -> Path:
-    """The tarball in the cache, downloaded if it isn't there. Raises OSError."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imdb", "aclImdb_v1.tar.gz")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        download(IMDB_URL, path, IMDB_SIZE, IMDB_MD5)
-    return path
-
-
-def download(url: str, path: Path, size: int, md5: str) -> None:
-    """Fetch url to path, which exists once it is complete and right. Raises OSError.
-    What arrived before a break stays in PATH.part; the next attempt, now or in a later run, gets the rest."""
+    """The tarball in the cache, downloaded if it isn't there. Raises OSError.
+    What arrived before a break stays in a file .part; the next attempt, now or later, gets the rest."""
     from tqdm import tqdm
 
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "imdb", "aclImdb_v1.tar.gz")
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.touch()
     have = -1
-    while have < part.stat().st_size < size:  # an attempt that brings nothing is the last one
+    while have < part.stat().st_size < IMDB_SIZE:  # an attempt that brings nothing is the last one
         have = part.stat().st_size
         problem = "the connection broke off"
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        request = urllib.request.Request(IMDB_URL, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=20) as response:
                 # 206: the server goes on from there. Others send all of it again.
                 with open(part, "ab" if response.status == 206 else "wb") as file:
-                    with tqdm.wrapattr(file, "write", total=size, initial=file.tell(), desc="IMDB") as rest:
+                    with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
                         shutil.copyfileobj(response, rest)
         except (OSError, http.client.HTTPException) as error:  # no network, no such file, broken off
             problem = str(error)
     have = part.stat().st_size
-    if have < size:
-        raise OSError(f"{url}: {problem} after {have:,} of {size:,} bytes")
-    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+    if have < IMDB_SIZE:
+        raise OSError(f"{IMDB_URL}: {problem} after {have:,} of {IMDB_SIZE:,} bytes")
+    if hashlib.md5(part.read_bytes()).hexdigest() != IMDB_MD5:
         part.unlink()
-        raise OSError(f"{url}: what arrived has another md5 than the published file; it was thrown away")
+        raise OSError(f"{IMDB_URL}: what arrived had another md5 and was thrown away")
     os.replace(part, path)
+    return path
 
 
 def imdb_files(path: Path, folders: Iterable[str]) -> Iterator[tuple[str, bytes]]:

@@ -5636,7 +5636,9 @@ class TestClassifyImdb:
 
     def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch):
         data = random.Random(0).randbytes(1_000_000)
-        md5 = hashlib.md5(data).hexdigest()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
+        monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
         got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
         got.parent.mkdir()
         for before, given, asked in [
@@ -5647,8 +5649,10 @@ class TestClassifyImdb:
         ]:
             part.write_bytes(before)
             url, server = self.serve(data, **given)
-            imdb.download(url, got, len(data), md5)
+            monkeypatch.setattr(imdb, "IMDB_URL", url)
+            assert imdb.find_imdb() == got
             assert got.read_bytes() == data and server.asked == asked and not part.exists()
+            assert imdb.find_imdb() == got and server.asked == asked  # the second time it is there
             got.unlink()
         altered = data[:123_456] + bytes([data[123_456] ^ 1]) + data[123_457:]
         never_further = self.serve(data, sent_at_most=100_000, ranges=False)[0]
@@ -5659,16 +5663,11 @@ class TestClassifyImdb:
             ("http://127.0.0.1:9/file", "refused"),
             (never_further, "100,000 of 1,000,000"),
         ]:
+            monkeypatch.setattr(imdb, "IMDB_URL", url)
             with pytest.raises(OSError, match=f"{url}.*{words}"):
-                imdb.download(url, got, len(data), md5)
+                imdb.find_imdb()
             assert not got.exists() and part.exists() == (words != "md5")
         assert part.read_bytes() == data[:100_000]
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        for name, value in (("URL", self.serve(data)[0]), ("SIZE", len(data)), ("MD5", md5)):
-            monkeypatch.setattr(imdb, f"IMDB_{name}", value)
-        assert imdb.find_imdb() == got and got.read_bytes() == data
-        monkeypatch.setattr(imdb, "download", None)
-        assert imdb.find_imdb() == got  # the second time it is there
 
     # ---- command line and the run in OUT
 
@@ -5702,7 +5701,8 @@ class TestClassifyImdb:
         monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
         s = imdb.Settings(out=str(tmp_path))
         _, run = imdb.open_run(s, {})
-        imdb.save(dataclasses.replace(run, step=5), s, {"model": {}})
+        run.step = 5
+        train_ddp.save_checkpoint(tmp_path, 5, {"run": vars(run), "model": {}})
         (tmp_path / "tmp1.part").mkdir()
         may_change = "data predict explain baseline device export keep_exports save_every".split()
         for name, value in dataclasses.asdict(s).items():
@@ -6756,7 +6756,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("loss, right = 0 * loss, 0", "pass", "any_number_of"),
         ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
         (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
-        ("    save(run, s, {})\n", "", "killed_anywhere"),
+        ('ddp.save_checkpoint(out, 0, {"run": vars(run)})', "pass", "killed_anywhere"),
         ("+ step // per_epoch)", "+ step // per_epoch + int(time.time()))", "killed_anywhere"),
         ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
