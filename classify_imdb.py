@@ -384,7 +384,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
     """From step run.step to the last; run, weights and optimizer are saved in OUT every so often.
 
     All randomness of a step is a function of seed, step and rank, so a run that goes on needs no generator's
-    state to end with the very same weights. After a signal it saves and raises ddp.Interrupted.
+    state to end with the very same weights. After a signal it saves and raises ddp.Stop.
     """
     from tqdm import tqdm
 
@@ -409,11 +409,10 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
             group["lr"] = s.lr * min((run.step + 1) / s.warmup, ddp.warmup_cosine(run.step, 0, steps))
         mine = rows[p.rank :: p.world]
         optimizer.zero_grad()
-        with ddp.waiting(f"the gradients of step {run.step}", p):
-            loss, right = hidden_loss(parallel, *examples.batch(mine or rows[:1], p.device), s)
-            if not mine:  # fewer texts than ranks: this one takes part with a loss that counts 0
-                loss, right = 0 * loss, 0
-            ddp.share_of_mean(loss, len(rows), p.world).backward()
+        loss, right = hidden_loss(parallel, *examples.batch(mine or rows[:1], p.device), s)
+        if not mine:  # fewer texts than ranks: this one takes part with a loss that counts 0
+            loss, right = 0 * loss, 0
+        ddp.share_of_mean(loss, len(rows), p.world).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         # What all ranks must do at the same step goes into one sum: stop, save (rank 0's clock says).
         due = p.rank == 0 and time.monotonic() - saved > s.save_every
@@ -443,7 +442,8 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
             saved = time.monotonic()
         if stop and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            raise ddp.Interrupted(number, f"step {run.step} of {steps} is saved in {path}")
+            done = f"interrupted: step {run.step} of {steps} is saved in {path}; the same command goes on"
+            raise ddp.Stop(done, 128 + number, shared=True)
         if last:
             break
     bar.close()

@@ -2911,9 +2911,7 @@ import torch, torch._dynamo, torch.distributed.checkpoint._fsspec_filesystem, to
 import pydoc_data.topics
 from pathlib import Path
 script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
-script.hardware = lambda p: {"processes": p.world, "gemm_gflops": 1.0}
-def no_network(*_):
-    raise OSError("no network")
+RANK = 0
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
 def run():
     script.exit_now(script.main(tyro.cli(script.Settings)))
@@ -2921,15 +2919,15 @@ gc.collect()
 gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
     job, pids = json.loads(line), []
-    for rank in job["ranks"]:
+    for RANK in job["ranks"]:
         pid = os.fork()
         if pid == 0:
             for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{job['log']}.{rank}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+                os.dup2(os.open(f"{job['log']}.{RANK}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
             os.environ.update(job["env"])
             if job["world"] > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["world"]))
-            sys.argv = [sys.argv[2] + ".py", *job["arguments"][rank]]
+                os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(job["world"]))
+            sys.argv = [sys.argv[2] + ".py", *job["arguments"][RANK]]
             try:
                 exec(job["code"])
             except SystemExit as error:
@@ -3029,14 +3027,22 @@ class Launcher:
         self.process.wait(20)
 
 
-@contextlib.contextmanager
-def beside_other_tests(request, name: str, run):
-    """run() as a future that starts now, if a test or fixture of this name is asked for: long waits pass
-    meanwhile."""
-    asked_for = any(name in (item.name, *item.fixturenames) for item in request.session.items)
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run) if asked_for else None
+def launcher_of(module: str, scope: str = "module", **options):
+    """A fixture: one launcher of a script for all tests."""
 
+    @pytest.fixture(scope=scope, **options)
+    def fixture(request, tmp_path_factory):
+        name = getattr(request, "param", module)
+        launcher = Launcher(tmp_path_factory.mktemp(name), name)
+        yield launcher
+        launcher.end()
+
+    return fixture
+
+
+ddp = launcher_of("train_ddp")
+fsdp = launcher_of("train_fsdp")
+trainer = launcher_of("", params=["train_ddp", "train_fsdp"])
 
 # Rows of the parameters divide neither by 4 nor all by 2, batches neither: every slice and part is uneven.
 TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
@@ -3044,6 +3050,7 @@ TINY += "--lr 3e-3 --eval-every 10 --save-every 0 --timeout 40".split()
 KILLS = int(os.environ.get("KILLS", 3))  # KILLS=20 KILL_SEED=7: a longer search, and which
 KILL_SEED = int(os.environ.get("KILL_SEED", time.time()))
 CPU = torch.device("cpu")
+SCRIPTS = [train_ddp, train_fsdp]
 
 
 def saved(out: Path) -> list[Path]:
@@ -3051,7 +3058,7 @@ def saved(out: Path) -> list[Path]:
     return sorted(p for p in out.glob("step_*") if not p.name.endswith((".part", ".damaged")))
 
 
-def ddp_newest(out: Path) -> str:
+def newest_name(out: Path) -> str:
     return max((path.name for path in saved(out)), default="")
 
 
@@ -3075,10 +3082,18 @@ def distance_of_weights(a: Path, b: Path | Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+def rows_of_steps(first: int, last: int, n: int, s) -> Tensor:
+    """(last - first, batch_size): an endless row of shuffles, cut into batches."""
+    epochs = range(last * s.batch_size // n + 1)
+    seeds = [torch.Generator().manual_seed(s.seed * 1_000_003 + epoch) for epoch in epochs]
+    rows = torch.cat([torch.randperm(n, generator=generator) for generator in seeds])
+    return rows[first * s.batch_size : last * s.batch_size].view(-1, s.batch_size)
+
+
 def by_hand(module, s) -> tuple[Tensor, Tensor]:
     """The same training as a plain loop over whole batches: the weights and the losses of the steps, which
     all ways of splitting the batches must give."""
-    (inputs, targets), _ = train_ddp.load_manual(s.max_len)
+    (inputs, targets), _ = module.load_manual(s.max_len)
     torch.manual_seed(s.seed)
     model = module.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
     if module is train_fsdp:
@@ -3088,10 +3103,9 @@ def by_hand(module, s) -> tuple[Tensor, Tensor]:
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
     losses = []
-    for step in range(s.steps):
+    for step, rows in enumerate(rows_of_steps(0, s.steps, len(inputs), s)):
         warm = (step + 1) / s.warmup if step < s.warmup else 1.0
         half = math.pi * max(0, step - s.warmup) / (s.steps - s.warmup)
-        rows = train_ddp.rows_of_step(step, len(inputs), s.batch_size, s.seed)
         loss = F.cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())  # of real tokens
         loss.backward()
         losses.append(loss.item())
@@ -3149,80 +3163,12 @@ class EvilPickle:
         return Path.touch, (self.path,)
 
 
-@pytest.fixture(scope="module", params=["train_ddp", "train_fsdp"])
-def trainer(request, tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp(request.param), request.param)
-    yield launcher
-    launcher.end()
-
-
-@pytest.fixture(scope="module")
-def ddp(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("ddp"), "train_ddp")
-    yield launcher
-    launcher.end()
-
-
-@pytest.fixture(scope="module")
-def fsdp(tmp_path_factory):
-    launcher = Launcher(tmp_path_factory.mktemp("fsdp"), "train_fsdp")
-    yield launcher
-    launcher.end()
-
-
-def elastic(folder: Path) -> tuple[list[float], list[str]]:
-    """The losses of a run on 1, 2, 1 and 2 nodes, and its arguments."""
-    arguments = [*TINY, "--dtype", "float64", "--steps", "100000", "--save-every", "20"]
-    arguments += ["--eval-every", "9999"]
-    node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
-    node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
-    node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
-    out, agents = folder / "elastic", []
-
-    def add_node() -> None:
-        variable = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        command = (ROOT / "train_ddp.py", *arguments, "--out", str(out))
-        agents.append(torchrun(*command, node=node, cwd=folder, **variable))
-
-    def step() -> int:
-        return int(ddp_newest(out)[5:13] or 0)
-
-    def starts(processes: int) -> int:
-        return sum(log.read_text().count(f"processes={processes} ") for log in folder.glob("agent*.log"))
-
-    def steps_with(processes: int, n_starts: int) -> None:
-        wait_until(lambda: starts(processes) == n_starts, 60, f"{processes} node(s)")
-        reached = step()
-        wait_until(lambda: step() > reached + 20, 60, f"steps with {processes} node(s)")
-
-    try:
-        add_node()
-        steps_with(1, 1)
-        add_node()
-        steps_with(2, 1)
-        kill_with_children(agents[1])
-        steps_with(1, 2)
-        add_node()
-        steps_with(2, 2)
-    finally:
-        for agent in agents:
-            kill_with_children(agent)
-    return train_ddp.load_checkpoint(out)["losses"], arguments
-
-
-@pytest.fixture(scope="module")
-def elastic_begun(request, tmp_path_factory):
-    folder, name = tmp_path_factory.mktemp("elastic"), "test_main_elastic_on_one_node_and_on_two_again"
-    with beside_other_tests(request, name, functools.partial(elastic, folder)) as losses:
-        yield losses
-
-
 class TestTraining:
     """Both scripts: what is parametrized with `trainer` starts processes of one or the other."""
 
     # ---- oracle: the model, the data, the schedule
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_gpt_equals_torch_layers(self, module):
         """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
         model = module.GPT(d_model=24, n_heads=3, n_layers=2, max_len=20).double()
@@ -3232,21 +3178,18 @@ class TestTraining:
         oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
         names = {"qkv_proj.": "self_attn.in_proj_", "out_proj.": "self_attn.out_proj."}
         names |= {"self_attention_norm.": "norm1.", "ffn_norm.": "norm2."}
-        names |= {"ffn.0.": "linear1.", "ffn.2.": "linear2."}
-        pairs = {"norm.weight": oracle.norm.weight, "norm.bias": oracle.norm.bias}
-        for i, theirs in enumerate(oracle.layers):
-            for ours, name in names.items():
-                for kind in ("weight", "bias"):
-                    pairs[f"blocks.{i}.{ours}{kind}"] = dict(theirs.named_parameters())[name + kind]
-        own = dict(model.named_parameters())
-        assert set(own) == set(pairs) | {"embedding.weight", "position.weight"}
-        for name, theirs in pairs.items():
-            theirs.data = own[name].detach().clone()
+        names |= {"ffn.0.": "linear1.", "ffn.2.": "linear2.", "blocks.": "layers."}
+        pairs, own = {}, dict(model.named_parameters())
+        table, position = own.pop("embedding.weight"), own.pop("position.weight")
+        for name in own:
+            theirs = functools.reduce(lambda text, pair: text.replace(*pair), names.items(), name)
+            pairs[name] = oracle.get_parameter(theirs)
+            pairs[name].data = own[name].detach().clone()
+        assert len(pairs) == len(list(oracle.parameters()))
         tokens = torch.randint(256, (4, 17))
-        table = model.embedding.weight.detach().clone().requires_grad_()
         mask = nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64)
-        x = (model.embedding.weight[tokens] + model.position.weight[:17]).detach()
-        expected = oracle(x, mask=mask, is_causal=True) @ table.T
+        x = (table[tokens] + position[:17]).detach()
+        expected = oracle(x, mask=mask, is_causal=True) @ table.detach().T
         logits = model(tokens)
         check_close(logits, expected, 1e-10, "logits")
         logits.square().sum().backward()
@@ -3254,37 +3197,17 @@ class TestTraining:
         for name, theirs in pairs.items():
             check_close(own[name].grad, theirs.grad, 1e-10, name)
 
-    def test_gpt_is_causal_and_drops_out_in_training_alone(self):
-        model = train_ddp.GPT(16, 2, 2, max_len=12, dropout=0.5).double().eval()
-        tokens = torch.randint(256, (2, 12))
-        before = model(tokens)
-        for place in range(12):
-            changed = tokens.clone()
-            changed[:, place] = (changed[:, place] + 1) % 256
-            difference = (model(changed) - before).abs().amax(-1)  # (B, T)
-            assert (difference[:, :place] == 0).all()
-            assert (difference[:, place] > 0).all()
-        noisy = []
-        for module in (train_ddp, train_fsdp):
-            other = module.GPT(16, 2, 2, 12, dropout=0.5).double()
-            other.load_state_dict(model.state_dict())
-            torch.manual_seed(3)
-            noisy.append(other(tokens))
-        assert torch.equal(*noisy) and not torch.equal(noisy[0], before)
-
     def test_initialise_depends_on_seed_and_name_alone(self):
         """GPT-2's start weights in both scripts; train_fsdp.py's don't depend on the model around them."""
-        torch.manual_seed(0)
-        models = {"ddp": train_ddp.GPT(64, 4, 8, 128)}
-        for key, (n_layers, seed) in {"a": (8, 0), "b": (8, 0), "deeper": (9, 0), "other": (8, 1)}.items():
-            models[key] = train_fsdp.GPT(64, 4, n_layers, 128)
-            train_fsdp.initialise(models[key], seed)
-        models["double"] = train_fsdp.GPT(64, 4, 8, 128).double()
-        train_fsdp.initialise(models["double"], 0)
-        a, b, other, deeper, double, ddp = (
-            dict(models[key].named_parameters()) for key in ("a", "b", "other", "deeper", "double", "ddp")
-        )
-        for name, p in a.items():
+
+        def start(n_layers: int, seed: int, dtype=torch.float32) -> dict[str, Tensor]:
+            model = train_fsdp.GPT(64, 4, n_layers, 128).to(dtype)
+            train_fsdp.initialise(model, seed)
+            return dict(model.named_parameters())
+
+        ddp = dict(train_ddp.GPT(64, 4, 8, 128).named_parameters())
+        b, deeper, other, double = start(8, 0), start(9, 0), start(8, 1), start(8, 0, torch.float64)
+        for name, p in start(8, 0).items():
             assert torch.equal(p, b[name])
             check_close(double[name], p.double(), 1e-9, name)
             deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
@@ -3297,19 +3220,16 @@ class TestTraining:
             if p.ndim == 2:
                 assert not torch.equal(p, other[name]), name
                 check_close(deeper[name] * (3 / 8**0.5 if deep else 1), p, 1e-6, name)
-        assert not torch.equal(a["blocks.0.qkv_proj.weight"], a["blocks.1.qkv_proj.weight"])
+        assert not torch.equal(b["blocks.0.qkv_proj.weight"], b["blocks.1.qkv_proj.weight"])
 
-    @pytest.mark.parametrize("max_len", [7, 32, 128])
+    @pytest.mark.parametrize("max_len", [7, 128])
     def test_load_manual_has_every_byte_as_a_target_once(self, max_len):
         from pydoc_data.topics import topics
 
         texts = sorted(set(topics.values()))
-        assert len(texts) > 50
         train, dev = train_ddp.load_manual(max_len)
-        for ours, theirs in zip(
-            [*train, *dev], itertools.chain(*train_fsdp.load_manual(max_len)), strict=True
-        ):
-            assert torch.equal(ours, theirs)
+        others = itertools.chain(*train_fsdp.load_manual(max_len))
+        assert all(torch.equal(*pair) for pair in zip([*train, *dev], others, strict=True))
         learnt = [t for i, t in enumerate(texts) if i % 10 != 9]
         for (inputs, targets), expected in ((dev, texts[9::10]), (train, learnt)):
             real = targets != -100
@@ -3319,87 +3239,33 @@ class TestTraining:
             assert (real[:, 1:] <= real[:, :-1]).all() and real[:, 0].all(), "the end alone is filled up"
             starts = torch.tensor([0, *(len(text.encode()) for text in expected[:-1])]).cumsum(0)
             assert (inputs[real][starts] == 10).all(), "a text starts from a line's end"
-        assert ((train[1] != -100).sum(1) < max_len).sum() > 20, "rows of unequal length"
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
-    def test_rows_of_step_is_an_endless_row_of_shuffles(self, module):
-        for n, batch_size in ((10, 3), (7, 7), (5, 12), (100, 32)):
-            rows = torch.cat([module.rows_of_step(step, n, batch_size, seed=4) for step in range(3 * n)])
-            epochs = rows[: len(rows) // n * n].view(-1, n)
-            assert len(rows) == 3 * n * batch_size
-            assert (epochs.sort(dim=1).values == torch.arange(n)).all()
-            assert n < 6 or len(epochs[:4].unique(dim=0)) == min(4, len(epochs))
-            again = module.rows_of_step(2, n, batch_size, 4)
-            assert torch.equal(again, rows[2 * batch_size : 3 * batch_size])
-        assert not torch.equal(module.rows_of_step(0, 100, 32, 5), module.rows_of_step(0, 100, 32, 4))
-
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_micro_batches_give_each_row_to_one_rank_once(self, module):
-        """And say how many tokens the whole batch has, on every rank and in every micro-batch."""
-        targets = torch.arange(40).repeat_interleave(3).view(40, 3)
-        targets[::7, 1:] = -100
-        text = (torch.arange(40)[:, None].expand(40, 3), targets)
-        s = module.Settings(batch_size=11, accumulate=2, seed=5)
-        ranks = [module.micro_batches(text, 6, s, module.Processes(rank, 3, CPU)) for rank in range(3)]
-        for step in range(6, 12):
-            parts = [next(rank) for rank in ranks for _ in range(2)]
-            rows = torch.cat([x[:, 0] for x, _, _ in parts])
-            expected = module.rows_of_step(step, 40, 11, 5)
-            assert torch.equal(rows.sort().values, expected.sort().values) and all(
-                len(x) for x, _, _ in parts
-            )
-            assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
-            for x, y, _ in parts:
-                assert torch.equal(targets[x[:, 0]], y)
+        """Cut from an endless row of shuffles, with the number of tokens in the whole batch."""
+        for n, batch_size in ((40, 11), (7, 7), (6, 20)):
+            targets = torch.arange(n).repeat_interleave(3).view(n, 3)
+            targets[::7, 1:] = -100
+            text = (torch.arange(n)[:, None].expand(n, 3), targets)
+            s = module.Settings(batch_size=batch_size, accumulate=2, seed=5)
+            ranks = [module.micro_batches(text, 6, s, module.Processes(rank, 3, CPU)) for rank in range(3)]
+            steps = rows_of_steps(6, 12, n, s)
+            assert n < 40 or len(steps.unique(dim=0)) == 6
+            for expected in steps:
+                parts = [next(rank) for rank in ranks for _ in range(2)]
+                rows = torch.cat([x[:, 0] for x, _, _ in parts])
+                assert torch.equal(rows.sort().values, expected.sort().values) and all(
+                    len(x) for x, _, _ in parts
+                )
+                assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
+                assert all(torch.equal(targets[x[:, 0]], y) for x, y, _ in parts)
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_warmup_cosine(self, module):
-        rates = [module.warmup_cosine(step, 10, 30) for step in range(30)]
-        assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-        assert rates[10] == 1 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
-        assert rates[10:] == sorted(rates[10:], reverse=True)
-        for step, warmup, total, rate in ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5)):
-            assert module.warmup_cosine(step, warmup, total) == rate
-
-    def test_make_optimizer_decays_matrices_alone(self):
-        for module, more in ((train_ddp, [CPU]), (train_fsdp, [])):
-            model = module.GPT(16, 2, 1, 8)
-            optimizer = module.make_optimizer(model, module.Settings(lr=0.5, weight_decay=0.3), *more)
-            decay = {
-                id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-            }
-            assert len(decay) == len(list(model.parameters())) and optimizer.defaults["lr"] == 0.5
-            for name, p in model.named_parameters():
-                assert decay[id(p)] == (0.3 if p.ndim == 2 else 0.0), name
-
-    def test_evaluate_is_the_mean_over_real_tokens(self):
-        alone, autocast = train_ddp.Processes(0, 1, CPU), torch.autocast("cpu", enabled=False)
-        _, (inputs, targets) = train_ddp.load_manual(32)
-        model = train_ddp.GPT(16, 2, 1, 32, dropout=0.5)
-        for weight in model.parameters():
-            nn.init.normal_(weight, std=0.3)
-        plain = train_ddp.GPT(16, 2, 1, 32)
-        plain.load_state_dict(model.state_dict())
-        for n in (99, 64, 1):
-            x, y = inputs[-n:], targets[-n:]
-            expected = F.cross_entropy(plain(x).flatten(0, 1), y.flatten()).item()
-            assert train_ddp.evaluate(model, (x, y), autocast, alone) == pytest.approx(expected, rel=1e-6)
-            assert model.training
-
-    def test_generate_goes_on_past_max_len(self):
-        class Alternates(nn.Module):
-            """Sure of "ab" again and again; of nothing while it trains."""
-
-            max_len, widest = 8, 0
-
-            def forward(self, tokens: Tensor) -> Tensor:
-                Alternates.widest = max(Alternates.widest, tokens.shape[1])
-                following = torch.where(tokens == ord("a"), ord("b"), ord("a"))
-                return (not self.training) * 50.0 * F.one_hot(following, 256)
-
-        assert train_ddp.generate(Alternates(), "xa", 12, CPU, temperature=0.02) == "xa" + "ba" * 6
-        assert Alternates.widest == 7  # one less than max_len, see there
-        assert "\x1b" not in train_ddp.generate(Alternates(), "\x1b[2J\nxa", 2, CPU)
+        table = ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5))
+        table += ((0, 4, 9, 0.25), (6, 4, 8, 0.5))
+        for *arguments, rate in table:
+            assert module.warmup_cosine(*arguments) == pytest.approx(rate)
 
     # ---- properties: the same weights, however the work is split
 
@@ -3425,7 +3291,8 @@ class TestTraining:
         check_close(losses["1"][:-2], by_step, 1e-12, "losses")
 
     def test_train_two_processes_are_bitwise_one_with_two_micro_batches(self, trainer, tmp_path):
-        """Float32, with dropout too: its masks belong to a part of the batch, not to a process."""
+        """Float32, with dropout too: its masks belong to a part of the batch, not to a process. The held-out
+        loss is that of the final weights without dropout."""
         arguments = [*TINY, "--dropout", "0.2", "--clip", "0.3"]
         arguments += ["--exact"] * (trainer.module == "train_fsdp")
         trainer.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
@@ -3436,6 +3303,11 @@ class TestTraining:
             assert torch.equal(final_weights(tmp_path / name), expected), name
         trainer.run(1, *arguments, "--out", str(tmp_path / "1"))
         assert distance_of_weights(tmp_path / "1", expected) > 1e-3, "other micro-batches, other dropout"
+        model, (_, (inputs, targets)) = train_ddp.GPT(18, 2, 2, 21), train_ddp.load_manual(21)
+        model.load_state_dict(torch.load(tmp_path / "2/final.pt", weights_only=True))
+        with torch.no_grad():
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+        assert json_of(tmp_path / "2/report.json")["dev_loss"] == pytest.approx(loss, rel=1e-5)
 
     def test_train_float32_and_mixed_precision(self, trainer, tmp_path):
         """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move
@@ -3452,10 +3324,12 @@ class TestTraining:
             assert 5e-5 < distance < 0.02 if "16" in name else distance <= 1e-4, (name, distance)
 
     def test_train_clip_0_is_no_clipping(self, trainer, tmp_path):
+        weights, exact = [], ["--exact"] * (trainer.module == "train_fsdp")
         for clip in ("0", "1e9", "0.01"):
-            trainer.run(1, *TINY, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip))
-        a, b, c = (final_weights(tmp_path / clip) for clip in ("0", "1e9", "0.01"))
-        assert torch.equal(a, b) and not torch.equal(a, c)
+            arguments = [*TINY, *exact, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip)]
+            trainer.run(1, *arguments)
+            weights.append(final_weights(tmp_path / clip))
+        assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
 
     def test_train_gradients_travel_with_the_last_micro_batch_alone(self, trainer, tmp_path):
         """Three micro-batches a step: counted where the gradients leave; each has dropout of its own, for the
@@ -3476,15 +3350,12 @@ else:
     set_sync = FSDPModule.set_requires_gradient_sync
     FSDPModule.set_requires_gradient_sync = lambda self, now: sent.extend([1] * now) or set_sync(self, now)
 script.main(tyro.cli(script.Settings))
-print(json.dumps([len(sent), seeds]))
+print(json.dumps([len(sent), [n for n in seeds if n > 2**32]]))  # not generate's seed, nor the model's
 """
         arguments = [*TINY, "--steps", "4", "--accumulate", "3", "--seed", str(2**32 - 1)]
         results = trainer.run(2, *arguments, "--out", str(tmp_path), code=code)
         sent, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
         assert sent == (4, 4)
-        seeds = [
-            [n for n in of_rank if n > 2**32] for of_rank in seeds
-        ]  # but those of generate and the model
         assert len(set(sum(seeds, []))) == 4 * 3 * 2, "dropout of its own in each part of each step"
         assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {2**32 - 1}, "and no other seed's"
 
@@ -3495,51 +3366,34 @@ compile = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self: print("compiled") or compile(self, backend="eager")
 run()
 """
-        arguments = [*TINY, "--steps", "4", "--save-every", "2", "--out"]
+        arguments, out = [*TINY, "--steps", "4", "--save-every", "2", "--out"], tmp_path / "compiled"
         trainer.run(1, *arguments, str(tmp_path / "plain"))
-        done = trainer.run(2, *arguments, str(tmp_path / "compiled"), "--compile", code=code)[0]
-        assert (
-            "compiled" in done.stdout
-            and distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
-        )
-        state = torch.load(tmp_path / "compiled/final.pt", weights_only=True)
+        assert "compiled" in trainer.run(2, *arguments, str(out), "--compile", code=code)[0].stdout
+        assert distance_of_weights(out, tmp_path / "plain") < 1e-5
+        state = torch.load(out / "final.pt", weights_only=True)
         assert state.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
-        (tmp_path / "compiled/final.pt").unlink()
-        saved(tmp_path / "compiled")[-1].rename(tmp_path / "removed")
-        assert "from_step=2" in trainer.run(1, *arguments, str(tmp_path / "compiled"))[0].stdout
-        assert distance_of_weights(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+        (out / "final.pt").unlink()
+        saved(out)[-1].rename(tmp_path / "removed")
+        assert "from_step=2" in trainer.run(1, *arguments, str(out))[0].stdout
+        assert distance_of_weights(out, tmp_path / "plain") < 1e-5
 
-    def test_wrap_data_parallel_is_the_plain_model_on_a_cpu(self, ddp, tmp_path, monkeypatch):
-        for name, more in {"plain": [], "dp": ["--data-parallel"]}.items():
-            ddp.run(1, *TINY, "--steps", "4", *more, "--out", str(tmp_path / name))
-        assert torch.equal(final_weights(tmp_path / "plain"), final_weights(tmp_path / "dp"))
-        monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")  # as on a machine with GPUs
-        gpu, model = train_ddp.Processes(0, 1, torch.device("cuda:0")), nn.Linear(2, 2)
-        assert train_ddp.wrap(model, gpu) is model and train_ddp.wrap(model, gpu, True) == "copies"
+    def test_wrap_data_parallel_where_there_are_gpus(self, monkeypatch):
+        monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")
+        model, gpu = nn.Linear(2, 2), torch.device("cuda:0")
+        for device, asked, expected in ((gpu, True, "copies"), (gpu, False, model), (CPU, True, model)):
+            assert train_ddp.wrap(model, train_ddp.Processes(0, 1, device), asked) is expected
 
     # ---- properties: shards
-
-    def test_clip_gradients_both_ways(self):
-        for largest in (0.01, 1.0, 100.0, math.inf):
-            for exact in (False, True):
-                torch.manual_seed(1)
-                model = nn.Linear(30, 40)
-                model(torch.randn(5, 30)).square().sum().backward()
-                before = torch.cat([p.grad.flatten() for p in model.parameters()])
-                norm = train_fsdp.clip_gradients(model, largest, exact)
-                after = torch.cat([p.grad.flatten() for p in model.parameters()])
-                check_close(norm, before.norm(), 1e-5, "norm")
-                check_close(after, before * min(1.0, largest / before.norm()), 1e-5, f"{largest} {exact}")
 
     def test_shard_each_rank_holds_its_slices_and_no_more(self, fsdp, tmp_path):
         """1/N of weights, gradients and moments, of a replica with HSDP, as the report counts them."""
         model = train_ddp.GPT(18, 2, 2, 21)
         n_all = sum(p.numel() for p in model.parameters())
-        for world, replicate in ((2, 1), (4, 1), (4, 2)):
-            out = tmp_path / f"{world}x{replicate}"
+        for world, replicate in ((2, 1), (4, 2)):
+            out, shards = tmp_path / str(world), world // replicate
             arguments = [*TINY, "--steps", "2", "--replicate", str(replicate), "--out", str(out)]
             stdout = fsdp.run(world, *arguments)[0].stdout
-            report, shards = json_of(out / "report.json"), world // replicate
+            report = json_of(out / "report.json")
             assert report["n_parameters"] == n_all
             all_of_it = {"weights": 4 * n_all, "gradients": 4 * n_all, "moments": 8 * n_all}
             assert report["held"]["all"] == all_of_it
@@ -3549,16 +3403,17 @@ run()
                 held = report["held"][f"rank {rank}"]
                 assert held.pop("peak") > 50e6
                 assert held == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
-                assert n <= n_all / shards * 1.05 and f"rank {rank}   {4 * n / 2**20:12,.3f}" in stdout
+                assert n <= n_all / shards * 1.05 and f"rank {rank}   weights {4 * n / 2**20:,.3f}" in stdout
 
     def test_shard_gathers_one_block_at_a_time(self, fsdp):
-        """While a block computes it is whole, and the others are in slices; the whole model is never made."""
+        """While a block computes it is whole, and the others are in slices; the whole model is never made.
+        129 held-out rows: the last forward has one, and a rank that counts nothing."""
         code = """
 from torch.distributed.tensor import DTensor, Shard
 largest, randn = [], torch.randn
 torch.randn = lambda *a, **k: largest.append(randn(*a, **k)) or largest[-1]
 p = script.start_processes("cpu", 30)
-s = script.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8)
+s = script.Settings(d_model=16, n_heads=2, n_layers=3, max_len=8, dropout=0.5)
 model, reference = script.sharded_model(s, p), script.GPT(16, 2, 3, 8)
 assert max(w.numel() for w in largest) == 256 * 16
 n = sum(w.numel() for w in model.parameters())
@@ -3574,6 +3429,10 @@ for block in model.blocks:
 model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
 assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
 assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
+
+x, y = (part[-129:] for part in script.load_manual(8)[1])
+expected = script.F.cross_entropy(reference(x).flatten(0, 1), y.flatten()).item()
+assert abs(script.evaluate(model, (x, y), p) / expected - 1) < 1e-6 and model.training
 
 s.amp, dtypes = "bf16", set()
 model = script.sharded_model(s, p)
@@ -3593,23 +3452,6 @@ for recompute in (False, True):
         for result in fsdp.run(2, code=code):
             assert result.stderr == ""
 
-    def test_evaluate_sharded_when_ranks_run_out_of_rows(self, fsdp):
-        """194 rows on three ranks: two are left for the last forward; the third counts nothing."""
-        code = """
-p = script.start_processes("cpu", 30)
-model = script.sharded_model(script.Settings(d_model=16, n_heads=2, n_layers=1, max_len=8, dropout=0.5), p)
-_, (inputs, targets) = script.load_manual(8)
-print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training)
-"""
-        results = fsdp.run(3, code=code)
-        model = train_fsdp.GPT(16, 2, 1, 8)
-        train_fsdp.initialise(model, 0)
-        _, (inputs, targets) = train_ddp.load_manual(8)
-        expected = F.cross_entropy(model(inputs[-194:]).flatten(0, 1), targets[-194:].flatten()).item()
-        for result in results:
-            loss, training = result.stdout.split()
-            assert float(loss) == pytest.approx(expected, rel=1e-6) and training == "True"
-
     # ---- properties: checkpoints
 
     def test_save_checkpoint_keeps_the_last_and_leaves_no_parts(self, tmp_path):
@@ -3617,9 +3459,7 @@ print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training
         for attempt in range(6):  # of one step: the names' order is that of their sha256
             train_ddp.save_checkpoint(folder, 1, {"attempt": attempt})
             assert train_ddp.load_checkpoint(folder) == {"attempt": attempt}
-        assert len(list(folder.iterdir())) == 1
         others = [folder / f"step_{name}.pt" for name in ("1", "00000009", "00000009.ab", "best")]
-        others += [folder / "video.part"]
         for other in others:
             other.write_text("not ours")
         for step in (5, 50, 500, 5000):
@@ -3631,52 +3471,36 @@ print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training
         assert path.exists() and loaded["step"] == 5000 and torch.equal(loaded["weights"], weights)
         assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
 
-    @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-    def test_load_checkpoint_damaged_is_reported_and_the_one_before_taken(self, damage, tmp_path, capsys):
-        for step in (1, 2):
-            path = train_ddp.save_checkpoint(tmp_path, step, {"step": step, "weights": torch.arange(99.0)})
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= damage == "flip"
-        path.write_bytes(data[: {"flip": None, "truncate": len(data) // 2, "empty": 0}[damage]])
-        for said in (str(path), ""):  # the second time nothing is left to report
-            assert train_ddp.load_checkpoint(tmp_path)["step"] == 1
-            err = capsys.readouterr().err
-            assert said in err and bool(err) == bool(said)
-        assert len(list(tmp_path.glob("*.damaged"))) == 1
+    def test_load_checkpoint_and_tensors_run_no_code(self, tmp_path):
+        """Neither of a checkpoint, nor from .metadata, nor from an entry that it calls an object's."""
+        import torch.distributed.checkpoint as dcp
 
-    def test_load_checkpoint_runs_no_code(self, tmp_path):
-        data = pickle.dumps({"step": EvilPickle(tmp_path / "ran")}, protocol=2)
+        evil = EvilPickle(tmp_path / "ran")
+        data = pickle.dumps({"step": evil}, protocol=2)
         (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
         with contextlib.suppress(Exception):
             train_ddp.load_checkpoint(tmp_path)
         assert not (tmp_path / "ran").exists()
-
-    @pytest.mark.parametrize("where", ["metadata", "bytes"])
-    def test_load_tensors_runs_no_code(self, where, tmp_path):
-        """Neither from .metadata nor from an entry that .metadata calls an object's."""
-        import torch.distributed.checkpoint as dcp
-
         tensors = {"a": torch.zeros(3)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            what = {"a": EvilPickle(tmp_path / "ran")} if where == "bytes" else tensors
-            dcp.save(what, checkpoint_id=tmp_path / "c")
-            (tmp_path / "ran").unlink(missing_ok=True)
-            if where == "metadata":
-                (tmp_path / "c/.metadata").write_bytes(pickle.dumps(EvilPickle(tmp_path / "ran")))
-            with pytest.raises(OSError):
-                train_fsdp.load_tensors(tmp_path / "c", tensors)
-        assert not (tmp_path / "ran").exists()
+            for what in (tensors, {"a": evil}):
+                dcp.save(what, checkpoint_id=tmp_path / "c")
+                if what is tensors:
+                    (tmp_path / "c/.metadata").write_bytes(pickle.dumps(evil))
+                (tmp_path / "ran").unlink(missing_ok=True)
+                with pytest.raises(OSError):
+                    train_fsdp.load_tensors(tmp_path / "c", tensors)
+                assert not (tmp_path / "ran").exists()
         for name in (b"load", b"os.system"):
             with pytest.raises(pickle.UnpicklingError):
                 train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
 
-    def test_write_atomically_two_writers_and_a_full_disk(self, tmp_path):
-        """Readers see one writer's bytes or the other's, and what can't be written leaves nothing behind."""
-        path = tmp_path / "file"
+    def test_write_atomically_two_writers(self, tmp_path):
+        """Readers see one writer's bytes or the other's, and nothing is left behind."""
+        path, stop = tmp_path / "file", time.monotonic() + 1
         texts = [letter * 200_000 for letter in (b"a", b"b")]
         path.write_bytes(texts[0])
-        stop = time.monotonic() + 1
 
         def write(text: bytes) -> None:
             while time.monotonic() < stop:
@@ -3688,22 +3512,7 @@ print(script.evaluate(model, (inputs[-194:], targets[-194:]), p), model.training
                 assert path.read_bytes() in texts
         for writer in writers:
             writer.result()
-        code = f"""
-import resource, sys, torch
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-import train_ddp
-folder = Path({str(tmp_path)!r})
-train_ddp.save_checkpoint(folder, 1, {{"step": 1, "w": torch.zeros(100)}})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    train_ddp.save_checkpoint(folder, 2, {{"step": 2, "w": torch.zeros(100_000)}}, keep=1)
-except OSError as error:
-    print("OSError", train_ddp.load_checkpoint(folder)["step"])
-"""
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-        assert result.stdout == "OSError 1\n", result
-        assert sorted(p.name[:13] for p in tmp_path.iterdir()) == ["file", "step_00000001"]
+        assert list(tmp_path.iterdir()) == [path]
 
     def test_load_optimizer_after_a_change_of_device(self):
         """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
@@ -3733,150 +3542,121 @@ except OSError as error:
 def digest(p, path, s):
     import hashlib
     model = script.sharded_model(s, p) if p else script.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len)
-    optimizer = script.make_optimizer(model, s)
-    tensors = script.state_tensors(model, optimizer)
+    tensors = script.state_tensors(model, script.make_optimizer(model, s))
     script.load_tensors(path, tensors, p)
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        sha.update(name.encode() + script.full_tensor(value).numpy().tobytes())
-    return sha.hexdigest(), len(tensors)
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        sha.update(name.encode() + whole.numpy().tobytes())
+    return sha.hexdigest(), tensors
 """
-        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path / "a")]
+        arguments, out = [*TINY, "--save-every", "10", "--out", str(tmp_path)], tmp_path
         fsdp.run(2, *arguments)
-        path = saved(tmp_path / "a")[-1]
+        path = saved(out)[-1]
         code = digest + "p = script.start_processes('cpu', 30)\n"
-        code += f"print(*digest(p, Path({str(path)!r}), tyro.cli(script.Settings)))"
-        found = [fsdp.run(world, *arguments, code=code)[0].stdout for world in (2, 1, 4)]
-        found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout]
-        scope, s = {"script": train_fsdp}, settings_of(train_fsdp, *arguments)
+        code += f"print(digest(p, Path({str(path)!r}), tyro.cli(script.Settings))[0])"
+        found = [fsdp.run(world, *arguments, code=code)[0].stdout.strip() for world in (2, 1, 4)]
+        found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout.strip()]
+        scope = {"script": train_fsdp}
         exec(digest, scope)
-        model = train_fsdp.GPT(18, 2, 2, 21)
-        optimizer = train_fsdp.make_optimizer(model, s)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
-            found += [" ".join(map(str, scope["digest"](None, path, s))) + "\n"]
-            train_fsdp.load_tensors(path, train_fsdp.state_tensors(model, optimizer))
-        n_parameters = len(list(model.parameters()))
-        assert len(set(found)) == 1 and found[0].split()[1] == str(4 * n_parameters), found
-        assert all(v["step"] == 20 and v["exp_avg_sq"].max() > 0 for v in optimizer.state.values())
-        final = torch.load(tmp_path / "a/final.pt", weights_only=True)
-        assert final.keys() == model.state_dict().keys()
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in final.items())
-        table = safetensors.torch.load_file(tmp_path / "a/final.safetensors")
-        assert final.keys() == table.keys() and all(torch.equal(final[name], table[name]) for name in final)
+            sha, tensors = scope["digest"](None, path, settings_of(train_fsdp, *arguments))
+        assert set(found) == {sha} and len(tensors) == 4 * len(train_fsdp.GPT(18, 2, 2, 21).state_dict())
+        assert all(value == 20 for name, value in tensors.items() if name.endswith(".step"))
+        final = torch.load(out / "final.pt", weights_only=True)
+        table = safetensors.torch.load_file(out / "final.safetensors")
+        assert final.keys() == table.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        for name, value in final.items():
+            assert torch.equal(value, tensors[f"model.{name}"]) and torch.equal(value, table[name])
         files = set(json_of(path / "manifest.json")["files"])
         assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
         assert {p.name for p in path.iterdir()} == files | {"manifest.json"}, "a checksum covers each"
 
-    def test_newest_checkpoint_is_an_undamaged_one(self, fsdp, tmp_path):
-        """Whichever rank finds the damage, on another number of ranks too: reported, renamed, and training
-        goes on from the one before to the same end."""
+    def test_newest_checkpoint_is_an_undamaged_one(self, fsdp, tmp_path, capsys):
+        """Whatever the damage: it is said, and training goes on from the one before to the same end."""
         arguments = [*TINY, "--save-every", "8", "--exact", "--out"]
         fsdp.run(2, *arguments, str(tmp_path / "whole"))
         (tmp_path / "whole/report.json").unlink()
         files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
         files |= {"altered metadata": ".metadata"}
         files |= {"altered manifest": "manifest.json", "missing manifest": "manifest.json"}
-        newest = {}
         for damage, name in files.items():
-            shutil.copytree(tmp_path / "whole", tmp_path / damage)
-            newest[damage] = saved(tmp_path / damage)[-1]
-            file = newest[damage] / name
-            data = bytearray(file.read_bytes())
+            out = tmp_path / damage
+            shutil.copytree(tmp_path / "whole", out)
+            newest = saved(out)[-1]
+            data = bytearray((newest / name).read_bytes())
             data[len(data) // 2] ^= 4 * ("altered" in damage)
-            file.write_bytes(data[:-1] if damage == "truncated" else data)
+            (newest / name).write_bytes(data[:-1] if damage == "truncated" else data)
             if "missing" in damage:
-                file.unlink()
-        for damage, world in {"truncated": 1, "missing": 2}.items():  # trained to the end
-            results = fsdp.run(world, *arguments, str(tmp_path / damage))
-            assert f"{newest[damage]} is damaged ({files[damage]} missing or altered)" in results[0].stderr
-            assert "from_step=16" in results[0].stdout and len(results[0].stderr.splitlines()) == 1
-            distance = distance_of_weights(tmp_path / damage, tmp_path / "whole")
-            assert distance <= (1e-5 if world == 1 else 0), "on one rank: sums in another order"
-            assert newest[damage].with_name(newest[damage].name + ".damaged").is_dir()
-        others = [str(tmp_path / damage) for damage in files if damage not in ("truncated", "missing")]
-        code = """
-p = script.start_processes("cpu", 30)
-for out in sys.argv[1:]:
-    print(script.newest_checkpoint(Path(out), p)[0].name[:13])
-"""
-        for world in (2, 1):  # the second time nothing is left to report
-            results = fsdp.run(world, *others, code=code)
-            assert all(r.stdout == "step_00000016\n" * len(others) for r in results), results
-            assert len(results[0].stderr.splitlines()) == (len(others) if world == 2 else 0)
+                (newest / name).unlink()
+            for said in (f"{newest} is damaged ({name} missing or altered)\n", ""):  # once
+                assert train_fsdp.newest_checkpoint(out)[0].name[:13] == "step_00000016"
+                assert capsys.readouterr().err == said
+            assert newest.with_name(newest.name + ".damaged").is_dir()
+        assert "from_step=16" in fsdp.run(2, *arguments, str(tmp_path / "missing"))[0].stdout
         for path in saved(tmp_path / "altered"):  # the last good ones: training begins anew
             (path / ".metadata").write_bytes(b"")
         assert "from_step=0" in fsdp.run(2, *arguments, str(tmp_path / "altered"))[0].stdout
-        assert distance_of_weights(tmp_path / "altered", tmp_path / "whole") == 0
+        for damage in ("missing", "altered"):
+            assert distance_of_weights(tmp_path / damage, tmp_path / "whole") == 0
 
-    def test_publish_needs_an_out_that_all_machines_see(self, tmp_path):
+    def test_publish_needs_an_out_that_all_machines_see(self, fsdp, tmp_path):
         """Each would write its slices on its own disk: no checkpoint could ever be read."""
-        part = tmp_path / "step_00000005.part"
-        part.mkdir()
-        manifest = json.dumps({"files": {"__0_0.distcp": "", "__1_0.distcp": "", ".metadata": ""}}).encode()
-        for there in ("__0_0.distcp", ".metadata"):
-            (part / there).touch()
-            with pytest.raises(OSError, match="__1_0.distcp"):
-                train_fsdp.publish(part, manifest, 3)
-        (part / "__1_0.distcp").touch()
-        assert train_fsdp.publish(part, manifest, 3).exists()
+        fsdp.run(2, *TINY, "--steps", "2", "--out", str(tmp_path))
+        part = saved(tmp_path)[0].rename(tmp_path / "step_00000005.part")
+        (part / "__1_0.distcp").rename(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="__1_0.distcp"):
+            train_fsdp.publish(part, {}, 3)
+        (tmp_path / "elsewhere").rename(part / "__1_0.distcp")
+        assert train_fsdp.publish(part, {}, 3).exists()
 
     # ---- refusals
 
-    REFUSED = {  # one line on stderr with these words, exit 2, no traceback
-        "batch_size": ["--batch-size", "1"],
-        "n_heads": ["--n-heads", "4"],
-        "lr": ["--lr", "nan"],
-        "steps": ["--steps", "0"],
-        "clip": ["--clip", "-1"],
-        "seed": ["--seed", str(2**32)],
-        "timeout": ["--timeout", "0"],
-        "amp bf16 needs dtype float32": ["--amp", "bf16", "--dtype", "float64"],
-        "needs a GPU": ["--device", "cuda"],
-    }
-    OWN = {
-        "train_ddp": {"data_parallel": ["--data-parallel", "--amp", "bf16"]},
-        "train_fsdp": {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]},
-    }
-
     def test_main_refuses_in_one_line(self, trainer, tmp_path):
-        """Two processes, of which one says it; nothing is written."""
+        """Two processes, of which one says it (both, where they haven't met); nothing is written. Then ranks
+        that disagree on a setting or on the text (a Python with another manual)."""
         (tmp_path / "file").write_text("not a folder")
-        refused = self.REFUSED | self.OWN[trainer.module] | {"file": ["--out", str(tmp_path / "file")]}
-        for words, arguments in refused.items():
-            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), *arguments)
+        refused = {"lr": ["--lr", "nan"], "file": ["--out", str(tmp_path / "file")]}
+        refused |= {"amp bf16 needs": ["--amp", "bf16", "--dtype", "float64"]}
+        if trainer.module == "train_ddp":
+            refused |= {"data_parallel": ["--data-parallel", "--amp", "bf16"]}
+        else:
+            refused |= {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]}
+        arguments = [*TINY, "--out", str(tmp_path / "out")]
+        for words, more in (refused | {"needs a GPU": ["--device", "cuda"]}).items():
+            results = trainer.attempt(2, *arguments, *more)
             check_one_line_error(results[0], words)
-            assert results[1].returncode == 2
-            assert results[1].stderr == "" or words in ("timeout", "needs a GPU"), "before they have met"
+            assert results[1].returncode == 2 and (words not in refused or results[1].stderr == "")
         assert not (tmp_path / "out").exists()
+        other = "pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[: 20 + 20 * RANK])\n"
+        for words, more, code in (("save_every", ["--save-every", "7"], ""), ("text", [], other)):
+            results = trainer.attempt(2, *arguments, of_rank={1: more}, code=code + "run()")
+            check_one_line_error(results[1], "rank 1", words)
+            assert results[0].returncode in (1, 2) and not (tmp_path / "out/final.pt").exists()
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_check_settings_takes_the_least_of_each_and_no_less(self, module):
-        ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep".split()
+        ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep timeout".split()
         zeros = "lr warmup weight_decay clip seed save_every dropout".split()
-        alone = module.Processes(0, 1, CPU)
+        alone, two = (module.Processes(0, world, CPU) for world in (1, 2))
         for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
             module.check_settings(module.Settings(**({"n_heads": 1} | {name: least})), alone)
             with pytest.raises(ValueError, match=name):
                 module.check_settings(module.Settings(**{name: least - 1}), alone)
-        two = module.Processes(0, 2, CPU)
         module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
-        with pytest.raises(ValueError, match="accumulate 3"):
-            module.check_settings(module.Settings(batch_size=5, accumulate=3), two)
-        if module is train_ddp:
-            with pytest.raises(ValueError, match="data_parallel"):
-                module.check_settings(module.Settings(data_parallel=True, amp="bf16"), alone)
+        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                module.check_settings(module.Settings(**wrong), two)
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
         names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-        for lacking in names:
-            for name, value in names.items():
-                monkeypatch.setenv(name, value)
-            monkeypatch.delenv(lacking)
-            with pytest.raises(ValueError, match=lacking):
-                module.start_processes("cpu", 5.0)
-        monkeypatch.setenv("MASTER_PORT", "1")
+        for name, lacking in zip(names, [*list(names)[1:], "none"], strict=True):  # set one by one
+            monkeypatch.setenv(name, names[name])
+            if lacking != "none":
+                with pytest.raises(KeyError, match=lacking):
+                    module.start_processes("cpu", 5.0)
         restarts = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
         for name, value in (restarts | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
@@ -3888,7 +3668,7 @@ for out in sys.argv[1:]:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
         code = """
-time.sleep(2 * int(os.environ["RANK"]))
+time.sleep(2 * RANK)
 p = script.start_processes("cpu", 20)
 print(script.sum_over_ranks([1.0], p))
 """
@@ -3897,47 +3677,26 @@ print(script.sum_over_ranks([1.0], p))
             for result in trainer.run(2, code=code, **environment):
                 assert result.stdout == "[2.0]\n"
 
-    def test_main_refuses_ranks_that_disagree(self, trainer, tmp_path):
-        """On a setting, one that may change between runs too (ranks that save at other steps would wait for
-        each other), or on the text (a Python with another manual)."""
-        for extra in (["--lr", "0.5"], ["--save-every", "7"]):
-            results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), of_rank={1: extra})
-            assert all(r.returncode in (1, 2) for r in results), results
-            check_one_line_error(results[1], "rank 1", f"{extra[0][2:].replace('-', '_')} ")
-        code = """
-if os.environ["RANK"] == "1":
-    pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[:40])
-run()
-"""
-        results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "out"), code=code)
-        check_one_line_error(results[1], "rank 1", "text ")
-        assert not (tmp_path / "out/final.pt").exists()
-
     def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
         """Other settings, another version's checkpoint, the other script's run; what may change may."""
         run, out = [*TINY, "--steps", "4", "--out", str(tmp_path / "a")], tmp_path / "a"
         trainer.run(2, *run)
         before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-        for finished in (True, False):
-            for extra, words in (["--lr", "0.01"], "lr 0.003"), (["--steps", "5"], "steps 4"):
-                results = trainer.attempt(2, *run, *extra)
-                check_one_line_error(results[0], words, "--out")
-                assert results[1].returncode == 2 and results[1].stderr == ""
-            other = {"train_ddp": "train_fsdp.py", "train_fsdp": "train_ddp.py"}[trainer.module]
-            if finished:
-                check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{other} here")
-                (out / "report.json").rename(tmp_path / "report.json")
-        (tmp_path / "report.json").rename(out / "report.json")
-        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        other = {"train_ddp": "train_fsdp.py", "train_fsdp": "train_ddp.py"}[trainer.module]
+        check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{other} here")
         may = ["--save-every", "3", "--timeout", "39", "--keep", "1", "--eval-every", "7", "--compile"]
         may += ["--replicate", "2", "--recompute"] * (trainer.module == "train_fsdp")
         assert "this run is finished" in trainer.run(2, *run, *may)[0].stdout
+        check_one_line_error(trainer.attempt(2, *run, "--lr", "0.01")[0], "lr 0.003", "--out")
         assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        (out / "report.json").unlink()
+        results = trainer.attempt(2, *run, "--steps", "5")
+        check_one_line_error(results[0], "steps 4", "--out")
+        assert results[1].returncode == 2 and results[1].stderr == ""
         if trainer.module == "train_ddp":
             train_ddp.save_checkpoint(tmp_path / "old", 10, {"step": 10, "model": {}})
-            check_one_line_error(
-                trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))[0], "another --out"
-            )
+            (result,) = trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))
+            check_one_line_error(result, "another --out")
 
     # ---- runs: going on, ending, failing
 
@@ -3960,6 +3719,7 @@ run()
             damaged.write_bytes(data)
             result = trainer.run(int(name[0]), *arguments, *more, "--out", str(out))[0]
             assert "is damaged" in result.stderr and "from_step=16" in result.stdout
+            assert len(list(out.glob("*.damaged"))) == 1, "so that it isn't reported again"
             distance = distance_of_weights(out, tmp_path / "whole")
             assert distance <= (0 if name == "2" else 1e-12), (name, distance)
             curves = [json_of(o / "report.json")["losses"] for o in (out, tmp_path / "whole")]
@@ -3975,8 +3735,8 @@ run()
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert rows == report["log"] and rows[-1]["dev_loss"] == report["dev_loss"] == first["dev_loss"]
         (inputs, targets), _ = train_ddp.load_manual(21)
-        steps = [train_ddp.rows_of_step(step, len(inputs), 13, 0) for step in range(4)]
-        assert report["tokens"] == (targets[torch.cat(steps)] != -100).sum()
+        learnt = rows_of_steps(0, 4, len(inputs), settings_of(train_ddp, *arguments))
+        assert report["tokens"] == (targets[learnt] != -100).sum()
         rate = report["tokens"] / report["train_seconds"]
         assert report["tokens_per_second"] == round(rate) and rows[-1]["gradient_norm"] > 0
         (out / "final.pt").unlink()
@@ -3999,13 +3759,12 @@ run()
 cross_entropy, steps = torch.nn.functional.cross_entropy, [0]
 def explode(logits, *rest, **options):
     loss = cross_entropy(logits, *rest, **options)
-    if torch.is_grad_enabled():
-        steps[0] += 1
-        if steps[0] == 9 and os.environ.get("RANK", "0") == "0":  # the value stays, the gradient doesn't
-            if "LOSS" in os.environ:
-                return loss + float("inf")
-            return loss + (0 * logits.sum()).clamp(min=0).sqrt()
-    return loss
+    steps[0] += torch.is_grad_enabled()
+    if steps[0] != 9 or RANK == 1:
+        return loss
+    if "LOSS" in os.environ:
+        return loss + float("inf")
+    return loss + (0 * logits.sum()).clamp(min=0).sqrt()  # the value stays, the gradient doesn't
 script.F.cross_entropy = explode
 run()
 """
@@ -4016,74 +3775,67 @@ run()
             assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == ""
             assert "norm" in results[0].stderr and "step 8" in results[0].stderr
             assert saved_state(tmp_path / clip)["step"] == 8
-            assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
-            assert final_weights(tmp_path / clip).isfinite().all()
-        arguments = [*TINY, "--out", str(tmp_path / "loss")]
-        results = trainer.attempt(2, *arguments, code=code, LOSS="1")
+        assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
+        assert final_weights(tmp_path / "0").isfinite().all()
+        results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "loss"), code=code, LOSS="1")
         assert [r.returncode for r in results] == [1, 1] and "loss is inf at step 8" in results[0].stderr
         trainer.run(2, *TINY, "--amp", "fp16", "--out", str(tmp_path / "fp16"), code=code)
         assert final_weights(tmp_path / "fp16").isfinite().all()
         assert saved_state(tmp_path / "fp16")["scaler"]["_growth_tracker"] == 11
-        assert json.loads((tmp_path / "fp16/log.jsonl").read_text().splitlines()[-1])["step"] == 20
         arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
         (result,) = trainer.attempt(1, *TINY, *arguments, "--out", str(tmp_path / "last"))
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--lr" in result.stderr
         assert not (tmp_path / "last/final.pt").exists() and not saved(tmp_path / "last")
 
+    BROKEN = """
+def broken(*arguments, batches=script.micro_batches):
+    for _, batch in zip(range(4), batches(*arguments)): yield batch
+    {}["no such row"]
+if RANK == 1: script.micro_batches = broken
+"""
+    ONE_LOSS = "if RANK == 1: script.F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)"
     FAILURES = {  # a user's own errors: (what goes wrong, what the traceback says, on which ranks)
         "a wrong shape": ("script.Block.forward = lambda self, x: x[..., :-1]", "RuntimeError", (0, 1)),
-        "a loss on one rank": (
-            "import torch.nn.functional as F\n"
-            "if RANK == 1: F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)",
-            "RuntimeError",
-            (1,),
-        ),
-        "a data set on one rank": (
-            "if RANK == 1:\n"
-            "    rows = script.rows_of_step\n"
-            "    script.rows_of_step = lambda step, *a: rows(step, *a) if step < 4 else {}['no such row']",
-            "KeyError: 'no such row'",
-            (1,),
-        ),
+        "a loss on one rank": (ONE_LOSS, "RuntimeError", (1,)),
+        "a data set on one rank": (BROKEN, "KeyError: 'no such row'", (1,)),
     }
 
     @pytest.mark.parametrize("failure", FAILURES)
-    def test_waiting_leaves_a_user_s_error_its_traceback(self, failure, trainer, tmp_path):
+    def test_explain_leaves_a_user_s_error_its_traceback(self, failure, trainer, tmp_path):
         """The rank that has it shows it; the others end too, within the time limit, as a process is lost."""
         code, said, ranks = self.FAILURES[failure]
         start = time.monotonic()
-        code = f"RANK = int(os.environ['RANK'])\n{code}\nrun()"
-        results = trainer.attempt(2, *TINY, "--timeout", "20", "--out", str(tmp_path), code=code)
+        results = trainer.attempt(2, *TINY, "--timeout", "20", "--out", str(tmp_path), code=code + "\nrun()")
         assert time.monotonic() - start < 60
         for rank, result in enumerate(results):
             assert result.returncode == 1, results
             assert ("Traceback" in result.stderr and said in result.stderr) == (rank in ranks), result.stderr
-            assert rank in ranks or f"rank {rank} waited for" in result.stderr, result.stderr
+            assert rank in ranks or f"rank {rank} has lost another process" in result.stderr, result.stderr
 
-    def test_waiting_says_what_a_lost_process_was_needed_for(self, trainer, tmp_path):
+    def test_explain_a_lost_process(self, trainer, tmp_path):
         """One that is killed, one that halts, one that never comes."""
         arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
         for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
             code = f"""
 check = script.check_finite
 def ends(what, value, step):
-    if step == 5 and os.environ["RANK"] == "1":  # while the others go on to the next gradients
+    if step == 5 and RANK == 1:  # while the others go on to the next gradients
         os.kill(os.getpid(), {int(number)})
     check(what, value, step)
 script.check_finite = ends
 run()
 """
             trainer.start(3, *arguments, timeout, code=code)
-            trainer.wait_until(lambda: all("waited for" in trainer.out(rank, "err") for rank in (0, 2)))
+            trainer.wait_until(lambda: all("has lost" in trainer.out(rank, "err") for rank in (0, 2)))
             trainer.kill([1])  # in case it is only halted
             results = trainer.wait()
             assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
             for rank in (0, 2):
-                assert f"rank {rank} waited for" in results[rank].stderr
+                assert f"rank {rank} has lost another process" in results[rank].stderr
                 assert "Traceback" not in results[rank].stderr
         trainer.start(2, *TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
         (result,) = trainer.wait(60)
-        assert result.returncode == 1 and "rank 0 waited for up to 3 s for 2 processes" in result.stderr
+        assert result.returncode == 1 and "rank 0 has lost another process" in result.stderr
 
     def test_on_rank_0_may_take_longer_than_the_timeout(self, trainer, tmp_path):
         """A slow disk kills no job: neither while rank 0 saves, nor at the end, nor another rank's slices."""
@@ -4093,24 +3845,23 @@ def slow(*arguments):
     time.sleep(3)
     return replace(*arguments)
 os.replace = slow
-if os.environ["RANK"] == "1" and hasattr(script, "dcp"):
+if RANK == 1 and hasattr(script, "dcp"):
     save = script.dcp.save
     script.dcp.save = lambda *a, **k: time.sleep(3) or save(*a, **k)
 run()
 """
         arguments = [*TINY, "--steps", "4", "--timeout", "2", "--out", str(tmp_path)]
-        results = trainer.run(2, *arguments, code=code)
-        assert last_json(results[0])["loss"] > 0
+        assert last_json(trainer.run(2, *arguments, code=code)[0])["loss"] > 0
 
     def test_save_checkpoint_on_a_full_disk_ends_the_run(self, trainer, tmp_path):
         """A rank may write no file above 10 kB: a sentence, the older checkpoint stays, nothing half written
         does, and the same command goes on."""
-        limited = {"train_ddp": "0", "train_fsdp": "1"}[trainer.module]
+        limited = {"train_ddp": 0, "train_fsdp": 1}[trainer.module]
         code = f"""
 import resource
 save = script.save_checkpoint
 def limited(folder, step, *rest):
-    if step == 20 and os.environ["RANK"] == "{limited}":
+    if step == 20 and RANK == {limited}:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     return save(folder, step, *rest)
 script.save_checkpoint = limited
@@ -4122,6 +3873,7 @@ run()
         assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == "", results
         assert trainer.module == "train_ddp" or "rank 1" in results[0].stderr
         assert [path.name[:13] for path in saved(tmp_path)] == ["step_00000010"]
+        assert not list(tmp_path.glob("*.part"))
         (tmp_path / "tmpx.part").mkdir()  # of a process killed earlier
         assert "from_step=10" in trainer.run(2, *arguments)[0].stdout
         assert not list(tmp_path.glob("*.part"))
@@ -4145,10 +3897,10 @@ run()
             if kills == KILLS:
                 break
             code = in_a_save.replace("SAVES", str(rng.randint(2, 9))) if attempt % 2 else "run()"
-            before = ddp_newest(out)
+            before = newest_name(out)
             trainer.start(world, *arguments, "--out", str(out), code=code)
             if attempt % 2 == 0:
-                trainer.wait_until(lambda before=before: ddp_newest(out) != before)
+                trainer.wait_until(lambda before=before: newest_name(out) != before)
                 time.sleep(rng.random() * 0.1)
                 with contextlib.suppress(ProcessLookupError):
                     trainer.kill(range(world) if attempt % 4 else [world - 1])
@@ -4159,8 +3911,7 @@ run()
             if (out / "report.json").exists():
                 shutil.rmtree(out)
         assert kills == KILLS, results
-        result = trainer.run(world, *arguments, "--out", str(out))[0]
-        assert "from_step=" in result.stdout
+        assert "from_step=" in trainer.run(world, *arguments, "--out", str(out))[0].stdout
         assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
         assert not list(out.glob("*.part")) and len(saved(out)) == 2
 
@@ -4174,7 +3925,7 @@ run()
         trainer.run(world, *arguments, "--out", str(tmp_path / "whole"))
         out = tmp_path / "stopped"
         trainer.start(world, *arguments, "--out", str(out))
-        trainer.wait_until(lambda: "step 10/" in trainer.out(0))
+        trainer.wait_until(lambda: (out / "log.jsonl").exists())
         trainer.kill(who, number)
         results = trainer.wait()
         assert [r.returncode for r in results] == [128 + number] * world, results
@@ -4188,7 +3939,7 @@ run()
         assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
         assert saved_state(out)["scaler"] == saved_state(tmp_path / "whole")["scaler"]
 
-    @pytest.mark.parametrize("module", [train_ddp, train_fsdp])
+    @pytest.mark.parametrize("module", SCRIPTS)
     def test_signals_are_noted_and_given_back(self, module):
         before = signal.getsignal(signal.SIGTERM)
         for world in (1, 2):
@@ -4203,7 +3954,7 @@ run()
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
-        arguments = [*TINY, "--out", str(tmp_path)]
+        arguments = [*TINY, "--steps", "4", "--out", str(tmp_path)]
         lock = importlib.import_module(trainer.module).lock_out(tmp_path)
         code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
         results = trainer.attempt(2, *arguments, code=code)
@@ -4223,50 +3974,64 @@ run()
         script = shutil.copy(ROOT / f"{trainer.module}.py", tmp_path)
         arguments = [*TINY, "--steps", "150", "--save-every", "5", "--eval-every", "75", "--warmup", "200"]
         trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
-        out = tmp_path / "out"
-        node = ["--nproc_per_node=2", "--max-restarts=3", f"--master_port={free_port()}"]
-        agent = torchrun(script, *arguments, "--out", "out", node=node, cwd=tmp_path)
-        wait_until(lambda: ddp_newest(out), 60, "a checkpoint")
-        workers = children(agent)
-        os.kill(workers[1], signal.SIGKILL)
-        assert agent.wait(120) == 0, (tmp_path / "agent0.log").read_text()
-        log = (tmp_path / "agent0.log").read_text()
-        assert log.count("processes=2") == 2 and log.count("from_step=0") == 1, "once by each start"
-        assert "to meet at" not in log, "the second attempt met at once"
-        assert not any(is_alive(pid) for pid in workers), "no orphans"
-        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-
-        again = tmp_path / "again"
-        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
-        wait_until(lambda: ddp_newest(again), 60, "a checkpoint")
-        workers = children(agent)
-        agent.kill()
-        agent.wait()
-        wait_until(lambda: not any(is_alive(pid) for pid in workers), 10, "the orphans to leave")
-        assert not (again / "final.pt").exists()
-        agent = torchrun(script, *arguments, "--out", str(again), cwd=tmp_path)
-        assert agent.wait(120) == 0, (tmp_path / "agent2.log").read_text()
-        assert "from_step=0" not in (tmp_path / "agent2.log").read_text()
-        assert torch.equal(final_weights(again), final_weights(tmp_path / "whole"))
+        for name, restarts in (("worker", ["--max-restarts=3"]), ("torchrun", [])):
+            out, logs = tmp_path / name, len(list(tmp_path.glob("agent*")))
+            node = ["--nproc_per_node=2", f"--master_port={free_port()}", *restarts]
+            agent = torchrun(script, *arguments, "--out", name, node=node, cwd=tmp_path)
+            wait_until(lambda out=out: newest_name(out), 60, "a checkpoint")
+            workers = children(agent)
+            os.kill(workers[1] if restarts else agent.pid, signal.SIGKILL)
+            if not restarts:
+                agent.wait()
+                wait_until(lambda ids=workers: not any(map(is_alive, ids)), 10, "the orphans to leave")
+                assert not (out / "final.pt").exists()
+                agent = torchrun(script, *arguments, "--out", name, cwd=tmp_path)
+            assert agent.wait(120) == 0, (tmp_path / f"agent{logs}.log").read_text()
+            log = "".join(path.read_text() for path in sorted(tmp_path.glob("agent*"))[logs:])
+            assert log.count("processes=2") == 2 and log.count("from_step=0") == 1, "once by each start"
+            assert log.count("lost another process") <= 1, "the second attempt met at once"
+            assert not any(is_alive(pid) for pid in workers), "no orphans"
+            assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
 
     @linux
-    def test_main_elastic_on_one_node_and_on_two_again(self, elastic_begun, ddp, tmp_path):
+    def test_main_elastic_on_one_node_and_on_two_again(self, ddp, tmp_path):
         """The node that doesn't host the rendezvous comes, is killed and comes back; the loss curve stays."""
-        curve, arguments = elastic_begun.result()
-        ddp.start(1, *arguments, "--out", str(tmp_path))
-        ddp.wait_until(lambda: int(ddp_newest(tmp_path)[5:13] or 0) >= len(curve))
+        arguments = [*TINY, *"--dtype float64 --steps 100000 --save-every 20 --eval-every 9999".split()]
+        node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
+        node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
+        node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
+        out, agents = tmp_path / "elastic", []
+        options = {"node": node, "cwd": tmp_path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+        def starts(processes: int) -> int:
+            return sum(log.read_text().count(f"processes={processes} ") for log in tmp_path.glob("agent*"))
+
+        try:
+            for processes, n_starts in ((1, 1), (2, 1), (1, 2), (2, 2)):
+                if n_starts == 2 and processes == 1:
+                    kill_with_children(agents[1])
+                else:
+                    agents.append(torchrun(ROOT / "train_ddp.py", *arguments, "--out", str(out), **options))
+                wait_until(lambda n=n_starts, p=processes: starts(p) == n, 60, f"{processes} node(s)")
+                reached = int(newest_name(out)[5:13] or 0) + 20
+                wait_until(lambda r=reached: int(newest_name(out)[5:13] or 0) > r, 60, "steps")
+        finally:
+            for agent in agents:
+                kill_with_children(agent)
+        curve = train_ddp.load_checkpoint(out)["losses"]
+        ddp.start(1, *arguments, "--out", str(tmp_path / "whole"))
+        ddp.wait_until(lambda: int(newest_name(tmp_path / "whole")[5:13] or 0) >= len(curve))
         ddp.kill([0])
         ddp.wait()
-        undisturbed = train_ddp.load_checkpoint(tmp_path)["losses"][: len(curve)]
+        undisturbed = train_ddp.load_checkpoint(tmp_path / "whole")["losses"][: len(curve)]
         curves = (torch.tensor(losses, dtype=torch.float64) for losses in (curve, undisturbed))
         check_close(*curves, 1e-5, "loss curve")
 
-    @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-    def test_main_on_two_hosts(self, rendezvous, tmp_path):
+    def test_main_on_two_hosts(self, tmp_path):
         """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
         if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
             pytest.skip("two hosts are simulated with `ip netns`: needs Linux, root and iproute2")
-        tag = f"{os.getpid() % 10_000}{rendezvous[0]}"
+        tag = os.getpid() % 10_000
         hosts = [(f"nsA{tag}", f"vA{tag}", "10.77.0.1"), (f"nsB{tag}", f"vB{tag}", "10.77.0.2")]
         arguments, agents = [*TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
 
@@ -4285,12 +4050,9 @@ run()
                 for device in ("lo", cable):
                     ip("-n", name, "link", "set", device, "up")
             for i, (name, cable, address) in enumerate(hosts):
-                node = ["--nnodes=2", "--nproc_per_node=2"]
-                if rendezvous == "static":
-                    node += [f"--node_rank={i}", "--master_addr=10.77.0.1", "--master_port=29511"]
-                else:
-                    node += ["--rdzv_backend=c10d", "--rdzv_endpoint=10.77.0.1:29511", "--rdzv_id=1"]
-                    node += [f"--local-addr={address}", f"--rdzv-conf=is_host={1 - i}"]
+                node = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=1"]
+                node += ["--rdzv_endpoint=10.77.0.1:29511", f"--rdzv-conf=is_host={1 - i}"]
+                node += [f"--local-addr={address}"]
                 options = {"prefix": ["ip", "netns", "exec", name], "cwd": tmp_path}
                 command = (ROOT / "train_ddp.py", *arguments)
                 agents.append(torchrun(*command, node=node, GLOO_SOCKET_IFNAME=cable, **options))
@@ -5760,7 +5522,7 @@ class TestClassifyImdb:
         handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
         calls = itertools.count()
         model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
-        with pytest.raises(Exception, match="gradient.*step 5.*--lr"):
+        with pytest.raises(train_ddp.Stop, match="gradient.*step 5.*--lr"):
             imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -6695,10 +6457,10 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     "train_ddp.py": [
         ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
         ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
-        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
-        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("manual_seed(s.seed * 1_000_003 + epoch)", "manual_seed(s.seed)", "micro_batches"),
+        ("whole[micro * p.world + p.rank ::", "whole[micro ::", "same_weights or micro_batches"),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
-        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("is_causal=True", "is_causal=False", "torch_layers"),
         ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
         (
             "[loss / n_tokens, signals.received()], p)",
@@ -6709,7 +6471,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
         ("p.parent = os.getppid()", "pass", "under_torchrun"),
-        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
         (
             "broadcast_object_list(answer, group=processes.files)",
@@ -6717,18 +6479,18 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "longer_than",
         ),
         ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
-        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
         ("micro < s.accumulate - 1", "micro > 0", "same_weights"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
         (
-            "(targets[rows] != -100).sum().item()",
-            "(targets[rows[p.rank :: p.world]] != -100).sum().item() * p.world",
+            "(targets[whole] != -100).sum().item()",
+            "(targets[whole[p.rank :: p.world]] != -100).sum().item() * p.world",
             "same_weights or micro_batches",
         ),
         ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
-        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "damaged"),
+        ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "goes_on"),
         (
             "for old in finished_checkpoints(folder)[:-keep]:",
             'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
@@ -6738,7 +6500,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         (
             'map_location="cpu", weights_only=True',
             'map_location="cpu", weights_only=False',
-            "checkpoint_runs_no_code",
+            "run_no_code",
         ),
     ],
     "classify_imdb.py": [
@@ -6777,10 +6539,10 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     "train_fsdp.py": [
         ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
         ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
-        ("manual_seed(seed * 1_000_003 + epoch)", "manual_seed(seed)", "endless_row"),
-        ("rows[micro * p.world + p.rank ::", "rows[micro ::", "same_weights or micro_batches"),
+        ("manual_seed(s.seed * 1_000_003 + epoch)", "manual_seed(s.seed)", "micro_batches"),
+        ("whole[micro * p.world + p.rank ::", "whole[micro ::", "same_weights or micro_batches"),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
-        ("is_causal=True", "is_causal=False", "is_causal"),
+        ("is_causal=True", "is_causal=False", "torch_layers"),
         (
             "[loss / n_tokens, signals.received()], p)",
             "[loss / n_tokens, 0], p); stopped = signals.received()",
@@ -6790,7 +6552,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
         ("p.parent = os.getppid()", "pass", "under_torchrun"),
-        ("if processes.world == 1 or not lost:", "if processes.world == 1:", "traceback"),
+        ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
         (
             "broadcast_object_list(answer, group=processes.files)",
@@ -6798,7 +6560,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "longer_than",
         ),
         ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
-        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "disagree"),
+        ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
         ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
         ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
@@ -6808,22 +6570,22 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             "same_weights",
         ),
         ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
-        (".clamp(max=1.0))", "  )", "clip_gradients"),
+        (".clamp(max=1.0))", "  )", "clip_0"),
         ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
         (
-            'if sha256_of(path / "manifest.json") != path.suffix[1:]:',
-            'if not sha256_of(path / "manifest.json"):',
+            'if sha256_of(path, wrong)["manifest.json"] == path.suffix[1:]:',
+            'if sha256_of(path, wrong)["manifest.json"]:',
             "newest_checkpoint",
         ),
         (
-            'if sha256_of(path / name) != manifest["files"][name]]',
-            "if not sha256_of(path / name)]",
+            'if found[name] != manifest["files"][name]]',
+            "if not found[name]]",
             "newest_checkpoint",
         ),
         (
             'raise pickle.UnpicklingError(f".metadata',
             'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
-            "tensors_runs_no_code",
+            "run_no_code",
         ),
     ],
     "export.py": [

@@ -13,8 +13,8 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
         --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64  # nodes come and go
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
-they say what they waited for and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog
-thread aborts the process, which torchrun reports as SIGABRT.
+they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
+process, which torchrun reports as SIGABRT.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
@@ -31,10 +31,10 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,14 +48,13 @@ from torch.nn.parallel import DistributedDataParallel
 # Processes: start, agree, leave
 
 
-class Lost(Exception):
-    """Another process is gone, or did not come in time."""
+class Stop(Exception):
+    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
 
-
-class Interrupted(Exception):
-    """Ended by a signal, on all ranks, with what was done saved. args: the signal's number, a message."""
-
-    shared = True
+    def __init__(self, sentence: str, code: int = 1, shared: bool = False):
+        super().__init__(sentence)
+        self.code = code
+        self.shared = shared
 
 
 @dataclass
@@ -78,86 +77,56 @@ def pick_device(name: str) -> torch.device:
 
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
-
-    timeout: seconds that a wait for another process may take, here and in every step. Raises ValueError for
-    a device that isn't there and an environment that is half set, Lost if not all processes arrive.
-    """
-    if not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {timeout}")
+    timeout: seconds that a wait for another process may take, here and in every step.
+    ValueError for a device that isn't there, a DistError if not all processes arrive."""
+    env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in os.environ]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} isn't set in the environment: start with torchrun")
-        p.rank, p.world, local_rank = (int(os.environ[name]) for name in names[:3])
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
+        p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if "TORCHELASTIC_RUN_ID" in env:
         p.parent = os.getppid()
+    backend = "gloo"
     if p.device.type == "cuda":
-        have = torch.cuda.device_count()
-        if local_rank >= have:
-            raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"device cuda: process {local_rank} needs a GPU of its own")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
         torch.set_float32_matmul_precision("high")  # TF32
-    if p.world > 1:
-        with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
-            join_groups(p, timedelta(seconds=timeout))
-    return p
-
-
-def join_groups(p: Processes, limit: timedelta) -> None:
-    """Make the group of all processes, and a second one for waits on rank 0's files."""
-    env = os.environ
+        backend = "cpu:gloo,cuda:nccl"  # gradients by nccl, numbers and flags from CPU to CPU
+    if p.world == 1:
+        return p
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
     torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
-    # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
     if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
+    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
+    # hides them; several nodes may count attempts differently.
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
-    # Gradients on GPUs travel by nccl; numbers, flags and Python objects from CPU to CPU.
-    backend = "cpu:gloo,cuda:nccl" if p.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
     p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-
-@contextmanager
-def waiting(what: str, processes: Processes, timeout: float | None = None):
-    """Around what needs the other processes: raises Lost, with what was waited for, if they don't answer.
-    Communication errors alone become Lost; a wrong shape or a full GPU keeps its own error."""
-    try:
-        yield
-    except RuntimeError as error:
-        gloos = any(part in str(error) for part in ("/gloo/", "pair closure"))  # it has no class of its own
-        lost = isinstance(error, dist.DistError) or gloos
-        if processes.world == 1 or not lost:
-            raise
-        limit = f" for up to {timeout:g} s" if timeout else ""
-        reason = str(error).strip().splitlines()[0]
-        raise Lost(f"rank {processes.rank} waited{limit} for {what}; failed: {reason}") from error
+    return p
 
 
 def on_rank_0(action, processes: Processes):
-    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
         try:
             answer = [(action(), None)]
         except (ValueError, OSError) as error:
+            error.shared = True  # all ranks raise it, so rank 0 alone prints it
             answer = [(None, error)]
     if processes.world > 1:
-        with waiting("rank 0's files", processes):
-            dist.broadcast_object_list(answer, group=processes.files)
+        dist.broadcast_object_list(answer, group=processes.files)
     result, error = answer[0]
     if error is not None:
-        error.shared = True  # all ranks raise it, so rank 0 alone prints it
         raise error
     return result
 
@@ -167,28 +136,24 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
     if processes.world == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    with waiting("a sum over all ranks", processes):
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
 def share_of_mean(loss_sum: Tensor, n_total: int, world: int) -> Tensor:
-    """The loss to call backward() on, so that all ranks together give the gradient of the mean.
-
-    loss_sum: () sum of the losses of this micro-batch's tokens (or samples). n_total: how many the step's
-    whole batch has, on all ranks. DDP divides the sum of gradients by world; times world undoes that. A mean
-    of the ranks' means would be wrong where they hold unequal numbers of tokens.
-    """
+    """The loss for backward(), such that DDP's mean over ranks is the gradient of the mean over tokens.
+    loss_sum: () of this micro-batch's tokens; n_total: tokens of the step's whole batch, on all ranks.
+    A mean of the ranks' means would be wrong where they hold unequal numbers of tokens."""
     return loss_sum * (world / n_total)
 
 
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
-    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP): no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self.noted = []
+        self.noted = []  # signals' numbers
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
         self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
 
@@ -198,9 +163,9 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Raises Lost where torchrun was killed: its orphans must not go on writing beside a new run."""
+        """True once one has come. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
-            raise Lost(f"rank {self.processes.rank} has lost the torchrun that started it")
+            raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
 
     def restore(self) -> None:
@@ -209,8 +174,8 @@ class Signals:
 
 
 def exit_now(code: int):
-    """End this process now; for the end of a script. gloo's threads can abort the interpreter while it shuts
-    down, after all work is done (pytorch#190489). After a failure, ending the group may wait for others."""
+    """End a script. gloo's threads can abort the interpreter while it shuts down (pytorch#190489);
+    after a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -235,19 +200,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256.pt; then all but the newest keep are deleted. Returns its path.
-
-    state: tensors, numbers, strings, lists and dicts alone, so that it loads with weights_only=True. The
-    file's sha256 is part of its name: both get there in the one move. On a full disk: OSError, and the older
-    ones stay.
-    """
+    state: tensors, numbers, strings, lists and dicts alone, so that it loads with weights_only=True.
+    On a full disk: OSError, and the older ones stay."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = folder / f"step_{step:08}.{hashlib.sha256(buffer.getvalue()).hexdigest()}.pt"
     write_atomically(path, buffer.getvalue())
-    for other in finished_checkpoints(folder):
-        if other != path and other.name.startswith(f"step_{step:08}."):  # an earlier save of this step
-            other.unlink()
     for old in finished_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -255,7 +214,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path
 
 def finished_checkpoints(folder: Path) -> list[Path]:
     """The files of save_checkpoint, oldest first; not what other programs have called step_*.pt."""
-    return sorted(folder.glob("step_" + "[0-9]" * 8 + "." + "[0-9a-f]" * 64 + ".pt"))
+    files = folder.glob("step_" + "[0-9]" * 8 + "." + "[0-9a-f]" * 64 + ".pt")
+    return sorted(files, key=lambda path: (path.name[:13], path.stat().st_mtime_ns))  # by step, then time
 
 
 def load_checkpoint(folder: Path) -> dict | None:
@@ -308,18 +268,12 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Module:
     """The model that forward goes through: its gradients become the mean over all processes.
-
-    nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to every
-    GPU in every step, all logits come back to the first one, it can't leave the machine, and it isn't
-    developed any more. On CPU it would only call the module: no gain at all.
-    """
-    if data_parallel and p.world == 1 and p.device.type == "cuda":
-        return nn.DataParallel(model)
+    nn.DataParallel is one process with a thread a GPU: Python's lock is shared, the model is copied to
+    every GPU in every step, all logits come back to the first one, and it can't leave the machine."""
     if p.world == 1:
-        return model
-    with waiting("all ranks to compare their model", p):
-        device_ids = [p.device.index] if p.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+        return nn.DataParallel(model) if data_parallel and p.device.type == "cuda" else model
+    device_ids = [p.device.index] if p.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
@@ -342,48 +296,41 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def rows_of_epoch(epoch: int, n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
-    """The whole batch of a step, (batch_size,) of 0 .. n - 1: an endless row of shuffles, cut into batches.
-    A function of its arguments alone: a run goes on exactly where it stopped, on any number of processes."""
-    places = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = (places // n).unique().tolist()
-    return torch.cat([rows_of_epoch(epoch, n, seed)[places[places // n == epoch] % n] for epoch in epochs])
-
-
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
-    """This rank's inputs and targets (B, T) from step on, each with the tokens of the step's whole batch."""
+    """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
+    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
+    exactly where it stopped, on any number of processes."""
     inputs, targets = text
+    epoch, done = divmod(step * s.batch_size, len(inputs))
+    rows = torch.empty(0, dtype=torch.long)
     while True:
-        rows = rows_of_step(step, len(inputs), s.batch_size, s.seed)  # (batch_size,)
-        n_tokens = (targets[rows] != -100).sum().item()
+        while len(rows) < done + s.batch_size:
+            generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
+            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
+            epoch += 1
+        end = done + s.batch_size
+        whole = rows[done:end]  # (batch_size,)
+        rows = rows[end:]
+        done = 0
+        n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
-            mine = rows[micro * p.world + p.rank :: p.world * s.accumulate]
+            mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
             batch = (inputs[mine], targets[mine])
             if p.device.type == "cuda":  # copied from pinned memory while the GPU computes
                 batch = [t.pin_memory() for t in batch]
             yield *(t.to(p.device, non_blocking=True) for t in batch), n_tokens
-        step += 1
 
 
 def check_finite(what: str, value: float, step: int) -> None:
-    """FloatingPointError where training has diverged; on all ranks, as all have the same value."""
+    """Stop where training has diverged; on all ranks, as all have the same value."""
     if not math.isfinite(value):
-        error = FloatingPointError(f"the {what} is {value} at step {step}: try a smaller --lr, or --clip 1")
-        error.shared = True
-        raise error
+        raise Stop(f"the {what} is {value} at step {step}: try a smaller --lr, or --clip 1", shared=True)
 
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints. Raises Interrupted after a signal.
-
+    """From step run["step"] to the last, with checkpoints. Stop after a signal.
     All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
-    a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly.
-    """
+    a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly."""
     from tqdm import tqdm
 
     parallel = wrap(model, p, s.data_parallel)
@@ -405,7 +352,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             # Gradients travel with the last micro-batch alone. DDP decides that in forward: around backward
             # only, no_sync would change nothing.
             more = p.world > 1 and micro < s.accumulate - 1
-            with parallel.no_sync() if more else nullcontext(), waiting(f"the gradients of step {step}", p):
+            with parallel.no_sync() if more else nullcontext():
                 with autocast:
                     logits = parallel(x)  # (B, T, V)
                 logits = logits.to(getattr(torch, s.dtype))
@@ -416,7 +363,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)  # ()
         loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
-        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
+        # Signals reach the ranks at different steps; the sum that each step makes tells all at once.
         loss, stopped = sum_over_ranks([loss / n_tokens, signals.received()], p)
         check_finite("loss", loss, step)
         if not scaler.is_enabled():  # GradScaler skips a step of infinite gradients itself
@@ -442,30 +389,29 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             path = on_rank_0(partial(save_checkpoint, Path(s.out), run["step"], state, s.keep), p)
         if stopped and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            raise Interrupted(number, f"step {run['step']} is in {path}")
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on"
+            raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
 
 
 def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
-    """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
-    loss, rate = run["losses"][-1], round(run["tokens"] / run["train_seconds"])
-    row = {"step": run["step"], "loss": loss, "dev_loss": dev_loss, "tokens_per_second": rate}
-    row["gradient_norm"] = norm if math.isfinite(norm) else None
-    line = f"step {run['step']}/{s.steps}: loss {loss:.3f}, held out {dev_loss:.3f} nats a byte, "
-    line += f"gradient norm {norm:.2f}, {rate:,} tokens/s"
+    """Rank 0 prints a row, and writes all of this run to OUT/log.jsonl, a JSON object a line."""
+    row = {"step": run["step"], "loss": run["losses"][-1], "dev_loss": dev_loss}
+    row["gradient_norm"] = norm if math.isfinite(norm) else None  # JSON has no inf
+    row["tokens_per_second"] = round(run["tokens"] / run["train_seconds"])
     if p.device.type == "cuda":
         row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        line += f", {row['peak_gpu_mib']:,} MiB at most"
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    print(line, flush=True)
+    shown = {name: f"{x:.3f}" if isinstance(x, float) else x for name, x in row.items()}
+    print("  ".join(f"{name} {x}" for name, x in shown.items()), flush=True)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Processes) -> float:
-    """Mean loss of all tokens of text, nats: each row on one rank, once (DistributedSampler repeats some)."""
+    """Mean loss of all tokens of text: each row on one rank, once (DistributedSampler repeats some)."""
     model.eval()
     inputs, targets = text
     losses = []
@@ -484,15 +430,12 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Process
 
 
 def load_manual(max_len: int) -> list[tuple[Tensor, Tensor]]:
-    """[train, dev], each (inputs, targets): the help texts of Python's manual in rows of max_len bytes.
-
-    (N, T) int64. Every byte is a target once; a text's last row is filled up with -100, which cross_entropy
-    ignores. Every tenth text is held out.
-    """
-    from pydoc_data.topics import topics  # what help("topics") shows; licence: PSF License, as Python's own
+    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes.
+    Every byte is a target once; -100, which cross_entropy ignores, fills up a text's last row."""
+    from pydoc_data.topics import topics  # what help("topics") shows; PSF License
 
     parts = ([], [])
-    for i, text in enumerate(sorted(set(topics.values()))):
+    for i, text in enumerate(sorted(set(topics.values()))):  # every tenth is held out
         data = list(b"\n" + text.encode())  # the first byte is predicted from a line's end
         for start in range(0, len(data) - 1, max_len):
             row = data[start : start + max_len + 1]  # rows overlap by one
@@ -556,8 +499,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
         # max_len - 1: no later query ever looks back at the last position, so it learns more slowly.
         logits = model(tokens[:, 1 - model.max_len :])[:, -1]  # (1, V)
         tokens = torch.cat((tokens, (logits / temperature).softmax(-1).multinomial(1)), dim=1)
-    text = bytes(tokens[0].tolist()).decode(errors="replace").strip()
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)  # no codes for the terminal
+    return bytes(tokens[0].tolist()).decode(errors="replace").strip()
 
 
 # -----------------------------------------------------------------------------
@@ -566,7 +508,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
 
 def check_settings(s: Settings, p: Processes) -> None:
     """ValueError for settings that can't be."""
-    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
+    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
         below = 2**32 if name == "seed" else math.inf
@@ -575,8 +517,7 @@ def check_settings(s: Settings, p: Processes) -> None:
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
-        parts = f"{p.world} process(es) x accumulate {s.accumulate}"
-        raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
+        raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
         raise ValueError(f"amp {s.amp} needs dtype float32 and no data_parallel, got {s.dtype}")
 
@@ -599,8 +540,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) 
             if p.rank == 0:
                 tensor.copy_(saved["state"][i][name])
             if p.world > 1:
-                with waiting("rank 0's checkpoint", p):
-                    dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=0)
 
 
 def lock_out(out: Path, patience: float = 10.0):
@@ -624,9 +564,8 @@ def lock_out(out: Path, patience: float = 10.0):
 
 def open_run(out: Path, settings: dict, kept: dict) -> dict:
     """For rank 0: the state of the run in OUT, or of a new one; the report, if that run is finished.
-
-    kept gets OUT's lock and the checkpoint's tensors. ValueError for a run of other settings.
-    """
+    kept gets OUT's lock and the checkpoint's tensors. ValueError for a run of other settings."""
+    settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
     run = None
     if (out / "final.pt").exists() and (out / "report.json").exists():
         with suppress(ValueError):  # a damaged one is made again
@@ -640,7 +579,7 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
         run = load_checkpoint(out) or new
     wrong = differences(run.get("settings", {}), settings)
     if wrong:
-        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
+        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
     kept["model"] = run.pop("model", None)
     kept["optimizer"] = run.pop("optimizer", None)
     return run
@@ -651,10 +590,11 @@ def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
     buffer = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
-    report = run["log"][-1] | {"processes": p.world, "device": str(p.device), "torch": torch.__version__}
-    report |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    report |= {"sample": generate(model, "The ", 400, p.device), "finished": True} | run
-    print(f"--- a sample, temperature 0.6:\n{report['sample']}\n---")
+    sample = generate(model, "The ", 400, p.device)
+    print(f"--- a sample, temperature 0.6:\n{sample}\n---")
+    report = run | run["log"][-1] | {"finished": True, "sample": sample, "processes": p.world}
+    report |= {"device": str(p.device), "cpu": platform.processor() or platform.machine()}
+    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report
 
@@ -662,19 +602,20 @@ def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
     """Print what ended this process: a sentence where there is advice to give, else a traceback.
     Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    message = str(error)
     shared = getattr(error, "shared", False)
-    code, message = 1 if training else 2, str(error)
-    if isinstance(error, Interrupted):
-        code = 128 + error.args[0]
-        message = f"interrupted: {error.args[1]}; the same command goes on from there"
-    elif isinstance(error, Lost | FloatingPointError):
-        code = 1
-    elif not isinstance(error, ValueError | OSError) or (training and not shared):
+    wrong_input = isinstance(error, ValueError | OSError) and not training
+    # Communication errors alone mean a lost process; gloo's have no class of their own.
+    gloos = isinstance(error, RuntimeError) and ("/gloo/" in message or "pair closure" in message)
+    if isinstance(error, dist.DistError) or gloos:
+        rank = os.environ.get("RANK", "0")
+        message = f"rank {rank} has lost another process: {message.strip().splitlines()[0]}"
+    elif not (wrong_input or shared or isinstance(error, Stop)):
         traceback.print_exception(error)
         return 1
     if p is None or p.rank == 0 or not shared:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return code
+    return getattr(error, "code", 2 if wrong_input else 1)
 
 
 def main(s: Settings) -> int:
@@ -692,8 +633,10 @@ def main(s: Settings) -> int:
         if wrong:
             raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
         kept = {}  # rank 0's own: OUT's lock, and tensors that are sent as tensors later
-        binding = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-        run = on_rank_0(partial(open_run, Path(s.out), binding, kept), p)
+        run = on_rank_0(partial(open_run, Path(s.out), settings, kept), p)
+        if p.rank == 0:
+            shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
+            print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
         if not run.get("finished"):
             torch.manual_seed(s.seed)
             model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
@@ -704,9 +647,6 @@ def main(s: Settings) -> int:
                 load_optimizer(optimizer, kept.pop("optimizer", None), p)
             if s.compile:
                 model.compile()
-            if p.rank == 0:
-                shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
-                print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
             training = True
             train(model, optimizer, text, dev, run, s, p)
             run = on_rank_0(partial(finish, model, run, s, p), p)

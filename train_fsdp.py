@@ -14,15 +14,11 @@ an --out that all of them see. Lost processes and elastic runs: as in train_ddp.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
-- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece.
-  Three times the weights a step.
-- HSDP on several machines: slices within one, where links are fast.
-  Gradients alone travel between them.
-- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW
-  live in the host's memory, and every step waits for the bus.
+- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece. Three times the weights a step.
+- HSDP on several machines: slices within one, where links are fast; gradients alone travel between them.
+- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW live in the host's memory.
 
-FSDP: Zhao et al. 2023, arXiv:2304.11277.
-ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
+FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
 import hashlib
@@ -38,10 +34,11 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -75,13 +72,10 @@ def make_mesh(replicate: int, device: torch.device, timeout: float) -> DeviceMes
 def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = False) -> None:
     """Each rank of mesh (or of its dimension "shard") keeps a slice of every parameter, cut in dimension 0.
 
-    A block is a unit: its weights are gathered before its forward and dropped after it, gathered again for
-    its backward, after which its gradients are averaged over the ranks and each rank keeps its slice. So a
-    rank holds 1/N of all, and one block whole. fully_shard on the model alone would gather all at once.
-
-    reshard_after_forward=True (the default for blocks) is that, ZeRO-3.
-    False keeps the weights from forward to backward, ZeRO-2.
-    On a GPU the next block is gathered while this one computes; with gloo nothing overlaps.
+    A block is a unit: its weights are gathered before its forward and dropped after it, gathered again
+    for its backward; then its gradients are averaged over the ranks and each rank keeps its slice. So a
+    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False is ZeRO-2). On a GPU
+    the next block is gathered while this one computes; gloo overlaps nothing.
 
     amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module).
     Slices, averages of gradients and AdamW stay in float32.
@@ -94,24 +88,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all ranks (each has to come here); other tensors as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The slice that this rank holds of a DTensor; other tensors as they are."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill the weights, sharded or whole, as GPT-2: a value depends on seed and its parameter's name alone.
-
-    Each rank draws a whole parameter, on CPU, keeps its slice and goes on to the next.
-    The usual way, reset_parameters on the slices, fills all slices with the same values
-    where all ranks have one seed; with a seed each, other numbers of ranks give other weights.
-    """
+    """Fill the weights, sharded or whole, as GPT-2: values depend on seed and parameter's name alone.
+    Each rank draws a whole parameter, on CPU, keeps its slice and goes on. reset_parameters on slices
+    would fill all with the same values; with a seed each, other numbers of ranks would differ."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # what is added to the residual stream 2 n_layers times starts smaller
             deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
@@ -127,17 +108,15 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 def clip_gradients(model: nn.Module, largest: float, exact: bool = False) -> Tensor:
-    """Scale all gradients so that the norm of them together is at most largest. Returns the norm before, ().
-
-    torch's clip_grad_norm_ takes DTensors: a norm of slices' norms, one number sent. Its last digits depend
-    on the number of slices. exact: norms of whole gradients, gathered one by one, as one process sees them.
-    """
+    """Scale all gradients so that their norm together is at most largest. Returns the norm before, ().
+    torch's clip_grad_norm_ takes the norm of slices' norms: last digits depend on their number.
+    exact: norms of whole gradients, gathered one by one, as one process sees them."""
     if not exact:
-        return full_tensor(nn.utils.clip_grad_norm_(model.parameters(), largest))
-    norms = [torch.linalg.vector_norm(full_tensor(weight.grad)) for weight in model.parameters()]
+        return nn.utils.clip_grad_norm_(model.parameters(), largest).full_tensor()
+    norms = [torch.linalg.vector_norm(weight.grad.full_tensor()) for weight in model.parameters()]
     norm = torch.linalg.vector_norm(torch.stack(norms))  # ()
     for weight in model.parameters():
-        local_tensor(weight.grad).mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+        weight.grad.to_local().mul_((largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -149,36 +128,35 @@ def make_optimizer(model: nn.Module, s: "Settings") -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=not s.exact)
 
 
-def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> dict[str, int]:
-    """Bytes that this rank keeps between steps, counted from its tensors, and the most it ever had."""
+def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> list[dict]:
+    """For each rank: bytes that it keeps between steps, counted from its tensors, and the most it had."""
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     gradients = [weight.grad for weight in model.parameters()]
     kinds = {"weights": list(model.parameters()), "gradients": gradients, "moments": moments}
-    held = {kind: sum(local_tensor(t).nbytes for t in tensors) for kind, tensors in kinds.items()}
+    held = {kind: sum(t.to_local().nbytes for t in tensors) for kind, tensors in kinds.items()}
     if p.device.type == "cuda":
-        return held | {"peak": torch.cuda.max_memory_allocated()}
-    import resource  # not on Windows
+        held["peak"] = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return held | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}  # RSS
+        unit = 1 if sys.platform == "darwin" else 1024
+        held["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # RSS
+    of_ranks = [{}] * p.world
+    dist.all_gather_object(of_ranks, held, group=p.files)
+    return of_ranks
 
 
 # -----------------------------------------------------------------------------
 # Processes: start, agree, leave (as in train_ddp.py; here a single one has a group too)
 
 
-# Weights and gradients of GPUs travel by nccl; numbers, flags and Python objects from CPU to CPU.
-BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+class Stop(Exception):
+    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
 
-
-class Lost(Exception):
-    """Another process is gone, or did not come in time."""
-
-
-class Interrupted(Exception):
-    """Ended by a signal, on all ranks, with what was done saved. args: the signal's number, a message."""
-
-    shared = True
+    def __init__(self, sentence: str, code: int = 1, shared: bool = False):
+        super().__init__(sentence)
+        self.code = code
+        self.shared = shared
 
 
 @dataclass
@@ -201,87 +179,57 @@ def pick_device(name: str) -> torch.device:
 
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
-
-    timeout: seconds that a wait for another process may take, here and in every step. Raises ValueError for
-    a device that isn't there and an environment that is half set, Lost if not all processes arrive.
-    """
-    if not 0 < timeout < 1e9:
-        raise ValueError(f"timeout must be above 0 and below 1e9 (seconds), got {timeout}")
+    timeout: seconds that a wait for another process may take, here and in every step.
+    ValueError for a device that isn't there, a DistError if not all processes arrive."""
+    env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in names if name not in os.environ]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} isn't set in the environment: start with torchrun")
-        p.rank, p.world, local_rank = (int(os.environ[name]) for name in names[:3])
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
+        p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if "TORCHELASTIC_RUN_ID" in env:
         p.parent = os.getppid()
+    backend = "gloo"
     if p.device.type == "cuda":
-        have = torch.cuda.device_count()
-        if local_rank >= have:
-            raise ValueError(f"device cuda: process {local_rank} of this machine needs a GPU, it has {have}")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"device cuda: process {local_rank} needs a GPU of its own")
         torch.cuda.set_device(local_rank)
         p.device = torch.device("cuda", local_rank)
         torch.set_float32_matmul_precision("high")  # TF32
-    if p.world > 1:
-        with waiting(f"{p.world} processes to meet at {os.environ['MASTER_ADDR']}", p, timeout):
-            join_groups(p, timedelta(seconds=timeout))
-    else:
-        dist.init_process_group(BACKENDS[p.device.type], store=dist.HashStore(), rank=0, world_size=1)
-    return p
-
-
-def join_groups(p: Processes, limit: timedelta) -> None:
-    """Make the group of all processes, and a second one for waits on rank 0's files."""
-    env = os.environ
+        backend = "cpu:gloo,cuda:nccl"  # gradients by nccl, numbers and flags from CPU to CPU
+    if p.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return p
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
     torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    # torchrun keeps its store while it restarts workers, with the addresses of those that died in it (torch
-    # 2.13). A prefix for each attempt hides them; several nodes may count attempts differently.
     if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
+    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
+    # hides them; several nodes may count attempts differently.
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
-    backend = BACKENDS[p.device.type]
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
     p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-
-
-@contextmanager
-def waiting(what: str, processes: Processes, timeout: float | None = None):
-    """Around what needs the other processes: raises Lost, with what was waited for, if they don't answer.
-    Communication errors alone become Lost; a wrong shape or a full GPU keeps its own error."""
-    try:
-        yield
-    except RuntimeError as error:
-        gloos = any(part in str(error) for part in ("/gloo/", "pair closure"))  # it has no class of its own
-        lost = isinstance(error, dist.DistError) or gloos
-        if processes.world == 1 or not lost:
-            raise
-        limit = f" for up to {timeout:g} s" if timeout else ""
-        reason = str(error).strip().splitlines()[0]
-        raise Lost(f"rank {processes.rank} waited{limit} for {what}; failed: {reason}") from error
+    return p
 
 
 def on_rank_0(action, processes: Processes):
-    """Return action()'s result on rank 0 on every rank, or raise its ValueError or OSError on every rank.
+    """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
     answer = [(None, None)]
     if processes.rank == 0:
         try:
             answer = [(action(), None)]
         except (ValueError, OSError) as error:
+            error.shared = True  # all ranks raise it, so rank 0 alone prints it
             answer = [(None, error)]
     if processes.world > 1:
-        with waiting("rank 0's files", processes):
-            dist.broadcast_object_list(answer, group=processes.files)
+        dist.broadcast_object_list(answer, group=processes.files)
     result, error = answer[0]
     if error is not None:
-        error.shared = True  # all ranks raise it, so rank 0 alone prints it
         raise error
     return result
 
@@ -291,22 +239,13 @@ def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
     if processes.world == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64)
-    with waiting("a sum over all ranks", processes):
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
-def gather(value, processes: Processes) -> list:
-    """Each rank's value (any that pickles), in the order of ranks, on every rank."""
-    values = [None] * processes.world
-    with waiting("a word from every rank", processes):
-        dist.all_gather_object(values, value, group=processes.files)
-    return values
-
-
 class Signals:
-    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP), so that no step is left half done. A second one
-    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s for that)."""
+    """Notes Ctrl-C, SIGTERM and a closed terminal (SIGHUP): no step is left half done. A second one
+    ends a lone process at once; of several none ends before all have saved (torchrun waits 30 s)."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -320,9 +259,9 @@ class Signals:
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> bool:
-        """Raises Lost where torchrun was killed: its orphans must not go on writing beside a new run."""
+        """True once one has come. Stop where torchrun is gone: orphans must not write beside a new run."""
         if self.processes.parent and os.getppid() != self.processes.parent:
-            raise Lost(f"rank {self.processes.rank} has lost the torchrun that started it")
+            raise Stop(f"rank {self.processes.rank} has lost the torchrun that started it")
         return bool(self.noted)
 
     def restore(self) -> None:
@@ -331,8 +270,8 @@ class Signals:
 
 
 def exit_now(code: int):
-    """End this process now; for the end of a script. gloo's threads can abort the interpreter while it shuts
-    down, after all work is done (pytorch#190489). After a failure, ending the group may wait for others."""
+    """End a script. gloo's threads can abort the interpreter while it shuts down (pytorch#190489);
+    after a failure, ending the group may wait for others."""
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()
     sys.stdout.flush()
@@ -357,10 +296,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
-
-    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes its
-    moments in its first step; before that they are made here, to be loaded into.
-    """
+    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes
+    its moments in its first step; before that they are made here, to be loaded into."""
     names = {weight: name for name, weight in model.named_parameters()}
     tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
     for group in optimizer.param_groups:
@@ -376,33 +313,27 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Processes, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256; then all but the newest keep are deleted. Every rank comes here.
-
-    Each rank writes its slices below step_00000050.part; rank 0 adds manifest.json, which holds run and the
-    sha256 of every file, and renames the folder after the manifest's sha256. Killed at any moment, it's there
-    whole or not at all. OSError on a full disk; the older ones stay. (dcp.async_save writes while training
-    goes on; hashing and renaming then wait for its future.)
-    """
+    Each rank writes its slices below step_00000050.part, to which publish gives its name: killed at
+    any moment, it's there whole or not at all. OSError on a full disk; the older ones stay.
+    (dcp.async_save writes while training goes on; publish then waits for its future.)"""
     part = folder / f"step_{step:08}.part"
     try:
-        with dcp_errors(part, p):
+        with dcp_errors(part):
             dcp.save(tensors, checkpoint_id=part, process_group=p.files)  # fsyncs each file
     except OSError:
         on_rank_0(partial(shutil.rmtree, part, ignore_errors=True), p)  # a full disk is fuller with it
         raise
-    mine = list(part.glob(f"__{p.rank}_*")) + ([part / ".metadata"] if p.rank == 0 else [])
-    hashes = gather({path.name: sha256_of(path) for path in mine}, p)
-    files = {name: digest for of_rank in hashes for name, digest in of_rank.items()}
-    return on_rank_0(partial(publish, part, json.dumps(run | {"files": files}).encode(), keep), p)
+    return on_rank_0(partial(publish, part, run, keep), p)
 
 
-def publish(part: Path, manifest: bytes, keep: int) -> Path:
-    """Give a complete checkpoint its name, with the manifest's sha256; delete all but the newest keep.
-
-    OSError where a rank's files aren't here: another machine's disk isn't this one.
-    """
-    missing = [name for name in json.loads(manifest)["files"] if not (part / name).is_file()]
-    if missing:
-        raise OSError(f"{part} lacks {missing}: all machines must see the same --out")
+def publish(part: Path, run: dict, keep: int) -> Path:
+    """For rank 0: add manifest.json, with run and the sha256 of each file; name the folder after its own.
+    OSError where a rank's files aren't here: another machine's disk isn't this one."""
+    needed = {entry.relative_path for entry in PlainReader(part).read_metadata().storage_data.values()}
+    files = sha256_of(part, [".metadata", *needed])
+    if "" in files.values():
+        raise OSError(f"{part} lacks some of {sorted(needed)}: all machines must see the same --out")
+    manifest = json.dumps(run | {"files": files}).encode()
     write_atomically(part / "manifest.json", manifest)
     path = part.with_suffix("." + hashlib.sha256(manifest).hexdigest())
     part.rename(path)
@@ -416,58 +347,50 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step_*")) if len(path.suffix) == 65]  # a dot and a sha256
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hexadecimal; "" if there is none."""
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(folder: Path, names: list[str]) -> dict[str, str]:
+    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file."""
+
+    def hashed(name: str) -> str:
+        if not (folder / name).is_file():
+            return ""
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(hashed, names), strict=True))
 
 
-def newest_checkpoint(folder: Path, p: Processes) -> tuple[Path | None, dict | None]:
-    """The newest undamaged checkpoint and its manifest; (None, None) if there is none. Every rank comes here.
-
-    torch.load and dcp.load take altered bytes silently, so every file is hashed before any is loaded; the
-    ranks share that. Damaged ones are reported and renamed to .damaged, so that the next newest is taken.
-    """
-    for path in reversed(on_rank_0(partial(finished_checkpoints, folder), p)):
-        manifest = on_rank_0(partial(read_manifest, path), p)
-        mine = sorted(manifest["files"])[p.rank :: p.world] if manifest else []
-        wrong = [name for name in mine if sha256_of(path / name) != manifest["files"][name]]
-        wrong = sum(gather(wrong, p), []) if manifest else ["manifest.json"]
-        if not wrong:
-            return path, manifest
-        if p.rank == 0:
-            print(f"{path} is damaged ({', '.join(wrong)} missing or altered)", file=sys.stderr, flush=True)
-        on_rank_0(partial(path.rename, f"{path}.damaged"), p)  # so that it is never taken
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
+    """For rank 0: the newest undamaged checkpoint and its manifest; (None, None) if there is none.
+    torch.load and dcp.load take altered bytes silently, so every file is hashed before any is loaded.
+    Damaged ones are reported and renamed to .damaged, so that the next newest is taken."""
+    for path in reversed(finished_checkpoints(folder)):
+        wrong = ["manifest.json"]
+        if sha256_of(path, wrong)["manifest.json"] == path.suffix[1:]:
+            manifest = json.loads((path / "manifest.json").read_bytes())
+            found = sha256_of(path, list(manifest["files"]))
+            wrong = [name for name in found if found[name] != manifest["files"][name]]
+            if not wrong:
+                return path, manifest
+        print(f"{path} is damaged ({', '.join(wrong)} missing or altered)", file=sys.stderr, flush=True)
+        path.rename(f"{path}.damaged")
     return None, None
 
 
-def read_manifest(path: Path) -> dict:
-    """A checkpoint's manifest; {} where it isn't there, or isn't the one that the folder is named after."""
-    if sha256_of(path / "manifest.json") != path.suffix[1:]:
-        return {}
-    return json.loads((path / "manifest.json").read_bytes())
-
-
 def load_tensors(path: Path, tensors: dict[str, Tensor], p: Processes | None = None) -> None:
-    """Read a checkpoint into these tensors, in place: each rank the slices that it has of them.
-
-    Any number of ranks may do so together; p = None: one process without torch.distributed and with a plain
-    model. Checks no sums: newest_checkpoint does. Runs no code from a file.
-    """
-    with dcp_errors(path, p):
+    """Read a checkpoint into these tensors, in place: each rank its slices, on any number of ranks.
+    p = None: one process without torch.distributed and with a plain model.
+    Checks no sums: newest_checkpoint does. Runs no code from a file."""
+    with dcp_errors(path):
         reader = PlainReader(path)
         dcp.load(tensors, storage_reader=reader, process_group=p.files if p else None, no_dist=p is None)
 
 
 class PlainReader(dcp.FileSystemReader):
-    """dcp's own unpickles .metadata, which runs whatever code it names; this one takes plain data alone."""
+    """dcp's own unpickles .metadata, which runs whatever code it names; this one takes plain data."""
 
     def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
-        metadata = MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -488,14 +411,11 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 @contextmanager
-def dcp_errors(path: Path, p: Processes | None):
+def dcp_errors(path: Path):
     """Around dcp's functions: what failed on any rank is an OSError on all.
-
-    dcp's own CheckpointException is no Exception, and shows a traceback of every rank.
-    """
+    dcp's own CheckpointException is no Exception, and shows a traceback of every rank."""
     try:
-        with waiting(f"every rank's part of {path}", p or Processes(0, 1, torch.device("cpu"))):
-            yield
+        yield
     except dcp.CheckpointException as failed:
         rank, (cause, _) = min(failed.failures.items(), key=lambda item: item[0])
         error = OSError(f"{path}: rank {rank}: {str(cause) or type(cause).__name__}")
@@ -551,49 +471,41 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-@lru_cache(maxsize=2)  # a batch may span two epochs
-def rows_of_epoch(epoch: int, n: int, seed: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-
-def rows_of_step(step: int, n: int, batch_size: int, seed: int) -> Tensor:
-    """The whole batch of a step, (batch_size,) of 0 .. n - 1: an endless row of shuffles, cut into batches.
-    A function of its arguments alone: a run goes on exactly where it stopped, on any number of processes."""
-    places = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = (places // n).unique().tolist()
-    return torch.cat([rows_of_epoch(epoch, n, seed)[places[places // n == epoch] % n] for epoch in epochs])
-
-
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
-    """This rank's inputs and targets (B, T) from step on, each with the tokens of the step's whole batch."""
+    """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
+    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
+    exactly where it stopped, on any number of processes."""
     inputs, targets = text
+    epoch, done = divmod(step * s.batch_size, len(inputs))
+    rows = torch.empty(0, dtype=torch.long)
     while True:
-        rows = rows_of_step(step, len(inputs), s.batch_size, s.seed)  # (batch_size,)
-        n_tokens = (targets[rows] != -100).sum().item()
+        while len(rows) < done + s.batch_size:
+            generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
+            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
+            epoch += 1
+        end = done + s.batch_size
+        whole = rows[done:end]  # (batch_size,)
+        rows = rows[end:]
+        done = 0
+        n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
-            mine = rows[micro * p.world + p.rank :: p.world * s.accumulate]
+            mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
             batch = (inputs[mine], targets[mine])
             if p.device.type == "cuda":  # copied from pinned memory while the GPU computes
                 batch = [t.pin_memory() for t in batch]
             yield *(t.to(p.device, non_blocking=True) for t in batch), n_tokens
-        step += 1
 
 
 def check_finite(what: str, value: float, step: int) -> None:
-    """FloatingPointError where training has diverged; on all ranks, as all have the same value."""
+    """Stop where training has diverged; on all ranks, as all have the same value."""
     if not math.isfinite(value):
-        error = FloatingPointError(f"the {what} is {value} at step {step}: try a smaller --lr, or --clip 1")
-        error.shared = True
-        raise error
+        raise Stop(f"the {what} is {value} at step {step}: try a smaller --lr, or --clip 1", shared=True)
 
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints. Raises Interrupted after a signal.
-
-    run: what a manifest holds; it grows with each step. All randomness of a step (batch, dropout) is a
-    function of seed and step, and so is the learning rate: a checkpoint that knows the step needs no
-    generator's, sampler's or scheduler's state to go on exactly.
-    """
+    """From step run["step"] to the last, with checkpoints. Stop after a signal.
+    run: what a manifest holds. All randomness of a step (batch, dropout) is a function of seed and
+    step, and so is the learning rate: no generator's, sampler's or scheduler's state needs saving."""
     from tqdm import tqdm
 
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
@@ -608,32 +520,30 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         optimizer.zero_grad()
         n_tokens = n_next  # of all ranks and micro-batches
         loss_sum = torch.zeros((), device=p.device)
-        with waiting(f"every rank's part of step {step}", p):
-            for micro in range(s.accumulate):
-                part = micro * p.world + p.rank
-                torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-                # Averaged over ranks with a step's last micro-batch alone: the sum till then is of whole
-                # gradients (memory!). Without this line each is averaged and kept in slices (traffic!).
-                model.set_requires_gradient_sync(micro == s.accumulate - 1)
-                logits = model(x).to(getattr(torch, s.dtype))  # (B, T, V)
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
-                # The mean of the step's tokens, wherever they are; world undoes the averaging over ranks.
-                scaler.scale(loss * (p.world / n_tokens)).backward()
-                loss_sum = loss_sum + loss.detach()
-                x, y, n_next = next(batches)  # made and sent while a GPU is still busy with backward
-            scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
-            norm = clip_gradients(model, s.clip or math.inf, s.exact)  # ()
-            loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
-        # Signals reach the ranks at different steps; the sum that each step makes anyway tells all at once.
+        for micro in range(s.accumulate):
+            part = micro * p.world + p.rank
+            torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
+            # Averaged over ranks with a step's last micro-batch alone: the sum till then is of whole
+            # gradients (memory!). Without this line each is averaged and kept in slices (traffic!).
+            model.set_requires_gradient_sync(micro == s.accumulate - 1)
+            logits = model(x).to(getattr(torch, s.dtype))  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
+            # The mean of the step's tokens, wherever they are; world undoes the averaging over ranks.
+            scaler.scale(loss * (p.world / n_tokens)).backward()
+            loss_sum = loss_sum + loss.detach()
+            x, y, n_next = next(batches)  # made and sent while a GPU is still busy with backward
+        scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
+        norm = clip_gradients(model, s.clip or math.inf, s.exact)  # ()
+        loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for a GPU
+        # Signals reach the ranks at different steps; the sum that each step makes tells all at once.
         loss, stopped = sum_over_ranks([loss / n_tokens, signals.received()], p)
         check_finite("loss", loss, step)
         if not scaler.is_enabled():  # GradScaler skips a step of infinite gradients itself
             check_finite("gradient's norm", norm, step)
         for group in optimizer.param_groups:
             group["lr"] = s.lr * warmup_cosine(step, s.warmup, s.steps)
-        with waiting(f"every rank's part of step {step}", p):
-            scaler.step(optimizer)
-            scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         run["step"] = step + 1
         run["tokens"] += n_tokens
         run["train_seconds"] += time.perf_counter() - start
@@ -641,7 +551,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         bar.update()
         last = run["step"] == s.steps
         if last:
-            run["held"] = gather(memory_held(model, optimizer, p), p)
+            run["held"] = memory_held(model, optimizer, p)
         if last or run["step"] % s.eval_every == 0:
             dev_loss = evaluate(model, dev, p)
             check_finite("held-out loss", dev_loss, step)
@@ -652,25 +562,24 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
             path = save_checkpoint(Path(s.out), run["step"], tensors, state, p, s.keep)
         if stopped and not last:
             number = signals.noted[0] if signals.noted else signal.SIGTERM  # of this rank, or of another
-            raise Interrupted(number, f"step {run['step']} is in {path}")
+            done = f"interrupted: step {run['step']} is in {path}; the same command goes on"
+            raise Stop(done, 128 + number, shared=True)
     bar.close()
     signals.restore()
 
 
 def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes) -> None:
-    """Rank 0 prints a line, and writes OUT/log.jsonl: a JSON object for each such line of this run."""
-    loss, rate = run["losses"][-1], round(run["tokens"] / run["train_seconds"])
-    row = {"step": run["step"], "loss": loss, "dev_loss": dev_loss, "tokens_per_second": rate}
-    row["gradient_norm"] = norm if math.isfinite(norm) else None
-    line = f"step {run['step']}/{s.steps}: loss {loss:.3f}, held out {dev_loss:.3f} nats a byte, "
-    line += f"gradient norm {norm:.2f}, {rate:,} tokens/s"
+    """Rank 0 prints a row, and writes all of this run to OUT/log.jsonl, a JSON object a line."""
+    row = {"step": run["step"], "loss": run["losses"][-1], "dev_loss": dev_loss}
+    row["gradient_norm"] = norm if math.isfinite(norm) else None  # JSON has no inf
+    row["tokens_per_second"] = round(run["tokens"] / run["train_seconds"])
     if p.device.type == "cuda":
         row["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        line += f", {row['peak_gpu_mib']:,} MiB at most"
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    print(line, flush=True)
+    shown = {name: f"{x:.3f}" if isinstance(x, float) else x for name, x in row.items()}
+    print("  ".join(f"{name} {x}" for name, x in shown.items()), flush=True)
 
 
 @torch.no_grad()
@@ -681,9 +590,8 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
     losses = []
     for chunk in torch.arange(len(inputs)).split(64 * p.world):
         rows = chunk[p.rank :: p.world]
-        taking_part = rows if len(rows) else chunk[:1]  # every rank must be in every forward: it has slices
-        with waiting("every rank's part of an evaluation", p):
-            logits = model(inputs[taking_part].to(p.device)).flatten(0, 1)  # (B T, V)
+        taking_part = rows if len(rows) else chunk[:1]  # every rank has slices: none may miss a forward
+        logits = model(inputs[taking_part].to(p.device)).flatten(0, 1)  # (B T, V)
         y = targets[taking_part].to(p.device).flatten()
         loss = F.cross_entropy(logits.to(model.norm.weight.dtype), y, reduction="sum")
         losses.append(loss * (len(rows) > 0))
@@ -698,15 +606,12 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
 
 
 def load_manual(max_len: int) -> list[tuple[Tensor, Tensor]]:
-    """[train, dev], each (inputs, targets): the help texts of Python's manual in rows of max_len bytes.
-
-    (N, T) int64. Every byte is a target once; a text's last row is filled up with -100, which cross_entropy
-    ignores. Every tenth text is held out.
-    """
-    from pydoc_data.topics import topics  # what help("topics") shows; licence: PSF License, as Python's own
+    """[train, dev], each (inputs, targets) (N, T) int64: Python's manual in rows of max_len bytes.
+    Every byte is a target once; -100, which cross_entropy ignores, fills up a text's last row."""
+    from pydoc_data.topics import topics  # what help("topics") shows; PSF License
 
     parts = ([], [])
-    for i, text in enumerate(sorted(set(topics.values()))):
+    for i, text in enumerate(sorted(set(topics.values()))):  # every tenth is held out
         data = list(b"\n" + text.encode())  # the first byte is predicted from a line's end
         for start in range(0, len(data) - 1, max_len):
             row = data[start : start + max_len + 1]  # rows overlap by one
@@ -749,7 +654,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]  # (B, T, C)
-        for block in self.blocks:  # recompute: in backward, from its input, instead of keeping what is within
+        for block in self.blocks:  # recompute: in backward, from its input
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return F.linear(self.norm(x), self.embedding.weight)  # (B, T, V), tied to the embedding
 
@@ -758,8 +663,7 @@ def sharded_model(s: Settings, p: Processes) -> GPT:
     """On the meta device it has shapes and no memory; then each rank makes room for its slices alone."""
     with torch.device("meta"):
         model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
-    with waiting("the groups of the mesh", p):
-        shard(model, make_mesh(s.replicate, p.device, s.timeout), s.amp, s.compile)
+    shard(model, make_mesh(s.replicate, p.device, s.timeout), s.amp, s.compile)
     model.to_empty(device=p.device)
     initialise(model, s.seed)
     model.recompute = s.recompute
@@ -772,7 +676,7 @@ def sharded_model(s: Settings, p: Processes) -> GPT:
 
 def check_settings(s: Settings, p: Processes) -> None:
     """ValueError for settings that can't be."""
-    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed", "timeout")
+    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
         below = 2**32 if name == "seed" else math.inf
@@ -781,12 +685,11 @@ def check_settings(s: Settings, p: Processes) -> None:
     if s.d_model % s.n_heads:
         raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
-        parts = f"{p.world} process(es) x accumulate {s.accumulate}"
-        raise ValueError(f"batch_size {s.batch_size} is smaller than {parts}: some would have nothing to do")
+        raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.exact):
         raise ValueError(f"amp {s.amp} needs dtype float32 and no exact, got {s.dtype}")
     if p.world % s.replicate:
-        raise ValueError(f"replicate {s.replicate} doesn't divide the {p.world} process(es): no mesh fits")
+        raise ValueError(f"replicate {s.replicate} doesn't divide {p.world} process(es)")
 
 
 def differences(there: dict, here: dict) -> str:
@@ -814,34 +717,37 @@ def lock_out(out: Path, patience: float = 10.0):
             time.sleep(0.1)
 
 
-def open_run(out: Path, kept: list) -> dict | None:
-    """For rank 0: the report of a finished run; None where one is to be made, and kept gets OUT's lock."""
+def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
+    """For rank 0: the newest checkpoint's path, or None, and the state of the run in OUT, or of a new one;
+    the report, if that run is finished. kept gets OUT's lock. ValueError for another run."""
+    settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
+    path = run = None
     if (out / "final.pt").exists() and (out / "report.json").exists():
         with suppress(ValueError):  # a damaged one is made again
-            return json.loads((out / "report.json").read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    kept.append(lock_out(out))
-    for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a process that was killed
-        shutil.rmtree(left)
-    if list(out.glob("step_*.pt")):
-        raise ValueError(f"{out} holds a run of train_ddp.py; give another --out")
-
-
-def check_same_run(there: dict, here: dict, out: Path) -> None:
-    """ValueError for a run of other settings, or on another text."""
-    wrong = differences(there, here)
+            run = json.loads((out / "report.json").read_text())
+    if run is None:
+        out.mkdir(parents=True, exist_ok=True)
+        kept.append(lock_out(out))
+        for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a process that was killed
+            shutil.rmtree(left)
+        if list(out.glob("step_*.pt")):
+            raise ValueError(f"{out} holds a run of train_ddp.py; give another --out")
+        path, run = newest_checkpoint(out)
+    if run is None:
+        run = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
+    wrong = differences(run.get("settings", {}), settings)
     if wrong:
-        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out, or delete it")
+        raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
+    return path, run
 
 
 def full_weights(model: nn.Module, p: Processes) -> dict[str, Tensor]:
-    """The plain model's state dict, on rank 0's CPU; {} on the others. One tensor is gathered at a time."""
+    """The plain model's state dict, on rank 0's CPU; {} on the others. Gathered tensor by tensor."""
     weights = {}
-    with waiting("every rank's part of the final weights", p):
-        for name, value in model.state_dict().items():
-            value = full_tensor(value)
-            if p.rank == 0:
-                weights[name] = value.cpu()
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor()  # every rank has to come here
+        if p.rank == 0:
+            weights[name] = whole.cpu()
     return weights
 
 
@@ -857,13 +763,12 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
     held = {"all": {"weights": size, "gradients": size, "moments": 2 * size}}
     held |= {f"rank {rank}": of_rank for rank, of_rank in enumerate(run["held"])}
     print("MiB held between steps, and peak RSS (on a GPU: peak of its memory)")
-    print(f"{'':9}{'weights':>12}{'gradients':>12}{'moments':>12}{'peak':>12}")
     for who, row in held.items():
-        print(f"{who:9}" + "".join(f"{size / 2**20:12,.3f}" for size in row.values()))
-    report = run["log"][-1] | {"processes": p.world, "device": str(p.device), "torch": torch.__version__}
-    report |= {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    report |= {"n_parameters": sum(weight.numel() for weight in weights.values()), "finished": True}
-    report |= run | {"held": held}
+        print(f"{who:9}" + "".join(f"{kind} {size / 2**20:,.3f}  " for kind, size in row.items()))
+    report = run | run["log"][-1] | {"finished": True, "held": held, "processes": p.world}
+    report["n_parameters"] = sum(weight.numel() for weight in weights.values())
+    report |= {"device": str(p.device), "cpu": platform.processor() or platform.machine()}
+    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report
 
@@ -871,19 +776,20 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
     """Print what ended this process: a sentence where there is advice to give, else a traceback.
     Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    message = str(error)
     shared = getattr(error, "shared", False)
-    code, message = 1 if training else 2, str(error)
-    if isinstance(error, Interrupted):
-        code = 128 + error.args[0]
-        message = f"interrupted: {error.args[1]}; the same command goes on from there"
-    elif isinstance(error, Lost | FloatingPointError):
-        code = 1
-    elif not isinstance(error, ValueError | OSError) or (training and not shared):
+    wrong_input = isinstance(error, ValueError | OSError) and not training
+    # Communication errors alone mean a lost process; gloo's have no class of their own.
+    gloos = isinstance(error, RuntimeError) and ("/gloo/" in message or "pair closure" in message)
+    if isinstance(error, dist.DistError) or gloos:
+        rank = os.environ.get("RANK", "0")
+        message = f"rank {rank} has lost another process: {message.strip().splitlines()[0]}"
+    elif not (wrong_input or shared or isinstance(error, Stop)):
         traceback.print_exception(error)
         return 1
     if p is None or p.rank == 0 or not shared:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    return code
+    return getattr(error, "code", 2 if wrong_input else 1)
 
 
 def main(s: Settings) -> int:
@@ -900,23 +806,16 @@ def main(s: Settings) -> int:
         wrong = differences(on_rank_0(lambda: settings, p), settings)
         if wrong:
             raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
-        binding = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
-        out = Path(s.out)
         kept = []  # rank 0 keeps OUT's lock
-        path, run = None, on_rank_0(partial(open_run, out, kept), p)
-        if run is None:
-            path, run = newest_checkpoint(out, p)
-        if run is None:
-            run = {"settings": binding, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
-        on_rank_0(partial(check_same_run, run.get("settings", {}), binding, out), p)
+        path, run = on_rank_0(partial(open_run, Path(s.out), settings, kept), p)
+        if p.rank == 0:
+            shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
+            print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
         if not run.get("finished"):
             model = sharded_model(s, p)
             optimizer = make_optimizer(model, s)
             if path:
                 load_tensors(path, state_tensors(model, optimizer), p)
-            if p.rank == 0:
-                shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
-                print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
             training = True
             train(model, optimizer, text, dev, run, s, p)
             weights = full_weights(model, p)
