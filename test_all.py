@@ -20,7 +20,6 @@ import hashlib
 import html.parser
 import http.server
 import importlib
-import inspect
 import io
 import itertools
 import json
@@ -68,16 +67,6 @@ ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # What the tests share
-
-
-@pytest.fixture
-def read_only(monkeypatch):
-    """Folders exist, but nothing can be written there."""
-
-    def refuse(dir):
-        raise OSError("read-only")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
 
 
 DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
@@ -146,133 +135,75 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_WAYS = {
-    "loop": attention.attention_loop,
-    "written out": lambda *a: attention.scaled_dot_product_attention(*a)[0],
-    "blockwise": lambda *a: attention.blockwise_attention(*a, block_size=3),
-    "fused": attention.fused_attention,
-}
-ATTENTION_EVERY_WAY = pytest.mark.parametrize("name", ATTENTION_WAYS)
+ATTENTION_WAYS = [
+    attention.attention_loop,
+    lambda *inputs: attention.scaled_dot_product_attention(*inputs)[0],
+    lambda *inputs: attention.blockwise_attention(*inputs, block_size=3),
+    attention.fused_attention,
+]
+ATTENTION_EVERY_WAY = pytest.mark.parametrize(
+    "way",
+    ATTENTION_WAYS,
+    ids=["loop", "scaled_dot_product_attention", "blockwise_attention", "fused_attention"],
+)
 ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
-ATTENTION_DTYPES = pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-ATTENTION_MASKS = "none padding square keys queries heads full one scalar".split()
-
-
-def attention_mask(kind: str, b: int, h: int, tq: int, tk: int) -> Tensor | None:
-    """Every shape that a mask may have; about a third of the pairs may not attend."""
-    shapes = {
-        "padding": (b, 1, 1, tk), "square": (tq, tk), "keys": (tk,), "queries": (b, 1, tq, 1),
-        "heads": (h, tq, tk), "full": (b, h, tq, tk), "one": (1,), "scalar": (),
-    }  # fmt: skip
-    return None if kind == "none" else torch.rand(shapes[kind]) < 0.67
-
-
-def attention_allowed(mask: Tensor | None, causal: bool, shape: tuple) -> Tensor:
-    """The convention spelled out pair by pair, as an oracle for masks: (B, H, Tq, Tk)."""
-    allowed = torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape).clone()
-    for i, j in itertools.product(range(shape[-2]), range(shape[-1])):
-        if causal and j - shape[-1] > i - shape[-2]:  # counted from the end: bottom-right
-            allowed[..., i, j] = False
-    return allowed
-
-
-ATTENTION_PEAK = """
-import resource, sys, torch, attention
-torch.set_num_threads(1)
-def peak(T):
-    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
-    attention.WAYS[sys.argv[1]](q, k, v).sum().backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-before = peak(200)  # loads the libraries, starts the autograd thread
-print(peak(8192) - before)
-"""
 
 
 class AttentionCall(nn.Module):
-    """A fixed way to call the module: tracing and export take tensors alone."""
+    """Causal attention of a fixed kind: tracing and export take tensors alone."""
 
-    def __init__(self, causal: bool, fused: bool, cross: bool):
+    def __init__(self, fused: bool, cross: bool):
         super().__init__()
-        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=10 if cross else None, fused=fused)
-        self.causal = causal
+        kv_dim = 10 if cross else None
+        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
 
-    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        return self.attention(query, context, mask, self.causal)
-
-    @staticmethod
-    def example(b: int, tq: int, tk: int, cross: bool, masked: bool) -> dict[str, Tensor]:
-        example = {"query": torch.randn(b, tq, 12)}
-        if cross:
-            example["context"] = torch.randn(b, tk, 10)
-        if masked:
-            example["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
-        return example
+    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None):
+        return self.attention(query, context, mask, causal=True)
 
 
 class TestAttention:
-    # ---- the four ways against torch, in all the cases
+    # ---- the four ways against torch
 
-    @ATTENTION_DTYPES
-    def test_all_ways_agree_with_torch(self, dtype, tolerance):
-        """Values, gradients and weights, over random sizes, masks and strides."""
+    @ATTENTION_EVERY_WAY
+    def test_all_ways_agree_with_torch(self, way):
+        """Values and gradients, over random sizes, masks, strides and dtypes."""
         draw = random.Random(1)
-        for case in range(220):
-            b, h, tq, tk = (draw.randint(1, n) for n in (3, 3, 8, 9))
-            d, dv, causal = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8]), draw.random() < 0.5
-            tk = tq if draw.random() < 0.3 else tk  # where the fused form takes torch's own triangle
-            mask = attention_mask(draw.choice(ATTENTION_MASKS), b, h, tq, tk)
-            inputs = [torch.randn(b, h, t, n, dtype=dtype) for t, n in ((tq, d), (tk, d), (tk, dv))]
-            if draw.random() < 0.5:  # as heads that were split off a projection
-                inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+        for case in range(300):
+            batch = draw.choice([(), (4,), (2, 1, 2), (draw.randint(1, 3), draw.randint(1, 3))])
+            tq, tk = draw.randint(1, 8), draw.randint(1, 9)
+            tk = draw.choice([tq, tk, tk])  # the fused form takes torch's own triangle where Tq = Tk
+            d, dv = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8])
+            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            sizes = (d, tq), (d, tk), (dv, tk)
+            inputs = [torch.randn(*batch, *size, dtype=dtype).mT for size in sizes]
+            if draw.random() < 0.5:
+                inputs = [x.contiguous() for x in inputs]
             inputs = [x.requires_grad_() for x in inputs]
-            allowed = attention_allowed(mask, causal, (b, h, tq, tk))
+
+            mask = None
+            causal = draw.random() < 0.5
+            allowed = torch.ones(*batch, tq, tk).tril(tk - tq if causal else tk).bool()
+            if draw.random() < 0.9:  # of any shape that broadcasts
+                shape = [draw.choice([1, n]) for n in allowed.shape]
+                mask = torch.rand(shape[draw.randint(0, len(shape)) :]) < 0.67
+                allowed &= mask
             exact = [x.detach().double().requires_grad_() for x in inputs]
             expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
             towards = torch.randn_like(expected)
-            expected_gradients = torch.autograd.grad(expected, exact, towards)
-            empty = ~allowed.any(dim=-1)
-            for name, way in ATTENTION_WAYS.items():
-                what = f"{name}, case {case}: {causal=} {mask=} {[tuple(x.shape) for x in inputs]}"
-                output = way(*inputs, mask, causal)
-                assert output.dtype == dtype and (output[empty] == 0).all(), what
-                check_close(output.double(), expected, tolerance, what)
-                gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-                for got, want in zip(gradients, expected_gradients, strict=True):
-                    check_close(got.double(), want, tolerance, what)
-            weights = attention.scaled_dot_product_attention(*inputs, mask, causal)[1]
-            assert (weights[~allowed] == 0).all()
-            check_close(weights.sum(dim=-1).double(), (~empty).double(), 1e-6, "weights add up to 1, or to 0")
+            wanted = torch.autograd.grad(expected, exact, towards)
 
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 2)])
-    def test_all_ways_take_any_leading_dimensions(self, name, shape):
-        q, k, v = (torch.randn(*shape, t, 4, dtype=torch.float64) for t in (3, 5, 5))
-        mask = torch.rand(*shape, 3, 5) < 0.6
-        expected = F.scaled_dot_product_attention(q, k, v, mask & torch.ones(3, 5).tril(2).bool())
-        check_close(ATTENTION_WAYS[name](q, k, v, mask, True), expected, 1e-12)
-
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_all_ways_pass_gradcheck(self, name, causal):
-        way = ATTENTION_WAYS[name]
-        mask = torch.tensor([[True, False, True, True], [True] * 4, [False] * 4, [True, True, False, True]])
-        sizes = ((2, 4, 3), (2, 4, 3), (2, 4, 2))
-        inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-        assert torch.autograd.gradcheck(lambda *x: way(*x, mask, causal), inputs)
-        if name in ("loop", "written out"):
-            assert torch.autograd.gradgradcheck(lambda *x: way(*x, mask, causal), inputs)
-        if name == "written out":  # the weights are differentiable as well
-            weights = lambda *x: attention.scaled_dot_product_attention(*x, mask, causal)[1]  # noqa: E731
-            assert torch.autograd.gradcheck(weights, inputs)
-        if name == "blockwise":
-            with pytest.raises(RuntimeError, match="second derivative"):  # never one that is silently wrong
-                torch.autograd.grad(way(*inputs).sum(), inputs, create_graph=True)
+            what = f"case {case}: {causal=} {mask=} {batch=} {tq=} {tk=} {d=} {dv=}"
+            output = way(*inputs, mask, causal)
+            assert output.dtype == dtype and not output[~allowed.any(dim=-1)].any(), what
+            check_close(output.double(), expected, tolerance, what)
+            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
+            for got, want in zip(gradients, wanted, strict=True):
+                check_close(got.double(), want, tolerance, what)
 
     @ATTENTION_EVERY_WAY
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-    def test_nothing_to_attend_to(self, name):
-        """No keys at all, no queries at all, and rows that a mask empties: 0, and finite gradients."""
-        way = ATTENTION_WAYS[name]
+    def test_nothing_to_attend_to(self, way):
+        """No keys, no queries, rows that a mask empties: 0, and finite gradients."""
         q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
         assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
         assert way(q[:, :0], q, q).shape == (2, 0, 4)
@@ -281,84 +212,101 @@ class TestAttention:
         assert torch.equal(output, torch.zeros(2, 3, 4))
         with torch.autograd.detect_anomaly():  # no NaN on the way, either
             gradients = torch.autograd.grad(output.sum(), inputs)
-        assert all(torch.equal(gradient, torch.zeros(2, 3, 4)) for gradient in gradients)
+        assert not any(gradient.any() for gradient in gradients)
 
     @ATTENTION_EVERY_WAY
-    def test_large_logits_stay_finite(self, name):
-        way, q = ATTENTION_WAYS[name], torch.tensor([[1e4], [-1e4]], requires_grad=True)
-        k, v = (torch.tensor(x, requires_grad=True)[:, None] for x in ([1.0, -1.0, 0.5], [1.0, 2.0, 4.0]))
+    def test_large_logits_stay_finite(self, way):
+        q = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+        k = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+        v = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
         output = way(q, k, v)  # D = 1: the logits are q k
         assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.sum(), (q, k, v)))
+        gradients = torch.autograd.grad(output.sum(), (q, k, v))
+        assert all(gradient.isfinite().all() for gradient in gradients)
         only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
-        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]  # a masked +1e4 doesn't drown it
-        low = way(torch.tensor([[300.0]]), torch.tensor([[-300.0], [-301.0]]), torch.tensor([[1.0], [2.0]]))
-        assert low.item() == 1  # scores far below 0
+        assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]
+        assert way(q[:1], -k[:2] - 5, v[:2]).tolist() == [[2.0]]  # all scores are far below 0
 
     @ATTENTION_EVERY_WAY
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_half_precision(self, name, dtype):
-        way, mask = ATTENTION_WAYS[name], torch.rand(9, 9) < 0.5
-        q, v = (30 * torch.randn(1, 2, 9, 64)).to(dtype), torch.randn(1, 2, 9, 64).to(dtype)
-        inputs = [q.requires_grad_(), q.detach().clone().requires_grad_(), v.requires_grad_()]
-        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # scaled afterwards, it would overflow
-        output = way(*inputs, mask, False)
+    def test_half_precision(self, way, dtype):
+        inputs = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        mask = torch.rand(9, 9) < 0.5
+        exact = F.scaled_dot_product_attention(*(x.double() for x in inputs), mask)
+        check_close(way(*inputs, mask, False).double(), exact, 2e-2)
+        q = 30 * inputs[0]
+        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # unless q is scaled first
+        large = [x.detach().requires_grad_() for x in (q, q, inputs[2])]
+        output = way(*large, mask, False)
         assert output.dtype == dtype and output.isfinite().all()
-        assert all(g.isfinite().all() for g in torch.autograd.grad(output.float().sum(), inputs))
-        small = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
-        exact = F.scaled_dot_product_attention(*(x.double() for x in small), mask)
-        check_close(way(*small, mask, False).double(), exact, 2e-2)
+        gradients = torch.autograd.grad(output.float().sum(), large)
+        assert all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_all_ways_make_tensors_where_their_input_is(self):
-        """As on a GPU: new tensors would go elsewhere by default. And with another default dtype."""
+    @ATTENTION_EVERY_WAY
+    def test_all_ways_follow_their_input(self, way):
+        """Not the default device or dtype, wherever they make a tensor."""
         q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-        for way, causal in itertools.product(ATTENTION_WAYS.values(), (False, True)):
-            with torch.device("meta"):
-                outputs = [way(q, k, k, None, causal)]
+        for causal in (False, True):
+            expected = way(q, k, k, None, causal)
             torch.set_default_dtype(torch.float64)
             try:
-                outputs.append(way(q, k, k, None, causal))
+                with torch.device("meta"):
+                    output = way(q, k, k, None, causal)
             finally:
                 torch.set_default_dtype(torch.float32)
-            for output in outputs:
-                check_close(output, way(q, k, k, None, causal), 1e-6)
+            check_close(output, expected, 1e-6)
+
+    def test_second_derivatives(self):
+        """Right where there are some, refused by the blockwise form."""
+        module = attention.MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
+        for part in (0, 1):  # output, weights
+            call = lambda x, part=part: module.forward_with_weights(x, causal=True)[part]  # noqa: E731
+            assert torch.autograd.gradcheck(call, x)
+            assert torch.autograd.gradgradcheck(call, x)
+        output = attention.blockwise_attention(x, x, x)
+        with pytest.raises(RuntimeError, match="second derivative"):
+            torch.autograd.grad(output.sum(), x, create_graph=True)
 
     # ---- blockwise
 
-    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units elsewhere")
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss has other units")
     def test_blockwise_memory(self, tmp_path):
-        """T = 8192, forward and backward: under 64 MB above the inputs; written out it takes 500."""
-        megabytes = {}
-        for name in ("blockwise", "written out"):
-            command, where = (
-                [sys.executable, "-c", ATTENTION_PEAK, name],
-                os.environ | {"PYTHONPATH": str(ROOT)},
-            )
-            megabytes[name] = float(subprocess.check_output(command, cwd=tmp_path, env=where, timeout=240))
-        assert megabytes["blockwise"] < 64 and megabytes["written out"] > 500, megabytes
+        """T = 8192, forward and backward: under 64 MB; written out it takes 500."""
+        code = """
+import resource, torch, attention
+def peak(way, T):
+    q, k, v = (torch.randn(1, 1, T, 64, requires_grad=True) for _ in range(3))
+    attention.WAYS[way](q, k, v).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+before = peak("blockwise", 200)  # loads the libraries, starts the autograd thread
+print(peak("blockwise", 8192) - before, peak("written out", 8192) - before)
+"""
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        found = subprocess.check_output(command, cwd=tmp_path, env=environment, timeout=240)
+        blockwise, written_out = map(float, found.split())
+        assert blockwise < 64 and written_out > 500
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_blockwise_takes_any_block_size(self):
+        q, k = torch.randn(5, 4), torch.randn(7, 4)
+        expected = attention.attention_loop(q, k, k, causal=True)
+        for block_size in (1, 2, 5, 7, 100):
+            output = attention.blockwise_attention(q, k, k, None, True, block_size)
+            check_close(output, expected, 1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_blockwise_sums_in_float32(self, dtype):
-        """Sums that half precision can't hold: they would stall (bfloat16 counts to 256), or lose digits."""
-        q, k, v = torch.zeros(1, 8), torch.zeros(5000, 8), (torch.arange(5000) >= 2500).float()[:, None]
-        assert attention.blockwise_attention(*(x.to(dtype) for x in (q, k, v)), block_size=1).item() == 0.5
-        q, k, v = (torch.full((n, 1), x, dtype=dtype) for n, x in ((1, 10.0), (4, 10.0), (4, 0.0)))
-        (dv,) = torch.autograd.grad(attention.blockwise_attention(q, k, v.requires_grad_()).sum(), v)
-        assert dv.tolist() == [[0.25]] * 4  # log-sum-exp is 101.386
-        inputs = torch.ones(1000, 1), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])
-        inputs = [x.to(dtype).requires_grad_() for x in inputs]
-        _, dk, dv = torch.autograd.grad(attention.blockwise_attention(*inputs, block_size=1).sum(), inputs)
-        assert dv.flatten().tolist() == [500.0, 500.0] and dk.flatten().tolist() == [250.0, -250.0]
-
-    def test_blockwise_is_exact_under_autocast(self):
-        inputs = [torch.randn(2, 9, 8).requires_grad_() for _ in range(3)]
-        expected = attention.blockwise_attention(*inputs, block_size=4)
-        expected_gradients = torch.autograd.grad(expected.sum(), inputs)
+        """As of the same numbers in float32, to the last bit; under autocast, too."""
+        inputs = [torch.randn(t, 8).to(dtype).requires_grad_() for t in (300, 400, 400)]
+        wide = [x.detach().float().requires_grad_() for x in inputs]
+        expected = attention.blockwise_attention(*wide, block_size=7)
+        wanted = torch.autograd.grad(expected.sum(), wide)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = attention.blockwise_attention(*inputs, block_size=4)
+            output = attention.blockwise_attention(*inputs, block_size=7)
             gradients = torch.autograd.grad(output.sum(), inputs)
-        for got, want in zip((output, *gradients), (expected, *expected_gradients), strict=True):
-            assert torch.equal(got, want)
+        for got, want in zip((output, *gradients), (expected, *wanted), strict=True):
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
 
     # ---- masks
 
@@ -367,13 +315,13 @@ class TestAttention:
         assert attention.causal_mask(3).tolist() == [[x, o, o], [x, x, o], [x, x, x]]
         assert attention.causal_mask(2, 4).tolist() == [[x, x, x, o], [x, x, x, x]]
         assert attention.causal_mask(3, 2).tolist() == [[o, o], [x, o], [x, x]]
-        assert attention.causal_mask(1, 5).all() and attention.causal_mask(2).dtype == torch.bool
+        assert attention.causal_mask(2).dtype == torch.bool
 
     def test_padding_mask(self):
         x, o = True, False
-        padding = attention.padding_mask(torch.tensor([0, 2, 3]))
+        padding = attention.padding_mask([0, 2, 3])
         assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
-        assert attention.padding_mask([1, 3], max_len=3).tolist() == [[[[x, o, o]]], [[[x, x, x]]]]
+        assert attention.padding_mask([1], max_len=3).tolist() == [[[[x, o, o]]]]
         assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
         for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
             lengths = np.array([0, 2, 3], dtype=kind)
@@ -382,50 +330,52 @@ class TestAttention:
 
     # ---- MultiHeadAttention
 
-    @ATTENTION_DTYPES
-    def test_multi_head_attention_agrees_with_torch(self, dtype, tolerance):
-        """Values, weights, gradients of inputs and parameters, with kv_dim and without bias, too."""
+    def test_multi_head_attention_agrees_with_torch(self):
+        """Values, weights, gradients of inputs and parameters; with kv_dim, without bias."""
         draw = random.Random(2)
-        for case in range(200):
+        for case in range(300):
             heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
-            c, bias, cross = heads * draw.choice([1, 4, 5]), draw.random() < 0.5, draw.random() < 0.5
+            c = heads * draw.choice([1, 4, 5])
+            cross, bias = draw.random() < 0.5, draw.random() < 0.5
             kv_dim = draw.choice([None, 6, 7]) if cross else None
-            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "batch_first": True, "dtype": dtype}
-            theirs = nn.MultiheadAttention(c, heads, **sizes)
-            if bias:  # torch starts them at 0, which would hide a mix-up
-                nn.init.normal_(theirs.in_proj_bias), nn.init.normal_(theirs.out_proj.bias)
+            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "dtype": dtype}
+            theirs = nn.MultiheadAttention(c, heads, batch_first=True, **sizes)
+            for parameter in theirs.parameters():
+                if parameter.dim() == 1:  # biases of 0 would hide a mix-up
+                    nn.init.normal_(parameter)
             ours = attention.MultiHeadAttention.from_torch(theirs)
             ours.fused = draw.random() < 0.5
-            query = torch.randn(b, tq, c, dtype=dtype, requires_grad=True)
-            context = torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True) if cross else None
-            source = query if context is None else context
+
+            inputs = [torch.randn(b, tq, c, dtype=dtype, requires_grad=True)]
+            if cross:
+                inputs.append(torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True))
+            source = inputs[-1]
             tk = source.size(1)
             causal = draw.random() < 0.4 and tk >= tq
-            hidden = torch.rand(b, tk) < 0.3 if draw.random() < 0.6 else torch.zeros(b, tk, dtype=torch.bool)
+            future = ~attention.causal_mask(tq, tk) if causal else None
+            hidden = torch.rand(b, tk) < draw.choice([0, 0.3])
             hidden[:, 0] = False  # torch gives NaN where nothing may be attended to
-            future = torch.ones(tq, tk).triu(tk - tq + 1).bool() if causal else None
-            expected, expected_weights = theirs(
-                query, source, source, hidden, attn_mask=future, average_attn_weights=False
-            )
             mask = ~hidden[:, None, None, :] if hidden.any() else None
-            output, weights = ours.forward_with_weights(query, context, mask, causal)
+
+            call = {"attn_mask": future, "average_attn_weights": False}
+            expected, expected_weights = theirs(inputs[0], source, source, hidden, **call)
+            arguments = {"mask": mask, "causal": causal}
+            output, weights = ours.forward_with_weights(*inputs, **arguments)
             what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
             check_close(output, expected, tolerance, what)
             check_close(weights, expected_weights, tolerance, what)
-            assert torch.equal(output, ours(query, context, mask, causal)), what
+            assert torch.equal(output, ours(*inputs, **arguments)), what
 
-            towards, tensors = torch.randn_like(output), [query] if context is None else [query, context]
-            got = torch.autograd.grad(output, [*tensors, *ours.parameters()], towards)
-            want = torch.autograd.grad(expected, [*tensors, *theirs.parameters()], towards)
-            for one, other in zip(got[: len(tensors)], want[: len(tensors)], strict=True):
-                check_close(one, other, tolerance, what)
-            got = dict(zip(dict(ours.named_parameters()), got[len(tensors) :], strict=True))
-            for name, gradient in zip(dict(theirs.named_parameters()), want[len(tensors) :], strict=True):
-                if name.startswith("in_proj_"):
-                    packed = [got[f"{x}_proj.{name.removeprefix('in_proj_')}"] for x in "qkv"]
-                    check_close(torch.cat(packed), gradient, tolerance, what)
-                else:
-                    check_close(got[name.replace("_proj_weight", "_proj.weight")], gradient, tolerance, what)
+            towards = torch.randn_like(output)
+            gradients = torch.autograd.grad(output, [*inputs, *ours.parameters()], towards)
+            wanted = torch.autograd.grad(expected, [*inputs, *theirs.parameters()], towards)
+            for parameter, gradient in zip(theirs.parameters(), wanted[len(inputs) :], strict=True):
+                parameter.data = gradient
+            named = attention.MultiHeadAttention.from_torch(theirs)  # so that they have our names
+            wanted = [*wanted[: len(inputs)], *named.parameters()]
+            for got, want in zip(gradients, wanted, strict=True):
+                check_close(got, want.detach(), tolerance, what)
 
     def test_from_torch_keeps_everything(self):
         source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
@@ -438,58 +388,53 @@ class TestAttention:
         frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
         assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
         assert {p.dtype for p in ours.parameters()} == {torch.float64}
-        assert torch.equal(ours.k_proj.weight, source.in_proj_weight[12:24])
-        for name, p in source.named_parameters():  # a copy
+        for p in source.parameters():
             nn.init.constant_(p, 7)
-            assert not any((q == 7).any() for q in ours.parameters()), name
+        assert not any((q == 7).any() for q in ours.parameters()), "copies"
 
-    def test_multi_head_attention_parameters(self):
+    def test_multi_head_attention_starts_as_glorot_says(self):
         module = attention.MultiHeadAttention(24, 4, kv_dim=10)
-        for name, width in (("q", 24), ("k", 10), ("v", 10), ("out", 24)):
-            projection, limit = module.get_submodule(f"{name}_proj"), math.sqrt(6 / (24 + width))
-            assert projection.weight.shape == (24, width) and projection.bias.tolist() == [0] * 24
-            assert 0.9 * limit < projection.weight.abs().max() <= limit  # Glorot, uniform
-        names = [name for name, _ in attention.MultiHeadAttention(8, 2, bias=False).named_parameters()]
-        assert names == [f"{x}_proj.weight" for x in ("q", "k", "v", "out")]
+        for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+            limit = math.sqrt(6 / (24 + projection.in_features))
+            assert 0.9 * limit < projection.weight.abs().max() <= limit
+            assert not projection.bias.any()
 
     @ATTENTION_FUSED_OR_NOT
     def test_padding_and_empty_rows(self, fused):
         module = attention.MultiHeadAttention(12, 3, fused=fused).double()
         nn.init.normal_(module.out_proj.bias)
         x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
-        mask = attention.padding_mask(torch.tensor([4, 0, 6]))
+        mask = attention.padding_mask([4, 0, 6])
         output, weights = module.forward_with_weights(x, mask=mask)
-        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys: the bias")
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys")
         assert (weights[1] == 0).all()
         output.sum().backward()
-        assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
-        # What stands in the padding changes nothing, nor do more padding and the other sequences.
+        assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
         altered = x.detach().clone()
         altered[0, 4:] = 1e3
-        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0)
-        longer = F.pad(x.detach()[:1], (0, 0, 0, 5)), None, attention.padding_mask(torch.tensor([4]), 11)
-        check_close(module(*longer)[0, :4], output[0, :4], 1e-12)
-        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
+        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0, "what is padded")
+        longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
+        longer = module(longer, mask=attention.padding_mask([4], 11))
+        check_close(longer[0, :4], output[0, :4], 1e-12, "more padding")
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12, "alone, without padding")
 
     @ATTENTION_FUSED_OR_NOT
     def test_causality(self, fused):
         """A later token moves no earlier output; it moves its own and the later ones."""
-        module, x = attention.MultiHeadAttention(12, 3, fused=fused), torch.randn(3, 6, 12)
+        module = attention.MultiHeadAttention(12, 3, fused=fused)
+        x = torch.randn(3, 6, 12)
         altered = x + (torch.arange(6) == 4)[:, None]
-        moved = (module(altered, causal=True) - module(x, causal=True)).abs().amax(dim=(0, 2))
+        difference = module(altered, causal=True) - module(x, causal=True)
+        moved = difference.abs().amax(dim=(0, 2))
         assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
-
-    def test_second_derivatives(self):
-        module = attention.MultiHeadAttention(6, 2, fused=False).double()
-        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-        assert torch.autograd.gradgradcheck(lambda x: module(x, causal=True), x)
 
     @ATTENTION_FUSED_OR_NOT
     @pytest.mark.parametrize("causal", [False, True])
     def test_dropout_only_in_training(self, fused, causal):
         module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-        plain, x = attention.MultiHeadAttention(8, 2), torch.randn(2, 7, 8)
+        plain = attention.MultiHeadAttention(8, 2)
         plain.load_state_dict(module.state_dict())
+        x = torch.randn(2, 7, 8)
         expected, expected_weights = plain.forward_with_weights(x, causal=causal)
         check_close(module.eval()(x, causal=causal), expected, 1e-6)
         module.train()
@@ -499,38 +444,36 @@ class TestAttention:
         assert torch.equal(first, module(x, causal=causal))
         assert not torch.equal(first, module(x, causal=causal))
         check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
-        mean = torch.stack([module(x, causal=causal) for _ in range(2000)]).mean(dim=0)
-        assert (mean - expected).abs().max() < 0.15  # unbiased: what is kept is scaled up
+        mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
+        assert (mean - expected).abs().max() < 0.15, "unbiased: what is kept is scaled up"
 
     @ATTENTION_FUSED_OR_NOT
-    def test_cache_equals_one_shot(self, fused):
+    def test_forward_cached_equals_one_shot(self, fused):
+        """Values and gradients, in pieces of any size, after left padding."""
         module = attention.MultiHeadAttention(12, 3, fused=fused).double()
         x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-        mask = attention.padding_mask(torch.tensor([9, 9])).clone()
-        mask[0, ..., :2] = False  # left padding
+        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        mask[0, ..., :2] = False
         expected = module(x, mask=mask, causal=True)
-        expected_gradient = torch.autograd.grad(expected.sum(), x, retain_graph=True)[0]
+        (wanted,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
         for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-            cache, outputs, seen = attention.KVCache(), [], 0
+            cache = attention.KVCache()
+            outputs = []
+            seen = 0
             for piece in x.split(pieces, dim=1):
                 seen += piece.size(1)
                 outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
             assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
             output = torch.cat(outputs, dim=1)
             check_close(output, expected, 1e-12, str(pieces))
-            check_close(torch.autograd.grad(output.sum(), x)[0], expected_gradient, 1e-12, str(pieces))
-        cache = attention.KVCache()
-        module.forward_cached(x[:, :5], cache)
-        cache.k, cache.v = cache.k[[1, 1]], cache.v[[1, 1]]  # as a beam search does
-        expected = module(x[[1, 1], :6], causal=True)[:, 5:]
-        check_close(module.forward_cached(x[[1, 1], 5:6], cache), expected, 1e-12)
+            check_close(torch.autograd.grad(output.sum(), x)[0], wanted, 1e-12, str(pieces))
 
-    def test_cache_survives_what_is_refused(self):
-        """A wrong mask or batch leaves the tokens that were there, so that a caller can try again."""
+    def test_forward_cached_survives_what_it_refuses(self):
+        """A wrong mask or batch leaves the tokens that were there."""
         module = attention.MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
-        for query, mask in [(x, torch.ones(4)), (x, torch.ones(2, dtype=torch.bool)), (x[:1], None)]:
+        for query, mask in ((x, torch.ones(4)), (x, torch.ones(2).bool()), (x[:1], None)):
             with pytest.raises((ValueError, RuntimeError)):
                 module.forward_cached(query[:, 3:], cache, mask)
             assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
@@ -538,178 +481,149 @@ class TestAttention:
 
     # ---- refusals: what would be silently wrong
 
-    @pytest.mark.parametrize("call,words", [
-        (lambda a: a.padding_mask(torch.tensor([2, 5]), 4), "lengths.*max_len=4.*5"),
-        (lambda a: a.padding_mask(torch.tensor([-1, 2])), "lengths.*-1"),
-        (lambda a: a.padding_mask(torch.tensor([1.5])), "lengths.*float32"),
-        (lambda a: a.padding_mask(torch.tensor([[1]])), "lengths.*1, 1"),
-        (lambda a: a.padding_mask(torch.tensor([True, False])), "lengths.*bool"),
-        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=0), "block_size.*0"),
-        (lambda a: a.blockwise_attention(*torch.randn(3, 5, 4), block_size=-1), "block_size.*-1"),
-        (lambda a: a.MultiHeadAttention(10, 4), "n_heads.*4.*10"),
-        (lambda a: a.MultiHeadAttention(8, 0), "n_heads.*0"),
-        (lambda a: a.MultiHeadAttention(8, -2), "n_heads.*-2"),
-        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(5, 8)), "5, 8"),  # one head: it would run
-        (lambda a: a.MultiHeadAttention(8, 1)(torch.randn(2, 5, 8), torch.randn(5, 8)), "5, 8"),
-        (lambda a: a.MultiHeadAttention(8, 2)(torch.randn(2, 5, 8), mask=torch.ones(5)), "mask.*float"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(12, 3, kdim=4, vdim=6)), "vdim"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_bias_kv=True)), "bias_kv"),
-        (lambda a: a.MultiHeadAttention.from_torch(nn.MultiheadAttention(8, 2, add_zero_attn=True)), "zero"),
-    ])  # fmt: skip
-    def test_refused(self, call, words):
-        with pytest.raises(ValueError, match=words):
-            call(attention)
+    def test_refused(self):
+        mha, theirs = attention.MultiHeadAttention, nn.MultiheadAttention
+        x, row = torch.randn(2, 5, 8), torch.randn(5, 8)
+        for words, function, *arguments in (
+            ("lengths.*max_len=4.*5", attention.padding_mask, [2, 5], 4),
+            ("lengths.*-1", attention.padding_mask, [-1, 2]),
+            ("lengths.*float32", attention.padding_mask, [1.5]),
+            ("lengths.*1, 1", attention.padding_mask, [[1]]),
+            ("lengths.*bool", attention.padding_mask, [True, False]),
+            ("block_size.*0", attention.blockwise_attention, x, x, x, None, False, 0),
+            ("n_heads.*4.*10", mha, 10, 4),
+            ("n_heads.*0", mha, 8, 0),
+            ("n_heads.*-2", mha, 8, -2),
+            ("5, 8", mha(8, 1), row),  # with one head it would run
+            ("5, 8", mha(8, 1), x, row),
+            ("mask.*float", mha(8, 2), x, None, torch.ones(5)),
+            ("vdim", mha.from_torch, theirs(12, 3, kdim=4, vdim=6)),
+            ("bias_kv", mha.from_torch, theirs(8, 2, add_bias_kv=True)),
+            ("zero", mha.from_torch, theirs(8, 2, add_zero_attn=True)),
+        ):
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
 
     @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("shapes", [  # of q, k, v and a mask
-        "215 217 217 75", "215 217 217 56", "215 217 217 27", "215 217 217 12157", "215 217 217 2357",
-        "215 217 219 57", "215 217 216 57",
-    ])  # fmt: skip
-    def test_all_ways_refuse_shapes(self, name, shapes):
-        """The 4th and 5th mask would enlarge the output; more values than keys would be cut off."""
-        *inputs, mask = ([int(n) for n in word] for word in shapes.split())
-        inputs = [torch.randn(*size, 4) for size in inputs]
-        with pytest.raises((RuntimeError, IndexError)):
-            ATTENTION_WAYS[name](*inputs, torch.ones(mask, dtype=torch.bool))
-
-    @ATTENTION_EVERY_WAY
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-    def test_all_ways_refuse_masks_of_numbers(self, name, dtype):
-        with pytest.raises(ValueError, match="mask.*boolean"):
-            ATTENTION_WAYS[name](*torch.randn(3, 5, 4), torch.ones(5, 5, dtype=dtype))
+    def test_all_ways_refuse_what_does_not_fit(self, way):
+        """Masks that would enlarge the output, or hold numbers; more values than keys."""
+        q, k, v = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 9, 4)
+        for shape in ((7, 5), (5, 6), (2, 7), (1, 2, 1, 5, 7), (2, 3, 5, 7)):
+            with pytest.raises((RuntimeError, IndexError)):
+                way(q, k, k, torch.ones(shape, dtype=torch.bool))
+        for dtype in (torch.float32, torch.int64):
+            with pytest.raises(ValueError, match="mask.*boolean"):
+                way(q, k, k, torch.ones(5, 7, dtype=dtype))
+        for values in (v, v[:, :, :6]):
+            with pytest.raises((RuntimeError, IndexError)):
+                way(q, k, values, torch.ones(5, 7, dtype=torch.bool))
 
     # ---- it leaves Python
 
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-    @pytest.mark.parametrize("way", ["trace", "script", "export", "compile"])
-    def test_multi_head_attention_leaves_python(self, way):
-        """Traced, scripted, exported and compiled: the same outputs, at sizes that were not there then."""
-        combinations = list(itertools.product([False, True], repeat=4))
-        if way in ("export", "compile"):  # seconds each
-            combinations = [(True, True, False, False), (True, True, True, False), (True, False, True, True)]
-        for causal, fused, cross, masked in combinations:
-            module = AttentionCall(causal, fused, cross)
-            tk = 5 if causal and way == "trace" else 7  # a trace must not rely on Tq = Tk
-            example = AttentionCall.example(2, 5, tk, cross, masked)
-            if way == "trace":
-                converted = torch.jit.trace(module, example_kwarg_inputs=example)
-            elif way == "script":
-                converted = torch.jit.script(module)
-            elif way == "export":
-                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
-                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in example}
-                converted = torch.export.export(module, (), example, dynamic_shapes=free).module()
-            else:
-                torch._dynamo.reset()
-                converted = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
-            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
-                given = AttentionCall.example(*sizes, cross, masked)
-                what = f"{way} {causal=} {fused=} {cross=} {masked=} {sizes}"
-                check_close(converted(**given), module(**given), 1e-6, what)
+    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+    @pytest.mark.parametrize("how", ["trace", "script", "export"])
+    def test_multi_head_attention_leaves_python(self, how):
+        """The same outputs, at sizes that were not there then."""
 
-    def test_traced_fused_attention_fits_other_lengths(self):
+        def example(b: int, tq: int, tk: int) -> dict[str, Tensor]:
+            given = {"query": torch.randn(b, tq, 12)}
+            if cross:
+                given["context"] = torch.randn(b, tk, 10)
+            if masked:
+                given["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+            return given
+
+        for fused, cross, masked in itertools.product([True, False], repeat=3):
+            module = AttentionCall(fused, cross)
+            given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
+            if how == "trace":
+                converted = torch.jit.trace(module, example_kwarg_inputs=given)
+            elif how == "script":
+                converted = torch.jit.script(module)
+            else:
+                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
+                converted = torch.export.export(module, (), given, dynamic_shapes=free).module()
+            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+                given = example(*sizes)
+                check_close(converted(**given), module(**given), 1e-6, f"{fused=} {masked=} {sizes}")
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_fused_attention_traced_fits_other_lengths(self):
         q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
-        with warnings.catch_warnings(action="ignore"):  # deprecated
-            traced = torch.jit.trace(lambda q, k: attention.fused_attention(q, k, k, causal=True), (q, q))
-        for a, b in ((q, k), (k, k), (q[:, :, :2], k)):
-            check_close(traced(a, b), attention.fused_attention(a, b, b, causal=True), 1e-6)
+        attend = lambda q, k: attention.fused_attention(q, k, k, causal=True)  # noqa: E731
+        traced = torch.jit.trace(attend, (q, q))
+        for queries in (q, q[:, :, :2]):
+            check_close(traced(queries, k), attend(queries, k), 1e-6)
 
     # ---- pictures
 
-    @staticmethod
-    def weights(*shape: int) -> Tensor:
-        weights = torch.rand(shape).softmax(dim=-1)
-        weights[..., 1:2] = 0.0  # masked
-        return weights
-
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 2, 1, 300), (1, 1, 700, 600)])
-    def test_plot_attention(self, shape, tmp_path, monkeypatch):
-        """Any tokens and sizes; a row of maps per layer, masked cells grey, queries down, keys across."""
-        from matplotlib.figure import Figure
-
+    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)])
+    def test_plot_attention(self, shape, tmp_path):
+        """Any tokens and sizes."""
         tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
-        tokens, weights, figures = tokens[: max(shape[-2:])], self.weights(*shape), []
-        keep = lambda figure, path, **how: figures.append(figure) or savefig(figure, path, **how)  # noqa: E731
-        savefig = Figure.savefig
-        monkeypatch.setattr(Figure, "savefig", keep)
-        path = tmp_path / "a.png"
-        assert attention.plot_attention(weights, tokens[: shape[-2]], tokens[: shape[-1]], path) == path
+        weights = torch.rand(shape).softmax(dim=-1)
+        queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
+        path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
         assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
-        maps = [axes.images[0] for axes in figures[0].axes if axes.images][: math.prod(shape[:-2])]
-        for picture, expected in zip(maps, weights.flatten(0, -3), strict=True):
-            np.testing.assert_allclose(picture.get_array().filled(0), expected, rtol=1e-6)
-            assert picture.get_clim() == (0, pytest.approx(weights.max().item()))
-            assert picture.cmap.get_bad().tolist() == pytest.approx([0.8, 0.8, 0.8, 1.0])
-        labels = [x.get_text() for x in figures[0].axes[len(maps) - 1].get_xticklabels()]
-        assert len(labels) <= 40 and max(map(len, labels)) <= 12
-        if shape == (2, 5, 7):
-            assert labels == ["a", "$\\\\frac$", "<b>", "two\\nlines", "wordwordword", "$", "a"]
 
-    @pytest.mark.parametrize("weights,words", [
-        (torch.rand(2, 2), "2, 2"), (torch.rand(1, 2, 3), "1, 2, 3"), (torch.rand(1, 3, 2), "1, 3, 2"),
-        (torch.rand(1, 1, 1, 2, 2), "1, 1, 1, 2, 2"), (torch.full((1, 2, 2), 1.02), "1.02"),
-        (torch.full((1, 2, 2), -0.5), "-0.5"), (torch.full((1, 2, 2), math.nan), "nan"),
-    ])  # fmt: skip
-    def test_pictures_refuse_what_is_no_weights(self, weights, words, tmp_path):
-        for draw in (attention.plot_attention, attention.attention_html):
-            with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
-                draw(weights, ["a", "b"], ["a", "b"], tmp_path / "x")
+    def test_pictures_refuse_what_is_no_weights(self, tmp_path):
+        for words, weights in (
+            ("1, 2, 3", torch.rand(1, 2, 3)),
+            ("1, 3, 2", torch.rand(1, 3, 2)),
+            ("2, 2", torch.rand(2, 2)),
+            ("1.02", torch.full((1, 2, 2), 1.02)),
+            ("-0.5", torch.full((1, 2, 2), -0.5)),
+            ("nan", torch.full((1, 2, 2), math.nan)),
+        ):
+            for draw in (attention.plot_attention, attention.attention_html):
+                with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
+                    draw(weights, "ab", "ab", tmp_path / "x")
         assert not list(tmp_path.iterdir())
 
     def test_attention_html(self, tmp_path):
-        """Self-contained, no token gets out of its place, weights to 4 digits, 0 alone is shown as masked."""
+        """Self-contained; no token gets out of its place; 0 alone is masked."""
         queries = ["<script>alert(1)</script>", "</script>", 'quo"te', "ünï\u2028", "DATA"]
         keys = ["<!--", "&amp;", "x"]
-        weights = self.weights(2, 3, 5, 3)
-        weights[0, 0, 0] = torch.tensor([1.0, 1e-7, 0.0])
+        weights = torch.rand(2, 3, 5, 3).softmax(dim=-1)
+        weights[0, 0, 0] = torch.tensor([1.005, 1e-7, 0.0])  # as bfloat16 may round them
         page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
         assert not re.findall(r"https?:|src=|url\(|import ", page)
         assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
         data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
         assert data["queries"] == queries and data["keys"] == keys
-        stored = np.array(data["weights"])
-        assert np.abs(stored / 10_000 - weights.numpy()).max() <= 1e-4
-        assert ((stored == 0) == (weights == 0).numpy()).all() and stored[0, 0, 0].tolist() == [10_000, 1, 0]
-        half = torch.tensor([[[1.0078125]]], dtype=torch.bfloat16, requires_grad=True)  # rounded up
-        page = attention.attention_html(half, ["a"], ["b"], tmp_path / "b.html").read_text("utf-8")
-        assert '"weights":[[[[10000]]]]' in page
+        stored = torch.tensor(data["weights"])
+        assert stored[0, 0, 0].tolist() == [10_000, 1, 0]
+        check_close(stored / 10_000, weights.clamp(max=1), 1e-4)
 
     # ---- the demo
 
     def test_induction_batch(self):
-        """The answer is the word that followed the asked one, and it stands where `places` says."""
-        tokens, places, answers = attention.induction_batch(300)
-        assert set(tokens.flatten().tolist()) == set(range(len(attention.WORDS)))
+        """The answer is the word that followed the asked one, at its place."""
         seen = attention.N_SEEN
-        for row, where, what in zip(tokens.tolist(), places.tolist(), answers.tolist(), strict=True):
+        batch = [tensor.tolist() for tensor in attention.induction_batch(300)]
+        for row, places, answers in zip(*batch, strict=True):
             first, asked = row[:seen], row[seen:]
-            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1]) and len(where) == seen - 1
-            for word, place, answer in zip(asked, where, what, strict=True):
-                assert place == first.index(word) + 1 and answer == first[place]
+            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
+            assert places == [first.index(word) + 1 for word in asked]
+            assert answers == [first[place] for place in places]
 
     def test_demo_alone_in_an_empty_folder(self, tmp_path):
         shutil.copy(ROOT / "attention.py", tmp_path)
-        arguments = "--max-len", "1024", "--seed", "3"
         environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
-        result = run_script("attention.py", *arguments, cwd=tmp_path, folder=tmp_path, **environment)
+        arguments = "attention.py", "--max-len", "1024", "--seed", "3"
+        result = run_script(*arguments, cwd=tmp_path, folder=tmp_path, **environment)
         headline = last_json(result)
         assert result.stderr == "" and len(result.stdout.strip().splitlines()[-1]) < 300
-        report = json_of(tmp_path / headline["report"])
         assert headline["weight_on_answer"] >= 0.9 and headline["exact_match"] >= 0.99
-        assert len(report["largest_difference"]) == 3 and max(report["largest_difference"].values()) < 1e-12
+        report = json_of(tmp_path / headline["report"])
+        assert max(report["largest_difference"].values()) < 1e-12
         kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
         grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
         assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
-        assert all(report[key] for key in ("settings", "cpu", "threads", "torch", "command", "date"))
         names = sorted(os.listdir(tmp_path / "out/attention"))
         assert names == ["heads.html", "heads.png", "report.json"]
-
-    def test_logged_benchmark(self):
-        log = json_of(ROOT / "assets/attention_benchmark.json")
-        assert log["shape"] == {"B": 32, "T": 256, "d_model": 256, "n_heads": 8} and log["rounds"] >= 10
-        assert log["ratio"]["median"] > 1 and log["ratio"]["quartiles"] == sorted(log["ratio"]["quartiles"])
-        assert all(log[key] for key in ("cpu", "threads", "torch", "date", "command"))
 
 
 # -----------------------------------------------------------------------------
@@ -727,16 +641,23 @@ def encoder_classifier(**given) -> encoder.EncoderClassifier:
     return encoder.EncoderClassifier(encoder_small(**given)).eval()
 
 
-def encoder_config(rng: random.Random, **given) -> encoder.EncoderConfig:
+def encoder_config(rng: random.Random) -> encoder.EncoderConfig:
     """A small random config; dropout is 0, so that training mode can be compared."""
     n_heads = rng.choice([1, 2, 3, 4])
-    sizes = {
-        "vocab_size": rng.randint(5, 50), "max_len": rng.randint(12, 40), "n_layers": rng.randint(1, 3),
-        "n_heads": n_heads, "d_model": n_heads * rng.randint(1, 6), "d_ff": rng.randint(1, 40),
-        "n_classes": rng.randint(1, 5), "dropout": 0.0, "norm_first": rng.random() < 0.5,
-        "activation": rng.choice(["relu", "gelu"]), "pool": rng.choice(ENCODER_POOLS),
-    }  # fmt: skip
-    return encoder.EncoderConfig(**(sizes | given))
+    return encoder.EncoderConfig(
+        vocab_size=rng.randint(5, 50),
+        max_len=rng.randint(12, 40),
+        d_model=n_heads * rng.randint(1, 6),
+        n_heads=n_heads,
+        n_layers=rng.randint(1, 3),
+        d_ff=rng.randint(1, 40),
+        dropout=0.0,
+        norm_first=rng.random() < 0.5,
+        activation=rng.choice(["relu", "gelu"]),
+        n_classes=rng.randint(1, 5),
+        pad_id=rng.choice([0, 3]),
+        pool=rng.choice(ENCODER_POOLS),
+    )
 
 
 def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
@@ -750,7 +671,7 @@ def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
 
 
 def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
-    """torch's layer; its parameters are random: zero biases and unit norms would hide a forgotten one."""
+    """torch's layer with random parameters: a zero bias would hide a forgotten one."""
     choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
     sizes = config.d_model, config.n_heads, config.d_ff
     layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
@@ -760,42 +681,37 @@ def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.Transforme
 
 
 class TestEncoder:
-    # Oracles
+    # ---- oracles
 
-    @pytest.mark.parametrize("norm_first", [True, False])
-    @pytest.mark.parametrize("activation", ["relu", "gelu"])
     @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-    def test_encoder_layer_equals_torch(self, norm_first, activation, dtype, tolerance):
-        """Values, gradients of the input and of every parameter, with padding; eps is taken over too."""
-        for seed in range(10):
+    def test_encoder_layer_equals_torch(self, dtype, tolerance):
+        """Values, gradients of the input and of every parameter, with padding."""
+        for seed in range(30):
             rng = random.Random(seed)
-            config = encoder_config(rng, norm_first=norm_first, activation=activation)
+            config = encoder_config(rng)
             eps = rng.choice([1e-5, 1e-2])
             theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=eps)
             ours = encoder.EncoderLayer.from_torch(theirs)
-            x = torch.randn(rng.randint(1, 4), rng.randint(1, 9), config.d_model, dtype=dtype)
+            x = torch.randn(3, rng.randint(1, 9), config.d_model, dtype=dtype, requires_grad=True)
             mask = torch.rand(x.shape[:2]) < 0.7
             mask[:, 0] = True
-            inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
-            output = ours(inputs[0], mask[:, None, None, :])
-            expected = theirs(inputs[1], src_key_padding_mask=~mask)
+            output = ours(x, mask[:, None, None, :])
+            expected = theirs(x, src_key_padding_mask=~mask)
             check_close(output, expected, tolerance, "output")
-            upstream = torch.randn_like(x)
-            (output * upstream).sum().backward()
-            (expected * upstream).sum().backward()
-            check_close(inputs[0].grad, inputs[1].grad, tolerance, "gradient of x")
-            for parameter in theirs.parameters():
-                parameter.data = parameter.grad
-            wanted = encoder.EncoderLayer.from_torch(theirs)  # so that each gradient has our name
-            for name, parameter in ours.named_parameters():
-                check_close(parameter.grad, wanted.get_parameter(name), tolerance, f"gradient of {name}")
+            towards = torch.randn_like(x)
+            gradients = torch.autograd.grad(output, [x, *ours.parameters()], towards)
+            wanted = torch.autograd.grad(expected, [x, *theirs.parameters()], towards)
+            for parameter, gradient in zip(theirs.parameters(), wanted[1:], strict=True):
+                parameter.data = gradient
+            named = encoder.EncoderLayer.from_torch(theirs)  # so that they have our names
+            for got, want in zip(gradients, [wanted[0], *named.parameters()], strict=True):
+                check_close(got, want.detach(), tolerance, "gradient")
 
-    @pytest.mark.parametrize("norm_first", [True, False])
-    def test_encoder_stack_equals_torch(self, norm_first):
+    def test_encoder_stack_equals_torch(self):
         """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm, none in post-norm."""
-        for seed in range(10):
+        for seed in range(20):
             rng = random.Random(seed)
-            config = encoder_config(rng, norm_first=norm_first, pad_id=rng.choice([0, 3]))
+            config = encoder_config(rng)
             ours = encoder.Encoder(config).double()
             theirs = [encoder_torch_layer(config).double() for _ in range(config.n_layers)]
             ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs))
@@ -805,23 +721,22 @@ class TestEncoder:
             x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
             for layer in theirs:
                 x = layer(x, src_key_padding_mask=~mask)
-            if norm_first:
+            if config.norm_first:
                 nn.init.normal_(ours.final_norm.weight)
                 nn.init.normal_(ours.final_norm.bias)
                 x = F.layer_norm(x, x.shape[-1:], ours.final_norm.weight, ours.final_norm.bias)
             check_close(ours(tokens)[mask], x[mask], 1e-10)
 
     def test_self_attention_equals_attention_py(self):
-        """Values, weights and gradients of both files' attention; a row without keys, too."""
-        short, long = encoder.SelfAttention(12, 3).double(), attention.MultiHeadAttention(12, 3).double()
-        projections = long.q_proj, long.k_proj, long.v_proj
-        for module, weight, bias in zip(
-            projections, short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True
-        ):
+        """Values, weights and gradients; a row without keys, too."""
+        short = encoder.SelfAttention(12, 3).double()
+        long = attention.MultiHeadAttention(12, 3).double()
+        packed = zip(short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True)
+        for module, (weight, bias) in zip((long.q_proj, long.k_proj, long.v_proj), packed, strict=True):
             module.load_state_dict({"weight": weight, "bias": bias})
         long.out_proj.load_state_dict(short.out_proj.state_dict())
         x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
-        padding = attention.padding_mask(torch.tensor([7, 4, 1, 0, 6]))  # (5, 1, 1, 7)
+        padding = attention.padding_mask([7, 4, 1, 0, 6])  # (5, 1, 1, 7)
         for mask in (None, padding, torch.rand(7, 7) < 0.5, torch.rand(5, 3, 7, 7) < 0.5):
             expected, weights = long.forward_with_weights(x, mask=mask)
             output = short(x, mask)
@@ -844,24 +759,30 @@ class TestEncoder:
     def test_pool_tokens_equals_its_loops(self, pool):
         x = torch.randn(5, 7, 4, dtype=torch.float64) - 3  # below 0: padding's 0 would show in a max
         mask = torch.rand(5, 7) < 0.6
-        mask[0], mask[1], mask[2] = False, True, torch.arange(7) == 3
+        mask[0] = False
+        mask[1] = True
         seen = x.masked_fill(~mask[:, :, None], math.nan)  # what stands at padding counts for nothing
         for row, result in enumerate(encoder.pool_tokens(seen, mask, pool)):
-            real = [x[row, t] for t in range(7) if mask[row, t]] or [torch.zeros(4).double()]
-            mean, largest = torch.stack(real).mean(0), torch.stack(real).max(0).values
-            both, first = torch.cat((mean, largest)), x[row, 0] * mask[row, 0]
-            expected = {"mean": mean, "max": largest, "mean+max": both, "first": first}
+            real = x[row, mask[row]] if mask[row].any() else torch.zeros(1, 4).double()
+            largest = torch.stack([real[:, i].max() for i in range(4)])
+            expected = {
+                "mean": sum(real) / len(real),
+                "max": largest,
+                "mean+max": torch.cat((sum(real) / len(real), largest)),
+                "first": x[row, 0] * mask[row, 0],
+            }
             check_close(result, expected[pool], 1e-12, pool)
         assert torch.autograd.gradcheck(encoder.pool_tokens, (x.requires_grad_(), mask, pool))
 
-    # Properties
+    # ---- properties
 
     def test_forward_with_weights_are_those_of_forward(self):
         for seed in range(6):
             rng = random.Random(seed)
             config = encoder_config(rng)
-            model, used = encoder.Encoder(config), []
+            model = encoder.Encoder(config)
             tokens = encoder_tokens(rng, config)
+            used = []
             for layer in model.layers:
                 layer.self_attention.register_forward_hook(lambda m, xs, _, w=used: w.append(m.weights(*xs)))
             expected = model(tokens)
@@ -888,16 +809,15 @@ class TestEncoder:
         assert layer.linear1.weight.any(), "copies: the original stays as it is"
 
     def test_encoder_padding_and_batch_invariance(self):
-        """More padding, other rows, other ids under the mask: a row's logits stay what they are alone."""
+        """More padding, other rows, other ids under the mask change nothing."""
         for seed in range(30):
             rng = random.Random(seed)
-            config = encoder_config(rng, pad_id=rng.choice([0, 2]))
+            config = encoder_config(rng)
             model = encoder.EncoderClassifier(config).double().eval()
             tokens = encoder_tokens(rng, config)
-            mask = tokens != config.pad_id
             logits = model(tokens)
             assert logits.shape == (4, config.n_classes)
-            for row, length in enumerate(mask.sum(1).tolist()):
+            for row, length in enumerate((tokens != config.pad_id).sum(1).tolist()):
                 alone = model(tokens[row : row + 1, :length])
                 check_close(alone, logits[row : row + 1], 1e-12, "alone, unpadded")
             longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
@@ -906,14 +826,12 @@ class TestEncoder:
             noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
             check_close(model(noise, mask), model(tokens, mask), 1e-12, "whatever stands under the mask")
 
-    @pytest.mark.parametrize("norm_first", [True, False])
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
-    def test_pool_tokens_of_padding_alone_is_0(self, pool, norm_first):
+    def test_pool_tokens_of_padding_alone_is_0(self, pool):
         """So the logits are the head's bias; and gradients are finite."""
-        model = encoder_classifier(norm_first=norm_first, pool=pool)
+        model = encoder_classifier(pool=pool)
         logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
         assert torch.equal(logits[0], model.head.bias)
-        assert not torch.equal(logits[1], model.head.bias)
         logits.square().sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
@@ -921,7 +839,8 @@ class TestEncoder:
     def test_encoder_dropout_in_training_alone(self, norm_first):
         """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
         model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
-        tokens, nothing = torch.randint(1, 20, (3, 6)), model.head.bias.expand(3, -1)
+        tokens = torch.randint(1, 20, (3, 6))
+        nothing = model.head.bias.expand(3, -1)
         assert torch.equal(model(tokens), model(tokens))
         assert (model(tokens) - nothing).abs().max() > 0.01
         model.dropout.train()
@@ -931,8 +850,6 @@ class TestEncoder:
         layer, x = model.encoder.layers[0], torch.randn(2, 5, 16)
         expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
         check_close(layer(x), expected, 1e-6)
-        dropouts = [m.p for m in encoder_classifier(dropout=0.3).modules() if isinstance(m, nn.Dropout)]
-        assert dropouts == [0.3] * 3
 
     def test_encoder_sees_order_by_its_positions_alone(self):
         model = encoder_classifier()
@@ -942,42 +859,35 @@ class TestEncoder:
         model.encoder.positions.zero_()
         check_close(model(tokens), model(shuffled), 1e-5)
 
-    def test_encoder_has_the_paper_s_parameters(self):
-        sizes = {"d_model": 8, "n_heads": 2, "n_layers": 3, "d_ff": 20, "n_classes": 4, "pool": "mean+max"}
-        model = encoder.EncoderClassifier(encoder.EncoderConfig(11, **sizes))
-        layer = 4 * 8 * 8 + 4 * 8 + 2 * 8 * 20 + 20 + 8 + 4 * 8
-        n_parameters = sum(p.numel() for p in model.parameters())
-        assert n_parameters == 11 * 8 + 3 * layer + 2 * 8 + 16 * 4 + 4
-        embedded = encoder.Encoder(encoder.EncoderConfig(500)).embed(torch.arange(500)[:, None])[0]
-        positions = encoder.sinusoidal_positional_encoding(1, 128)
-        assert 0.9 < (embedded - positions).std() < 1.1, "words weigh as much as positions"
+    def test_encoder_starts_with_words_as_large_as_positions(self):
+        embed = encoder.Encoder(encoder.EncoderConfig(500)).eval().embed
+        words = embed(torch.arange(500)[:, None])[0] - embed(torch.zeros(500, 1).long())[0]
+        assert 1.2 < words.std() < 1.6  # sqrt(2): a difference of two
 
     def test_encoder_config_defaults(self):
         """Weights without their config are another model's once a default changes."""
-        assert dataclasses.astuple(encoder.EncoderConfig(9)) == (
-            9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean",
-        )  # fmt: skip
+        defaults = 9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean"
+        assert dataclasses.astuple(encoder.EncoderConfig(9)) == defaults
 
     @pytest.mark.parametrize("assign", [False, True])
-    def test_encoder_from_the_meta_device(self, assign):
-        """All is right once weights are loaded, positions too: to_empty leaves old memory there."""
-        source, tokens = encoder_classifier(), torch.randint(1, 20, (3, 6))
-        with torch.device("meta"):
-            model = encoder_classifier()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_encoder_from_the_meta_device(self, assign, dtype):
+        """All is right once weights are loaded, positions too, whatever the default dtype is."""
+        tokens = torch.randint(1, 20, (3, 6))
+        torch.set_default_dtype(dtype)
+        try:
+            source = encoder_classifier()
+            with torch.device("meta"):
+                model = encoder_classifier()
+        finally:
+            torch.set_default_dtype(torch.float32)
         if not assign:
-            model.to_empty(device="cpu")
+            model.to_empty(device="cpu")  # leaves old memory there
             for tensor in (*model.parameters(), *model.buffers()):
                 nn.init.constant_(tensor, math.nan)
         model.load_state_dict(source.state_dict(), assign=assign)
-        assert torch.equal(model(tokens), source(tokens))
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_encoder_follows_the_default_dtype(self, dtype):
-        torch.set_default_dtype(dtype)
-        try:
-            logits = encoder_classifier()(torch.randint(1, 20, (3, 6)))
-        finally:
-            torch.set_default_dtype(torch.float32)
+        logits = model(tokens)
+        assert torch.equal(logits, source(tokens))
         assert logits.dtype == dtype and logits.isfinite().all()
 
     def test_self_attention_weights_in_float16(self):
@@ -987,46 +897,39 @@ class TestEncoder:
         weights = model.weights(torch.full((1, 3, 64), 8.0).half())
         check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
 
-    @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; people still deploy with it
+    @pytest.mark.filterwarnings("ignore")
     @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
     def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
         model = encoder_classifier(norm_first=norm_first, pool=pool)
         example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 12))
-        other[1, 4:], other[2] = 0, 0
-        dynamic = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
-        made = {
-            "script": torch.jit.script(model),
-            "trace": torch.jit.trace(model, (example,)),
-            "export": torch.export.export(model, (example,), dynamic_shapes=dynamic).module(),
-            "compile": torch.compile(model, fullgraph=True, backend="eager"),
-        }
-        for name, module in made.items():
-            check_close(module(other), model(other), 1e-6, name)
+        other[1, 4:] = 0
+        other[2] = 0
+        free = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
+        for made in (
+            torch.jit.script(model),
+            torch.jit.trace(model, (example,)),
+            torch.export.export(model, (example,), dynamic_shapes=free).module(),
+            torch.compile(model, fullgraph=True, backend="eager"),
+        ):
+            check_close(made(other), model(other), 1e-6)
 
-    # Refusals
+    # ---- refusals
 
-    @pytest.mark.parametrize(
-        "named, given",
-        [
-            ("n_heads.*d_model=9.*2", {"d_model": 9}), ("n_heads.*0", {"n_heads": 0}),
-            ("activation.*tanh", {"activation": "tanh"}), ("pool.*cls", {"pool": "cls"}),
-        ],
-    )  # fmt: skip
-    def test_encoder_config_refuses(self, named, given):
-        with pytest.raises(ValueError, match=named):
-            encoder_small(**given)
-
-    @pytest.mark.parametrize(
-        "given",
-        [
-            {"batch_first": False}, {"bias": False},
-            {"activation": F.silu}, {"activation": nn.GELU(approximate="tanh")},
-        ],
-    )  # fmt: skip
-    def test_from_torch_refuses(self, given):
-        theirs = nn.TransformerEncoderLayer(8, 2, 16, **({"batch_first": True} | given))
-        with pytest.raises(ValueError, match="from_torch|activation"):
-            encoder.EncoderLayer.from_torch(theirs)
+    def test_encoder_config_and_from_torch_refuse(self):
+        theirs = functools.partial(nn.TransformerEncoderLayer, 8, 2, 16)
+        ours = encoder.EncoderLayer.from_torch
+        for words, make in (
+            ("n_heads.*d_model=9.*2", lambda: encoder_small(d_model=9)),
+            ("n_heads.*0", lambda: encoder_small(n_heads=0)),
+            ("activation.*tanh", lambda: encoder_small(activation="tanh")),
+            ("pool.*cls", lambda: encoder_small(pool="cls")),
+            ("batch_first", lambda: ours(theirs())),
+            ("bias", lambda: ours(theirs(batch_first=True, bias=False))),
+            ("activation", lambda: ours(theirs(batch_first=True, activation=F.silu))),
+            ("activation", lambda: ours(theirs(activation=nn.GELU(approximate="tanh")))),
+        ):
+            with pytest.raises(ValueError, match=words):
+                make()
 
     def test_encoder_refuses_masks_and_lengths(self):
         model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
@@ -1041,17 +944,7 @@ class TestEncoder:
             with pytest.raises(ValueError, match="mask must be boolean"):
                 model.encoder.forward_with_weights(tokens, torch.ones(2, 12, dtype=dtype))
 
-    # Runs and demo
-
-    def test_train_is_a_function_of_its_seed(self):
-        """Twice the same; another seed of the training alone gives other batches, hence other weights."""
-        tokens, labels, weights = torch.randint(1, 20, (200, 9)), torch.randint(0, 2, (200,)), []
-        for seed in (3, 3, 4):
-            torch.manual_seed(0)
-            model = encoder_classifier(dropout=0.1)
-            encoder.train(model, tokens, labels, encoder.Settings(epochs=1, seed=seed))
-            weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    # ---- demo
 
     def test_generate_reviews_are_twins(self):
         reviews = encoder.generate_reviews(4000, seed=5)
@@ -1059,19 +952,14 @@ class TestEncoder:
         assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
         for (positive, one), (negative, zero) in zip(reviews[::2], reviews[1::2], strict=True):
             assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
-            assert "{" not in positive and "  " not in positive + negative
 
-    def test_main_of_an_untrained_encoder_concludes_nothing(self, tmp_path, capsys):
-        encoder.main(encoder.Settings(epochs=0, out=str(tmp_path)))
-        assert "conclusion: none" in capsys.readouterr().out
-
-    def test_main_that_diverges_ends_in_a_sentence(self, tmp_path, capsys):
+    def test_main_that_diverges_ends_in_a_sentence(self, tmp_path):
         with pytest.raises(SystemExit, match="--lr"):
             encoder.main(encoder.Settings(lr=1e30, out=str(tmp_path)))
-        assert "conclusion" not in capsys.readouterr().out and not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_encoder_demo_alone_in_an_empty_folder(self, tmp_path):
-        """The file copied alone, on a terminal that knows ASCII only: table, picture, report."""
+        """On a terminal that knows ASCII only."""
         shutil.copy(ROOT / "encoder.py", tmp_path)
         result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path, PYTHONIOENCODING="ascii")
         summary = last_json(result)
@@ -1080,7 +968,6 @@ class TestEncoder:
             assert abs(summary[name] - 0.5) < 0.02
         report = json_of(tmp_path / summary["report"])
         assert {row["model"]: row["accuracy"] for row in report["rows"]}.items() <= summary.items()
-        assert {"cpu", "threads", "torch", "settings"} <= set(report)
         assert (tmp_path / "out/encoder/head.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -1088,94 +975,77 @@ class TestEncoder:
 # transformer.py
 
 
-def transformer_tiny(norm_first=True, dtype=torch.float64, **changes):
+def transformer_tiny(norm_first=True, **changes):
     """A small model with large random weights, in biases and norms too: everything matters."""
-    config = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2, "d_ff": 20}
-    config |= {"dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
-    model = transformer.Transformer(transformer.TransformerConfig(**config))
+    sizes = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2}
+    sizes |= {"d_ff": 20, "dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
+    model = transformer.Transformer(transformer.TransformerConfig(**sizes))
     for name, p in model.named_parameters():
         nn.init.normal_(p, mean=float("norm" in name and "weight" in name), std=0.4)
-    return model.to(dtype)
+    return model.double()
 
 
-def transformer_sentences(n=6, longest=9, vocab=11):
+def transformer_sentences(n=6, longest=9):
     """Rows of random tokens with EOS, padded on the right; the first is the longest."""
-    lengths = [longest] + torch.randint(2, longest + 1, (n - 1,)).tolist()
-    rows = [torch.cat((torch.randint(3, vocab, (length - 1,)), torch.tensor([2]))) for length in lengths]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
+    lengths = [longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()]
+    rows = [F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2) for length in lengths]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def transformer_to_torch(model):
-    """nn.TransformerEncoder and nn.TransformerDecoder with the model's weights, and pairs (ours, theirs)."""
+TRANSFORMER_NAMES = {  # torch's: ours
+    "coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2",
+    "self_attn": "self_attention", "multihead_attn": "cross_attention",
+    "norm1": "self_attention_norm", "norm3": "ffn_norm",
+}  # fmt: skip
+
+
+def transformer_by_torch(model, src, tgt):
+    """Logits by nn.Transformer, as a function of the model's parameters."""
     c = model.config
-    settings = {"d_model": c.d_model, "nhead": c.n_heads, "dim_feedforward": c.d_ff, "dropout": 0.0}
-    settings |= {"batch_first": True, "norm_first": c.norm_first, "dtype": model.output.weight.dtype}
-    norms = [nn.LayerNorm(c.d_model, dtype=settings["dtype"]) if c.norm_first else None for _ in range(2)]
-    layers = nn.TransformerEncoderLayer(**settings), nn.TransformerDecoderLayer(**settings)
-    encoder = nn.TransformerEncoder(layers[0], c.n_layers, norms[0], enable_nested_tensor=False)
-    decoder = nn.TransformerDecoder(layers[1], c.n_layers, norms[1])
-    same = []  # modules: ours, theirs
-    for ours, theirs in zip(model.encoder, encoder.layers, strict=True):
-        same += [(ours.self_attention, theirs.self_attn), (ours.ffn[0], theirs.linear1)]
-        same += [(ours.ffn[2], theirs.linear2), (ours.self_attention_norm, theirs.norm1)]
-        same += [(ours.ffn_norm, theirs.norm2)]
-    for ours, theirs in zip(model.decoder, decoder.layers, strict=True):
-        same += [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
-        same += [(ours.ffn[0], theirs.linear1), (ours.ffn[2], theirs.linear2)]
-        same += [(ours.self_attention_norm, theirs.norm1), (ours.cross_attention_norm, theirs.norm2)]
-        same += [(ours.ffn_norm, theirs.norm3)]
-    if c.norm_first:
-        same += [(model.encoder_norm, norms[0]), (model.decoder_norm, norms[1])]
-    pairs = []  # lists of our parameters, and theirs that holds them one below the other
-    for ours, theirs in same:
-        if isinstance(theirs, nn.MultiheadAttention):
-            projections = ours.q_proj, ours.k_proj, ours.v_proj
-            pairs.append(([p.weight for p in projections], theirs.in_proj_weight))
-            pairs.append(([p.bias for p in projections], theirs.in_proj_bias))
-            ours, theirs = ours.out_proj, theirs.out_proj
-        pairs += [([ours.weight], theirs.weight), ([ours.bias], theirs.bias)]
-    with torch.no_grad():
-        for ours, theirs in pairs:
-            theirs.copy_(torch.cat(ours))
-    return encoder, decoder, pairs
+    sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff, 0.0)
+    theirs = nn.Transformer(*sizes, batch_first=True, norm_first=c.norm_first)
+    if not c.norm_first:
+        theirs.encoder.norm = theirs.decoder.norm = None
+    weights = {}
+    for name, _ in theirs.named_parameters():
+        ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
+        for their, our in TRANSFORMER_NAMES.items():
+            ours = ours.replace(their, our)
+        parts = [ours.replace("in_proj_", f"{x}_proj.") for x in "qkv"]  # torch joins three
+        parts = parts if "in_proj_" in ours else [ours]
+        weights[name] = torch.cat([model.get_parameter(part) for part in parts])
+    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model)
+    for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
+        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.size(1)])
+    masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
+    masks["tgt_mask"] = torch.ones(tgt.size(1), tgt.size(1)).triu(1).bool()
+    hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
+    return F.linear(hidden, model.output.weight)
 
 
-def transformer_greedy_oracle(model, src_row, max_len):
-    """One sentence, no cache, no batch: the loop that anyone can check."""
-    tokens = [1]
-    while len(tokens) <= max_len and (len(tokens) == 1 or tokens[-1] != 2):
-        logits = model(src_row[None], torch.tensor([tokens]))
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens[1:]
-
-
-def transformer_log_prob(model, src_row, tokens):
-    logits = model(src_row[None], torch.tensor([[1, *tokens[:-1]]]))[0].log_softmax(-1)
-    return sum(logits[i, token].item() for i, token in enumerate(tokens))
-
-
-def transformer_beam_oracle(model, src_row, max_len, beam_size, length_penalty):
-    """Beam search with lists: frozen hypotheses compete by log-probability, only the end divides."""
-    beams = [([], 0.0)]
-    for _ in range(max_len):
-        candidates = [beam for beam in beams if beam[0] and beam[0][-1] == 2]
-        for tokens, log_prob in beams:
-            if not tokens or tokens[-1] != 2:
-                following = model(src_row[None], torch.tensor([[1, *tokens]]))[0, -1].log_softmax(-1).tolist()
-                candidates += [([*tokens, i], log_prob + x) for i, x in enumerate(following)]
-        beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-    scored = [(tokens, x / ((5 + len(tokens)) / 6) ** length_penalty) for tokens, x in beams]
-    return max(scored, key=lambda beam: beam[1])
-
-
-def transformer_rows(tokens):
-    """Rows up to their EOS; all after it must be padding."""
-    rows = []
-    for row in tokens.tolist():
-        end = row.index(2) + 1 if 2 in row else len(row)
-        assert all(token == 0 for token in row[end:]), row
-        rows.append(row[:end])
-    return rows
+@torch.no_grad()
+def transformer_by_lists(model, src, max_len, beam_size, length_penalty):
+    """Beam search of one row after the other, without cache. Frozen hypotheses compete by
+    log-probability, only the end divides. Tokens (B, T), scores (B,)."""
+    found = []
+    for row in src:
+        beams = [([1], 0.0)]
+        for _ in range(max_len):
+            candidates = []
+            for tokens, log_prob in beams:
+                if tokens[-1] == 2:
+                    candidates.append((tokens, log_prob))
+                    continue
+                logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
+                following = enumerate(logits.log_softmax(-1).tolist())
+                candidates += [([*tokens, i], log_prob + x) for i, x in following]
+            beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
+        divided = [x / ((4 + len(tokens)) / 6) ** length_penalty for tokens, x in beams]
+        best = divided.index(max(divided))
+        found.append((torch.tensor(beams[best][0][1:]), divided[best]))
+    rows, scores = zip(*found, strict=True)
+    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return rows, torch.tensor(scores, dtype=torch.float64)
 
 
 TRANSFORMER_SMALL = {
@@ -1184,39 +1054,34 @@ TRANSFORMER_SMALL = {
 }  # fmt: skip
 
 TRANSFORMER_KILLED = """
-import os, signal, sys
-import torch, transformer
-
-corpus = transformer.number_corpus
+import os, signal, sys, torch, transformer
+corpus, name, n = transformer.number_corpus, sys.argv[1], int(sys.argv[2])
 transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-place, n = sys.argv[1], int(sys.argv[2])  # kill -9 at the n-th call of place
-places = {"step": (torch.nn.utils, "clip_grad_norm_"), "written": (os, "fsync"), "moved": (os, "replace")}
-owner, name = places[place]
-original, calls = getattr(owner, name), 0
+owner = os if name == "replace" else torch.nn.utils
+original, calls = getattr(owner, name), iter(range(1, n))
 
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == n:
+def killed(*args, **kwargs):  # by kill -9, at the n-th call
+    if next(calls, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
-setattr(owner, name, counted)
+setattr(owner, name, killed)
 transformer.main(transformer.parse(sys.argv[3:]))
 """
 
 
-def transformer_run(out, **changes):
-    """The script's work in this process, on a small corpus. Returns the report and the state it left."""
-    corpus = transformer.number_corpus
+def transformer_run(out, corpus=None, **changes):
+    """The script's work in this process. Returns the report and the weights that it left."""
+    corpus = corpus or transformer.number_corpus(0, 300, 20, 10)
+    s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformer, "number_corpus", lambda seed: corpus(seed, 300, 20, 10))
-        transformer.main(transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes)))
+        patch.setattr(transformer, "number_corpus", lambda seed: corpus)
+        transformer.main(s)
     return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
 
 
 def transformer_stop(out, **changes):
-    """The exit status of a run that stops. (An exception that is kept would keep the lock's frame.)"""
+    """A stopped run's exit status. (An exception that is kept would keep the lock.)"""
     try:
         transformer_run(out, **changes)
     except SystemExit as stop:
@@ -1224,59 +1089,54 @@ def transformer_stop(out, **changes):
     raise AssertionError("it ran to its end")
 
 
-def transformer_pairs(n, max_len=32, seed=1):
-    """A tokenizer, and n pairs of ids."""
-    corpus = transformer.number_corpus(seed, n, 2, 2)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 300)
-    return tokenizer, [[tokenizer.encode(text, max_len) for text in pair] for pair in corpus.train]
+def transformer_equal(state, other):
+    return all(torch.equal(state[name], other[name]) for name in state)
 
 
-def transformer_state():
-    return {"step": 0, "seconds": 0.0, "history": [], "average": {}}
+def transformer_saved(out):
+    """The model and the tokenizer that a run left."""
+    saved = transformer.load(out / "model.pt")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model, transformer.Tokenizer(saved["vocabulary"])
 
 
-def transformer_small_multi30k(folder, n=12, **changes):
-    """Files in Multi30k's layout; changes replaces the text of some, by name with _ for the dot."""
-    folder.mkdir(exist_ok=True)
-    german, english = "ein mann mit dem hund auf der wiese {}", "a man with the dog on the meadow {}"
-    for part, language in itertools.product(transformer.MULTI30K, ("de", "en")):
-        line = german if language == "de" else english
-        text = changes.get(f"{part}_{language}", "".join(f"{line.format(i)}\n" for i in range(n)))
+def transformer_pairs():
+    """40 pairs of ids, below 400."""
+    pairs = transformer.number_corpus(1, 40, 2, 2).train
+    tokenizer = transformer.Tokenizer.train([text for pair in pairs for text in pair], 400)
+    return [[tokenizer.encode(text, 32) for text in pair] for pair in pairs]
+
+
+def transformer_multi30k(folder, **changes):
+    """Files in Multi30k's layout, 12 lines each; changes: other texts."""
+    folder.mkdir()
+    lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
+    for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
+        text = "\ufeff" + "".join(line.format(i % 4) for i in range(12))
+        text = changes.get(f"{part}_{language}", text)
         if text is not None:
             (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
-    return folder
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs, in float64: unsure, so that greedy, beam and penalties differ."""
-    corpus = transformer.number_corpus(3, 2500, 20, 40)
-    tokenizer = transformer.Tokenizer.train([text for pair in corpus.train for text in pair], 450)
-    s = transformer.Settings(amp="off", device="cpu", d_model=32, epochs=2, average=1, seed=1)
-    s.batch_tokens, s.warmup, s.lr_scale, s.out = 512, 60, 1.0, str(tmp_path_factory.mktemp("half"))
-    torch.set_num_threads(1)
-    torch.manual_seed(1)
-    config = transformer.TransformerConfig(tokenizer.vocab_size, 32, 32, 4, 1, 64, 0.0, True)
-    model, state = transformer.Transformer(config), transformer_state()
-    encoded = [[[tokenizer.encode(t, 32) for t in pair] for pair in part] for part in corpus[1:3]]
-    transformer.train(s, model, *encoded, state)
-    assert state["history"][1]["dev_loss"] < state["history"][0]["dev_loss"]
-    return model.double().eval(), tokenizer, corpus
-
-
-@pytest.fixture
-def transformer_searched(transformer_half_trained):
-    """(model, src) to search: the half-trained one, and random ones of both norms."""
-    model, tokenizer, corpus = transformer_half_trained
-    src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test], model)
-    random_ones = [(transformer_tiny(i).eval(), transformer_sentences(n=5)[0]) for i in (False, True)]
-    return [(model, src), *random_ones]
+    """A model after two short epochs: unsure, so that greedy, beam and penalties differ."""
+    torch.set_num_threads(1)  # the test's fixtures come later
+    out, corpus = tmp_path_factory.mktemp("half"), transformer.number_corpus(3, 2500, 20, 40)
+    changes = {"d_model": 32, "d_ff": 64, "dropout": 0.0, "epochs": 2, "average": 1, "seed": 1}
+    changes |= {"vocab_size": 450, "batch_tokens": 512, "warmup": 60, "lr_scale": 1.0}
+    report, _ = transformer_run(out, corpus, **changes)
+    assert report["history"][1]["dev_loss"] < report["history"][0]["dev_loss"]
+    model, tokenizer = transformer_saved(out)
+    return model.double(), tokenizer, corpus
 
 
 @pytest.fixture(scope="module")
 def transformer_undisturbed(tmp_path_factory):
     """A small run without interruption: its folder, report and weights."""
-    torch.set_num_threads(1)  # the test's fixtures come later
+    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("undisturbed")
     return out, *transformer_run(out)
 
@@ -1292,77 +1152,57 @@ def transformer_demo(tmp_path_factory):
 class TestTransformer:
     # ---- the model
 
+    @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
     @pytest.mark.parametrize("norm_first", [False, True])
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
     @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-    def test_transformer_equals_torch(self, norm_first, dtype, tolerance, d_model, n_heads):
-        """Values and the gradient of every parameter."""
-        model = transformer_tiny(norm_first, dtype, d_model=d_model, n_heads=n_heads)
-        encoder, decoder, pairs = transformer_to_torch(model)
-        src, _ = transformer_sentences()
-        tgt = F.pad(transformer_sentences(longest=7)[0], (1, 0), value=1)
-        positions = transformer.sinusoidal_positional_encoding(24, d_model).to(dtype)
-        x, y = (
-            embedding(tokens) * math.sqrt(d_model) + positions[: tokens.shape[1]]
-            for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt))
-        )
-        memory, memory_mask = model.encode(src)
-        assert memory_mask.shape == (6, 1, 1, 9)
-        expected = encoder(x, src_key_padding_mask=src == 0)
-        real = (src != 0)[..., None]
-        check_close(memory * real, expected * real, tolerance, "encoder")
-
-        causal = nn.Transformer.generate_square_subsequent_mask(tgt.shape[1], dtype=dtype)
-        expected = decoder(y, expected, tgt_mask=causal, memory_key_padding_mask=src == 0)
-        expected = F.linear(expected, model.output.weight)
-        logits = model(src, tgt)
+    def test_transformer_equals_torch(self, norm_first, d_model, n_heads):
+        """Values, and the gradient of every parameter."""
+        model = transformer_tiny(norm_first, d_model=d_model, n_heads=n_heads)
+        src = transformer_sentences()
+        tgt = F.pad(transformer_sentences(longest=7), (1, 0), value=1)
         real = (tgt != 0)[..., None]
-        check_close(logits * real, expected * real, tolerance, "model")
-
-        upstream = torch.randn_like(logits) * real
-        shared = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
-        theirs = [*shared, *(their for _, their in pairs)]
-        theirs = torch.autograd.grad((expected * upstream).sum(), theirs)
-        (logits * upstream).sum().backward()
-        ours = [[p] for p in shared] + [our for our, _ in pairs]
-        assert sum(map(len, ours)) == len(list(model.parameters()))
-        for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-            check_close(torch.cat([p.grad for p in our]), their, tolerance * 10, f"gradient {i}")
+        logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
+        check_close(logits, expected, 1e-10)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        upstream = torch.randn_like(logits)
+        ours, theirs = (torch.autograd.grad(x, parameters, upstream) for x in (logits, expected))
+        for name, actual, other in zip(names, ours, theirs, strict=True):
+            check_close(actual, other, 1e-9, name)
 
     def test_transformer_parameter_counts(self):
-        def count(**changes):
+        for changes, expected in (
+            ({}, 63_082_496),
+            ({"d_model": 1024, "n_heads": 16, "d_ff": 4096}, 214_245_376),
+            ({"tied": False}, 63_082_496 + 2 * 37_000 * 512),
+            ({"norm_first": True}, 63_082_496 + 2 * 2 * 512),  # the two final norms
+        ):
             with torch.device("meta"):
                 model = transformer.Transformer(transformer.TransformerConfig(**changes))
-            return sum(p.numel() for p in model.parameters())
-
-        assert count() == 63_082_496
-        assert count(d_model=1024, n_heads=16, d_ff=4096) == 214_245_376
-        assert count(tied=False) == 63_082_496 + 2 * 37_000 * 512
-        assert count(norm_first=True) == 63_082_496 + 2 * 2 * 512  # the two final norms
+            assert sum(p.numel() for p in model.parameters()) == expected
 
     def test_transformer_tying_and_initial_scale(self):
-        sizes = {"vocab_size": 300, "d_model": 64, "n_heads": 4, "n_layers": 1, "d_ff": 64}
-        model = transformer.Transformer(transformer.TransformerConfig(**sizes))
-        assert model.src_embedding.weight is model.tgt_embedding.weight is model.output.weight
-        for layer in (model.encoder[0], model.decoder[0]):
-            projection = layer.self_attention.q_proj
-            assert abs(projection.weight.abs().max().item() / math.sqrt(6 / 128) - 1) < 0.01  # Xavier
-            assert projection.bias.abs().max() == 0
-        untied = transformer.Transformer(transformer.TransformerConfig(**sizes, tied=False))
-        matrices = [untied.src_embedding.weight, untied.tgt_embedding.weight, untied.output.weight]
-        assert len({id(m) for m in matrices}) == 3 and not torch.equal(matrices[0], matrices[1])
-        assert all(abs(m.std().item() * 8 - 1) < 0.05 for m in matrices)  # 1 / sqrt(d_model)
+        for tied in (True, False):
+            config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=tied)
+            model = transformer.Transformer(config)
+            matrices = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
+            assert len({id(m) for m in matrices}) == (1 if tied else 3)
+            for matrix in matrices:
+                assert matrix.std().item() == pytest.approx(1 / 8, rel=0.05)  # 1 / sqrt(d_model)
+            for layer in (model.encoder[0], model.decoder[0]):
+                linear = layer.self_attention.q_proj
+                assert linear.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.01)
+                assert linear.bias.abs().max() == 0
 
     def test_sinusoidal_positional_encoding_is_the_formula(self):
         table = transformer.sinusoidal_positional_encoding(50, 7)
-        for position, feature in itertools.product((0, 1, 49), range(7)):
-            angle = position / 10_000 ** (2 * (feature // 2) / 7)
-            expected = math.cos(angle) if feature % 2 else math.sin(angle)
-            assert abs(table[position, feature].item() - expected) < 1e-6, (position, feature)
+        for position, i in itertools.product((0, 1, 49), range(7)):
+            angle = position / 10_000 ** (2 * (i // 2) / 7)
+            expected = math.cos(angle) if i % 2 else math.sin(angle)
+            assert table[position, i].item() == pytest.approx(expected, abs=1e-6)
         assert table.dtype == torch.float32 and table.shape == (50, 7)
 
     def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
-        model, (src, _) = transformer_tiny(dtype=torch.float32), transformer_sentences()
+        model, src = transformer_tiny().float(), transformer_sentences()
         with torch.device("meta"):
             other = transformer.Transformer(model.config)
         other.to_empty(device="cpu").load_state_dict(model.state_dict())
@@ -1376,284 +1216,190 @@ class TestTransformer:
         assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         check_close(output, expected, 1e-12)
-        grads = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (output, expected))
-        for grad, other in zip(*grads, strict=True):
-            check_close(grad, other, 1e-12)
-        low, _ = transformer.attention(60 * q, -60 * q, v, mask)  # what is seen scores lower than any fill
-        check_close(low, F.scaled_dot_product_attention(60 * q, -60 * q, v, attn_mask=mask), 1e-12)
+        low = (60 * q, -60 * q, v)  # what is seen scores below any fill
+        expected = F.scaled_dot_product_attention(*low, attn_mask=mask)
+        check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
-        assert transformer.attention(big, big, big, torch.ones(4, 4, dtype=torch.bool))[0].isfinite().all()
-        padding, bos = torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-        assert transformer_tiny()(padding, bos).isfinite().all()
+        assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
+        model = transformer_tiny()
+        loss = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long()).sum()  # only padding
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
 
-    def test_causal_mask_is_aligned_bottom_right(self):
-        assert transformer.causal_mask(2, 4).tolist() == [[True, True, True, False], [True] * 4]
-        assert transformer.causal_mask(3).tolist() == torch.ones(3, 3).tril().bool().tolist()
-
-    @pytest.mark.parametrize("norm_first", [False, True])
-    def test_transformer_no_look_ahead(self, norm_first):
-        model, (src, _) = transformer_tiny(norm_first), transformer_sentences()
+    def test_transformer_no_look_ahead(self):
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 8))
-        before = model(src, tgt)
-        for t in range(8):
-            changed = tgt.clone()
-            changed[:, t] = 3 + (tgt[:, t] - 3 + 1) % 8
-            after = model(src, changed)
-            assert torch.equal(before[:, :t], after[:, :t])
-            assert (before[:, t:] != after[:, t:]).any(-1).all()  # and every later one does see it
+        changed = tgt.clone()
+        changed[:, 4] = 3 + (tgt[:, 4] - 2) % 8
+        before, after = model(src, tgt), model(src, changed)
+        assert torch.equal(before[:, :4], after[:, :4])
+        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # and every later one does see it
 
     def test_transformer_padding_changes_nothing(self):
-        model, (src, lengths) = transformer_tiny(), transformer_sentences()
+        """Nor do the other sentences of the batch."""
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 5))
-        together = model(src, tgt)
-        wider = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
-        check_close(wider, together, 1e-12, "more padding")
-        for row, length in enumerate(lengths):
-            alone = model(src[row : row + 1, :length], tgt[row : row + 1])
-            check_close(alone[0], together[row], 1e-12, "alone")
+        together = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        for i in range(6):
+            alone = model(src[i : i + 1, src[i] != 0], tgt[i : i + 1])
+            check_close(alone[0], together[i], 1e-12)
 
     def test_decode_cache_gives_the_same_logits(self):
-        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
+        """It projects the memory only once: NaN there in later calls changes nothing."""
+        model, src = transformer_tiny(), transformer_sentences()
         tgt = torch.randint(3, 11, (6, 10))
-        memory, memory_mask = model.encode(src)
-        whole = model.decode(tgt, memory, memory_mask)
-        cache = {}
-        pieces = [model.decode(piece, memory, memory_mask, cache) for piece in tgt.split((1, 3, 1, 4, 1), 1)]
-        check_close(torch.cat(pieces, dim=1), whole, 1e-12)
-        for _ in range(2):  # what is refused leaves the cache as it was
-            with pytest.raises(ValueError, match="max_len=24"):
-                model.decode(torch.ones(6, 15, dtype=torch.long), memory, memory_mask, cache)
-        check_close(model.decode(tgt[:, :1], memory, memory_mask, cache)[:, 0], model.decode(
-            torch.cat((tgt, tgt[:, :1]), dim=1), memory, memory_mask)[:, -1], 1e-12)  # fmt: skip
-
-    def test_decode_projects_the_memory_once(self):
-        """With a cache, a memory of NaN in later calls changes nothing."""
-        model, (src, _) = transformer_tiny().eval(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 2))
-        memory, memory_mask = model.encode(src)
-        expected, cache = model.decode(tgt, memory, memory_mask)[:, 1:], {}
-        model.decode(tgt[:, :1], memory, memory_mask, cache)
-        second = model.decode(tgt[:, 1:], torch.full_like(memory, math.nan), memory_mask, cache)
-        check_close(second, expected, 1e-12)
+        memory, mask = model.encode(src)
+        expected, cache, pieces = model.decode(tgt, memory, mask), {}, []
+        for piece in tgt.split((1, 3, 1, 4, 1), dim=1):
+            pieces.append(model.decode(piece, memory, mask, cache))
+            memory = memory * math.nan
+            with pytest.raises(ValueError, match="max_len=24"):  # what is refused leaves it as it was
+                model.decode(torch.ones(6, 24).long(), memory, mask, cache)
+        check_close(torch.cat(pieces, dim=1), expected, 1e-12)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_decoder_layer_under_activation_checkpointing(self, reentrant):
-        """Loss and every gradient as without, the encoder's too."""
-        model, (src, _) = transformer_tiny(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        expected = torch.autograd.grad(model(src, tgt).sin().sum(), list(model.parameters()))
+        """Every gradient as without, the encoder's too."""
+        model, src = transformer_tiny(), transformer_sentences()
+        parameters = dict(model.named_parameters())
+        expected = torch.autograd.grad(model(src, src).sin().sum(), [*parameters.values()])
         for layer in (*model.encoder, *model.decoder):
-            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
-            layer.forward = functools.partial(checkpoint, layer.forward)
-        model(src, tgt).sin().sum().backward()
-        for (name, p), grad in zip(model.named_parameters(), expected, strict=True):
+            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward)
+            layer.forward = functools.partial(checkpoint, use_reentrant=reentrant)
+        model(src, src).sin().sum().backward()
+        for (name, p), grad in zip(parameters.items(), expected, strict=True):
             check_close(p.grad, grad, 1e-12, name)
-
-    def test_transformer_dropout_only_while_training(self):
-        model, (src, _) = transformer_tiny(dropout=0.5), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        assert not torch.equal(model(src, tgt), model(src, tgt))
-        for search in (transformer.greedy_decode, lambda *a: transformer.beam_search(*a)[0]):
-            assert torch.equal(search(model, src, 12), search(model, src, 12)) and model.training
-        model.eval()
-        assert torch.equal(model(src, tgt), model(src, tgt))
-        # Dropout acts on the embeddings as well: with p near 1 nothing is left of a token.
-        assert (transformer_tiny(dropout=0.999999).encode(src)[0].std(0) < 1e-9).all()
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
-        """With everything dropped, a pre-norm layer returns its input, a post-norm layer only its norms."""
-        model = transformer_tiny(norm_first, dropout=0.999999).train()
-        x, mask = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 1, 1, 5, dtype=torch.bool)
-        for layer in model.encoder:
-            expected = x if norm_first else layer.ffn_norm(layer.self_attention_norm(x))
-            check_close(layer(x, mask), expected, 1e-12)
-        for layer in model.decoder:
-            norms = layer.self_attention_norm, layer.cross_attention_norm, layer.ffn_norm
+        """At 1, pre-norm layers return their input, post-norm ones its norms."""
+        model = transformer_tiny(norm_first, dropout=1.0)
+        x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
+        for layer in (*model.encoder, *model.decoder):
+            decodes = hasattr(layer, "cross_attention")
+            y = layer(x, mask, x, mask)[0] if decodes else layer(x, mask)
+            norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
+            assert len(norms) == 2 + decodes
             expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
-            check_close(layer(x, transformer.causal_mask(5), x, mask)[0], expected, 1e-12)
-
-    def test_evaluating_puts_every_mode_back(self):
-        model = transformer_tiny().train()
-        model.encoder.eval()
-        modes = [module.training for module in model.modules()]
-        with pytest.raises(ZeroDivisionError), transformer.evaluating(model):
-            assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
-            raise ZeroDivisionError
-        assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+            check_close(y, expected, 1e-12)
+        assert (model.encode(transformer_sentences())[0].std(0) < 1e-9).all()
 
     def test_label_smoothed_loss_is_the_formula(self):
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
         targets = torch.randint(1, 11, (3, 5))
         targets[0, 3:] = targets[1, 1:] = 0
-        loss = transformer.label_smoothed_loss(logits, targets, pad_id=0, smoothing=0.2)
-        terms = []
-        for row, position in (targets != 0).nonzero().tolist():
-            q = torch.full((11,), 0.2 / 11, dtype=torch.float64)
-            q[targets[row, position]] += 0.8
-            terms.append(-(q * logits[row, position].log_softmax(-1)).sum())
-        assert len(terms) == 9
-        check_close(loss, torch.stack(terms).mean(), 1e-12)
-        grad = torch.autograd.grad(loss, logits)[0]
-        assert (grad[targets == 0] == 0).all() and (grad[targets != 0] != 0).all()
-        poisoned = logits.detach().masked_fill((targets == 0)[..., None], math.nan).requires_grad_()
-        again = transformer.label_smoothed_loss(poisoned, targets, 0, 0.2)
-        assert torch.equal(again, loss) and torch.equal(torch.autograd.grad(again, poisoned)[0], grad)
-        low = transformer.label_smoothed_loss(logits.bfloat16(), targets, 0)
-        check_close(low, transformer.label_smoothed_loss(logits.bfloat16().float(), targets, 0, 0.1), 1e-6)
+        real = targets != 0
+        log_p = logits.log_softmax(-1)
+        rows = -0.8 * log_p.gather(-1, targets[..., None])[..., 0] - 0.2 * log_p.mean(-1)
+        expected = rows[real].mean()
+        poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
+        loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
+        check_close(loss, expected, 1e-12)
+        expected_grad = torch.autograd.grad(expected, logits)[0]
+        check_close(torch.autograd.grad(loss, poisoned)[0], expected_grad, 1e-12)
+        half = logits.bfloat16()
+        low = transformer.label_smoothed_loss(half, targets, 0)
+        check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
 
     def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
-        rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 20_000)]
-        assert max(rates) == rates[3999] and abs(rates[3999] - (512 * 4000) ** -0.5) < 1e-12
-        assert abs(rates[0] - rates[3999] / 4000) < 1e-12 and abs(rates[15_999] - rates[3999] / 2) < 1e-12
+        peak = (512 * 4000) ** -0.5
+        for step, expected in ((1, peak / 4000), (3000, peak * 3 / 4), (4000, peak), (16_000, peak / 2)):
+            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(expected)
 
     # ---- search
 
-    @torch.no_grad()
-    def test_greedy_decode_equals_the_plain_loop(self, transformer_searched):
-        """And a beam of 1; alone and in a batch."""
-        lengths, cut_off = set(), 0
-        for model, src in transformer_searched:
-            tokens = transformer.greedy_decode(model, src, 12)
-            rows = transformer_rows(tokens)
-            assert rows == [transformer_greedy_oracle(model, row[row != 0], 12) for row in src]
-            assert torch.equal(tokens, transformer.beam_search(model, src, 12, beam_size=1)[0])
-            assert tokens.shape[1] == max(map(len, rows)) and tokens.dtype == torch.int64
-            for i in range(0, len(src), 4):
-                assert transformer_rows(transformer.greedy_decode(model, src[i : i + 1], 12)) == [rows[i]]
-            lengths |= {len(row) for row in rows}
-            cut_off += sum(row[-1] != 2 for row in rows)
-        assert len(lengths) > 5 and cut_off > 2, (lengths, cut_off)  # both kinds were there
-
-    @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
-    @torch.no_grad()
-    def test_beam_search_of_full_width_equals_brute_force(self, length_penalty):
-        for seed in range(4):
-            torch.manual_seed(seed)
-            model = transformer_tiny(vocab_size=4, n_layers=1).eval()
-            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-            tokens, scores = transformer.beam_search(model, src, 4, 4**4, length_penalty)
-            for row in range(2):
-                candidates = []
-                for n in range(1, 5):
-                    for sequence in itertools.product(range(4), repeat=n):
-                        if 2 in sequence[:-1] or (n < 4 and sequence[-1] != 2):
-                            continue  # EOS ends, and nothing else but max_len does
-                        score = transformer_log_prob(model, src[row][src[row] != 0], sequence)
-                        candidates.append((score / ((5 + n) / 6) ** length_penalty, list(sequence)))
-                best_score, best = max(candidates)
-                assert tokens[row].tolist() == best + [0] * (tokens.shape[1] - len(best))
-                assert abs(scores[row].item() - best_score) < 1e-10
-            assert tokens.shape[1] == max(len(r) for r in transformer_rows(tokens))
-
-    @pytest.mark.parametrize("beam_size, length_penalty", [(2, 0.0), (4, 0.6), (5, 1.5)])
-    @torch.no_grad()
-    def test_beam_search_equals_lists(self, transformer_searched, beam_size, length_penalty):
-        lengths = set()
-        for model, src in transformer_searched:
-            src = src[:12]
-            tokens, scores = transformer.beam_search(model, src, 10, beam_size, length_penalty)
-            assert scores.dtype == torch.float64
-            for row, found in enumerate(transformer_rows(tokens)):
-                real = src[row][src[row] != 0]
-                best, score = transformer_beam_oracle(model, real, 10, beam_size, length_penalty)
-                assert found == best and abs(scores[row].item() - score) < 1e-10
-                lengths.add(len(found))
-            wider = transformer.beam_search(model, F.pad(src, (0, 2)), 10, beam_size, length_penalty)
-            assert torch.equal(wider[0], tokens)
-            check_close(wider[1], scores, 1e-12)
-        assert len(lengths) > 4, lengths
-
-    def test_beam_search_beats_greedy_and_penalty_lengthens(self, transformer_half_trained):
+    @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (4, 0.6), (5, 1.5)])
+    def test_greedy_decode_and_beam_search_equal_lists(self, transformer_half_trained, beam_size, penalty):
+        """In batches, with a model that trains, whose modes stay as they are."""
         model, tokenizer, corpus = transformer_half_trained
-        sources = [source for source, _ in corpus.test]
-        found = {
-            name: transformer.translate(model, tokenizer, sources, *search)
-            for name, search in {"greedy": (1, 0.0), 0: (4, 0.0), 1: (4, 1.0), 3: (4, 3.0)}.items()
-        }
-        for source, row in zip(sources, found[1], strict=True):  # log_prob is undivided
-            src = transformer.pad([tokenizer.encode(source, 32)], model)
-            tokens = transformer_rows(transformer.beam_search(model, src, 32, 4, 1.0)[0])[0]
-            with torch.no_grad():
-                assert abs(row["log_prob"] - transformer_log_prob(model, src[0], tokens)) < 1e-5
-            assert row["n_tokens"] == len(tokens) and row["finished"] == (tokens[-1] == 2)
-            assert row["text"] == tokenizer.decode(tokens)
+        src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test[:12]], model)
+        cases, lengths, cut_off = [(model, src)], set(), 0
+        for norm_first in (False, True):
+            cases.append((transformer_tiny(norm_first, dropout=0.5), transformer_sentences(n=12)))
+        for model, src in cases:
+            model.encoder.eval()
+            modes = [module.training for module in model.modules()]
+            tokens, scores = transformer.beam_search(model, src, 7, beam_size, penalty)
+            greedy = transformer.greedy_decode(model, src, 7)
+            assert modes == [module.training for module in model.modules()]
+            expected = transformer_by_lists(model.eval(), src, 7, beam_size, penalty)
+            assert torch.equal(tokens, expected[0]) and tokens.dtype == torch.int64
+            check_close(scores, expected[1], 1e-10)
+            assert beam_size > 1 or torch.equal(greedy, tokens)
+            lengths |= set((tokens != 0).sum(1).tolist())
+            cut_off += (tokens[:, -1] > 2).sum()
+        assert len(lengths) > 4 and cut_off > 0  # both kinds were there
 
-        def mean(name, key):
-            return statistics.fmean(row[key] for row in found[name])
+    @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
+    def test_beam_search_of_full_width_equals_brute_force(self, penalty):
+        """4^4 lists leave nothing out."""
+        for _ in range(2):
+            model = transformer_tiny(vocab_size=4, n_layers=1)
+            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+            tokens, scores = transformer.beam_search(model, src, 4, 4**4, penalty)
+            expected = transformer_by_lists(model, src, 4, 4**4, penalty)
+            assert torch.equal(tokens, expected[0])
+            check_close(scores, expected[1], 1e-10)
 
-        assert mean(0, "log_prob") > mean("greedy", "log_prob") + 0.1
-        assert mean(0, "n_tokens") < mean(1, "n_tokens") < mean(3, "n_tokens")
-
-    def test_search_of_no_sentence(self):
-        model, none = transformer_tiny().eval(), torch.zeros(0, 4, dtype=torch.long)
-        assert transformer.greedy_decode(model, none, 5).shape == (0, 0)
+    def test_beam_search_of_no_sentence_and_of_a_bf16_model(self):
+        model, none = transformer_tiny().bfloat16().eval(), torch.zeros(0, 4).long()
         tokens, scores = transformer.beam_search(model, none, 5)
-        assert tokens.shape == (0, 0) and scores.shape == (0,)
-
-    def test_beam_search_of_a_bf16_model_scores_in_float32(self):
-        model, (src, _) = transformer_tiny(dtype=torch.bfloat16).eval(), transformer_sentences()
-        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]
-        with torch.no_grad():
-            logits = model.decode(torch.ones(len(src), 1, dtype=torch.long), *model.encode(src))[:, 0]
+        assert transformer.greedy_decode(model, none, 5).shape == tokens.shape == (0, 0)
+        assert scores.shape == (0,)
+        src = transformer_sentences()
+        scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]  # in float32
+        logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
         check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
 
-    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained):
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained, capsys):
         model, tokenizer, corpus = transformer_half_trained
-        texts = ["", *(transformer.english_number(n) for n in range(70)), "  "]
-        rows = transformer.translate(model, tokenizer, texts, 1, 0.0)
-        blank = {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
-        assert rows[0] == rows[-1] == blank and min(row["n_tokens"] for row in rows[1:-1]) >= 1
-        alone = transformer.translate(model, tokenizer, texts[40:41], 1, 0.0)[0]
-        assert rows[40] == alone | {"log_prob": pytest.approx(alone["log_prob"])}
-        s, tables = transformer.Settings(), []
-        for targets in ("eins", "tausend und"):  # a poisoned reference
-            test = [(source, targets) for source, _ in corpus.test[:9]]
-            report = transformer.evaluate(model, tokenizer, corpus._replace(test=test), s)
+        sources = [source for source, _ in corpus.test]
+        texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
+        first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
+        assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+        for text, row in zip(texts[1:-1], rows, strict=True):
+            src = transformer.pad([tokenizer.encode(text, 32)], model)
+            found, score = transformer.beam_search(model, src, 32, 4, 1.0)
+            n, log_prob = found.shape[1], row.pop("log_prob")  # undivided
+            assert log_prob / ((5 + n) / 6) == pytest.approx(score.item())
+            assert row["finished"] == (found[0, -1] == 2) and row["n_tokens"] == n
+            assert row["text"] == tokenizer.decode(found[0].tolist())
+        tables = []
+        for target in ("eins", "tausend und"):
+            poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
+            report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
             tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
-        assert tables[0] == tables[1]
-        both = [transformer.translate(model, tokenizer, [t[0] for t in test], k, 0.0) for k in (4, 1)]
+        assert tables[0] == tables[1] and "9 of 9 aren't" in capsys.readouterr().out
+        greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
         for key in ("log_prob", "n_tokens", "finished"):
-            mean = statistics.fmean(row[key] for row in both[1])
+            mean = statistics.fmean(row[key] for row in greedy)
             assert report["searches"]["greedy"][key] == pytest.approx(mean)
-        gains = [beam["log_prob"] - greedy["log_prob"] for beam, greedy in zip(*both, strict=True)]
-        expected = sum(x > 1e-3 for x in gains), sum(x < -1e-3 for x in gains)
-        assert (report["search_gains"], report["search_errors"]) == expected
+        gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
+        assert report["search_gains"] == sum(gain > 1e-3 for gain in gains)
+        assert report["search_errors"] == sum(gain < -1e-3 for gain in gains)
 
     # ---- bad input
 
-    def test_transformer_config_refuses(self):
-        for changes, words in (
-            ({"d_model": 10, "n_heads": 3}, "n_heads"),
-            ({"vocab_size": 2}, "eos_id"),
-            ({"eos_id": 1}, "eos_id"),
-            ({"pad_id": -1}, "pad_id"),
-            ({"bos_id": 37_000}, "bos_id"),
+    def test_transformer_refuses(self):
+        bad = (("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1), ("bos_id", 37_000))
+        for name, value in bad:
+            with pytest.raises(ValueError, match=name):
+                transformer.TransformerConfig(**{name: value})
+        model, src, tgt = transformer_tiny(), torch.ones(2, 4).long(), torch.ones(2, 3).long()
+        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 3, 11)  # exactly max_len
+        for inputs, words in (
+            ((src[0], tgt), "tokens"),
+            ((src.float(), tgt), "tokens"),
+            ((src, tgt[0]), "tokens|batch"),
+            ((src, tgt[:1]), "batch"),
+            ((src.repeat(1, 7), tgt), "max_len"),
         ):
             with pytest.raises(ValueError, match=words):
-                transformer.TransformerConfig(**changes)
-
-    def test_transformer_refuses(self):
-        model = transformer_tiny()
-        src, tgt = torch.ones(2, 4, dtype=torch.long), torch.ones(2, 3, dtype=torch.long)
-        for bad_src, bad_tgt in (
-            (src[0], tgt),
-            (src.float(), tgt),
-            (src, tgt[:1]),
-            (src.repeat(1, 7), tgt),
-            (src, tgt[0]),
-        ):
-            with pytest.raises(ValueError, match="tokens|max_len|batch"):
-                model(bad_src, bad_tgt)
-        assert model(src.int(), tgt.int()).shape == (2, 3, 11)
-        assert model(src.repeat(1, 6), tgt).shape == (2, 3, 11)  # exactly max_len
+                model(*inputs)
         memory, mask = model.encode(src)
         for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
             with pytest.raises(ValueError, match="memory_mask"):
                 model.decode(src, memory, wrong)
-        model.output.weight.data[2] = 0.0
-        model.output.weight.data[3] = 9.0  # EOS hardly ever
-        assert transformer.greedy_decode(model, src, 24).shape[1] <= 24
         for smoothing in (1.0, -0.1, math.nan):
             with pytest.raises(ValueError, match="smoothing"):
                 transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
@@ -1662,63 +1408,50 @@ class TestTransformer:
 
     def test_numbers_in_words(self):
         for n, english, german in (
-            (0, "zero", "null"),
-            (21, "twenty-one", "ein und zwanzig"),
             (30, "thirty", "dreißig"),
-            (100, "one hundred", "einhundert"),
             (101, "one hundred and one", "einhundert eins"),
             (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
-            (1_000, "one thousand", "ein tausend"),
             (1_001, "one thousand and one", "ein tausend eins"),
             (1_100, "one thousand one hundred", "ein tausend einhundert"),
-            (342_000, "three hundred and forty-two thousand", "dreihundert zwei und vierzig tausend"),
+            (41_000, "forty-one thousand", "ein und vierzig tausend"),
         ):
-            assert transformer.english_number(n) == english and transformer.german_number(n) == german
-        sample = [*range(2000), *range(2000, 1_000_000, 997)]
-        for words in (transformer.english_number, transformer.german_number):
-            assert len({words(n) for n in sample}) == len(sample)
+            assert transformer.english_number(n) == english
+            assert transformer.german_number(n) == german
 
     def test_number_corpus_parts_share_nothing(self):
         corpus = transformer.number_corpus(0)
-        parts = [corpus.train, corpus.dev, corpus.test]
+        parts = corpus[1:]
         assert [len(part) for part in parts] == [8_000, 500, 1_000]
         for side in (0, 1):
             assert len({pair[side] for part in parts for pair in part}) == 9_500
-        short = [sum(len(source.split()) < 5 for source, _ in part) / len(part) for part in parts]
-        assert max(short) - min(short) < 0.05 and min(short) > 0.05, short  # each part has short ones
-        assert transformer.number_corpus(0) == corpus and transformer.number_corpus(1) != corpus
-        assert corpus.test[0][0] == "three hundred thousand eight hundred and forty-six"
+        short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
+        assert min(short) > 0.05 and max(short) - min(short) < 0.05  # each part has short ones
 
     def test_tokenizer_keeps_every_text(self):
-        texts = [transformer.english_number(n) for n in range(2000)]
-        tokenizer = transformer.Tokenizer.train(texts, 400)
-        assert 259 < tokenizer.vocab_size <= 400
+        tokenizer = transformer.Tokenizer.train(["ONE", "two one"] * 9, 262)
+        assert tokenizer.encode("ONE one", 9) == [261, 261, 2] and tokenizer.vocab_size == 262
+        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
         for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
             ids = tokenizer.encode(text, 99)
-            assert ids[-1] == 2 and all(3 <= i < tokenizer.vocab_size for i in ids[:-1])
-            assert tokenizer.decode(ids) == tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-        assert tokenizer.encode("forty", 9)[0] == tokenizer.encode("one forty", 9)[1]
-        assert b" one" in transformer.Tokenizer.train(["ONE ONE"] * 9, 300).vocabulary
-        assert transformer.Tokenizer.train(texts, 400).vocabulary == tokenizer.vocabulary
-        assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
-        assert len(tokenizer.encode("forty-two", 4)) == 4
-        with pytest.raises(ValueError, match="max_len=3: 'forty-two'"):
-            tokenizer.encode("forty-two", 3)
+            assert ids[-1] == 2 and all(3 <= i < 262 for i in ids[:-1])
+            assert tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
+        assert len(tokenizer.encode("abc", 5)) == 5
+        with pytest.raises(ValueError, match="max_len=4: 'abc'"):
+            tokenizer.encode("abc", 4)
 
     def test_token_batches_are_full_and_hold_each_sentence_once(self):
         rng = random.Random(0)
         lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-        batches = transformer.token_batches(lengths, 120, "0 0")
+        batches, other = (transformer.token_batches(lengths, 120, seed) for seed in ("0 0", "0 1"))
         assert sorted(i for batch in batches for i in batch) == list(range(501))
-        assert all(len(b) * max(lengths[i] for i in b) <= 120 or len(b) == 1 for b in batches)
-        padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-        assert padded < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
-        assert [lengths[b[0]] for b in batches] != sorted(lengths[b[0]] for b in batches)  # in no order
-        assert transformer.token_batches(lengths, 120, "0 0") == batches
-        other = transformer.token_batches(lengths, 120, "0 1")
-        assert {frozenset(b) for b in other} != {frozenset(b) for b in batches}
+        sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        assert [size for size in sizes if size > 120] == [1000]
+        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        first = [lengths[batch[0]] for batch in batches]
+        assert first != sorted(first)  # in no order
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
         assert len(other) == len(batches)  # train counts on it
-        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "x")] == [12, 12]
+        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "")] == [12, 12]
 
     def test_lines_of_ends_lines_as_people_do(self):
         text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
@@ -1726,18 +1459,17 @@ class TestTransformer:
             lines = transformer.lines_of(text.encode(encoding))
             assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
         assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
-        with pytest.raises(UnicodeDecodeError):
-            transformer.lines_of("one".encode("utf-16"))
 
-    def test_multi30k_corpus_refuses_what_is_missing_damaged_or_altered(self, tmp_path, monkeypatch):
-        folder = transformer_small_multi30k(tmp_path / "good")
-        corpus = transformer.multi30k_corpus(str(folder))
+    def test_multi30k_corpus_refuses_damaged_files(self, tmp_path, monkeypatch):
+        folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
+        corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
-        german, english = corpus.train[7]
-        assert german.endswith("auf der wiese 7") and english.endswith("on the meadow 7")
-        text = "\n".join([german for german, _ in corpus.train] + [english for _, english in corpus.train])
-        known = dict.fromkeys(transformer.MULTI30K, (12, hashlib.sha256(text.encode()).hexdigest()))
+        assert corpus.train[7] == ("ein mann mit 7 $$ am\x0btag 3", "a man with 7 $$ a day 3")
+        german, english = zip(*corpus.train, strict=True)
+        sha256 = hashlib.sha256("\n".join(german + english).encode()).hexdigest()
+        known = dict.fromkeys(transformer.MULTI30K, (12, sha256))
         monkeypatch.setattr(transformer, "MULTI30K", known)
+        assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
         for i, (changes, words) in enumerate((
             ({"val_en": None}, "val.en"),
             ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
@@ -1745,73 +1477,53 @@ class TestTransformer:
             ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
         )):  # fmt: skip
             with pytest.raises(ValueError, match=words):
-                transformer.multi30k_corpus(str(transformer_small_multi30k(tmp_path / str(i), **changes)))
-        whole = (folder / "train.de.gz").read_bytes()
-        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
-        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"no gzip", latin1):
-            (folder / "train.de.gz").write_bytes(damaged)
-            with pytest.raises(ValueError, match="train.de.gz"):
-                transformer.multi30k_corpus(str(folder))
-        # It has Multi30k's name where all parts have its lines; a byte-order mark and CR LF change nothing.
-        lines = "\ufeff" + "".join(f"{english}\r\n" for _, english in corpus.train)
-        folder = transformer_small_multi30k(tmp_path / "crlf", val_en=lines)
-        assert transformer.multi30k_corpus(str(folder)) == corpus._replace(name="multi30k")
+                transformer.multi30k_corpus(transformer_multi30k(tmp_path / str(i), **changes))
         for part in known:
-            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, known[part][1])})
-            assert transformer.multi30k_corpus(str(folder)).name == "own"
+            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, sha256)})
+            assert transformer.multi30k_corpus(folder).name == "own"
+        path = Path(folder, "train.de.gz")
+        whole = path.read_bytes()
+        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
+        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"junk", latin1):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="train.de.gz"):
+                transformer.multi30k_corpus(folder)
 
+    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
     def test_multi30k_corpus_of_the_official_files(self):
-        folder = os.environ.get("MULTI30K_DATA")
-        if not folder:
-            pytest.skip("MULTI30K_DATA is not set")
-        corpus = transformer.multi30k_corpus(folder)
-        assert corpus.name == "multi30k" and [len(p) for p in corpus[1:]] == [29_000, 1_014, 1_000]
-        assert corpus.test[0][1].startswith("A man in an orange hat")
+        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
+        assert corpus.name == "multi30k" and len(corpus.test) == 1_000
 
-    def test_read_lines_downloads_once(self, tmp_path, monkeypatch, capfd):
+    def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
+        there, cache = tmp_path / "train.de.gz", tmp_path / "new/cache"
+        monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        answers = [None, good[:-10], b"<html>", good[:20], good]  # the fourth breaks off
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer = answers.pop(0)
-                self.send_response(200 if answer else 404)
-                self.send_header("Content-Length", str(len(good if answer == good[:20] else answer or b"")))
-                self.end_headers()
-                self.wfile.write(answer or b"")
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(transformer, "MULTI30K_URL", f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new/cache"))
-        while len(answers) > 1:
+        for wrong in (None, b"<html>", good[:-10]):
+            if wrong:
+                there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
-        assert not (tmp_path / "new/cache/multi30k/train.de.gz").exists()  # nothing wrong was kept
+        there.write_bytes(good)
         for _ in range(2):  # the second time, from the cache
             assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
-        server.shutdown()
+            there.unlink(missing_ok=True)
         monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
-        (tmp_path / "new/cache/multi30k/train.en.gz").write_bytes(good)
+        (cache / "multi30k/train.en.gz").write_bytes(good)
         with pytest.raises(ValueError, match="train.* altered"):
             transformer.multi30k_corpus("")
 
     # ---- files
 
-    def test_save_and_load_refuse_what_is_damaged_runs_code_or_is_not_finite(self, tmp_path, monkeypatch):
-        path = tmp_path / "x.pt"
-        content = {"model": {"weight": torch.arange(1000.0)}, "vocabulary": [b"a", b"\xff"]}
+    def test_save_and_load_refuse(self, tmp_path, monkeypatch):
+        path, weight = tmp_path / "x.pt", torch.arange(1000.0)
+        content = {"model": {"weight": weight}, "vocabulary": [b"a", b"\xff"]}
         transformer.save(path, content)
         loaded = transformer.load(path)
-        assert torch.equal(loaded["model"]["weight"], content["model"]["weight"])
-        assert (
-            loaded["vocabulary"] == content["vocabulary"] == torch.load(path, weights_only=True)["vocabulary"]
-        )
+        assert torch.equal(loaded["model"]["weight"], weight)
+        assert loaded["vocabulary"] == content["vocabulary"]
         whole = path.read_bytes()
-        place = whole.index(torch.arange(500.0, 510.0).numpy().tobytes())
+        place = whole.index(weight[500:510].numpy().tobytes())
         for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="x.pt"):
@@ -1824,177 +1536,123 @@ class TestTransformer:
         transformer.save(path, {"model": {}, "code": Code()})
         with pytest.raises(pickle.UnpicklingError):
             transformer.load(path)
-        assert not (tmp_path / "was run").exists()
-
         path.write_bytes(whole)
-        for bad in (math.nan, math.inf):
-            with pytest.raises(FloatingPointError):
-                transformer.save(path, {"model": {"fine": torch.ones(1), "weight": torch.tensor([1.0, bad])}})
-        monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(FloatingPointError):
+            transformer.save(path, {"model": {"weight": weight / 0, "fine": weight}})
+        monkeypatch.setattr(os, "fsync", lambda _: 1 / 0)  # a full disk
+        with pytest.raises(ZeroDivisionError):
             transformer.save(path, content)
         assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
-
-    def test_main_waits_for_another_run_and_gives_up(self, tmp_path, monkeypatch, capsys):
-        lock = transformer.lock_out(tmp_path)
-        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
-        assert transformer_stop(tmp_path) == 2 and "in use" in capsys.readouterr().err
-        lock.close()
 
     # ---- training
 
     def test_batch_loss_is_the_mean_over_all_target_tokens(self):
-        """64 sentences of mixed lengths: the gradient is the token-weighted sum of the single ones'."""
-        tokenizer, pairs = transformer_pairs(64, max_len=64)
-        assert len({len(target) for _, target in pairs}) > 5
-        model = transformer_tiny(vocab_size=tokenizer.vocab_size, max_len=64)
+        model, pairs = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs()
+        rows, options = [], {"label_smoothing": 0.1, "reduction": "none"}
+        for source, target in pairs:
+            logits = model(torch.tensor([source]), torch.tensor([[1, *target[:-1]]]))[0]
+            rows.append(F.cross_entropy(logits, torch.tensor(target), **options))
+        together = transformer.batch_loss(model, pairs, 0.1, bf16=False)
+        check_close(together, torch.cat(rows).mean(), 1e-10)
+        low = transformer.batch_loss(model.float(), pairs, 0.1, bf16=True)
+        assert low.dtype == torch.float32 and 1e-6 < abs(low - together) < 0.1
 
-        def gradient(batch):
-            loss = transformer.batch_loss(model, batch, 0.1, bf16=False)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
-
-        counts = [len(target) for _, target in pairs]
-        parts = [gradient([pair]) * n for pair, n in zip(pairs, counts, strict=True)]
-        check_close(gradient(pairs), sum(parts) / sum(counts), 1e-10)
-
-    def test_batch_loss_autocasts_to_bf16(self):
-        tokenizer, pairs = transformer_pairs(4)
-        model, dtypes = transformer_tiny(dtype=torch.float32, vocab_size=tokenizer.vocab_size, max_len=32), []
-        model.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-        for bf16 in (True, False):
-            assert transformer.batch_loss(model, pairs, 0.1, bf16).dtype == torch.float32
-        assert dtypes == [torch.bfloat16, torch.float32]
-
-    def test_use_bf16_where_it_is_native(self, monkeypatch):
-        for native in (True, False):
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-            chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
-            assert chosen == [native, True, False]
-        assert not transformer.use_bf16("auto", torch.device("mps"))
+    def test_use_bf16_where_it_is_native(self):
+        chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
+        assert chosen == [torch.cpu.get_capabilities().get("avx512_bf16", False), True, False]
 
     def test_train_steps_written_out(self, tmp_path):
-        """AdamW with the paper's betas, Noam's rate, clipped gradient of the smoothed loss, decay of matrices
-        alone; every epoch has every pair once; final weights are the mean over the last epochs' ends."""
-        tokenizer, pairs = transformer_pairs(40)
-        s = transformer.Settings(amp="off", device="cpu", epochs=4, average=2, batch_tokens=100, clip=0.1)
-        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out, s.seed = 12, 7, 3.0, 0.2, str(tmp_path), 5
-        config = {"vocab_size": tokenizer.vocab_size, "max_len": 32, "dropout": 0.2}
-        model = transformer_tiny(**config)  # float64: in float32 Adam makes steps of rounding errors
-        expected, state, ends = copy.deepcopy(model), transformer_state(), []
+        """AdamW at Noam's rate on clipped gradients, decay of matrices alone, every pair once an epoch;
+        the final weights are the mean over the last epochs' ends."""
+        pairs = transformer_pairs()
+        s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
+        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
+        # float64: in float32 Adam makes steps of rounding errors
+        model = transformer_tiny(vocab_size=400, max_len=32, dropout=0.2)
+        expected = copy.deepcopy(model)
+        state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
         transformer.train(s, model, pairs, pairs[:9], state)
 
         names = dict(expected.named_parameters())
-        decay = [p for name, p in names.items() if name.endswith("weight") and "norm" not in name]
-        rest = [p for name, p in names.items() if not (name.endswith("weight") and "norm" not in name)]
-        groups = [{"params": decay, "weight_decay": 0.2}, {"params": rest, "weight_decay": 0.0}]
-        optimizer, step, dev_losses = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-9), 0, []
-
-        def loss_of(batch, smoothing):
-            src = nn.utils.rnn.pad_sequence([torch.tensor(a) for a, _ in batch], batch_first=True)
-            tgt = nn.utils.rnn.pad_sequence([torch.tensor([1, *b]) for _, b in batch], batch_first=True)
-            logits = expected(src, tgt[:, :-1]).transpose(1, 2)
-            return F.cross_entropy(logits, tgt[:, 1:], ignore_index=0, label_smoothing=smoothing)
-
+        vectors = [p for name, p in names.items() if "norm" in name or name.endswith("bias")]
+        optimizer = torch.optim.AdamW(vectors, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
+        matrices = [p for name, p in names.items() if "norm" not in name and name.endswith("weight")]
+        optimizer.add_param_group({"params": matrices, "weight_decay": 0.2})
+        lengths = [max(map(len, pair)) for pair in pairs]
+        step, ends, dev_losses = 0, [], []
         for epoch in range(4):
-            lengths = [max(map(len, pair)) for pair in pairs]
-            batches = transformer.token_batches(lengths, 100, f"5 {epoch}")
-            for batch in batches:
+            for batch in transformer.token_batches(lengths, 100, f"5 {epoch}"):
                 torch.manual_seed(5 * 1_000_003 + step)  # dropout
                 step += 1
                 optimizer.zero_grad()
-                loss_of([pairs[i] for i in batch], 0.1).backward()
+                transformer.batch_loss(expected, [pairs[i] for i in batch], 0.1, False).backward()
                 assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
                 for group in optimizer.param_groups:
                     group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
                 optimizer.step()
             ends.append({name: p.detach().clone() for name, p in names.items()})
-            with torch.no_grad(), transformer.evaluating(expected):
-                dev_losses.append(loss_of(pairs[:9], 0.0).item())
-        assert len(batches) > 4 and state["step"] == step
+            with transformer.evaluating(expected):
+                dev_losses.append(transformer.batch_loss(expected, pairs[:9], 0.0, False).item())
+        assert state["step"] == step > 12
         assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
         assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
         for name, p in model.named_parameters():
             check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
 
-    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path, capsys):
-        """In the 5th step, 2 after a checkpoint; while a checkpoint is written; before it is moved."""
-        flags = [f"--{k.replace('_', '-')}={v}" for k, v in TRANSFORMER_SMALL.items()]
-        for place, n in (("step", 5), ("written", 1), ("moved", 2)):
-            command = [
-                sys.executable,
-                "-c",
-                TRANSFORMER_KILLED,
-                place,
-                str(n),
-                "--out",
-                str(tmp_path),
-                *flags,
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
+        """And after a gradient that isn't finite. In the 5th step, 2 after a checkpoint; there again;
+        while another checkpoint is saved."""
+        batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
+            stop = transformer_stop(tmp_path)
+        assert "step 5" in stop and "--lr-scale" in stop
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in TRANSFORMER_SMALL.items()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        for place, reached in ((["clip_grad_norm_", "2"], 3), (["replace", "2"], 6)):
+            command = [sys.executable, "-c", TRANSFORMER_KILLED, *place, "--out", str(tmp_path), *flags]
+            killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
             assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-            assert not (tmp_path / "model.pt").exists() and (tmp_path / "checkpoint.pt").exists()
-        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 6
+            assert transformer.load(tmp_path / "checkpoint.pt")["step"] == reached
+        assert not (tmp_path / "model.pt").exists()
         report, weights = transformer_run(tmp_path)
-        assert transformer_undisturbed[1]["steps"] == report["steps"] > 12
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
-        for key in ("history", "searches"):
-            assert transformer_undisturbed[1][key] == report[key]
+        _, expected, expected_weights = transformer_undisturbed
+        assert expected["steps"] > 12 and transformer_equal(expected_weights, weights)
+        for key in ("steps", "history", "searches"):
+            assert report[key] == expected[key]
+
+    @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
+    def test_main_saves_nothing_that_is_not_finite(self, tmp_path, lr_scale, save_every):
+        """One step, after which a weight or the loss isn't."""
+        changes = {"batch_tokens": 10**6, "epochs": 1, "lr_scale": lr_scale, "save_every": save_every}
+        assert "--lr-scale" in transformer_stop(tmp_path, **changes)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
     def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
-        """Without its lock; with settings that may change; not with others, nor on other sentences."""
+        """Without its lock; not with settings that may not change, nor on other sentences."""
+        _, expected, expected_weights = transformer_undisturbed
         out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
         lock = transformer.lock_out(out)
         report, weights = transformer_run(out, save_every=50, beam_size=2)
         assert list(report["searches"])[1] == "beam 2, penalty 0"
-        assert report["history"] == transformer_undisturbed[1]["history"]
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
-        may = {"data", "translate", "out", "device", "save_every", "beam_size", "length_penalty"}
-        assert set(transformer.MAY_CHANGE) == may
-        capsys.readouterr()
-        assert transformer_stop(out, lr_scale=0.7) == 2
-        assert "lr_scale=0.4, not 0.7" in capsys.readouterr().err
-        with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-            corpus = transformer.number_corpus(0, 300, 20, 10)
-            patch.setattr(transformer, "number_corpus", lambda *_: corpus._replace(train=corpus.train[1:]))
-            transformer.main(transformer.Settings(**TRANSFORMER_SMALL, out=str(out)))
-        assert "sentences" in capsys.readouterr().err
+        assert report["history"] == expected["history"] and transformer_equal(expected_weights, weights)
+        corpus = transformer.number_corpus(0, 300, 20, 10)
+        for changes, words in (
+            ({"lr_scale": 0.7}, "lr_scale=0.4, not 0.7"),
+            ({"corpus": corpus._replace(train=corpus.train[1:])}, "sentences"),
+        ):
+            assert transformer_stop(out, **changes) == 2
+            assert words in capsys.readouterr().err
         lock.close()
 
-    def test_main_saves_nothing_that_is_not_finite(self, transformer_undisturbed, tmp_path, capsys):
-        """A gradient that is once infinite stops the run; the next start goes on from a good checkpoint."""
-        batch_loss, calls = transformer.batch_loss, itertools.count(1)
-
-        def overflow(*arguments):
-            return batch_loss(*arguments) * (math.inf if next(calls) == 5 else 1.0)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "batch_loss", overflow)
-            stop = str(transformer_stop(tmp_path))
-        assert "step 5" in stop and "--lr-scale" in stop  # before that step, not at the next checkpoint
-        assert not (tmp_path / "model.pt").exists()
-        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 3
-        _, weights = transformer_run(tmp_path)
-        assert all(torch.equal(transformer_undisturbed[2][name], weights[name]) for name in weights)
-        for changes in ({"lr_scale": 1e38, "save_every": 1}, {"lr_scale": math.nan}, {"lr_scale": 1e35}):
-            out = tmp_path / str(changes)
-            stop = transformer_stop(out, batch_tokens=10**6, epochs=1, **changes)  # one step: it diverges
-            assert "--lr-scale" in str(stop)
-            assert {path.name for path in out.iterdir()} == {"lock"}
-
     def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
-        for error, code in ((KeyboardInterrupt, "130"), (OSError, "no space left")):
-            raised = error("no space left")
-            monkeypatch.setattr(transformer, "train", lambda *_, raised=raised: (_ for _ in ()).throw(raised))
-            assert code in str(transformer_stop(tmp_path / code))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # an error of the code has a traceback
-        with pytest.raises(ZeroDivisionError):
-            transformer_run(tmp_path)
-        capsys.readouterr()
         (tmp_path / "file").touch()
+        lock = transformer.lock_out(tmp_path)
+        monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
         for changes, words in (
+            ({"out": tmp_path}, "in use"),
             ({"out": tmp_path / "file/below"}, "file"),
-            ({"seed": 1764460800000000000}, "--seed"),
+            ({"seed": 2**43}, "--seed"),
             ({"seed": -1}, "--seed"),
             ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
             ({"max_len": 3}, "max_len=3"),
@@ -2003,52 +1661,50 @@ class TestTransformer:
             code = transformer_stop(**({"out": tmp_path / "new"} | changes))
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
+        lock.close()
+
+        errors = [KeyboardInterrupt(), OSError("full")]
+
+        def fail(*_):
+            raise errors.pop(0)
+
+        monkeypatch.setattr(transformer, "train", fail)
+        for words in ("130", "full"):
+            assert words in str(transformer_stop(tmp_path / words))
+        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
+        with pytest.raises(ZeroDivisionError):
+            transformer_run(tmp_path)
 
     def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
         corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
         monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(tmp_path)}))
-        _, tokenizer, train, dev, _, lock = transformer.prepare(s)
+        _, tokenizer, train, dev, _, lock = transformer.prepare(transformer.Settings(out=str(tmp_path)))
         assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
         lock.close()
 
     # ---- the command line and the demo
 
-    def test_parse_lets_a_flag_override_its_preset(self, capsys):
+    def test_parse_lets_a_flag_override_its_preset(self):
         assert transformer.parse([]) == transformer.Settings()
         for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
             s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
             assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
             assert s.out != transformer.Settings().out
         assert transformer.parse(["--translate", ""]).translate == ""
-        for argv in (["--wrong", "1"], ["--preset", "french"], ["--amp", "fp8"], ["--epochs", "many"]):
-            with pytest.raises(SystemExit) as leaving:
-                transformer.parse(argv)
-            assert leaving.value.code == 2
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
-            transformer.parse(["--preset", "multi30k", "--help"])
-        assert "4000" in capsys.readouterr().out
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
-        """Multi30k's path from files to BLEU and --translate, on sentences that can be learned by heart.
-        They have $ signs, which are no formulas in the picture, and a vertical tab, which ends no line."""
-        data = tmp_path / "data"
-        german, english = "ein mann mit 7 $$ am\x0btag {}\r\n", "a man with 7 $$ a day {}\r\n"
-        texts = {"de": german, "en": english}
-        texts = {f"{part}_{language}": "\ufeff" + "".join(line.format(i % 4) for i in range(12))
-                 for part in transformer.MULTI30K for language, line in texts.items()}  # fmt: skip
-        transformer_small_multi30k(data, **texts)
-        monkeypatch.setenv("MULTI30K_DATA", str(data))
+        """From files to BLEU and --translate, on sentences that can be learned by heart. Their
+        $ signs are no formulas in the picture, their vertical tab ends no line."""
+        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
         changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
         s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
         transformer.main(s)
         report = json_of(tmp_path / "out/report.json")
-        assert report["dataset"] == "own" and report["measure"] == "bleu" and "case:lc" in report["signature"]
-        assert report["beam"] > 50, report["beam"]
-        stdin = io.TextIOWrapper(io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode()))
-        monkeypatch.setattr(sys, "stdin", stdin)
+        assert report["dataset"] == "own" and report["measure"] == "bleu"
+        assert "case:lc" in report["signature"] and report["beam"] > 50
+        stdin = io.BytesIO("\ufeffEIN MANN mit\u2028dem\r\n\nein mann".encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
         capsys.readouterr()
         transformer.main(dataclasses.replace(s, translate="-"))
         rows = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
@@ -2061,21 +1717,15 @@ class TestTransformer:
         report = json_of(folder / summary["report"])
         assert len(result.stdout.strip().splitlines()[-1]) < 300
         assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
-        assert 0 < report["train_seconds"] < report["seconds"] and report["threads"] == 1
-        assert report["settings"] == dataclasses.asdict(transformer.Settings())
         assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-        rows = list(report["searches"].values())
-        assert rows[1]["log_prob"] >= rows[0]["log_prob"] - 1e-4 and rows[0]["finished"] > 0.99
+        greedy, beam, _ = report["searches"].values()
+        assert beam["log_prob"] >= greedy["log_prob"] - 1e-4 and greedy["finished"] > 0.99
 
     def test_demo_swaps_tens_and_units(self, transformer_demo):
         """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-        last_json(transformer_demo[1])
-        saved = transformer.load(transformer_demo[0] / "out" / "transformer" / "model.pt")
-        model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
-        tokenizer, right = transformer.Tokenizer(saved["vocabulary"]), []
-        for units, tens in itertools.product(range(2, 10), range(2, 10)):
-            n = 517_000 + 10 * tens + units
+        model, tokenizer = transformer_saved(transformer_demo[0] / "out/transformer")
+        right = []
+        for n in range(517_022, 517_100):
             source = tokenizer.encode(transformer.english_number(n), 32)
             target = tokenizer.encode(transformer.german_number(n), 32)
             src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
@@ -2083,306 +1733,192 @@ class TestTransformer:
             assert weights.shape == (1, 4, len(target), len(source))
             check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
             looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+            if n % 10 > 1:
+                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
         assert sum(right) / len(right) > 0.9
-        assert not model.decoder[-1].cross_attention._forward_pre_hooks
 
     def test_demo_translates(self, transformer_demo):
-        last_json(transformer_demo[1])
         text = "Three hundred and forty-two thousand"
         row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
         assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
         assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
-        long = run_script("transformer.py", "--translate", "nine " * 40, cwd=transformer_demo[0])
-        check_one_line_error(long, "max_len=32")
 
 
 # -----------------------------------------------------------------------------
-# losses.py: a table of all losses, each with an oracle and a sampler, drives most of the class
+# losses.py: a table of losses, oracles and kinds of inputs drives most of the class
 
 
-def losses_cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()
+def losses_smoothed(z, y, smoothing=0.1, **options):
+    return F.cross_entropy(z, y, label_smoothing=smoothing, **options)
 
 
 def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
-    p = z.softmax(1)
     kept = y != -100
-    p_y = p.gather(1, y.clamp(min=0)[:, None]).squeeze(1)
-    rows = -((1 - p_y) ** gamma) * p_y.log() * (1 if alpha is None else alpha[y.clamp(min=0)])
-    rows = torch.where(kept, rows, 0.0)
+    y = y.clamp(min=0)
+    p = z.softmax(1).gather(1, y[:, None]).squeeze(1)
+    rows = -((1 - p) ** gamma) * p.log() * kept
+    rows = rows if alpha is None else rows * alpha[y]
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / kept.sum()}[reduction]
 
 
-def losses_torchvision_focal(logits, targets, alpha=0.25, gamma=2.0, reduction="mean"):
-    """torchvision.ops.sigmoid_focal_loss, line by line (0.20)."""
-    targets = targets.to(logits)
-    p = torch.sigmoid(logits)
-    ce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p_t = p * targets + (1 - p) * (1 - targets)
-    loss = ce * ((1 - p_t) ** gamma)
-    if alpha is not None:
-        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
-    return {"none": loss, "sum": loss.sum(), "mean": loss.mean()}[reduction]
+def losses_binary_focal(z, y, gamma=2.0, alpha=0.25, reduction="mean"):
+    """A sigmoid of z is a softmax over 0 and z."""
+    weights = None if alpha is None else torch.tensor([1 - alpha, alpha], dtype=z.dtype)
+    return losses_focal(torch.stack((0 * z, z), 1), y.long(), gamma, weights, reduction)
 
 
 def losses_ordinal(z, y):
-    terms = []
-    for row, target in zip(z.softmax(1), y.tolist(), strict=True):
-        for k in range(len(row) - 1 if target >= 0 else 0):
-            terms.append(-(row[: k + 1] if target <= k else row[k + 1 :]).sum().log() / (len(row) - 1))
-    return sum(terms) / (y >= 0).sum()
+    rows = []
+    for p, target in zip(z.softmax(1), y.tolist(), strict=True):
+        sides = [p[: k + 1] if target <= k else p[k + 1 :] for k in range(len(p) - 1)]
+        if target >= 0:
+            rows.append(-torch.stack([side.sum().log() for side in sides]).mean())
+    return torch.stack(rows).mean()
 
 
 def losses_contrastive(a, b, same, margin=1.0):
-    rows = []
-    for x1, x2, together in zip(a, b, same.tolist(), strict=True):
-        d = (x1 - x2).square().sum().sqrt()
-        rows.append(d**2 / 2 if together else (margin - d).clamp(min=0) ** 2 / 2)
-    return sum(rows) / len(rows)
+    d = (a - b).square().sum(1).sqrt()
+    return torch.where(same == 1, d**2, (margin - d).clamp(min=0) ** 2).mean() / 2
 
 
-def losses_info_nce(query, keys, _=None, temperature=0.07):
-    rows = []
-    for i, q in enumerate(query):
-        scores = [(losses_cosine(q, k) / temperature).exp() for k in keys]
-        rows.append(-(scores[i] / sum(scores)).log())
-    return sum(rows) / len(rows)
+def losses_info_nce(query, keys, temperature=0.07):
+    scores = F.cosine_similarity(query[:, None], keys, dim=-1) / temperature
+    return (scores.exp().sum(1).log() - scores.diag()).mean()
 
 
 def losses_supcon(z, y, temperature=0.1):
     """Khosla et al., eq. 2, as loops over anchors and positives."""
-    rows = []
+    scores, rows = (F.cosine_similarity(z[:, None], z, dim=-1) / temperature).exp(), []
     for i in range(len(z)):
-        scores = {j: (losses_cosine(z[i], z[j]) / temperature).exp() for j in range(len(z)) if j != i}
-        positives = [j for j in scores if y[j] == y[i]]
-        if positives:
-            rows.append(-sum((scores[j] / sum(scores.values())).log() for j in positives) / len(positives))
-    return sum(rows) / len(rows)
+        others = [j for j in range(len(z)) if j != i]
+        shares = [scores[i, j] / scores[i, others].sum() for j in others if y[j] == y[i]]
+        if shares:
+            rows.append(-torch.stack(shares).log().mean())
+    return torch.stack(rows).mean()
 
 
-def losses_nt_xent(z1, z2, _=None, temperature=0.5):
+def losses_nt_xent(z1, z2, temperature=0.5):
     return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), temperature)
 
 
+def losses_hinge(near, far, margin):
+    gaps = near - far
+    return (F.softplus(gaps) if margin == "soft" else F.relu(gaps + margin)).mean()
+
+
+def losses_triplet(anchor, positive, negative, margin=1.0):
+    return losses_hinge((anchor - positive).norm(dim=1), (anchor - negative).norm(dim=1), margin)
+
+
 def losses_mined(z, y, margin=0.2, mining="hard"):
-    """Loops, with torch's norm: what the docstring says of each mining."""
-    n, terms = len(z), []
-    d = [[(z[i] - z[j]).norm() if i != j else torch.tensor(0.0) for j in range(n)] for i in range(n)]
-
-    def cost(x):
-        return F.softplus(x) if margin == "soft" else F.relu(x + margin)
-
-    for a in range(n):
-        positives = [p for p in range(n) if p != a and y[p] == y[a]]
-        negatives = [k for k in range(n) if y[k] != y[a]]
-        if mining == "hard" and positives and negatives:
-            terms.append(cost(max(d[a][p] for p in positives) - min(d[a][k] for k in negatives)))
-        for p in positives if mining == "semihard" else []:
-            farther = [d[a][k] for k in negatives if d[a][k] > d[a][p]]
-            terms += [cost(d[a][p] - min(farther))] if farther else []
+    """Loops: what the docstring says of each mining."""
+    d, pairs = (z[:, None] - z).norm(dim=-1), []
+    for a in range(len(z)):
+        near = [d[a, p] for p in range(len(z)) if p != a and y[p] == y[a]]
+        far = [d[a, n] for n in range(len(z)) if y[n] != y[a]]
+        if mining == "hard" and near and far:
+            pairs.append((max(near), min(far)))
+        for x in near if mining == "semihard" else []:
+            pairs += [(x, min(n for n in far if n > x))] if max(far) > x else []
         if mining == "all":
-            terms += [cost(d[a][p] - d[a][k]) for p in positives for k in negatives]
-    return torch.stack(terms).mean()
+            pairs += itertools.product(near, far)
+    return losses_hinge(*(torch.stack(side) for side in zip(*pairs, strict=True)), margin)
 
 
-def losses_logits(n=9, k=5):
-    y = torch.randint(k, (n,))
-    y[::4] = -100
-    return [3 * torch.randn(n, k, dtype=torch.float64)], y
-
-
-def losses_bits(n=9):
-    return [3 * torch.randn(n, dtype=torch.float64)], torch.arange(n) % 2
-
-
-def losses_labelled(n=9):
-    y = torch.randint(3, (n,))
-    y[:4] = torch.tensor([0, 0, 1, 99])  # at least one triplet, and a class of one sample
-    return [torch.randn(n, 3, dtype=torch.float64)], y
-
-
-def losses_two(n=6):
-    return list(torch.randn(2, n, 4, dtype=torch.float64)), torch.arange(n) % 2
-
-
-def losses_three(n=6):
-    return list(torch.randn(3, n, 4, dtype=torch.float64)), torch.arange(n)
+def losses_sample(kind: str, n: int) -> tuple[list, list]:
+    """Inputs, and targets."""
+    y = torch.randint(5 if kind == "logits" else 3, (n,))
+    if kind == "logits":
+        y[::4] = -100
+        return [3 * torch.randn(n, 5).double()], [y]
+    if kind == "labels":
+        y[:4] = torch.tensor([0, 0, 1, 99])  # a triplet, and a class of one sample
+        return [torch.randn(n, 3).double()], [y]
+    inputs, bits = list(torch.randn(3, n, 4).double()), [torch.arange(n) % 2]
+    kinds = {"bits": ([inputs[0][:, 0]], bits), "same": (inputs[:2], bits)}
+    return (kinds | {"two": (inputs[:2], []), "three": (inputs, [])})[kind]
 
 
 LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
 
 
-def losses_table() -> dict[str, tuple]:
-    """name: (the loss of (*inputs, targets), its oracle, sampler)"""
-    partial, weight = functools.partial, LOSSES_WEIGHT
-    smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
-    smoothed, weighted = {"label_smoothing": 0.1}, {"label_smoothing": 0.3, "weight": weight}
-    focal = {"gamma": 0.5, "alpha": weight}
-    table = {
-        "smoothing": (smoothing, partial(F.cross_entropy, **smoothed), losses_logits),
-        "weight": (
-            partial(smoothing, smoothing=0.3, weight=weight),
-            partial(F.cross_entropy, **weighted),
-            losses_logits,
-        ),
-        "focal": (losses.focal_loss, losses_focal, losses_logits),
-        "alpha": (partial(losses.focal_loss, **focal), partial(losses_focal, **focal), losses_logits),
-        "ordinal": (losses.ordinal_loss, losses_ordinal, losses_logits),
-        "binary_focal": (losses.binary_focal_loss, losses_torchvision_focal, losses_bits),
-        "contrastive": (losses.contrastive_loss, losses_contrastive, losses_two),
-        "info_nce": (lambda q, k, _: losses.info_nce_loss(q, k), losses_info_nce, losses_two),
-        "nt_xent": (lambda a, b, _: losses.nt_xent_loss(a, b), losses_nt_xent, losses_two),
-        "supcon": (losses.supervised_contrastive_loss, losses_supcon, losses_labelled),
-        "triplet": (
-            lambda a, p, n, _: losses.triplet_loss(a, p, n),
-            lambda a, p, n, _: F.triplet_margin_loss(a, p, n, eps=0),
-            losses_three,
-        ),
-        "soft": (
-            lambda a, p, n, _: losses.triplet_loss(a, p, n, "soft"),
-            lambda a, p, n, _: F.softplus((a - p).norm(dim=1) - (a - n).norm(dim=1)).mean(),
-            losses_three,
-        ),
-        "batch_hard": (mined, losses_mined, losses_labelled),
-    }
-    margin, cold = {"margin": 3.0}, {"temperature": 0.2}
-    for name, options in (("contrastive", margin), ("supcon", cold)):
-        loss, oracle, sampler = table[name]
-        table[f"{name}_option"] = (partial(loss, **options), partial(oracle, **options), sampler)
-    for mining, margin in itertools.product(("hard", "semihard", "all"), (0.0, 1.5, "soft")):
-        options = {"mining": mining, "margin": margin}
-        pair = (partial(mined, **options), partial(losses_mined, **options))
-        table[f"batch_{mining}_{margin}"] = (*pair, losses_labelled)
+def losses_table():
+    """name: (loss, its oracle, kind of inputs)"""
+    supcon, triplet = losses.supervised_contrastive_loss, losses.triplet_loss
+    table = {}
+    for name, kind, loss, oracle, options in (
+        ("smoothing", "logits", losses.label_smoothing_cross_entropy, losses_smoothed, {}),
+        ("focal", "logits", losses.focal_loss, losses_focal, {}),
+        ("alpha", "logits", losses.focal_loss, losses_focal, {"alpha": LOSSES_WEIGHT}),
+        ("ordinal", "logits", losses.ordinal_loss, losses_ordinal, {}),
+        ("binary_focal", "bits", losses.binary_focal_loss, losses_binary_focal, {}),
+        ("contrastive", "same", losses.contrastive_loss, losses_contrastive, {}),
+        ("far", "same", losses.contrastive_loss, losses_contrastive, {"margin": 3.0}),
+        ("info_nce", "two", losses.info_nce_loss, losses_info_nce, {}),
+        ("nt_xent", "two", losses.nt_xent_loss, losses_nt_xent, {}),
+        ("supcon", "labels", supcon, losses_supcon, {}),
+        ("supcon_warm", "labels", supcon, losses_supcon, {"temperature": 0.2}),
+        ("triplet", "three", triplet, losses_triplet, {}),
+        ("soft", "three", triplet, losses_triplet, {"margin": "soft"}),
+    ):
+        pair = (functools.partial(f, **options) for f in (loss, oracle))
+        table[name] = (*pair, kind)
+    for mining in ("hard", "semihard", "all"):
+        for options in ({}, {"margin": 0.0}, {"margin": 1.5}, {"margin": "soft"}):
+            pair = (losses.batch_hard_triplet_loss, losses_mined)
+            pair = (functools.partial(f, mining=mining, **options) for f in pair)
+            table[f"{mining}_{options.get('margin')}"] = (*pair, "labels")
     return table
 
 
 LOSSES = losses_table()
-LOSSES_ON_LOGITS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_logits}
-LOSSES_ON_LABELS = {name: row[0] for name, row in LOSSES.items() if row[2] is losses_labelled}
+LOSSES_ON_LOGITS = [name for name, row in LOSSES.items() if row[2] == "logits"]
+LOSSES_ON_LABELS = [name for name, row in LOSSES.items() if row[2] == "labels"]
 
 
-def losses_results(loss, inputs: list, y) -> list[Tensor]:
+def losses_results(loss, inputs: list, targets: list) -> list[Tensor]:
     """Value, and the gradient of each input."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*leaves, y)
+    value = loss(*leaves, *targets)
     return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
 
 
-def losses_check(loss, oracle, inputs: list, y=None, tolerance: float = 1e-10) -> None:
-    results = zip(losses_results(loss, inputs, y), losses_results(oracle, inputs, y), strict=True)
-    for i, (actual, expected) in enumerate(results):
-        check_close(actual, expected, tolerance, f"gradient of input {i - 1}" if i else "value")
+def losses_check(loss, oracle, inputs: list, targets: list) -> None:
+    results = (losses_results(f, inputs, targets) for f in (loss, oracle))
+    for actual, expected in zip(*results, strict=True):
+        check_close(actual, expected, 1e-10)
 
 
-def losses_gather_model():
+def losses_refuse(name: str, given, loss, *arguments, **options) -> None:
+    """With a ValueError that tells both."""
+    with pytest.raises(ValueError) as error:
+        loss(*arguments, **options)
+    assert name in str(error.value) and str(given) in str(error.value), error.value
+
+
+def losses_gather_inputs():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
-
-
-def losses_gather_batch():
-    return torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    return model, torch.randn(2, 8, 5, dtype=torch.float64)
 
 
 def losses_gather_worker(rank: int, folder: str) -> None:
-    """One of two processes with half of the batch: writes its loss and the averaged gradients."""
-    import torch.distributed as dist
-
+    """One of two processes with half of the batch: writes what it found."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, half = losses_gather_model(), losses_gather_batch()[:, 4 * rank : 4 * rank + 4]
-    z1, z2 = (losses.gather_batch(model(x)) for x in half)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
+    model, batch = losses_gather_inputs()
+    z1, z2 = (losses.gather_batch(model(x[4 * rank :][:4])) for x in batch)
     loss = losses.nt_xent_loss(z1, z2)
     loss.backward()
-    for p in model.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= 2
-    a, weight = torch.ones(2, 3).requires_grad_(), torch.arange(12.0).view(4, 3)
-    (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # a loss of its own on each process
+    a, weight = torch.ones(2, 3, requires_grad=True), torch.arange(12.0).view(4, 3)
+    (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # each has its own loss
     labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
-    try:
-        losses.gather_batch(torch.ones(2 + rank, 3))
-        message = "no error"
-    except ValueError as error:
-        message = str(error)
-    result = {"loss": loss.detach(), "gradients": [p.grad for p in model.parameters()], "labels": labels}
-    torch.save(result | {"message": message, "sum": a.grad}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
+    losses_refuse("x", "2 to 3", losses.gather_batch, torch.ones(2 + rank, 3))
+    gradients = [p.grad for p in model.parameters()]
+    torch.save([loss.detach(), labels, a.grad, gradients], f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
-
-
-def losses_refused():
-    """(call, words of its ValueError)"""
-    z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    bits, one, nan = (y > 0).long(), z[:1], math.nan
-    for loss in (losses.label_smoothing_cross_entropy, losses.focal_loss, losses.ordinal_loss):
-        for bad, words in (
-            (y + 1, ("targets", "0 .. 2", "3")),
-            (y - 1, ("targets", "0 .. 2", "-1")),
-            (y.float(), ("targets", "integers", "float32")),
-            (y > 0, ("targets", "integers", "bool")),
-            (y + 0j, ("targets", "complex64")),
-            (y[:5], ("targets", "(6,)", "(5,)")),
-            (F.one_hot(y), ("targets", "(6,)", "(6, 3)")),
-        ):
-            yield functools.partial(loss, z, bad), words
-        yield functools.partial(loss, z, y, reduction="avg"), ("reduction", "avg", "none")
-    for bad in (-0.1, 1.0, nan):
-        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, b), ("smoothing", "[0, 1)")
-    for bad in (torch.ones(2), torch.ones(3, 1), 0.5, -torch.ones(3), torch.tensor([1, math.inf, 1])):
-        yield lambda b=bad: losses.label_smoothing_cross_entropy(z, y, weight=b), ("weight", "3")
-        yield lambda b=bad: losses.focal_loss(z, y, alpha=b), ("alpha", "3")
-    yield lambda: losses.ordinal_loss(z[:, :1], y * 0), ("logits", "2", "1")
-    for bad in (-1.0, nan, math.inf, "hard"):
-        for name, call in (
-            ("gamma", functools.partial(losses.focal_loss, z, y)),
-            ("gamma", functools.partial(losses.binary_focal_loss, z[:, 0], bits)),
-            ("margin", functools.partial(losses.contrastive_loss, z, z, bits)),
-            ("margin", functools.partial(losses.triplet_loss, z, z, z)),
-            ("margin", functools.partial(losses.batch_hard_triplet_loss, z, y)),
-            ("alpha", functools.partial(losses.GradNorm, 2)),
-        ):
-            yield functools.partial(call, bad), (name, str(bad))
-    for bad in (-0.1, 1.1, nan):
-        yield lambda b=bad: losses.binary_focal_loss(z[:, 0], bits, 2.0, b), ("alpha", "[0, 1]")
-        yield lambda b=bad: losses.class_balanced_weights(torch.ones(3), b), ("beta", "[0, 1]")
-    yield lambda: losses.binary_focal_loss(z[:, 0], y), ("targets", "2")
-    yield lambda: losses.binary_focal_loss(z[:, 0], bits * 0.5), ("targets", "0.5")
-    yield lambda: losses.binary_focal_loss(z[:, :1], bits), ("targets", "(6, 1)", "(6,)")
-    yield lambda: losses.binary_focal_loss(z[:, 0], bits, reduction=None), ("reduction", "None")
-    for bad in (0.0, -1.0, nan, math.inf):
-        yield lambda b=bad: losses.nt_xent_loss(z, z, b), ("temperature", str(bad))
-        yield lambda b=bad: losses.info_nce_loss(z, z, b), ("temperature", str(bad))
-        yield lambda b=bad: losses.supervised_contrastive_loss(z, y, b), ("temperature", str(bad))
-    for loss in (losses.nt_xent_loss, losses.info_nce_loss):
-        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
-            yield functools.partial(loss, *pair), ("(N, D)", str(tuple(pair[1].shape)))
-    for loss in (losses.supervised_contrastive_loss, losses.batch_hard_triplet_loss):
-        yield functools.partial(loss, z, y[:1]), ("labels", "(6,)", "(1,)")
-        yield functools.partial(loss, z, y.float()), ("labels", "float32")
-        yield functools.partial(loss, z[None], y), ("z", "(1, 6, 3)")
-        yield functools.partial(loss, one, y[:1]), ("z", "2", "(1, 3)")
-    yield lambda: losses.triplet_loss(z, z, one), ("negative", "(1, 3)")
-    yield lambda: losses.triplet_loss(z[:0], z[:0], z[:0]), ("anchor", "(0, 3)")
-    yield lambda: losses.contrastive_loss(z[:0], z[:0], bits[:0]), ("x1", "(0, 3)")
-    yield lambda: losses.contrastive_loss(z, z, y), ("same", "0 or 1", "2")
-    yield lambda: losses.contrastive_loss(z, z, bits[:, None]), ("same", "(6, 1)")
-    yield lambda: losses.batch_hard_triplet_loss(z, y, mining="easy"), ("mining", "easy", "semihard")
-    yield lambda: losses.has_collapsed(one), ("z", "2")
-
-
-def losses_refused_by_weighting():
-    w = torch.ones(3, requires_grad=True)
-    for bad in ([3, 0], [], [[2, 2]], 3):
-        yield lambda b=bad: losses.class_balanced_weights(torch.tensor(b)), ("counts", str(bad))
-    for bad in (torch.ones(3), torch.ones(1)):
-        yield lambda b=bad: losses.UncertaintyWeighting(2)(b), ("losses", "(2,)", str(tuple(bad.shape)))
-        yield lambda b=bad: losses.GradNorm(2)(b * w[0], w), ("losses", "(2,)", str(tuple(bad.shape)))
-    yield lambda: losses.GradNorm(3)(w * 0, w), ("losses", "0")
-    yield lambda: losses.make_optimizers("lion", [w], [], 0.1, 0.1), ("name", "lion", "muon")
-    yield lambda: losses.main(losses.Settings(n_seeds=1)), ("n_seeds", "2", "1")
 
 
 class TestLosses:
@@ -2390,252 +1926,225 @@ class TestLosses:
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_equals_its_oracle(self, name):
-        """Values and gradients, float64, 1e-10."""
-        loss, oracle, sampler = LOSSES[name]
+        """Values, gradients, gradcheck, and new tensors on its inputs' device."""
+        loss, oracle, kind = LOSSES[name]
         for n in (6, 9, 12):
-            losses_check(loss, oracle, *sampler(n))
-
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_gradcheck(self, name):
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(7)
+            inputs, targets = losses_sample(kind, n)
+            losses_check(loss, oracle, inputs, targets)
         leaves = [x.requires_grad_() for x in inputs]
-        assert torch.autograd.gradcheck(lambda *x: loss(*x, y), leaves, atol=1e-7)
+        assert torch.autograd.gradcheck(lambda *x: loss(*x, *targets), leaves, atol=1e-7)
+        with torch.device("meta"):
+            assert loss(*inputs, *targets).device.type == "cpu"
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("weighted", [False, True])
     @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
     def test_label_smoothing_cross_entropy_equals_torch(self, smoothing, weighted, reduction):
         for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
-            for ignore_index in (-1, 0):  # a class may be ignored, too: a pad id
-                logits = 3 * torch.randn(shape[0], k, *shape[1:], dtype=torch.float64)
+            for ignore_index in (-1, 0) if k > 1 else (-1,):  # a class, too: a pad id
+                logits = 3 * torch.randn(shape[0], k, *shape[1:]).double()
                 y = torch.randint(k, shape)
                 y.view(-1)[0] = k - 1
                 y.view(-1)[1::4] = ignore_index
-                weight = torch.rand(k, dtype=torch.float64) if weighted else None
-                kw = {"ignore_index": ignore_index, "weight": weight, "reduction": reduction}
-                if k > 1 or ignore_index < 0:
-                    losses_check(
-                        lambda z, y, kw=kw: losses.label_smoothing_cross_entropy(z, y, smoothing, **kw),
-                        lambda z, y, kw=kw: F.cross_entropy(z, y, label_smoothing=smoothing, **kw),
-                        [logits], y,
-                    )  # fmt: skip
+                weight = torch.rand(k).double() if weighted else None
+                options = {"smoothing": smoothing, "ignore_index": ignore_index, "weight": weight}
+                pair = (losses.label_smoothing_cross_entropy, losses_smoothed)
+                pair = (functools.partial(f, **options, reduction=reduction) for f in pair)
+                losses_check(*pair, [logits], [y])
 
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     def test_focal_losses_equal_their_formulas(self, reduction):
-        inputs, y = losses_logits(17)
-        for gamma in (0.0, 0.5, 1.0, 3.5):
-            for alpha in (None, LOSSES_WEIGHT):
-                losses_check(
-                    lambda z, y, g=gamma, a=alpha: losses.focal_loss(z, y, g, a, reduction=reduction),
-                    lambda z, y, g=gamma, a=alpha: losses_focal(z, y, g, a, reduction),
-                    inputs, y,
-                )  # fmt: skip
-        losses_check(
-            lambda z, y: losses.focal_loss(z, y, 0.0, reduction=reduction),
-            lambda z, y: F.cross_entropy(z, y, reduction=reduction), inputs, y,
-        )  # fmt: skip
-        z, bits = torch.randn(6, 4, dtype=torch.float64), torch.randint(2, (6, 4))
+        def check(loss, oracle, inputs, y, gamma, alpha):
+            options = {"gamma": gamma, "alpha": alpha, "reduction": reduction}
+            pair = (functools.partial(f, **options) for f in (loss, oracle))
+            losses_check(*pair, inputs, [y])
+
+        inputs, (y,) = losses_sample("logits", 17)
+        for gamma, alpha in itertools.product((0.0, 0.5, 1.0, 3.5), (None, LOSSES_WEIGHT)):
+            check(losses.focal_loss, losses_focal, inputs, y, gamma, alpha)
+        z, bits = torch.randn(6, 4).double(), torch.randint(2, (6, 4))
         for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0), (2.0, 1.0)):
-            for y in (bits, bits.bool(), bits.double(), bits.to(torch.uint16)):
-                losses_check(
-                    lambda z, y, g=gamma, a=alpha: losses.binary_focal_loss(z, y, g, a, reduction),
-                    lambda z, y, g=gamma, a=alpha: losses_torchvision_focal(z, y, a, g, reduction),
-                    [z], y,
-                )  # fmt: skip
+            for dtype in (torch.int64, torch.bool, torch.float64, torch.uint16):
+                y = bits.to(dtype)
+                check(losses.binary_focal_loss, losses_binary_focal, [z], y, gamma, alpha)
 
     # Properties
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_permutation_of_rows(self, name):
-        """Duplicates tie for the hardest; their gradients are shared, whoever comes first."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(12)
+        """Duplicates tie for the hardest: their gradients are shared."""
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 12)
         for x in inputs:
             x[8] = x[1]
-        if sampler is losses_labelled:
-            y[8:10] = torch.tensor([0, 1])
+        if kind == "labels":
+            targets[0][8:10] = torch.tensor([0, 1])
             inputs[0][9] = inputs[0][0]
         order = torch.randperm(12)
-        value, *gradients = losses_results(loss, inputs, y)
-        permuted, *others = losses_results(loss, [x[order] for x in inputs], y[order])
-        check_close(permuted, value, 1e-12)
-        for gradient, other in zip(gradients, others, strict=True):
-            check_close(other, gradient[order], 1e-12)
+        value, *gradients = losses_results(loss, inputs, targets)
+        permuted = losses_results(loss, [x[order] for x in inputs], [y[order] for y in targets])
+        expected = [value, *(gradient[order] for gradient in gradients)]
+        for actual, other in zip(permuted, expected, strict=True):
+            check_close(actual, other, 1e-12)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_in_half_precision(self, name, dtype):
-        """Computed, and returned, in float32 from the rounded inputs, under autocast too."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(8)
+        """Computed, and returned, in float32, under autocast too."""
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 8)
         inputs = [(100 * x).to(dtype) for x in inputs]
-        value, *gradients = losses_results(loss, inputs, y)
-        expected, *_ = losses_results(loss, [x.float() for x in inputs], y)
-        assert value.dtype == torch.float32
+        value, *gradients = losses_results(loss, inputs, targets)
+        expected = loss(*(x.float() for x in inputs), *targets)
         check_close(value, expected, 1e-6)
         for gradient in gradients:
             assert gradient.dtype == dtype and gradient.isfinite().all()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_close(losses_results(loss, [x.float() for x in inputs], y)[0], expected, 1e-6)
+            check_close(loss(*(x.float() for x in inputs), *targets), expected, 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES)
     def test_loss_at_extremes(self, name):
-        """Rows of 1e4, 1e-20 and 0, and equal rows: as float64 has it, with finite gradients."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(12)
+        """Rows of 1e4, 1e-20 and 0, and equal rows, in float32 as in float64."""
+        loss, _, kind = LOSSES[name]
+        inputs, targets = losses_sample(kind, 12)
         for x in inputs:
             x[:3] = 1e4 * x[:3].sign()
             x[3:6] *= 1e-20
             x[6:10] = 0.0
         for dtype in (torch.float64, torch.float32):
-            results = losses_results(loss, [x.to(dtype) for x in inputs], y)
+            results = losses_results(loss, [x.to(dtype) for x in inputs], targets)
             assert all(result.isfinite().all() and result.dtype == dtype for result in results)
-            if "semihard" not in name:  # there a tie that rounding breaks changes which triplets exist
-                check_close(results[0].double(), loss(*inputs, y), 1e-6)
-
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_makes_its_tensors_on_its_inputs_device(self, name):
-        """Where new tensors would go elsewhere by default: as on a GPU."""
-        loss, _, sampler = LOSSES[name]
-        inputs, y = sampler(8)
-        with torch.device("meta"):
-            value = loss(*inputs, y)
-        assert value.device.type == "cpu" and value == loss(*inputs, y)
+            if "semihard" not in name:  # there rounding decides which triplets exist
+                check_close(results[0].double(), loss(*inputs, *targets), 1e-6)
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
     def test_loss_ignored_rows_change_nothing(self, name):
-        loss = LOSSES_ON_LOGITS[name]
-        logits, y = 3 * torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 5
-        value, gradient = losses_results(loss, [logits], y)
-        ignored = torch.cat((y, torch.tensor([-100, -100])))
+        loss = LOSSES[name][0]
+        logits, y = 3 * torch.randn(17, 5).double(), torch.arange(17) % 5
+        value, gradient = losses_results(loss, [logits], [y])
+        ignored = F.pad(y, (0, 2), value=-100)
         for junk in (0.0, 1e4, math.inf, math.nan):
-            more = torch.cat((logits, torch.full((2, 5), junk, dtype=torch.float64)))
-            value_more, gradient_more = losses_results(loss, [more], ignored)
+            more = F.pad(logits, (0, 0, 0, 2), value=junk)
+            value_more, gradient_more = losses_results(loss, [more], [ignored])
             assert torch.equal(value_more, value)
-            assert torch.equal(gradient_more, torch.cat((gradient, 0 * gradient[:2])))
+            assert torch.equal(gradient_more, F.pad(gradient, (0, 0, 0, 2)))
         rows = loss(more, ignored, reduction="none")
         assert rows.shape == (19,) and (rows[-2:] == 0).all()
         check_close(loss(more, ignored, reduction="sum"), rows.sum(), 1e-12)
-        for other in (-1, 3, 99):  # the id to ignore is the caller's choice, a class's too
+        for other in (-1, 3, 99):  # the caller's choice, a class's id too
             marked = y.masked_fill(y == 3, other)
             expected = loss(logits[y != 3], y[y != 3])
             check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
-        volume = logits[:16].view(2, 8, 5).movedim(-1, 1)  # (2, 5, 8)
-        check_close(loss(volume, y[:16].view(2, 8), reduction="none"), rows[:16].view(2, 8), 1e-12)
+        volume = loss(logits[:16].view(2, 8, 5).mT, y[:16].view(2, 8), reduction="none")
+        check_close(volume, rows[:16].view(2, 8), 1e-12)
         for dtype in (torch.uint8, torch.uint16, torch.int32):
             assert torch.equal(loss(logits, y.to(dtype)), value)
 
     @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-    def test_loss_over_no_rows_is_0(self, name):
-        loss = LOSSES_ON_LOGITS[name]
-        for logits in (torch.randn(4, 5), torch.full((4, 5), math.nan), torch.empty(0, 5)):
-            y = torch.full((len(logits),), -100)
-            for reduction in ("mean", "sum"):
-                value, gradient = losses_results(functools.partial(loss, reduction=reduction), [logits], y)
-                assert value == 0 and (gradient == 0).all()
-        weight = torch.tensor([0.0, 1, 1, 1, 1])  # rows that count, of weight 0
-        of_class_0 = functools.partial(losses.label_smoothing_cross_entropy, weight=weight)
-        value, gradient = losses_results(of_class_0, [torch.randn(4, 5)], torch.zeros(4).long())
-        assert value == 0 and (gradient == 0).all()
-
-    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
-    def test_loss_with_classes_ruled_out(self, name):
-        """Logits of -inf for all classes but the target: p = 1 exactly, a logsumexp over -inf alone."""
-        loss = LOSSES_ON_LOGITS[name]
-        if name in ("smoothing", "weight"):
-            loss = functools.partial(losses.label_smoothing_cross_entropy, smoothing=0.0)
-        logits = torch.full((2, 5), -math.inf, dtype=torch.float64)
-        logits[0, 0] = logits[1, 1] = 1.0
-        value, gradient = losses_results(loss, [logits], torch.tensor([0, 1]))
-        assert value == 0 and (gradient == 0).all()
+    def test_loss_over_no_rows_and_of_certainty_is_0(self, name):
+        """And of rows of weight 0. Certain: all logits but the target's are -inf."""
+        loss = LOSSES[name][0]
+        certain = torch.where(torch.eye(2, 5).bool(), 1.0, -math.inf)
+        cases = [(certain, torch.arange(2))]
+        for n in (0, 4):
+            cases.append((torch.full((n, 5), math.nan), torch.full((n,), -100)))
+        if name == "smoothing":
+            weight = torch.tensor([0.0, 1, 1, 1, 1])
+            loss = functools.partial(loss, smoothing=0.0, weight=weight)
+            cases.append((torch.randn(4, 5), torch.zeros(4).long()))
+        for (logits, y), reduction in itertools.product(cases, ("mean", "sum")):
+            reduced = functools.partial(loss, reduction=reduction)
+            value, gradient = losses_results(reduced, [logits], [y])
+            assert value == 0 and (gradient == 0).all()
 
     @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
     def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
         """p rounds to 1 from a logit gap of 37 (float64), 17 (float32)."""
+        softmax = functools.partial(losses.focal_loss, gamma=gamma)
+        sigmoid = functools.partial(losses.binary_focal_loss, gamma=gamma)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            for gap in (0.0, 5.0, 17.0, 40.0, 1e3, 1e4):
-                z = torch.tensor([[gap, 0.0], [0.0, gap], [gap, 0.0]], dtype=dtype)
-                y = torch.tensor([0, 1, 1])
-                two = losses_results(functools.partial(losses.focal_loss, gamma=gamma), [z], y)
-                binary = functools.partial(losses.binary_focal_loss, gamma=gamma)
-                one = losses_results(binary, [z[:, 1] - z[:, 0]], y)
-                assert all(result.isfinite().all() for result in (*two, *one)), (dtype, gap)
-        z = torch.tensor([[30.0, 0.0]]).double()  # and digits: 1 - p in float32 would be 0
-        expected = math.exp(-30 * gamma) * F.cross_entropy(z, torch.tensor([0]))
-        assert losses.focal_loss(z, torch.tensor([0]), gamma) / expected == pytest.approx(1, abs=1e-6)
+            z, y = torch.zeros(12, 2, dtype=dtype), torch.arange(12) % 2
+            z[:, 0] = torch.tensor([0, 5, 17, 40, 1e3, 1e4]).repeat_interleave(2)
+            for loss, x in ((softmax, z), (sigmoid, z[:, 0])):
+                assert all(result.isfinite().all() for result in losses_results(loss, [x], [y]))
+        z, y = torch.tensor([[30.0, 0.0]]).double(), torch.tensor([0])
+        expected = math.exp(-30 * gamma) * F.cross_entropy(z, y)
+        assert softmax(z, y) / expected == pytest.approx(1, abs=1e-6)
 
-    def test_batch_without_pairs_or_triplets_is_0(self):
-        z = torch.randn(4, 3)
-        for name, loss in LOSSES_ON_LABELS.items():
-            for y in (torch.arange(4), torch.zeros(4).long()):
-                if "supcon" not in name or y[3]:  # one class: every anchor has positives
-                    value, gradient = losses_results(loss, [z], y)
-                    assert value == 0 and (gradient == 0).all(), name
-            assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
-        semihard = functools.partial(losses.batch_hard_triplet_loss, mining="semihard")
-        value, gradient = losses_results(semihard, [torch.zeros(6, 3)], torch.arange(6) % 2)
-        assert value == 0 and (gradient == 0).all()  # among ties no negative is farther
+    @pytest.mark.parametrize("name", LOSSES_ON_LABELS)
+    def test_batch_without_pairs_or_triplets_is_0(self, name):
+        loss, z, zeros = LOSSES[name][0], torch.randn(4, 3), torch.zeros(4).long()
+        cases = [(z, torch.arange(4))]
+        if "supcon" not in name:  # where every anchor has positives
+            cases.append((z, zeros))
+        if "semihard" in name:  # among ties no negative is farther
+            cases.append((0 * z, torch.arange(4) % 2))
+        for inputs, y in cases:
+            value, gradient = losses_results(loss, [inputs], [y])
+            assert value == 0 and (gradient == 0).all()
+        assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
 
     def test_batch_hard_triplet_loss_of_near_duplicates(self):
-        """Beyond 25 rows cdist goes by matrix products, which lose distances of 1e-4 at 100."""
-        z = 100 + 1e-4 * torch.randn(60, 8)
-        y = torch.arange(60) % 3
+        """Beyond 25 rows cdist goes by matrix products, which lose such distances."""
+        z, y = 100 + 1e-4 * torch.randn(60, 8), torch.arange(60) % 3
         for mining in ("hard", "semihard", "all"):
-            actual = losses.batch_hard_triplet_loss(z, y, 0.0, mining)
-            expected = losses.batch_hard_triplet_loss(z.double(), y, 0.0, mining)
-            assert actual.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-9)
+            loss = functools.partial(losses.batch_hard_triplet_loss, margin=0.0, mining=mining)
+            assert loss(z, y).item() == pytest.approx(loss(z.double(), y).item(), rel=1e-3, abs=1e-9)
 
     def test_has_collapsed_where_the_loss_is_the_margin(self):
         point, y = torch.randn(1, 5).expand(8, 5), torch.arange(8) % 2
         assert losses.has_collapsed(point) and losses.has_collapsed(torch.zeros(2, 2).bfloat16())
-        for mining in ("hard", "all"):
-            for margin, stands_at in ((0.2, 0.2), ("soft", 0.6931472)):
-                loss = losses.batch_hard_triplet_loss(point, y, margin, mining)
-                assert loss.item() == pytest.approx(stands_at, abs=1e-6)
+        for mining, margin in itertools.product(("hard", "all"), (0.2, "soft")):
+            loss = losses.batch_hard_triplet_loss(point, y, margin, mining).item()
+            assert loss == pytest.approx(0.6931472 if margin == "soft" else 0.2, abs=1e-6)
         spread = torch.randn(8, 5)
         spread = spread / torch.pdist(spread).mean()
-        assert losses.has_collapsed(0.009 * spread) and not losses.has_collapsed(0.011 * spread)
-        assert losses.has_collapsed(0.4 * spread, 0.5) and not losses.has_collapsed(0.6 * spread, 0.5)
+        for threshold, given in ((0.01, ()), (0.5, (0.5,))):
+            assert losses.has_collapsed(0.9 * threshold * spread, *given)
+            assert not losses.has_collapsed(1.1 * threshold * spread, *given)
 
     def test_ordinal_loss_far_mistakes_cost_more(self):
-        wrong, zeros = 5.0 * torch.eye(5, dtype=torch.float64), torch.zeros(5).long()
+        wrong, zeros = 5.0 * torch.eye(5).double(), torch.zeros(5).long()
         costs = losses.ordinal_loss(wrong, zeros, reduction="none")
-        _, gradient = losses_results(losses.ordinal_loss, [wrong], zeros)
+        _, gradient = losses_results(losses.ordinal_loss, [wrong], [zeros])
         assert (costs.diff() > 0.5).all() and (gradient[:, 0].diff() < 0).all()
         for k in (2, 5, 50):  # at the start it costs about the same whatever K
             assert 0.5 < losses.ordinal_loss(torch.zeros(k, k), torch.arange(k)) < 0.7
-        # a proper score: the expected cost under a truth q is least where the softmax is q
+        # a proper score: under a truth q the least expected cost is at q
         q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
         z = q.log().requires_grad_()
         expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
         assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
 
-    @pytest.mark.parametrize(
-        ("bug", "claim"),
-        [
-            (lambda z, y: losses.ordinal_loss(z, y), None),
-            (lambda z, y: F.cross_entropy(z, y), "limit"),
-            (lambda z, y: losses.ordinal_loss(z, y) - 5, "never negative"),
-            (lambda z, y: losses.ordinal_loss(z, y) + 0.1, "0 at best"),
-            (lambda z, y: losses.ordinal_loss(z, 4 - y), "downhill"),
-            (lambda z, y: losses.ordinal_loss(z, y) * losses.ordinal_loss(z, y).detach(), "gradcheck"),
-            (lambda z, y: 2 * losses.ordinal_loss(z, y).detach() - losses.ordinal_loss(z, y), "small step"),
-            (lambda z, y: 20 * losses.ordinal_loss(z, y), "scale"),
-            (lambda z, y: 0.01 * losses.ordinal_loss(z, y), "scale"),
-            (lambda z, y: losses_ordinal(z.float(), y), "float32"),
-            (lambda z, y: losses_ordinal(z, y), "float16"),
-        ],
-    )
-    def test_check_loss_refutes(self, bug, claim):
-        """Each planted bug fails its claim; the loss itself passes all."""
+    def test_check_loss_refutes(self):
+        """Each planted bug fails its claims, and no other; the loss itself passes all."""
         y = torch.arange(5).repeat(4)
         best = 50.0 * F.one_hot(y, 5)
-        limits = {"as ordinal_loss": (lambda z: losses.ordinal_loss(z, y), lambda z: bug(z, y), best / 30)}
-        holds = losses.check_loss(lambda z: bug(z, y), 0 * best, best, limits)
-        failed = [name for name, held in holds.items() if not held]
-        assert any(claim in name for name in failed) if claim else not failed, failed
-        assert len(holds) == 11 and all(type(held) is bool for held in holds.values())
+        loss = functools.partial(losses.ordinal_loss, targets=y)
+        start = loss(0 * best)
+        for bug, expected in (
+            (loss, []),
+            (lambda z: loss(z) - 5, ["negative", "0 at best", "scale"]),
+            (lambda z: 8 * loss(z) + 0.007, ["0 at best"]),
+            (lambda z: 8 * loss(z) + 0.002, []),
+            (lambda z: losses.ordinal_loss(z, 4 - y), ["0 at best", "downhill"]),
+            (lambda z: loss(z) * loss(z).detach(), ["gradcheck"]),
+            (lambda z: 2 * loss(z).detach() - loss(z), ["small step", "downhill", "gradcheck"]),
+            (lambda z: 1e4 * loss(z), ["scale"]),
+            (lambda z: 10.5 / start * loss(z), ["scale"]),
+            (lambda z: 0.15 / start * loss(z), []),
+            (lambda z: 0.08 / start * loss(z), ["scale"]),
+            (lambda z: losses_ordinal(z, y), ["float64", "float32", "float16", "bfloat16"]),
+        ):
+            holds = losses.check_loss(bug, 0 * best, best)
+            failed = [claim for claim, held in holds.items() if not held]
+            words = zip(failed, expected, strict=True)
+            assert all(word in claim for claim, word in words), failed
+        cross_entropy = functools.partial(F.cross_entropy, target=y)
+        limits = {"same": (loss, loss, best / 30), "other": (loss, cross_entropy, best / 30)}
+        holds = losses.check_loss(loss, 0 * best, best, limits)
+        assert [claim for claim in holds if not holds[claim]] == ["limit: other"]
+        assert "limit: same" in holds and all(type(held) is bool for held in holds.values())
 
     def test_check_loss_takes_embedding_losses(self):
         y = torch.arange(12) % 3
@@ -2648,49 +2157,93 @@ class TestLosses:
     # Refusals
 
     def test_losses_refuse_what_would_be_silently_wrong(self):
-        for i, (call, words) in enumerate([*losses_refused(), *losses_refused_by_weighting()]):
-            with pytest.raises(ValueError) as error:
-                call()
-            assert all(word in str(error.value) for word in words), (i, words, str(error.value))
+        z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+        bits, one, nan, inf = y.clamp(max=1), z[:1], math.nan, math.inf
+        smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
+        focal, binary = losses.focal_loss, losses.binary_focal_loss
+        contrastive, triplet = losses.contrastive_loss, losses.triplet_loss
+        supcon, refuse = losses.supervised_contrastive_loss, losses_refuse
+        for loss in (smoothing, focal, losses.ordinal_loss):
+            for bad in (3, -1):
+                refuse("targets", bad, loss, z, torch.tensor([0, 1, 2, 0, 1, bad]))
+            refuse("targets", (5,), loss, z, y[:5])
+            for dtype in (torch.float32, torch.bool, torch.complex64):
+                refuse("targets", dtype, loss, z, y.to(dtype))
+            refuse("reduction", "avg", loss, z, y, reduction="avg")
+        for bad in (-0.1, 1.0, nan):
+            refuse("smoothing", bad, smoothing, z, y, bad)
+        for bad in ([1, 1], [[1], [1], [1]], 0.5, [1, -1, 1], [1, inf, 1]):
+            refuse("weight", 3, smoothing, z, y, weight=bad)
+            refuse("alpha", 3, focal, z, y, alpha=bad)
+        refuse("logits", 1, losses.ordinal_loss, z[:, :1], y * 0)
+        for bad in (-1.0, nan, inf, "hard"):
+            refuse("gamma", bad, focal, z, y, bad)
+            refuse("gamma", bad, binary, z[:, 0], bits, bad)
+            refuse("margin", bad, contrastive, z, z, bits, bad)
+            refuse("margin", bad, triplet, z, z, z, bad)
+            refuse("margin", bad, mined, z, y, bad)
+            refuse("alpha", bad, losses.GradNorm, 2, bad)
+        for bad in (-0.1, 1.1, nan):
+            refuse("alpha", bad, binary, z[:, 0], bits, 2.0, bad)
+            refuse("beta", bad, losses.class_balanced_weights, [1, 1], bad)
+        refuse("targets", 2, binary, z[:, 0], y)
+        refuse("targets", 0.5, binary, z[:, 0], bits * 0.5)
+        refuse("targets", (6,), binary, z[:, :1], bits)
+        for bad in (0.0, -1.0, nan, inf):
+            refuse("temperature", bad, losses.info_nce_loss, z, z, bad)
+        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
+            refuse("z1, z2", tuple(pair[1].shape), losses.nt_xent_loss, *pair)
+            refuse("query, keys", tuple(pair[1].shape), losses.info_nce_loss, *pair)
+        for loss in (supcon, mined):
+            refuse("labels", (1,), loss, z, y[:1])
+            refuse("labels", torch.float32, loss, z, y.float())
+            refuse("z", (1, 6, 3), loss, z[None], y)
+            refuse("z", (1, 3), loss, one, y[:1])
+        assert contrastive(one, one, bits[:1]) == 0.5 and triplet(one, one, one) == 1
+        refuse("negative", (1, 3), triplet, z, z, one)
+        refuse("anchor", (0, 3), triplet, z[:0], z[:0], z[:0])
+        refuse("x1", (0, 3), contrastive, z[:0], z[:0], bits[:0])
+        refuse("same", 2, contrastive, z, z, y)
+        refuse("same", (6, 1), contrastive, z, z, bits[:, None])
+        refuse("mining", "easy", mined, z, y, mining="easy")
+        refuse("z", (1, 3), losses.has_collapsed, one)
+        w = torch.ones(3, requires_grad=True)
+        for bad in ([3, 0], [], [[2, 2]], 3):
+            refuse("counts", bad, losses.class_balanced_weights, torch.tensor(bad))
+        for n in (3, 1):
+            refuse("losses", (n,), losses.UncertaintyWeighting(2), w[:n])
+            refuse("losses", (n,), losses.GradNorm(2), w[:n], w)
+        refuse("losses", 0, losses.GradNorm(3), w * 0, w)
+        refuse("name", "lion", losses.make_optimizers, "lion", [w], [], 0.1, 0.1)
+        refuse("n_seeds", 1, losses.main, losses.Settings(n_seeds=1))
 
     # Weighting
 
     def test_class_balanced_weights_by_hand(self):
-        counts = torch.tensor([1000, 50, 1], dtype=torch.float64)
-        for beta in (0.0, 0.9, 0.999, 1 - 1e-9):
-            effective = [sum(beta**j for j in range(int(n))) for n in counts]  # the geometric series
-            shares = torch.tensor([1 / e for e in effective], dtype=torch.float64)
+        counts = torch.tensor([1000, 50, 1]).double()
+        for beta in (0.0, 0.9, 0.999, 1 - 1e-9, 1.0):
+            effective = [sum(beta**j for j in range(int(n))) for n in counts]
+            shares = 1 / torch.tensor(effective, dtype=torch.float64)
             expected = 3 * shares / shares.sum()
-            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10, f"beta {beta}")
-        inverse = 3 / counts / (1 / counts).sum()
-        check_close(losses.class_balanced_weights(counts, 1.0), inverse, 1e-12)
+            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10)
         for given in ([1000, 50, 1], counts.to(torch.uint16)):
-            check_close(losses.class_balanced_weights(given, 1.0), inverse.float(), 1e-6)
-        assert torch.equal(losses.class_balanced_weights(torch.tensor([7, 7]), 0.5), torch.ones(2))
+            check_close(losses.class_balanced_weights(given, 1.0), expected.float(), 1e-6)
+        assert losses.class_balanced_weights(torch.tensor([7, 7]), 0.5).tolist() == [1, 1]
 
     def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
-        """L1 = x^2 + 1, L2 = 100 ((x - 1)^2 + 1): s_i = log L_i, and sum L_i' / L_i = 0 puts x half-way."""
-        x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        """At s_i = log L_i the gradient is 0, and every task pulls with weight 1 / (2 L_i)."""
         weighting = losses.UncertaintyWeighting(2).double()
-        assert weighting(torch.tensor([3.0, 0.5])) == 1.75  # s = 0: half the sum
-        parameters = [x, *weighting.parameters()]
-        optimizer = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            total = weighting(torch.cat((x**2 + 1, 100 * ((x - 1) ** 2 + 1))))
-            total.backward()
-            return total
-
-        optimizer.step(closure)
-        check_close(x.detach(), torch.tensor([0.5]).double(), 1e-4)
-        check_close(weighting.log_variances.detach(), torch.tensor([1.25, 125.0]).double().log(), 1e-4)
-        by_hand = (1 + math.log(1.25) + 1 + math.log(125)) / 2
-        assert closure().item() == pytest.approx(by_hand, abs=1e-6)
+        tasks = torch.tensor([1.25, 125.0], dtype=torch.float64, requires_grad=True)
+        assert weighting(tasks) == 126.25 / 2  # s = 0: half the sum
+        weighting.log_variances.data = tasks.detach().log()
+        total = weighting(tasks)
+        of_s, of_tasks = torch.autograd.grad(total, (weighting.log_variances, tasks))
+        assert total.item() == pytest.approx((1 + math.log(1.25) + 1 + math.log(125)) / 2)
+        check_close(of_s, torch.zeros(2).double(), 1e-12)
+        check_close(of_tasks, 0.5 / tasks.detach(), 1e-12)
 
     def test_gradnorm_by_hand(self):
-        """Two linear tasks with gradient norms 3 and 4 on the shared weights: d w_i / d s_j is
-        w_i (delta_ij - w_j / 2)."""
+        """Linear tasks with gradient norms 3 and 4: d w_i / d s_j = w_i (delta_ij - w_j / 2)."""
         gradnorm = losses.GradNorm(2).double()
         w = torch.ones(2, dtype=torch.float64, requires_grad=True)
         tasks = torch.stack((3 * w[0], 4 * w[1]))
@@ -2699,19 +2252,18 @@ class TestLosses:
         def check(tasks, of_weights, total, alpha=1.5):
             gradnorm.alpha = alpha
             value = gradnorm(tasks, w)
-            gradients = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
+            of_w, of_s = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
             assert value.item() == pytest.approx(total)
-            model = gradnorm.weights().detach() * torch.tensor([3.0, 4.0]).double()
-            check_close(gradients[0], model, 1e-12)
-            check_close(gradients[1], torch.tensor([of_weights, -of_weights]).double(), 1e-12)
+            expected = gradnorm.weights() * torch.tensor([3, 4])
+            assert of_w.tolist() == pytest.approx(expected.tolist())
+            assert of_s.tolist() == pytest.approx([of_weights, -of_weights])
 
         assert gradnorm.alpha == 1.5
         check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
         check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
         check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
-        with torch.no_grad():
-            gradnorm.log_weights.copy_(torch.tensor([3.0, 1.0]).double().log())  # weights 1.5, 0.5
-        check(half_way, 2.625, 1.5 * 1.5 + 0.5 * 4, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
+        gradnorm.log_weights.data = torch.tensor([3.0, 1.0]).double().log()  # weights 1.5, 0.5
+        check(half_way, 2.625, 4.25, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
         with torch.no_grad():  # a validation's losses: the weighted sum alone
             assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
 
@@ -2728,71 +2280,70 @@ class TestLosses:
             copied(3 * w, w)
             assert torch.equal(copied.first_losses, torch.full((n,), 2.0))
         a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, on a alone 3 and 10, on b alone 4 and 0
-        for shared in ([a, b], (b, a), iter([a, b])):
+        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, of a alone 3 and 10
+        for shared in ([a, b], iter([b, a])):
             gradnorm = losses.GradNorm(2).double()
             total = gradnorm(tasks, shared)
             gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
-            check_close(gradient, torch.tensor([-7.5, 7.5]).double(), 1e-12)  # -5 / 2 - 10 / 2
+            assert gradient.tolist() == pytest.approx([-7.5, 7.5])  # -5 / 2 - 10 / 2
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
-        model = losses_gather_model()
-        z1, z2 = (losses.gather_batch(model(x)) for x in losses_gather_batch())  # one process: as it is
-        loss = losses.nt_xent_loss(z1, z2)
-        loss.backward()
-        for rank in range(2):
-            result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-            check_close(result["loss"], loss.detach(), 1e-12)
-            for actual, p in zip(result["gradients"], model.parameters(), strict=True):
-                check_close(actual, p.grad, 1e-12)
-            assert result["labels"].tolist() == [0, 7, 0, 1, 7, -1] and "2 to 3" in result["message"]
-            assert torch.equal(result["sum"], 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+        model, batch = losses_gather_inputs()
+        expected = losses.nt_xent_loss(*(losses.gather_batch(model(x)) for x in batch))
+        expected.backward()
+        ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        for rank, (loss, labels, summed, _) in enumerate(ranks):
+            check_close(loss, expected.detach(), 1e-12)
+            assert labels.tolist() == [0, 7, 0, 1, 7, -1]
+            assert torch.equal(summed, 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
+        for p, *gradients in zip(model.parameters(), ranks[0][3], ranks[1][3], strict=True):
+            check_close(sum(gradients) / 2, p.grad, 1e-12)
 
     # Optimization strategies
 
     def test_parameter_groups_decay_matrices_alone(self):
-        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3))
+        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2))
         model = nn.Sequential(*layers)
         model[1].weight.requires_grad_(False)
         decayed, free = losses.parameter_groups(model.parameters(), 0.1)
         assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
         assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
-        assert sorted(len(p) for p in free["params"]) == [3, 3, 3, 4, 4, 4]
+        assert [len(p) for p in free["params"]] == [4, 4, 4, 3]
 
-    @pytest.mark.parametrize(
-        ("name", "expected"), [("adamw", 1.98), ("muon", 1.98), ("adam", 1.9), ("sgd", 1.98)]
-    )
-    def test_make_optimizers_decay(self, name, expected):
-        """Gradient 0: AdamW and Muon shrink a matrix by lr * decay; Adam and SGD step along decay * w."""
-        hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in ((3, 3), (2, 3), (3,)))
+    @pytest.mark.parametrize("name", ["adamw", "muon", "adam", "sgd"])
+    def test_make_optimizers_decay(self, name):
+        """Gradient 0: AdamW, Muon shrink by lr * decay; Adam, SGD step along decay * w."""
+        shapes = ((3, 3), (2, 3), (3,))
+        hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in shapes)
         optimizers = losses.make_optimizers(name, iter([hidden]), iter([head, bias]), 0.1, 0.1)
         for p in (hidden, head, bias):
             p.grad = torch.zeros_like(p)
         for optimizer in optimizers:
             optimizer.step()
-        check_close(hidden.detach(), torch.full((3, 3), expected), 1e-4)
-        check_close(head.detach(), torch.full((2, 3), expected), 1e-4)
-        assert torch.equal(bias.detach(), torch.full((3,), 2.0))
-        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
-        assert kinds == [name, "adamw"][: len(kinds)] and (len(kinds) == 2) == (name == "muon")
+        expected = 1.9 if name == "adam" else 1.98
+        for p, left in ((hidden, expected), (head, expected), (bias, 2.0)):
+            check_close(p.detach(), torch.full_like(p, left), 1e-4)
+        kinds = [type(optimizer).__name__ for optimizer in optimizers]
+        first = optimizers[0].param_groups[0]
         if name == "muon":
-            assert [len(group["params"]) for group in optimizers[0].param_groups] == [1]
-            assert optimizers[0].param_groups[0]["adjust_lr_fn"] == "match_rms_adamw"
-        assert optimizers[0].param_groups[0].get("momentum", 0.9) == (0.95 if name == "muon" else 0.9)
+            assert kinds == ["Muon", "AdamW"] and len(first["params"]) == 1
+            assert first["adjust_lr_fn"] == "match_rms_adamw"
+        else:
+            assert [kind.lower() for kind in kinds] == [name]
+            assert first.get("momentum", 0.9) == 0.9
 
     def test_warmup_cosine_by_hand(self):
-        factors = [losses.warmup_cosine(step, 4, 12) for step in range(14)]
-        falling = [(1 + math.cos(math.pi * part / 8)) / 2 for part in range(8)]
-        assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, *falling, 0.0, 0.0], abs=1e-12)
-        assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]  # cut to the run
+        factors = [losses.warmup_cosine(step, 2, 5) for step in range(7)]
+        assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.25, 0, 0])
+        assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]
 
     # The demo
 
     def test_calibration_error_and_best_temperature_by_hand(self):
         p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
         y = torch.tensor([0, 1, 1, 1, 0])
-        # of 15 bins: 0.95 and 1.0 share the last, 0.91 is in the one before, 0.6 and 0.62 share another
+        # of 15 bins: 0.95 and 1.0 share the last, 0.6 and 0.62 another
         expected = 0.4 * 0.11 + 0.4 * (1 - 0.975) + 0.2 * 0.91
         assert losses.calibration_error(p, y) == pytest.approx(expected, abs=1e-6)
         truth = torch.randn(20_000, 4)
@@ -2804,82 +2355,56 @@ class TestLosses:
         for data in sets:
             assert [len(data[part][1]) for part in ("train", "dev", "test")] == [957, 240, 600]
             assert len(torch.cat([x for x, _ in data.values()]).unique(dim=0)) == 1797
-            assert torch.equal(data["test"][0], sets[0]["test"][0])  # no seed trains on another's test
+            assert torch.equal(data["test"][0], sets[0]["test"][0])  # one for all seeds
         assert not torch.equal(sets[0]["train"][1], sets[1]["train"][1])
 
     def test_judge_by_hand(self):
-        """Paired: a constant difference in noisy rows is found; noise is not. Less is better for some."""
-        base = [0.5, 0.9, 0.1, 0.7, 0.3]
-        up = [0.61, 1.0, 0.2, 0.79, 0.4]
-        noise = [0.6, 0.8, 0.2, 0.6, 0.4]
-        rows = {
-            name: {"values": {"accuracy": values, "NLL": values}}
-            for name, values in (("base", base), ("up", up), ("noise", noise))
-        }
+        """A constant difference of noisy rows is found, noise is not."""
+        values = {"base": [0.5, 0.9, 0.1, 0.7, 0.3], "up": [0.61, 1.0, 0.2, 0.79, 0.4]}
+        values["noise"] = [0.6, 0.8, 0.2, 0.6, 0.4]
+        rows = {name: {"values": {"accuracy": row, "NLL": row}} for name, row in values.items()}
         sentence = losses.judge(rows)
+        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
         mean, error, verdict = rows["up"]["difference"]["accuracy"]
         assert mean == pytest.approx(0.1) and verdict == "better"
-        assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / math.sqrt(5))
-        assert rows["up"]["difference"]["NLL"][2] == "worse" and rows["noise"]["difference"]["NLL"][2] == ""
-        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
-        del rows["up"]
-        assert "beyond chance" in losses.judge(rows)
+        assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / 5**0.5)
+        assert rows["up"]["difference"]["NLL"][2] == "worse"
 
     def test_tune_takes_the_rate_that_is_best_on_dev(self):
-        """On average, though not for seed 1; the test counts for nothing; an edge is told."""
+        """On average, not for seed 1. The test counts for nothing; an edge is told."""
+        s = losses.Settings(n_seeds=2)
         dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
 
-        def evaluate(model, k, part):
-            lr = model
-            return {"score": dev[lr][k] if part == "dev" else 10 * lr, "other": -dev[lr][k]}
+        def evaluate(lr, k, part):
+            score = dev[lr][k] if part == "dev" else 10 * lr
+            return {"score": score, "other": -dev[lr][k]}
 
-        s = losses.Settings(n_seeds=2)
-        models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, (0.1, 0.2, 0.3))
-        assert models == [0.2, 0.2] and row["rate"] == 0.2 and not row["at_edge"]
-        assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.3]["score"] == pytest.approx(0.55)
-        for rates, best in (((0.2, 0.3), 0.2), ((0.1, 0.2), 0.2)):
-            _, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
-            assert row["rate"] == best and row["at_edge"]
-
-    def test_train_options_do_something(self):
-        """Same seed, same weights; each option gives others; the batches don't depend on the sizes."""
-        s = losses.Settings(n_seeds=1, steps=12)
-        sets = losses.digits(s, 200, 50)
-        runs = {"plain": {}, "cosine": {"cosine": True}, "sgd": {"optimizer": "sgd"}}
-        weights, seen = {}, []
-
-        def loss_of(z, y):
-            seen.append(y)
-            return F.cross_entropy(z, y)
-
-        for label, options in (runs | {"again": {}}).items():
-            model = losses.train(0.01, 0, sets, (64, 16, 16, 10), loss_of, s, **options)
-            weights[label] = torch.cat([p.detach().flatten() for p in model.parameters()])
-        assert torch.equal(weights.pop("again"), weights["plain"])
-        for one, other in itertools.combinations(weights, 2):
-            assert not torch.allclose(weights[one], weights[other]), (one, other)
-        losses.train(0.01, 0, sets, (64, 10), loss_of, s)
-        assert torch.equal(torch.stack(seen[-12:]), torch.stack(seen[:12]))
+        for rates in ((0.1, 0.2, 0.3), (0.2, 0.3), (0.1, 0.2)):
+            models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
+            assert models == [0.2, 0.2] and row["rate"] == 0.2
+            assert row["at_edge"] == (len(rates) == 2)
+            assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.2]["score"] == 0.65
 
     @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
     def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
-        """Test labels turned to nonsense change no rate and no dev score, but the values."""
+        """Nonsense as test labels changes the values alone."""
         digits, s = losses.digits, losses.Settings(n_seeds=2, steps=4)
         demo = getattr(losses, f"demo_{name}")
         honest = demo(s)
+        found = {str(row["dev"]) for row in honest.values()}
+        assert name != "optimizers" or len(found) == 8  # schedules do something
 
         def with_nonsense(*arguments):
             return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
 
         monkeypatch.setattr(losses, "digits", with_nonsense)
-        other = demo(s)
-        for row, values in honest.items():
-            assert other[row]["rate"] == values["rate"] and other[row]["dev"] == values["dev"]
-            assert other[row]["values"] != values["values"]
+        for name, row in demo(s).items():
+            assert row["rate"] == honest[name]["rate"] and row["dev"] == honest[name]["dev"]
+            assert row["values"] != honest[name]["values"]
 
     def test_demo_script(self, tmp_path):
-        result = run_script("losses.py", "--steps", "2", "--n-seeds", "2", "--out", "here", cwd=tmp_path,
-                            PYTHONIOENCODING="ascii")  # fmt: skip
+        flags = "--steps 2 --n-seeds 2 --out here".split()
+        result = run_script("losses.py", *flags, cwd=tmp_path, PYTHONIOENCODING="ascii")
         summary = last_json(result)
         assert len(result.stdout.strip().splitlines()[-1]) < 300
         report = json_of(tmp_path / summary["report"])
@@ -2887,15 +2412,13 @@ class TestLosses:
         assert all(report["checklist"].values()) and len(report["checklist"]) == 11
         edges = 0
         for title, rows in report["tables"].items():
-            assert title in result.stdout and report["conclusions"][title] in result.stdout
+            assert report["conclusions"][title] in result.stdout
             for name, row in rows.items():
                 assert name in result.stdout
-                assert all(len(v) == 2 and math.isfinite(sum(v)) for v in row["values"].values())
+                assert all(math.isfinite(sum(values)) for values in row["values"].values())
                 edges += row["at_edge"]
         assert summary["rates_on_an_edge"] == edges and report["settings"]["n_seeds"] == 2
         assert (tmp_path / "here" / "losses.png").read_bytes()[:4] == b"\x89PNG"
-        for key in ("seconds", "torch", "threads", "cpu"):
-            assert report[key]
 
 
 # -----------------------------------------------------------------------------
@@ -4077,14 +3600,22 @@ EXPORT_FORMATS = {
     "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
     "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
 }
+EXPORT_EVERY_WAY = pytest.mark.parametrize(
+    "name",
+    EXPORT_FORMATS,
+    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
+)
 
 
-def export_tokens(b: int, t: int, vocab_size: int = 50) -> Tensor:
-    """Ids with a tail of padding alone, and (in a batch) a row of nothing but padding."""
-    tokens = torch.randint(1, vocab_size, (b, t))
+def exported(name: str, model: nn.Module, example, folder: Path):
+    return export.load_artefact(EXPORT_FORMATS[name](model, example, folder))
+
+
+def export_tokens(b: int, t: int) -> Tensor:
+    """Ids below 50 with a tail of padding, and (in a batch) a row of nothing but padding."""
+    tokens = torch.randint(1, 50, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
-    if b > 1:
-        tokens[1] = 0
+    tokens[1:2] = 0
     return tokens
 
 
@@ -4097,13 +3628,18 @@ def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
         check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-def export_graph(path: Path):
-    """(kinds of operators, name -> weights) of an ONNX file."""
+def export_graph(path: Path) -> tuple[collections.Counter, dict[str, np.ndarray]]:
+    """Kinds of operators and name -> weights of an ONNX file."""
     import onnx
 
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
     return collections.Counter(node.op_type for node in graph.node), weights
+
+
+def int8_matrices(path: Path) -> dict[str, np.ndarray]:
+    weights = export_graph(path)[1]
+    return {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
 
 
 def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
@@ -4113,6 +3649,18 @@ def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
         linear = model.get_submodule(name)
         linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
     return model
+
+
+def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
+    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
+    expected = torch.zeros(n)
+    for x, label in examples:
+        with torch.enable_grad():
+            gate = torch.ones(n, requires_grad=True)
+            spread = gate.repeat_interleave(model.get_submodule(linear).in_features // n)
+            loss = F.cross_entropy(export_gated(model.eval(), {linear: spread})(x[None]), label[None])
+        expected += torch.autograd.grad(loss, gate)[0].abs() / len(examples)
+    return expected
 
 
 class ExportModule(nn.Module):
@@ -4129,42 +3677,41 @@ class ExportModule(nn.Module):
 
 def export_torch_module(name: str) -> nn.Module:
     """torch's own modules as people use them, of tokens (B, T)."""
-    embedding, head = nn.Embedding(50, 16), nn.Linear(16, 2)
-    if name == "bag":
-        return ExportModule(lambda m, x: m.head(m.bag(x)), bag=nn.EmbeddingBag(50, 16), head=head)
-    if name == "lstm":
-        lstm = nn.LSTM(16, 16, batch_first=True)
-        parts = {"embedding": embedding, "lstm": lstm, "head": head}
-        return ExportModule(lambda m, x: m.head(m.lstm(m.embedding(x))[0][:, -1]), **parts)
-    if name == "attention":
-        inner = nn.MultiheadAttention(16, 2, batch_first=True)
-    else:
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        inner = nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+    parts = {"embedding": nn.Embedding(50, 16), "head": nn.Linear(16, 2)}
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    parts["inner"] = {
+        "bag": nn.EmbeddingBag(50, 16),
+        "lstm": nn.LSTM(16, 16, batch_first=True),
+        "attention": nn.MultiheadAttention(16, 2, batch_first=True),
+    }.get(name) or nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
 
     def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
+        if name == "bag":
+            return m.head(m.inner(tokens))
         x = m.embedding(tokens)
+        if name == "lstm":
+            return m.head(m.inner(x)[0][:, -1])
         padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
         if name == "attention":
             x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
             x = m.inner(x, src_key_padding_mask=padding)
-        if "all places" in name:
-            return m.head(x.mean(1))
-        return m.head((x * ~padding[:, :, None]).sum(1) / (~padding).sum(1, keepdim=True))
+        if "all places" not in name:
+            x = x.masked_fill(padding[:, :, None], 0.0)
+        return m.head(x.mean(1))
 
-    return ExportModule(forward, embedding=embedding, inner=inner, head=head)
+    return ExportModule(forward, **parts)
 
 
 class ExportAttention(nn.Module):
     """Has the convention's parts, and does something else between them."""
 
-    def __init__(self, change: str):
+    def __init__(self, change: str = ""):
         super().__init__()
         self.change = change
         self.n_heads = 2
-        self.qkv_proj = nn.Linear(8, 24)
-        self.out_proj = nn.Linear(8, 8)
+        self.qkv_proj = nn.Linear(8, 24, bias=False)
+        self.out_proj = nn.Linear(8, 8).requires_grad_(False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None):
         x = x * 1.5 if self.change == "scaled" else x
@@ -4173,8 +3720,32 @@ class ExportAttention(nn.Module):
         return (y, y) if self.change == "tuple" else y
 
 
+# Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
+EXPORT_FRESH = """
+import json, sys
+import numpy as np, onnxruntime, torch
+folder, sentences = sys.argv[1], sys.argv[2:]
+def session(name):
+    return onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
+metadata = session("original.int8").get_modelmeta().custom_metadata_map
+words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
+length = max(map(len, ids))
+tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
+names = "original", "original.int8", "original.e8", "original.static", "pruned.int8"
+answers = {name: session(name).run(None, {"tokens": tokens})[0] for name in names}
+tokens = torch.from_numpy(tokens)
+with torch.no_grad():
+    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
+    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
+    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
+print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
+"""
+
+
 class TestExport:
     PLACES = {"encoder": "encoder.layers", "own": "layers"}
+    BOTH = pytest.mark.parametrize("which", PLACES)
 
     @pytest.fixture(scope="class")
     def models(self) -> dict[str, nn.Module]:
@@ -4195,8 +3766,8 @@ class TestExport:
 
     # ---- formats
 
-    @pytest.mark.parametrize("name", EXPORT_FORMATS)
-    @pytest.mark.parametrize("which", ["encoder", "own"])
+    @EXPORT_EVERY_WAY
+    @BOTH
     def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
         model = models[which].train()
         before = torch.get_rng_state()
@@ -4209,50 +3780,49 @@ class TestExport:
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
-        """A query that may attend to nothing gets 0; masks broadcast, and are booleans or added."""
+        """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
         keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
         added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
+        ours, theirs = export.attention_for_onnx, F.scaled_dot_product_attention
         for mask in (None, keys, rows, added):
             for scale in (None, 0.7, -0.7):
-                y = export.attention_for_onnx(q, k, v, mask, scale=scale)
-                check_close(y, F.scaled_dot_product_attention(q, k, v, mask, scale=scale), tolerance)
-        shared = k[:, :2], v[:, :2, :, :3]
+                y = ours(q, k, v, mask, scale=scale)
+                check_close(y, theirs(q, k, v, mask, scale=scale), tolerance)
+        shared = q, k[:, :2], v[:, :2, :, :3]
         for rest in ((None, 0.0, True), (rows,)):
-            y = export.attention_for_onnx(q, *shared, *rest, enable_gqa=True)
-            check_close(y, F.scaled_dot_product_attention(q, *shared, *rest, enable_gqa=True), tolerance)
+            y = ours(*shared, *rest, enable_gqa=True)
+            check_close(y, theirs(*shared, *rest, enable_gqa=True), tolerance)
 
-    @pytest.mark.parametrize("kind", ["bool", "float"])
-    def test_export_onnx_attention_has_torchs_masks(self, kind, tmp_path):
+    def test_export_onnx_attention_has_torchs_masks(self, tmp_path):
         """In onnxruntime too, where a row may attend to nothing."""
-
-        def attend(m: nn.ModuleDict, x: Tensor, mask: Tensor) -> Tensor:
-            mask = mask[:, None, None, :]
-            mask = torch.where(mask, 0.5, -math.inf) if kind == "float" else mask
-            return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0]
-
-        model = ExportModule(attend)
-        example = torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5
-        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        attend = F.scaled_dot_product_attention
+        model = ExportModule(lambda _, x, mask: attend(x, x, x, mask[:, None, :]))
+        run = exported("onnx", model, (torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5), tmp_path)
         for b, t in ((1, 1), (2, 7), (5, 3)):
             x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
             check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
 
     TORCHS = [  # what the formats make of torch's own modules
-        ("attention", "onnx", "right"), ("attention", "program", "right"), ("encoder", "onnx", "right"),
-        ("encoder", "trace", "right"), ("encoder nested", "program", "right"), ("lstm", "trace", "right"),
-        ("bag", "onnx", "right"), ("bag", "program", "refused"), ("lstm", "program", "refused"),
-        ("encoder nested", "trace", "refused"), ("encoder nested, all places", "program", "refused"),
-    ]  # fmt: skip
+        ("attention", "onnx", "right"),
+        ("attention", "program", "right"),
+        ("encoder", "onnx", "right"),
+        ("encoder", "trace", "right"),
+        ("encoder nested", "program", "right"),
+        ("encoder nested", "trace", "refused"),
+        ("encoder nested, all places", "program", "refused"),
+        ("lstm", "trace", "right"),
+        ("lstm", "program", "refused"),
+        ("bag", "onnx", "right"),
+        ("bag", "program", "refused"),
+    ]
 
     @pytest.mark.parametrize("module,name,verdict", TORCHS)
     def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
         model = export_torch_module(module)
         if verdict == "right":
-            check_export(
-                export.load_artefact(EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)), model
-            )
+            check_export(exported(name, model, export_tokens(3, 9), tmp_path), model)
         else:
             with pytest.raises(ValueError, match="ExportModule"):
                 EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
@@ -4267,142 +3837,121 @@ class TestExport:
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        metadata = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in metadata.items()}
+        read = session.get_modelmeta().custom_metadata_map
+        read = {name: json.loads(value) for name, value in read.items()}
         assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
 
-    def test_exports_take_shapes_and_several_inputs(self, tmp_path):
-        """Lengths of their own, two or one; dynamic_shapes as torch.export takes them."""
+    def test_exports_take_two_lengths(self, tmp_path):
         model = transformer_tiny(dtype=torch.float32, n_layers=1)
         example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-        run = export.load_artefact(EXPORT_FORMATS["onnx"](model, example, tmp_path))
+        run = exported("onnx", model, example, tmp_path)
         for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src, tgt = torch.randint(3, 11, (batch, source)), torch.randint(3, 11, (batch, target))
+            src = torch.randint(3, 11, (batch, source))
+            tgt = torch.randint(3, 11, (batch, target))
             src[0, source // 2 + 1 :] = 0
             check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
+
+    def test_exports_take_dynamic_shapes(self, tmp_path):
         model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
         batch = torch.export.Dim("n", min=2, max=9)
-        x, y = torch.randn(3, 6), torch.randn(3)
         shapes = {"x": {0: batch}, "y": {0: batch}}
-        for write, suffix in ((export.export_program, "pt2"), (export.export_onnx, "onnx")):
-            run = export.load_artefact(write(model, [x, y], tmp_path / f"a.{suffix}", shapes))
-            check_close(run(torch.ones(9, 6), torch.ones(9)), model(torch.ones(9, 6), torch.ones(9)), 1e-6)
+        example, other = (torch.randn(3, 6), torch.randn(3)), (torch.randn(9, 6), torch.randn(9))
+        for write, suffix in ((export.export_onnx, "onnx"), (export.export_program, "pt2")):
+            run = export.load_artefact(write(model, example, tmp_path / f"a.{suffix}", shapes))
+            check_close(run(*other), model(*other), 1e-6)
         with pytest.raises(Exception, match="9"):
-            export.load_artefact(tmp_path / "a.pt2")(torch.ones(10, 6), torch.ones(10))
+            run(torch.ones(10, 6), torch.ones(10))
 
     def test_free_sizes_are_the_batch_and_lengths(self):
-        ids, auto = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 2, 2, dtype=torch.long)
+        ids = torch.zeros(3, 5, dtype=torch.long)
+        images = torch.zeros(3, 2, 2, dtype=torch.long)
         assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
-        inputs = ids, ids[:, :4] > 0, torch.zeros(3), torch.zeros(7), torch.zeros(3, 6), auto
-        assert export.free_sizes((*inputs, torch.zeros(3, 5, 6), torch.zeros(1, 5))) == (
-            {0: "batch", 1: "length"}, {0: "batch", 1: "length_1"}, {0: "batch"}, {}, {0: "batch"},
-            {0: "batch"}, {0: "batch", 1: "length_6"}, {},
-        )  # fmt: skip
+        for other, free in (
+            (ids[:, :4] > 0, {0: "batch", 1: "length_1"}),
+            (torch.zeros(3), {0: "batch"}),
+            (torch.zeros(7), {}),
+            (torch.zeros(1, 5), {}),
+            (torch.zeros(3, 6), {0: "batch"}),
+            (images, {0: "batch"}),
+            (torch.zeros(3, 5, 6), {0: "batch", 1: "length_1"}),
+        ):
+            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free), other.shape
 
     @pytest.mark.parametrize("name", ["trace", "onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
-        """Outputs of -inf, large ones, several; a row beside a batch, scalars, inputs with gradients."""
+        """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
-            run = export.load_artefact(EXPORT_FORMATS[name](several, inputs, tmp_path))
-            found = run(torch.ones(7, 3), inputs[1])
-            assert torch.equal(found[0], 1 + inputs[1].expand(7, 3)) and found[1].all() and len(found) == 2
+            total, positive = exported(name, several, inputs, tmp_path)(torch.ones(7, 3), inputs[1])
+            assert torch.equal(total, 1 + inputs[1].expand(7, 3)) and positive.all()
         large = nn.Linear(512, 300)
-        torch.nn.init.normal_(large.weight, 0, 1e7)
-        run = export.load_artefact(EXPORT_FORMATS[name](large, torch.randn(2, 512), tmp_path))
+        nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        check_close(run(x), large(x).detach(), 1e-5)
-
-    def test_exports_hold_what_they_promise_or_refuse(self, tmp_path):
-        """A trace that has frozen a size isn't written."""
-        ids = torch.ones(3, 5, dtype=torch.long)
-        for function, example in (
-            (lambda m, x: sum(x[:, i] for i in range(x.size(1))), ids),
-            (lambda m, x: x.reshape(3, 2) if len(x) == 3 else x[:, :1] * 5, torch.ones(3, 2)),
-        ):
-            for name in ("trace", "program"):
-                with pytest.raises(ValueError, match="ExportModule"):
-                    EXPORT_FORMATS[name](ExportModule(function), example, tmp_path)
-        assert not list(tmp_path.iterdir())
+        check_close(exported(name, large, x[:2], tmp_path)(x), large(x).detach(), 1e-5)
 
     def test_a_trace_freezes_a_branch(self, tmp_path):
         x = torch.tensor([[3.0, -1.0]])
-        assert export.Gate()(x).tolist() == [[6.0, -2.0]] and export.Gate()(-x).tolist() == [[3.0, -1.0]]
-        found = {}
-        for name in ("trace", "script"):
-            found[name] = export.load_artefact(EXPORT_FORMATS[name](export.Gate(), x, tmp_path))(-x)
-        assert torch.equal(found["trace"], -2 * x) and torch.equal(found["script"], x)
+        assert export.Gate()(x).tolist() == [[6.0, -2.0]]
+        assert exported("trace", export.Gate(), x, tmp_path)(-x).tolist() == [[-6.0, 2.0]]
+        assert exported("script", export.Gate(), x, tmp_path)(-x).tolist() == [[3.0, -1.0]]
         for name in ("program", "onnx"):
             with pytest.raises(ValueError, match="torch.export can't capture Gate"):
                 EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
 
     # ---- refusals
 
-    @pytest.mark.parametrize("existing", [b"", b"an earlier artefact"])
-    @pytest.mark.parametrize("name", EXPORT_FORMATS)
-    def test_exports_refuse_by_name_and_write_nothing(self, name, existing, tmp_path):
-        class Strange(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                with open("/dev/null", "rb") as file:
-                    return x * len(file.read(1)) if float(x.sum()) > 0 else "no tensor"
-
-        class Random(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                return x + torch.rand(3)
-
-        suffix = {"program": "program.pt2", "onnx": "model.onnx"}.get(name, f"{name}.ts")
-        path = tmp_path / suffix
-        for model in (Strange(), Random()):
-            path.write_bytes(existing)
-            with pytest.raises(ValueError, match=type(model).__name__) as raised:
-                EXPORT_FORMATS[name](model, torch.zeros(2, 3), tmp_path)
+    @EXPORT_EVERY_WAY
+    def test_exports_refuse_by_name_and_write_nothing(self, name, tmp_path):
+        """What isn't a tensor, changes with each call, or was frozen at a size of the example."""
+        path = EXPORT_FORMATS[name](nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
+        path.write_bytes(b"an earlier artefact")
+        for function in (
+            lambda _, x: x if float(x.sum()) > 0 else "no tensor",
+            lambda _, x: x + torch.rand(4),
+            lambda _, x: sum(x[:, i] for i in range(x.size(1))),
+            lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
+        ):
+            with pytest.raises(ValueError, match="ExportModule") as raised:
+                EXPORT_FORMATS[name](ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
             assert "\n" not in str(raised.value)
-            assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == existing
+            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"an earlier artefact"
 
     def test_exports_refuse_bad_arguments(self, tmp_path):
         linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        for write, words in (
-            (lambda p: export.export_torchscript(linear, x, p, "compile"), "method.*trace.*script.*compile"),
-            (lambda p: export.export_program(linear, (x, 3), p), "must be tensors.*'Tensor', 'int'"),
-            (
-                lambda p: export.export_program(linear, x[:, :2], p),
-                "Linear refuses its example_inputs.*shapes",
-            ),
-            (lambda p: export.export_onnx(linear, x[:1], p), "can't capture Linear.*specialized"),
+        path, missing = tmp_path / "m", tmp_path / "nowhere.onnx"
+        for words, function, *arguments in (
+            ("method.*trace.*script.*compile", export.export_torchscript, linear, x, path, "compile"),
+            ("must be tensors.*'Tensor', 'int'", export.export_program, linear, (x, 3), path),
+            ("Linear refuses.*shapes", export.export_program, linear, x[:, :2], path),
+            ("can't capture Linear.*specialized", export.export_onnx, linear, x[:1], path),
+            ("nowhere", export.quantize_dynamic, missing, path),
+            ("onnx, .pt2 or .ts, got model.pth", export.load_artefact, "model.pth"),
         ):
             with pytest.raises(ValueError, match=words):
-                write(tmp_path / "m")
+                function(*arguments)
         with pytest.raises(TypeError, match="JSON"):
-            export.export_onnx(linear, x, tmp_path / "m", metadata={"labels": {1, 2}})
+            export.export_onnx(linear, x, path, metadata={"labels": {1, 2}})
+        with pytest.raises(FileNotFoundError):
+            export.load_artefact(missing)
+        for write in (export.export_torchscript, export.export_program, export.export_onnx):
+            with pytest.raises(OSError, match="nowhere"):
+                write(linear, x, tmp_path / "nowhere/m")
         assert not list(tmp_path.iterdir())
 
-    def test_places_that_cannot_be_written(self, onnx_file, tmp_path):
-        (tmp_path / "file").write_text("")
-        model, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        for write in (export.export_torchscript, export.export_program, export.export_onnx):
-            with pytest.raises(OSError, match="file"):
-                write(model, x, tmp_path / "file/m")
-        with pytest.raises(ValueError, match="nowhere"):
-            export.quantize_dynamic(tmp_path / "nowhere.onnx", tmp_path / "m")
-        assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-    @pytest.mark.parametrize("suffix", [".onnx", ".pt2", ".ts"])
-    def test_load_artefact_refuses_what_is_damaged(self, suffix, tmp_path):
-        for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-            (tmp_path / f"a{suffix}").write_bytes(content)
-            with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-                export.load_artefact(tmp_path / f"a{suffix}")
-        with pytest.raises(FileNotFoundError):
-            export.load_artefact(tmp_path / f"b{suffix}")
-        with pytest.raises(ValueError, match="onnx, .pt2 or .ts, got model.pth"):
-            export.load_artefact("model.pth")
+    def test_load_artefact_refuses_what_is_damaged(self, tmp_path):
+        for suffix in (".onnx", ".pt2", ".ts"):
+            for content in (b"", b"no model", b"PK\x03\x04 and no more"):
+                path = tmp_path / f"a{suffix}"
+                path.write_bytes(content)
+                with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
+                    export.load_artefact(path)
 
     def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, and an export in a fifth: modes stay, and so do stderr and logging."""
-        model, example = models["encoder"], torch.randint(0, 50, (3, 20))
+        """From four threads at once, beside an export: modes, stderr and logging stay."""
+        model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
         paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
         root = logging.getLogger()
 
@@ -4411,7 +3960,6 @@ class TestExport:
             return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
 
         before = state()
-        model.train()
         with ThreadPoolExecutor(5) as pool:
             writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
             loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
@@ -4449,66 +3997,62 @@ class TestExport:
 
     @pytest.mark.parametrize("bits", [7, 8])
     def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
-        """int8 matrices with a scale a column; attention and metadata untouched; 7 bits unless asked."""
-        import onnx
-
+        """A scale a column, 7 bits unless asked; attention and metadata stay."""
         wide = {} if bits == 7 else {"reduce_range": False}
         path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
         kinds, weights = export_graph(path)
-        matrices = {n: w for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+        matrices = int8_matrices(path)
         linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
-        assert sorted(w.shape for w in matrices.values()) == sorted(m.weight.T.shape for m in linears)
         unmatched = [m.weight.detach().T.numpy() for m in linears]
+        assert sorted(w.shape for w in matrices.values()) == sorted(w.shape for w in unmatched)
         for name, w in matrices.items():
             scale = weights[name.removesuffix("_quantized") + "_scale"]
             assert scale.shape == (w.shape[1],), name
             errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
             assert min(errors) <= 0.51 * scale.max(), name  # half a unit
-            assert 2 * 255 * np.abs(w.astype(int)).max() <= 32767 or bits == 8, "saturates without VNNI"
-        assert max(np.abs(w.astype(int)).max() for w in matrices.values()) > (2 ** (bits - 1)) - 3
+            assert 2 * 255 * np.abs(w).max() <= 32767 or bits == 8, "saturates without VNNI"
+        assert max(np.abs(w).max() for w in matrices.values()) > 2 ** (bits - 1) - 3
         assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
-        kept = {x.key: x.value for x in onnx.load(path).metadata_props}
-        assert json.loads(kept["note"]) == "gut, süß" and json.loads(kept["max_len"]) == 224
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.05)
+        run = export.load_artefact(path)
+        assert json.loads(run.metadata["note"]) == "gut, süß"
+        check_export(run, models["encoder"], tolerance=0.05)
 
     def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
         model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
         fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
-        tokens, table = torch.arange(5000).view(1, -1), 5000 * 64
-        for embeddings, low, high in ((False, 4.0, 4.1), (True, 1.0, 1.1)):
+        tokens = torch.arange(5000).view(1, -1)
+        for embeddings, n_bytes in ((False, 4), (True, 1)):
             path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
             check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
-            assert low * table < path.stat().st_size < high * table
+            assert n_bytes < path.stat().st_size / (5000 * 64) < n_bytes + 0.1
 
     def test_quantize_static_learns_its_ranges(self, tmp_path):
         """The range of an activation is the calibration's: what lies beyond it is clipped."""
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
-        fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx", metadata={"labels": "ab"})
+        fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx")
         calibration = ({"input": torch.rand(size, 4) * 2 - 1} for size in (2, 5, 1, 50))
-        run = export.load_artefact(export.quantize_static(fp32, tmp_path / "s.onnx", calibration))
+        path = export.quantize_static(fp32, tmp_path / "s.onnx", calibration)
         inside, beyond = torch.rand(50, 4) * 1.6 - 0.8, torch.full((1, 4), 40.0)
+        run = export.load_artefact(path)
         check_close(run(inside), model(inside).detach(), 0.05)
-        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization would follow
-        kinds, weights = export_graph(tmp_path / "s.onnx")
-        assert kinds["QuantizeLinear"] and kinds["DequantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        largest = [np.abs(w.astype(int)).max() for w in weights.values() if w.dtype == np.int8]
-        assert largest and 2 * 255 * max(largest) <= 32767
+        assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization follows:
+        dynamic = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
+        check_close(dynamic(beyond), model(beyond).detach(), 0.05)
+        kinds, weights = export_graph(path)
+        assert kinds["QuantizeLinear"] and not kinds["DynamicQuantizeLinear"]
         points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
         assert points == {"uint8"}  # activations
-        run = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
-        check_close(run(beyond), model(beyond).detach(), 0.05)
         wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        matrices = [w for w in export_graph(wide)[1].values() if w.dtype == np.int8]
-        assert max(np.abs(w.astype(int)).max() for w in matrices) == 127
+        for file, largest in ((path, (62, 63, 64)), (wide, (127,))):
+            assert max(np.abs(w).max() for w in int8_matrices(file).values()) in largest
 
     def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
         feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
         path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
         check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
         linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
-        kinds, weights = export_graph(path)
-        assert sum(w.dtype == np.int8 and w.ndim == 2 for w in weights.values()) == linears
+        assert len(int8_matrices(path)) == linears
 
     def test_quantization_refuses(self, onnx_file, tmp_path):
         ids = torch.ones(2, 5, dtype=torch.long)
@@ -4521,14 +4065,10 @@ class TestExport:
         assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
 
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
-        for cpu, has in (
-            ({"avx2": True}, False), ({"avx2": True, "avx512_bf16": True}, True),
-            ({"avx2": True, "avx512_bf16": False, "amx_bf16": True}, True),
-            ({"bf16": True}, True), ({"bf16": False}, False),
-        ):  # fmt: skip
-            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: cpu)
-            model = nn.Linear(2, 2)
-            assert export.has_bf16() == has, cpu
+        model = nn.Linear(2, 2)
+        for name, has in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True), ("bf16", True)):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+            assert export.has_bf16() == has, name
             with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
                 assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
             assert model.weight.dtype == torch.float32
@@ -4536,167 +4076,140 @@ class TestExport:
     # ---- pruning
 
     def test_prune_unstructured_zeroes_the_smallest(self):
-        model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
-        with torch.no_grad():
-            model[3].weight.mul_(10)  # ranked over all layers, so these survive
+        """Of Linear and Conv weights, ranked over all layers; in a copy."""
+        model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
+        nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
-        before = {name: p.clone() for name, p in model.state_dict().items()}
-        old = torch.cat([model[i].weight.flatten() for i in (1, 3)])
+        old = torch.cat([model[i].weight.flatten() for i in (1, 2)]).clone()
         for amount in (0, 0.25, 0.5, 1):
             pruned = export.prune_unstructured(model, amount)
-            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 3)])
-            assert (weights == 0).sum() == round(amount * 300), amount
-            kept = weights != 0
-            assert torch.equal(weights[kept], old[kept])
-            assert not 0 < amount < 1 or old[~kept].abs().max() <= old[kept].abs().min()
-            assert pruned.state_dict().keys() == before.keys()  # no mask left beside
+            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 2)])
+            threshold = old.abs().sort().values[: round(amount * 300)].max() if amount else 0
+            assert torch.equal(weights, old * (old.abs() > threshold)), amount
+            assert pruned.state_dict().keys() == model.state_dict().keys()
             assert torch.equal(pruned[0].weight, model[0].weight)
-            assert not pruned[1].weight.requires_grad and pruned[3].weight.requires_grad
-        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
-        for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            assert not export.prune_unstructured(nn.Sequential(convolution(1, 2, 3)), 1)[0].weight.any()
-        for amount in (-0.1, 1.5, 7):
+            assert not pruned[1].weight.requires_grad and pruned[2].weight.requires_grad
+        assert torch.equal(torch.cat([model[i].weight.flatten() for i in (1, 2)]), old)
+        for amount in (-0.1, 1.5):
             with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
                 export.prune_unstructured(model, amount)
         with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
             export.prune_unstructured(nn.GELU(), 0.5)
 
-    @pytest.mark.parametrize("which", ["encoder", "own"])
-    @pytest.mark.parametrize(
-        "part,keep", [("head", 1), ("head", 2), ("head", 3), ("neuron", 1), ("neuron", 7)]
-    )
-    def test_pruned_models_equal_masked_ones(self, models, which, part, keep):
-        model, place = models[which].eval(), self.PLACES[which]
-        module, reader, width, n = (
-            ("self_attention", "out_proj", 8, 3) if part == "head" else ("ffn", "2", 1, 32)
-        )
-        scores = {f"{place}.{i}.{module}": torch.rand(n) for i in range(2)}
-        prune = export.prune_heads if part == "head" else export.prune_neurons
-        smaller = prune(model, scores, keep)
+    @BOTH
+    @pytest.mark.parametrize("prune", ["prune_heads", "prune_neurons"])
+    @pytest.mark.parametrize("keep", [1, 2, 3])
+    def test_pruned_models_equal_masked_ones(self, models, which, prune, keep):
+        model = models[which].eval()
+        module, writer, reader, width, n = "ffn", "0", "2", 1, 32
+        if prune == "prune_heads":
+            module, writer, reader, width, n = "self_attention", "qkv_proj", "out_proj", 8, 3
+        scores = {f"{self.PLACES[which]}.{i}.{module}": torch.rand(n) for i in range(2)}
+        smaller = getattr(export, prune)(model, scores, keep)
         gates = {}
         for name, score in scores.items():
-            gate = torch.zeros(n)
-            gate[score.argsort()[-keep:]] = 1
+            gate = (score >= score.sort().values[-keep]).float()
             gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
         tokens = export_tokens(5, 40)
         masked = export_gated(model, gates)(tokens)
         check_close(smaller(tokens), masked, 1e-6)
         assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
         for name in scores:
-            linear = smaller.get_submodule(f"{name}.{reader}")
-            assert linear.weight.shape == (24, width * keep) == (linear.out_features, linear.in_features)
-            first = smaller.get_submodule(f"{name}.{'qkv_proj' if part == 'head' else '0'}")
-            rows = 3 * 8 * keep if part == "head" else keep
-            assert (first.out_features, first.in_features) == first.weight.shape == (rows, 24)
-            assert model.get_submodule(f"{name}.{reader}").weight.shape == (24, width * n)  # left whole
-        again = export.load_pruned(model, smaller.state_dict())
-        assert torch.equal(again(tokens), smaller(tokens)) and not again.training
-        assert torch.equal(export.load_pruned(smaller, smaller.state_dict())(tokens), smaller(tokens))
+            last = smaller.get_submodule(f"{name}.{reader}")
+            assert last.weight.shape == (24, width * keep) == (last.out_features, last.in_features)
+            first = smaller.get_submodule(f"{name}.{writer}")
+            rows = width * keep * (3 if prune == "prune_heads" else 1)
+            assert first.weight.shape == (rows, 24) == (first.out_features, first.in_features)
+            assert model.get_submodule(f"{name}.{reader}").in_features == width * n, "left whole"
+        for start in (model, smaller):
+            again = export.load_pruned(start, smaller.state_dict())
+            assert torch.equal(again(tokens), smaller(tokens)) and not again.training
 
-    @pytest.mark.parametrize("which", ["encoder", "own"])
-    def test_importance_is_the_derivative_by_a_gate(self, models, which):
-        """Michel's definition: a gate of 1 on each head and example; |dloss/dgate|, mean over examples."""
-        model, place = models[which].train(), self.PLACES[which]
+    @BOTH
+    def test_head_importance_is_the_derivative_by_a_gate(self, models, which):
+        model = models[which].train()
         batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-        heads = export.head_importance(model, iter(batches))
-        neurons = export.neuron_importance(model, [(tokens, labels) for (tokens,), labels in batches])
+        found = export.head_importance(model, iter(batches))
         assert all(module.training and not module._forward_pre_hooks for module in model.modules())
         assert all(p.grad is None for p in model.parameters())
-        model.eval()
-        for found, width, part in ((heads, 8, "self_attention.out_proj"), (neurons, 1, "ffn.2")):
-            assert [name.split(".")[-1] for name in found] == [part.split(".")[0]] * 2
-            for layer, scores in enumerate(found.values()):
-                expected = torch.zeros_like(scores)
-                for (tokens,), labels in batches:
-                    for row, label in zip(tokens, labels, strict=True):  # one by one
-                        gate = torch.ones(len(scores), requires_grad=True)
-                        spread = {f"{place}.{layer}.{part}": gate.repeat_interleave(width)}
-                        loss = F.cross_entropy(export_gated(model, spread)(row[None]), label[None])
-                        expected += torch.autograd.grad(loss, gate)[0].abs() / 7
-                check_close(scores, expected, 1e-6)
-                assert scores.max() > 0
+        examples = [pair for (x,), y in batches for pair in zip(x, y, strict=True)]
+        for i in range(2):
+            name = f"{self.PLACES[which]}.{i}.self_attention"
+            check_close(found[name], export_derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
-        assert not torch.allclose(squared[f"{place}.0.self_attention"], heads[f"{place}.0.self_attention"])
+        assert not torch.allclose(squared[name], found[name])
 
     @torch.no_grad()
     @pytest.mark.parametrize("frozen", [False, True])
-    def test_importance_of_a_net_that_is_called_twice(self, frozen):
+    def test_neuron_importance_of_a_net_that_is_called_twice(self, frozen):
         """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
 
         def net() -> nn.Sequential:
             return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
 
-        def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
-            return m.head(m.net(x + m.net(x)))
-
-        model = ExportModule(forward, net=net(), unused=net(), head=nn.Linear(6, 2)).requires_grad_(
-            not frozen
-        )
-        batches = [(torch.randn(5, 6), torch.randint(2, (5,))) for _ in range(2)]
-        found = export.neuron_importance(model, batches)
-        expected = torch.zeros(8)
-        for x, y in ((x[i : i + 1], y[i : i + 1]) for x, y in batches for i in range(5)):
-            gate = torch.ones(8, requires_grad=True)
-            with torch.enable_grad():
-                loss = F.cross_entropy(export_gated(model.eval(), {"parts.net.3": gate})(x), y)
-            expected += torch.autograd.grad(loss, gate)[0].abs() / 10
+        parts = {"net": net(), "unused": net(), "head": nn.Linear(6, 2)}
+        model = ExportModule(lambda m, x: m.head(m.net(x + m.net(x))), **parts)
+        model.requires_grad_(not frozen)
+        x, y = torch.randn(10, 6), torch.randint(2, (10,))
+        found = export.neuron_importance(model, list(zip(x.split(5), y.split(5), strict=True)))
+        expected = export_derivative(model, "parts.net.3", 8, list(zip(x, y, strict=True)))
         check_close(found["parts.net"], expected, 1e-6)
         assert not found["parts.unused"].any()
         pruned = export.prune_neurons(model, found, keep=3)
-        assert pruned.parts.net[0].out_features == 3 and pruned(torch.randn(2, 6)).shape == (2, 2)
+        assert pruned.parts.net[0].out_features == 3 and pruned(x).shape == (10, 2)
         assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
-
-    def test_pruned_attention_keeps_what_is_frozen(self):
-        attention = export.SelfAttention(
-            nn.Linear(12, 36, bias=False), nn.Linear(12, 12).requires_grad_(False), 3
-        )
-        smaller = export.prune_heads(nn.Sequential(attention), {"0": torch.rand(3)}, 2)
-        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
-        assert smaller[0].training and smaller[0].qkv_proj.bias is None
 
     def test_pruning_refuses_what_it_does_not_know(self, models):
         model = models["own"]
         heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
         neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
         for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
-            for keep in (0, n + 1, -1):
+            for keep in (0, n + 1):
                 with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
                     prune(model, scores, keep)
             for wrong in ({}, {name: torch.ones(5) for name in scores}):
                 with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
                     prune(model, wrong, 2)
+        for importance in (export.head_importance, export.neuron_importance):
+            with pytest.raises(ValueError, match="GELU"):
+                importance(nn.GELU(), [])
+        with pytest.raises(ValueError, match="batches must hold at least one"):
+            export.head_importance(model, [])
+
+    def test_load_pruned_refuses_other_state_dicts(self, models):
+        model = models["own"]
         state = model.state_dict()
         wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
         less = {name: p for name, p in state.items() if "out_proj" not in name}
         for wrong in (wide, less, {}):
             with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
                 export.load_pruned(model, wrong)
+
+    def test_prune_heads_takes_plain_attention_alone(self):
+        scores = {"0": torch.ones(2)}
         for change in ("scaled", "mask ignored", "tuple"):
             with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportAttention(change)), {"0": torch.ones(2)}, 1)
-        export.prune_heads(nn.Sequential(ExportAttention("")), {"0": torch.ones(2)}, 1)
-        shared = ExportAttention("")
+                export.prune_heads(nn.Sequential(ExportAttention(change)), scores, 1)
+        plain = ExportAttention()
         with pytest.raises(ValueError, match="stands in two places"):
-            export.prune_heads(nn.Sequential(shared, shared), {"0": torch.ones(2)}, 1)
-        for importance, other in (
-            (export.head_importance, nn.Linear(3, 3)),
-            (export.neuron_importance, nn.GELU()),
-        ):
-            with pytest.raises(ValueError, match=type(other).__name__):
-                importance(other, [])
-        with pytest.raises(ValueError, match="batches must hold at least one"):
-            export.head_importance(model, [])
+            export.prune_heads(nn.Sequential(plain, plain), scores, 1)
+        (smaller,) = export.prune_heads(nn.Sequential(plain), scores, 1)
+        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
+        assert smaller.training and smaller.qkv_proj.bias is None
 
     def test_feed_forwards_are_linear_elementwise_linear(self):
-        """A Softmax mixes neurons, a Dropout alone has none: only known functions may stand between."""
+        """A Softmax mixes neurons, a Dropout alone has none."""
         first, last = nn.Linear(4, 6), nn.Linear(6, 4)
-        for net, found in (
-            ([first, nn.ReLU(), last], 1), ([first, nn.GELU(), nn.Dropout(), last], 1),
-            ([first, nn.Softmax(-1), last], 0), ([first, nn.ReLU(), nn.Dropout()], 0),
-            ([nn.Dropout(), nn.ReLU(), last], 0), ([first, nn.Unflatten(1, (2, 3)), nn.Flatten(1), last], 0),
-            ([first, nn.LayerNorm(6), last], 0), ([first, last], 0),
-        ):  # fmt: skip
-            assert len(export.feed_forwards(nn.Sequential(*net))) == found, net
+        for n, *net in (
+            (1, first, nn.ReLU(), last),
+            (1, first, nn.GELU(), nn.Dropout(), last),
+            (0, first, nn.Softmax(-1), last),
+            (0, first, nn.ReLU(), nn.Dropout()),
+            (0, nn.Dropout(), nn.ReLU(), last),
+            (0, first, nn.LayerNorm(6), last),
+            (0, first, last),
+        ):
+            assert len(export.feed_forwards(nn.Sequential(*net))) == n, net
         net = nn.Sequential(first, nn.ReLU(), last)
         smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
         x = torch.randn(5, 4)
@@ -4705,7 +4218,7 @@ class TestExport:
     # ---- the evidence
 
     def test_benchmark_alternates_and_counts(self, monkeypatch):
-        """A clock that the models advance; the first call of a turn, which takes longer, isn't counted."""
+        """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
@@ -4719,49 +4232,46 @@ class TestExport:
             return run
 
         runners = {"a": model("a", 0.001), "b": model("b", 0.004), "c": model("c", 0.002)}
-        results = export.benchmark(
-            runners, {"mix": [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]}, seconds=0.0
-        )
-        assert len(calls) == 3 * 3 * 6  # one round of warm-up, five that count
-        rounds = [tuple(calls[i : i + 9 : 3]) for i in range(0, 54, 9)]
+        mix = [(torch.zeros(1, 4),), (torch.zeros(3, 4),)]
+        results = export.benchmark(runners, {"mix": mix}, seconds=0.0)
+        rounds = [tuple(calls[i : i + 9 : 3]) for i in range(0, len(calls), 9)]
+        assert len(rounds) == 6  # one of warm-up, five that count
         assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
         assert results["a"]["mix"] == {"p50_ms": 2.0, "p90_ms": 3.0, "throughput": 1000.0}
         assert results["b"]["mix"]["throughput"] == 250.0 and results["c"]["mix"]["p50_ms"] == 4.0
         calls.clear()
-        export.benchmark(runners, {"x": [(torch.zeros(1, 4),)]}, seconds=1000.0)
+        export.benchmark(runners, {"x": mix[:1]}, seconds=1000.0)
         assert len(calls) > 300  # as long as it may
 
     def test_export_all_recommends_by_agreement_and_says_what_is_refused(self, tmp_path):
-        """The fastest that agrees, whatever the labels are; a model with an `if` has no .pt2 and no ONNX."""
+        """The fastest that agrees, whatever the labels are."""
         x = torch.randn(64, 64)
         slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
-        slow[2].bias.data[0] = 5.0  # its answer is mostly 0
+        nn.init.constant_(slow[2].bias[:1], 5.0)  # its answer is mostly 0
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
-        with torch.no_grad():
-            fast[1].weight.zero_()
-            fast[1].bias.copy_(torch.tensor([0.0, 1.0]))  # its answer is always 1
+        nn.init.zeros_(fast[1].weight)
+        nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
         labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
         cases = {"first": [(x,)], "other": [(x[:1],)]}
         models = {"it": slow, "fast": fast}
-        report = export.export_all(models, x, [((x,), labels)], cases, [], tmp_path / "a/b", seconds=0.01)
+        out = tmp_path / "a/b"
+        report = export.export_all(models, x, [((x,), labels)], cases, [], out, seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(report["refused"])
-        assert "capture Sequential" in report["refused"]["fast, ONNX"]
-        assert "ONNX int8, static" in report["refused"]  # without calibration
-        assert {"eager", "TorchScript, trace", "TorchScript, script", "ONNX", "ONNX int8, dynamic"} <= set(
-            rows
-        )
-        assert rows["fast, TorchScript, trace"]["accuracy"] == 1 > rows["eager"]["accuracy"]
+        refused = report["refused"]
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(refused)
+        assert "capture Sequential" in refused["fast, ONNX"]
+        assert "ONNX int8, static" in refused  # without calibration
         for row in rows.values():
-            assert row["size_bytes"] == (tmp_path / "a/b" / row["file"]).stat().st_size
+            assert row["size_bytes"] == (out / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
-            assert (
-                row["p50_ms"] == row["latency"]["first"]["p50_ms"] <= row["p90_ms"] and row["throughput"] > 0
-            )
+            assert row["p50_ms"] == row["latency"]["first"]["p50_ms"]
         agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
         assert report["recommended"] == min(agreeing, key=lambda row: row["p50_ms"])["name"]
-        assert rows["fast, TorchScript, trace"] not in agreeing and rows["ONNX"] in agreeing
-        assert slow.training and report["case"] == "first" and report["threads"] == torch.get_num_threads()
+        disagreeing = rows["fast, TorchScript, trace"]
+        assert disagreeing["accuracy"] == 1 > rows["eager"]["accuracy"]
+        assert disagreeing not in agreeing and rows["ONNX"] in agreeing
+        assert slow.training and report["case"] == "first"
+        assert report["threads"] == torch.get_num_threads()
 
     # ---- the demo
 
@@ -4769,81 +4279,48 @@ class TestExport:
     def demo(self, tmp_path_factory):
         """A run of the demo in an empty folder, without a compiler and without a network."""
         folder = tmp_path_factory.mktemp("export")
-        without = {
-            "PATH": str(folder),
-            "http_proxy": "http://127.0.0.1:9",
-            "https_proxy": "http://127.0.0.1:9",
-        }
-        result = run_script(
-            "export.py", "--seconds", "0.002", "--out", "run", cwd=folder, timeout=600, **without
-        )
+        nowhere = "http://127.0.0.1:9"
+        without = {"PATH": str(folder), "http_proxy": nowhere, "https_proxy": nowhere}
+        arguments = "--seconds", "0.002", "--out", "run"
+        result = run_script("export.py", *arguments, cwd=folder, timeout=600, **without)
         return folder / "run", result
 
     def test_demo_reports_all_formats(self, demo):
         out, result = demo
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
-        assert summary["recommended"] == report["recommended"] and summary["report"] == "run/report.json"
+        assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
-        formats = {"TorchScript, trace", "TorchScript, script", "torch.export", "torch.export, bf16", "ONNX"}
-        formats |= {f"ONNX int8, {kind}" for kind in ("dynamic", "dynamic, embeddings", "static")}
-        expected = formats | {f"pruned, {name}" for name in formats} | {"eager"}
+        formats = export.formats(nn.Identity(), None, None, "")
+        expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
         assert set(rows) | set(report["refused"]) == expected
         assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
         for name, row in rows.items():
-            assert row["size_bytes"] == (out / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
                 exact = "int8" not in name and "bf16" not in name
-                assert (
-                    row["max_abs_diff"] <= (1e-4 if exact else 1) and row["agreement"] >= 0.99 + 0.01 * exact
-                )
+                assert row["max_abs_diff"] <= (1e-4 if exact else 1)
+                assert row["agreement"] >= (1 if exact else 0.99)
                 assert row["accuracy"] >= rows["eager"]["accuracy"] - 0.003
-        assert rows["pruned, ONNX"]["size_bytes"] < 0.6 * rows["ONNX"]["size_bytes"]
-        assert rows["ONNX int8, dynamic"]["size_bytes"] < 0.5 * rows["ONNX"]["size_bytes"]
+        sizes = {name: row["size_bytes"] for name, row in rows.items()}
+        assert max(sizes["pruned, ONNX"], sizes["ONNX int8, dynamic"]) < 0.6 * sizes["ONNX"]
         assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
         assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
         assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
-        for key in ("cpu", "threads", "torch", "seconds", "settings"):
-            assert report[key], key
-        assert report["control_flow"] == {
-            "TorchScript, trace": "wrong, silently", "TorchScript, script": "right",
-            "torch.export": "refused",
-        }  # fmt: skip
+        found = list(report["control_flow"].values())
+        assert found == ["wrong, silently", "right", "refused"]  # trace, script, torch.export
         whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
         assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
 
-    # Reads nothing but the artefacts: -I leaves neither the project nor PYTHONPATH on the path.
-    FRESH = """
-import json, sys
-import numpy as np, onnxruntime, torch
-folder, sentences = sys.argv[1], sys.argv[2:]
-session = onnxruntime.InferenceSession(f"{folder}/original.int8.onnx", providers=["CPUExecutionProvider"])
-metadata = session.get_modelmeta().custom_metadata_map
-words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
-ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
-length = max(map(len, ids))
-tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
-answers = {}
-for name in ("original", "original.int8", "original.e8", "original.static", "pruned.int8"):
-    session = onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-    answers[name] = session.run(None, {"tokens": tokens})[0]
-tokens = torch.from_numpy(tokens)
-with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
-print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
-"""
-
     def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone is finite and the same in all formats."""
+        """With the words from the metadata; a row of padding alone, too."""
         sentences = {
-            "the plot was superb": "positive", "the plot was not superb": "negative",
+            "the plot was superb": "positive",
+            "the plot was not superb": "negative",
             "the script was dull but the music was not awful": "positive",
             "the music was gripping but the cast was lifeless": "negative",
-        }  # fmt: skip
-        command = [sys.executable, "-I", "-W", "ignore", "-c", self.FRESH, str(demo[0]), *sentences]
+        }
+        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(demo[0]), *sentences]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         answers = last_json(result)
         weights = torch.load(demo[0] / "weights.pt", weights_only=True)
@@ -5834,25 +5311,7 @@ class TestClassifyImdb:
 
 
 # -----------------------------------------------------------------------------
-# README's quiz: where a number is asked, it is computed here
-
-
-class DrawnModel(nn.Module):
-    """After each beginning another distribution of the next token, drawn at random."""
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.logits = transformer.TransformerConfig(16, max_len=8), torch.randn(9973, 16)
-
-    def encode(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros(len(src), 1, 1), torch.ones(len(src), 1, 1, 1, dtype=torch.bool)
-
-    def decode(self, tgt: Tensor, memory: Tensor, memory_mask: Tensor, cache: dict) -> Tensor:
-        past = [layer[0] for layer in cache.get("layers", [])]
-        beginning = torch.cat((*past, tgt), dim=1)  # (B, T)
-        cache["layers"] = [(beginning, beginning)]
-        numbers = (beginning * 16 ** torch.arange(beginning.shape[1])).sum(1) % len(self.logits)
-        return self.logits[numbers][:, None]  # (B, 1, V)
+# assets/quiz.md: numbers that no other test computes
 
 
 class TestQuiz:
@@ -5864,47 +5323,21 @@ class TestQuiz:
         slope = [(w * (1 - w)).mean() for w in (many.softmax(-1), (many / 8).softmax(-1))]
         assert slope[0] < slope[1] / 2  # nearly one-hot: nearly no gradient
 
-    def test_quiz_a_row_without_keys(self):
-        hidden = torch.zeros(4, dtype=torch.bool)
-        scores = torch.randn(4)
-        assert torch.equal(scores.masked_fill(~hidden, -1e9).softmax(-1), torch.full((4,), 0.25))
-        assert scores.masked_fill(~hidden, -math.inf).softmax(-1).isnan().all()
-        weights = attention.scaled_dot_product_attention(*torch.randn(3, 4, 8), mask=hidden)[1]
-        assert (weights == 0).all()
-
-    def test_quiz_masks_are_the_other_way_round(self):
-        hidden = torch.rand(5, 5) < 0.5
-        hidden.fill_diagonal_(False)  # no row without a key, either way
-        hidden[torch.arange(5), torch.arange(5).roll(1)] = True
-        x = torch.randn(1, 5, 8)
-        weights = nn.MultiheadAttention(8, 1, batch_first=True)(x, x, x, attn_mask=hidden)[1]
-        assert (weights[0][hidden] == 0).all() and (weights[0][~hidden] > 0).all()
-        output, weights = attention.scaled_dot_product_attention(x, x, x, hidden)
-        assert (weights[0][hidden] > 0).all() and (weights[0][~hidden] == 0).all()
-        check_close(F.scaled_dot_product_attention(x, x, x, hidden), output, 1e-5)
-
-    def test_quiz_torch_triangle_is_top_left(self):
-        q, k, v = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
-        check_close(F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., 0, :], v[..., 0, :], 1e-6)
-        weights = attention.scaled_dot_product_attention(q, k, v, causal=True)[1]
-        assert (weights > 0).all() and attention.causal_mask(1, 6).all()
-
     def test_quiz_sizes(self):
         def size(module: nn.Module) -> int:
             return sum(p.numel() for p in module.parameters())
 
         q = torch.empty(8, 8192, 64, device="meta")
         assert attention.scaled_dot_product_attention(q, q, q)[1].nbytes == 2 * 2**30
-        assert (
-            size(attention.MultiHeadAttention(512, 8))
-            == size(attention.MultiHeadAttention(512, 16))
-            == 1_050_624
-        )
+        for n_heads in (8, 16):
+            assert size(attention.MultiHeadAttention(512, n_heads)) == 1_050_624
         layer = encoder.EncoderLayer(encoder.EncoderConfig(vocab_size=1, d_model=128, d_ff=512))
-        assert size(layer) == 198_272 and size(layer.self_attention) == 66_048 and size(layer.ffn) == 131_712
+        assert size(layer) == 198_272
+        assert size(layer.self_attention) == 66_048 and size(layer.ffn) == 131_712
         with torch.device("meta"):
-            assert size(transformer.Transformer(transformer.TransformerConfig())) == 63_082_496
-            assert size(transformer.Transformer(transformer.TransformerConfig(tied=False))) == 100_970_496
+            for tied, n in ((True, 63_082_496), (False, 100_970_496)):
+                config = transformer.TransformerConfig(tied=tied)
+                assert size(transformer.Transformer(config)) == n
         weight = nn.Parameter(torch.ones(1000))
         optimizer = torch.optim.AdamW([weight])
         weight.sum().backward()
@@ -5912,48 +5345,25 @@ class TestQuiz:
         moments = [v for v in optimizer.state[weight].values() if v.numel() > 1]
         assert sum(t.nbytes for t in (weight, weight.grad, *moments)) == 16 * 1000
 
-    def test_quiz_attention_sees_a_set(self):
-        q, k, v = torch.randn(3, 5, 8, dtype=torch.float64)
-        order = torch.tensor([3, 1, 4, 0, 2])
-        plain = attention.scaled_dot_product_attention(q, k, v)[0]
-        check_close(attention.scaled_dot_product_attention(q, k[order], v[order])[0], plain, 1e-12)
-        check_close(attention.scaled_dot_product_attention(q[order], k, v)[0], plain[order], 1e-12)
-
     def test_quiz_wavelengths(self):
         longest = 2 * math.pi * 10_000 ** (126 / 128)
         assert round(longest) == 54_410
         encoding = encoder.sinusoidal_positional_encoding(54_411, 128).double()
         check_close(encoding[54_410, -2:], encoding[0, -2:], 1e-3)
         assert (encoding[300:54_000, -1] < 1).all(), "no earlier return"
-        check_close(encoding[:100, 0], (torch.arange(100.0).double()).sin(), 1e-6)
 
     def test_quiz_noam_peak(self):
         rates = [transformer.noam_lr(step, 512, 4000) for step in range(1, 8000)]
         assert rates.index(max(rates)) + 1 == 4000 and round(max(rates), 6) == 0.000699
 
     def test_quiz_smoothing_floor(self):
-        target = torch.tensor([0.925, 0.025, 0.025, 0.025], dtype=torch.float64)
-        floor = losses.label_smoothing_cross_entropy(target.log()[None], torch.tensor([0]), 0.1).item()
+        target = torch.tensor([[0.925, 0.025, 0.025, 0.025]], dtype=torch.float64)
+        label = torch.tensor([0])
+        floor = losses.label_smoothing_cross_entropy(target.log(), label, 0.1).item()
         assert round(floor, 3) == 0.349
         for _ in range(100):
             z = torch.randn(1, 4, dtype=torch.float64) * 5
-            assert losses.label_smoothing_cross_entropy(z, torch.tensor([0]), 0.1).item() >= floor
-
-    def test_quiz_length_penalty(self):
-        def score(log_probability: float, n: int) -> float:
-            return log_probability / ((5 + n) / 6) ** 0.6
-
-        assert round(score(-4.0, 5), 2) == -2.94 and round(score(-4.6, 8), 2) == -2.89
-
-    def test_quiz_a_wider_beam_may_find_less(self):
-        gains, _ = [], torch.manual_seed(0)
-        for _ in range(150):
-            model = DrawnModel()
-            narrow, wide = (
-                transformer.beam_search(model, torch.ones(1, 1), 6, beam, 0.0)[1] for beam in (2, 3)
-            )
-            gains.append((wide - narrow).item())
-        assert min(gains) < -1 and statistics.fmean(gains) > 0.5
+            assert losses.label_smoothing_cross_entropy(z, label, 0.1).item() >= floor
 
     def test_quiz_decay_within_adam_spares_large_gradients(self):
         left = {}
@@ -5989,40 +5399,20 @@ class TestQuiz:
             assert ratio.item() == pytest.approx(weight)
 
     def test_quiz_scalar_alpha(self):
+        """It scales all gradients, which Adam undoes."""
         logits, targets = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 0])
-        gradients = []
+        weights = []
         for alpha in (None, torch.full((3,), 0.25).double()):
-            z = logits.clone().requires_grad_()
-            losses.focal_loss(z, targets, alpha=alpha, reduction="sum").backward()
-            gradients.append(z.grad)
-        check_close(gradients[1], 0.25 * gradients[0], 1e-12)
-        weights = [nn.Parameter(logits.clone()) for _ in gradients]
-        for weight, weight.grad in zip(weights, gradients, strict=True):
+            weight = nn.Parameter(logits.clone())
+            losses.focal_loss(weight, targets, alpha=alpha, reduction="sum").backward()
             torch.optim.Adam([weight], eps=0.0).step()
+            weights.append(weight)
+        check_close(weights[1].grad, 0.25 * weights[0].grad, 1e-12)
         check_close(weights[0].detach(), weights[1].detach(), 1e-12)
 
     def test_quiz_collapsed_nt_xent(self):
         z = torch.ones(256, 16, dtype=torch.float64)
-        loss = losses.nt_xent_loss(z, z.clone()).item()
-        assert loss == pytest.approx(math.log(511)) and round(loss, 2) == 6.24
-
-    def test_quiz_mean_of_means(self):
-        tokens = torch.cat((torch.full((12,), 1.0), torch.full((4,), 3.0)))
-        assert tokens.mean() == 1.5 and (tokens[:12].mean() + tokens[12:].mean()) / 2 == 2.0
-        shares = [train_ddp.share_of_mean(part.sum(), 16, world=2) for part in (tokens[:12], tokens[12:])]
-        assert sum(shares) / 2 == 1.5  # what DDP's average makes of them
-
-    def test_quiz_int8(self):
-        assert 2 * 255 * 127 == 64_770 > torch.iinfo(torch.int16).max > 2 * 255 * 63 == 32_130
-        assert round(100 / 127, 2) == 0.79 and round(1 / 127, 4) == 0.0079
-        rows = torch.stack((torch.linspace(-1, 1, 101), torch.linspace(-100, 100, 101)))  # (2, 101)
-        for scales, expected in (
-            (rows.abs().max() / 127, 0.39),
-            (rows.abs().amax(1, keepdim=True) / 127, 0.004),
-        ):
-            assert ((rows / scales).round() * scales - rows)[0].abs().max() == pytest.approx(
-                expected, rel=0.1
-            )
+        assert losses.nt_xent_loss(z, z.clone()).item() == pytest.approx(math.log(511))
 
 
 # -----------------------------------------------------------------------------
@@ -6060,32 +5450,6 @@ class TestAllFiles:
             for module in having("causal_mask"):
                 assert torch.equal(module.causal_mask(q, k), torch.ones(q, k).tril(k - q).bool())
 
-    def test_attention_is_the_same_in_transformer(self):
-        """Without a key to see, too: values, weights, gradients."""
-        long = attention.MultiHeadAttention(12, 3).double()
-        short = transformer.MultiHeadAttention(12, 3).double()
-        short.load_state_dict(long.state_dict())
-        x, context = (torch.randn(2, t, 12, dtype=torch.float64, requires_grad=True) for t in (4, 6))
-        lengths = attention.padding_mask(torch.tensor([6, 0]))
-        for mask in (torch.rand(2, 1, 4, 6) < 0.6, lengths, torch.tensor(True)):
-            expected, weights = long.forward_with_weights(x, context, mask)
-            k, v = short.keys_values(context)
-            short_weights = transformer.attention(short.split_heads(short.q_proj(x)), k, v, mask)[1]
-            output = short(x, k, v, mask)
-            check_close(output, expected, 1e-12)
-            check_close(short_weights, weights, 1e-12)
-            gradients = [torch.autograd.grad(y.sin().sum(), [x, context]) for y in (output, expected)]
-            for one, other in zip(*gradients, strict=True):
-                check_close(one, other, 1e-12)
-
-    def test_smoothed_loss_is_the_same_in_transformer(self):
-        logits, targets = torch.randn(3, 5, 9, dtype=torch.float64), torch.randint(1, 9, (3, 5))
-        targets[1, 2:] = 0  # padding
-        for smoothing in (0.0, 0.1, 0.4):
-            flat = logits.flatten(0, 1), targets.flatten()
-            long = losses.label_smoothing_cross_entropy(*flat, smoothing, ignore_index=0)
-            check_close(transformer.label_smoothed_loss(logits, targets, 0, smoothing), long, 1e-12)
-
     @pytest.mark.parametrize("module", having("warmup_cosine"), ids=name_of)
     def test_warmup_cosine(self, module):
         factors = [module.warmup_cosine(step, 3, 7) for step in range(9)]
@@ -6096,15 +5460,12 @@ class TestAllFiles:
 
     @pytest.mark.parametrize("module", having("write_atomically"), ids=name_of)
     def test_write_atomically(self, module, tmp_path, monkeypatch):
-        """Flushed to the disk before it is moved over the old file; a full disk leaves the old one alone."""
-        path, done = tmp_path / "file", []
-        fsync, move = os.fsync, os.replace
+        """Who has opened the old file reads it to its end; a full disk leaves it as it is."""
+        path = tmp_path / "file"
         path.write_bytes(b"old")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda fd: done.append(path.read_bytes()) or fsync(fd))
-            patch.setattr(os, "replace", lambda a, b: done.append(Path(a).read_bytes()) or move(a, b))
+        with open(path, "rb") as reader:
             module.write_atomically(path, b"new")
-        assert done == [b"old", b"new"] and path.read_bytes() == b"new"
+            assert reader.read() == b"old" and path.read_bytes() == b"new"
         umask = os.umask(0o022)
         os.umask(umask)
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask  # others may read it, as any file
@@ -6142,41 +5503,30 @@ class TestAllFiles:
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
     def test_models_make_their_tensors_where_their_input_is(self):
-        """On the device "meta": a tensor made on the CPU beside one there is an error, as on a GPU."""
-        meta = torch.device("meta")
-        q, x, context = (torch.empty(size, device=meta) for size in ((2, 3, 5, 8), (2, 5, 16), (2, 7, 16)))
-        ids = torch.ones(2, 5, dtype=torch.long, device=meta)
-        fold = torch.zeros(2, dtype=torch.long, device=meta)
-        mask = attention.causal_mask(5, device=meta)
-        many = attention.MultiHeadAttention(16, 2).to(meta)
-        outputs = [
-            attention.scaled_dot_product_attention(q, q, q, causal=True)[0],
-            attention.fused_attention(q, q, q, mask, causal=True),
-            many(x, context, causal=True),
-            many.forward_with_weights(x, causal=True)[1],
-        ]
+        """On the device "meta", where a tensor of the CPU is an error, as on a GPU."""
         small = {"max_len": 8, "d_model": 16, "n_heads": 2, "n_layers": 1, "d_ff": 16}
-        for pool in ("mean", "max", "mean+max", "first"):
-            config = encoder.EncoderConfig(30, pool=pool, **small)
-            outputs.append(encoder.EncoderClassifier(config).to(meta)(ids))
-        outputs.append(transformer.Transformer(transformer.TransformerConfig(30, **small)).to(meta)(ids, ids))
-        outputs.append(imdb.make_model(imdb.Settings(**small), 300).to(meta)(ids, fold))
-        outputs += [script.GPT(16, 2, 1, 8).to(meta)(ids) for script in (train_ddp, train_fsdp)]
-        assert all(output.device == meta for output in outputs) and len(outputs) == 12
+        config = transformer.TransformerConfig(30, **small)
+        many = attention.MultiHeadAttention(16, 2)
+        with torch.device("meta"):
+            x, context = torch.empty(2, 5, 16), torch.empty(2, 7, 16)
+            ids, fold = torch.ones(2, 5, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+        calls = [(many, x), (many, x, context, None, True), (transformer.Transformer(config), ids, ids)]
+        calls.append((imdb.make_model(imdb.Settings(**small), 300), ids, fold))
+        calls += [(script.GPT(16, 2, 1, 8), ids) for script in (train_ddp, train_fsdp)]
+        for pool in ENCODER_POOLS:
+            calls.append((encoder_classifier(pool=pool), ids))
+        for model, *inputs in calls:
+            assert model.to("meta")(*inputs).device == ids.device
 
     @pytest.mark.parametrize("module", ALL_FILES, ids=name_of)
     def test_help_lists_every_setting(self, module, tmp_path):
-        """With the reason beside it; on a terminal that knows ASCII alone, too."""
-        result = run_script(
-            f"{module.__name__}.py", "--help", cwd=tmp_path, PYTHONIOENCODING="ascii", COLUMNS="100"
-        )
+        """On a terminal that knows ASCII alone, too."""
+        environment = {"PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+        result = run_script(f"{module.__name__}.py", "--help", cwd=tmp_path, **environment)
         assert result.returncode == 0, result.stderr
         for field in dataclasses.fields(module.Settings):
             assert f"--{field.name.replace('_', '-')}" in result.stdout, field.name
-        comments = re.findall(r"^    \w+: .*  # (\w+)", inspect.getsource(module.Settings), re.M)
-        assert len(comments) == len(dataclasses.fields(module.Settings)), "a setting without its reason"
-        assert all(comment in result.stdout for comment in comments)
-        assert f"python {module.__name__}.py" in result.stdout and not list(tmp_path.iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_requirements_are_pinned(self):
         lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -6198,26 +5548,23 @@ def readme_parts() -> dict[str, str]:
 def numbers_in(log) -> set[float]:
     """All numbers of a log, and what README derives from them.
 
-    Of the same entry in a list of runs: mean and standard deviation. Of the rows of an export table: how many
-    times as fast each is as the first one.
+    In a list of runs: mean and standard deviation. In an export table: how many times as fast.
     """
+    if isinstance(log, int | float):
+        return {abs(float(log))}
+    if not isinstance(log, dict | list):
+        return set()
+    parts = log.values() if isinstance(log, dict) else log
+    found = set().union(*map(numbers_in, parts))
     if isinstance(log, dict):
-        found = set().union(*map(numbers_in, log.values())) if log else set()
-        times = [row.get("latency", {}) for row in log.get("models", []) if isinstance(row, dict)]
-        for case in times[0] if times else ():
-            found |= {times[0][case]["p50_ms"] / row[case]["p50_ms"] for row in times}
-        return found
-    if isinstance(log, list):
-        found = set().union(*map(numbers_in, log)) if log else set()
-        if log and all(type(x) in (int, float) for x in log):
-            found.add(abs(statistics.mean(log)))
-        if len(log) > 1 and all(isinstance(run, dict) for run in log):
-            for name in set.intersection(*(set(run) for run in log)):
-                values = [run[name] for run in log if type(run[name]) in (int, float)]
-                if len(values) == len(log):
-                    found |= {statistics.mean(values), statistics.stdev(values)}
-        return found
-    return {abs(float(log))} if type(log) in (int, float) else set()
+        times = [row["latency"] for row in log.get("models", ())]
+        return found | {times[0][c]["p50_ms"] / row[c]["p50_ms"] for row in times for c in times[0]}
+    runs = log if log and all(isinstance(run, dict) for run in log) else [{"": x} for x in log]
+    for name in set.intersection(*map(set, runs)) if runs else ():
+        values = [run[name] for run in runs]
+        if len(values) > 1 and all(type(x) in (int, float) for x in values):
+            found |= {abs(statistics.mean(values)), statistics.stdev(values)}
+    return found
 
 
 class TestReadme:
@@ -6230,19 +5577,16 @@ class TestReadme:
         for title, part in readme_parts().items():
             links = set(re.findall(r"\]\((assets/\w+\.json)\)", part))
             logged = set().union(*(numbers_in(json_of(ROOT / link)) for link in links))
+            scaled = [x * k for x in logged for k in (1, 100, 1e-3, 1e-6, 2**-20, 1 / 60)]
             rows = [line for line in part.splitlines() if line.startswith("|")]
             for row in rows if links else ():
                 cells = re.sub(r"`[^`]*`|\([^)]*\)|\]\(.*?\)", " ", row).split("|")[2:]
                 for text in re.findall(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?", " ".join(cells)):
-                    digits = text.replace(",", "").rstrip(",")
-                    decimals = len(digits.partition(".")[2])
+                    digits = text.replace(",", "")
                     if len(digits) < 3:
                         continue  # a batch of 32, five seeds
-                    scales = (1, 100, 1e-3, 1e-6, 2**-20, 1 / 60)
-                    error = 0.5001 * 10**-decimals
-                    assert any(abs(x * k - float(digits)) <= error for x in logged for k in scales), (
-                        title, row, text,
-                    )  # fmt: skip
+                    error = 0.5001 * 10 ** -len(digits.partition(".")[2])
+                    assert any(abs(x - float(digits)) <= error for x in scaled), (title, row, text)
                     checked += 1
         assert checked >= 60
 
@@ -6261,16 +5605,10 @@ class TestReadme:
         assert without["seed"] == whole["seed"]
         assert 0 < whole["test_accuracy"] - without["test_accuracy"] < 0.01 < without["test_accuracy"] - 0.88
 
-    def test_first_commands_are_the_ones_that_ci_runs(self):
-        commands = re.findall(r"^(python3 -m venv .*)$", "\n".join(readme_parts().values()), re.M)
-        ends = [command.split("/")[-1].split()[-1] for command in commands]
-        assert "classify_imdb.py" in ends and ends.count("test_all.py") == 1
-
     def test_commands_parse(self, tmp_path, monkeypatch):
-        """Every `python FILE ...` and `torchrun ... FILE ...` of README and of the files' docstrings."""
+        """All of README and of the files' docstrings."""
         import shlex
 
-        import tyro
         from torch.distributed.run import parse_args
 
         texts = [*readme_parts().values(), *(module.__doc__ for module in ALL_FILES)]
@@ -6283,13 +5621,11 @@ class TestReadme:
             if words[0] == "torchrun":
                 known = parse_args([re.sub(r"\$\{?\w+\}?", "2", word) for word in words[1:]])
                 words = ["python", known.training_script, *known.training_script_args]
-            if words[1] in ("test_all.py", "FILE"):
-                continue
             assert (ROOT / words[1]).exists(), line
-            module = sys.modules[words[1].removesuffix(".py")]
+            module = sys.modules.get(words[1].removesuffix(".py"))
             if hasattr(module, "parse"):  # presets come first
                 module.parse(words[2:])
-            else:
+            elif module in ALL_FILES:
                 tyro.cli(module.Settings, args=words[2:])
 
     def test_links_lead_somewhere(self):
@@ -6331,58 +5667,42 @@ class TestReadme:
 
 
 # -----------------------------------------------------------------------------
-# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file: what a tired
-# person might write. The tests named must fail on it, and pass on the file as it is.
+# Planted bugs: python test_all.py --mutants [FILE]. Each is one replacement in a copy of a file.
+# The tests named must fail on it, and pass on the file as it is.
 
 MUTANTS = {  # file -> (what stands there, what would stand there, tests for pytest -k)
     "attention.py": [
-        (".tril(k_len - q_len)", ".tril()", "causal_mask or cache_equals"),
+        (".tril(k_len - q_len)", ".tril()", "causal_mask or cached_equals"),
         (".tril(k_len - q_len)", ".tril(k_len - q_len - 1)", "causal_mask"),
         ("device=lengths.device) < lengths", "device=lengths.device) <= lengths", "padding_mask"),
         ("scores = (q * q.size(-1) ** -0.5)", "scores = q", "all_ways_agree"),
         (".softmax(dim=-1).masked_fill(hidden, 0.0)", ".softmax(dim=-1)", "nothing_to_attend_to"),
         ("masked_fill(hidden, lowest)", "masked_fill(hidden, -math.inf)", "nothing_to_attend_to"),
-        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "all_ways_agree"),
+        ("dropout_p) @ v, weights", "dropout_p) @ v, F.dropout(weights)", "multi_head_attention_agrees"),
         ("alpha = (m[..., i, :] - m_new).exp()", "alpha = 1.0", "all_ways_agree"),
         ("ds = p * (dp - delta[..., i, :])", "ds = p * dp", "all_ways_agree"),
         ("q.size(-2) != k.size(-2))):", "False)):", "all_ways_agree"),
         ("self.dropout if self.training else 0.0", "self.dropout", "dropout_only_in_training"),
         ("if causal and context is not None:", "if causal and context is None:", "leaves_python and export"),
-        ("        cache.k, cache.v = k, v\n", "", "cache_equals"),
+        ("        cache.k, cache.v = k, v\n", "", "cached_equals"),
         ("x.clone(), packed.requires_grad", "x.clone()", "from_torch_keeps"),
         ("    lengths = lengths.long()", "    # lengths = lengths.long()", "padding_mask"),
     ],
     "encoder.py": [
-        (
-            "x + self.dropout(self.self_attention(self",
-            "self.dropout(x + self.self_attention(self",
-            "encoder_dropout",
-        ),
-        (
-            "x + self.dropout(self.self_attention(self",
-            "self.dropout(self.self_attention(self",
-            "layer_equals_torch",
-        ),
-        (
-            "self.self_attention_norm(x + self.dropout(self.self_attention(x, mask)))",
-            "x + self.dropout(self.self_attention(self.self_attention_norm(x), mask))",
-            "layer_equals_torch",
-        ),
+        ("x + self.dropout(self.self_attention(self", "self.dropout(x + self.self_attention(self", "dropout"),
+        ("x = x + self.dropout(self.self_att", "x = self.dropout(self.self_att", "layer_equals"),
+        ("        x = self.self_attention_norm(x + self", "        x = (x + self", "layer_equals"),
         ("10_000.0 ** (-torch.arange", "1_000.0 ** (-torch.arange", "sinusoidal_positional_encoding"),
         (".softmax(dim=-1).masked_fill(~mask, 0.0)", ".softmax(dim=-1)", "equals_attention_py"),
         ("tokens) * self.scale + self", "tokens) + self", "stack_equals_torch"),
         ("mask = tokens != self.pad_id", "mask = tokens == self.pad_id", "encoder_stack"),
-        (
-            "nn.LayerNorm(config.d_model) if config.norm_first else nn.Identity()",
-            "nn.LayerNorm(config.d_model)",
-            "paper_s_parameters or stack_equals",
-        ),
+        ("(config.d_model) if config.norm_first else nn.Identity()", "(config.d_model)", "stack_equals"),
         ("mask.sum(1, keepdim=True).clamp(min=1)", "x.size(1)", "padding_and_batch"),
         ("x.masked_fill(padding, -math.inf).amax(1)", "x.amax(1)", "pool_tokens"),
         ("self.embedding.weight.dtype))", "self.embedding.weight.dtype), persistent=False)", "meta_device"),
     ],
     "transformer.py": [
-        (".tril(k_len - q_len)", ".tril()", "causal_mask"),
+        (".tril(k_len - q_len)", ".tril()", "cache_gives"),
         ("q.shape[-1] ** -0.5", "1.0", "equals_torch"),
         ("k = torch.cat((past_k, k), dim=2)", "k = torch.cat((k, past_k), dim=2)", "cache_gives"),
         ("self.embed(self.tgt_embedding, tgt, start)", "self.embed(self.tgt_embedding, tgt)", "cache_gives"),
@@ -6393,10 +5713,10 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         (".masked_fill(finished, model.config.pad_id)", "", "greedy_decode"),
         ("finished |= best == model.config.eos_id", "finished |= best == 0", "greedy_decode"),
         ("torch.where(finished[..., None], only_pad, following)", "following", "full_width"),
-        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equals_lists"),
-        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equals_lists"),
+        ("[(k[rows], v[rows], *of_memory)", "[(k, v, *of_memory)", "equal_lists"),
+        ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equal_lists"),
         ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
-        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "written_out"),
+        ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "batch_loss"),
         (
             'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
             "data.decode().splitlines()",
@@ -6404,7 +5724,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
         ("rows, parse_math=False)", "rows)", "ones_own"),
         ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
-        ("if not norm.isfinite():", "if False:", "not_finite"),
+        ("if not norm.isfinite():", "if False:", "kill_9"),
         ("mean + (weight - mean) / n_averaged", "weight.clone()", "written_out"),
     ],
     "losses.py": [
@@ -6589,30 +5909,18 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "export.py": [
-        ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
+        ("if sum(m is child for child in places) > 1:", "if False:", "plain_attention"),
         ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
-        (
-            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
-            "model = copy.deepcopy(model)\n    with torch.no_grad()",
-            "equal_the_model",
-        ),
-        (
-            "model = copy.deepcopy(model).eval()\n    with torch.no_grad()",
-            "model = model.eval()\n    with torch.no_grad()",
-            "equal_the_model",
-        ),
-        (
-            "torch.where(attn_mask, 0.0, -torch.inf)",
-            "torch.where(attn_mask, -torch.inf, 0.0)",
-            "attention_for_onnx",
-        ),
+        ("copy.deepcopy(model).eval()\n    with torch.no", "model.eval()\n    with torch.no", "equal_the"),
+        ("(model).eval()\n    with torch.no", "(model)\n    with torch.no", "equal_the_model"),
+        ("where(attn_mask, 0.0, -torch.inf)", "where(attn_mask, -torch.inf, 0.0)", "attention_for_onnx"),
         ("** -0.5 if scale is None else scale", "** -0.5", "attention_for_onnx"),
         (".softmax(-1) @ value * allowed", ".softmax(-1) @ value", "attention_for_onnx"),
         ('free[1] = f"length_{i}" if i else "length"', "pass", "free_sizes or one_file"),
         ('f"length_{i}" if i else "length"', '"length"', "free_sizes"),
         ("if name not in gates:", "if True:", "called_twice"),
         ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
-        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "hold_what_they_promise"),
+        ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "refuse_by_name"),
         ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
         ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
         ("with LOADING:", "if True:", "changes_nothing"),
@@ -6646,14 +5954,9 @@ def plant(file: str, source: str, selection: str, limit: float = 600) -> str:
         shutil.copytree(ROOT / "assets", Path(folder, "assets"))
         Path(folder, file).write_text(source, encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "test_all.py", "-x", "-q", "-p", "no:cacheprovider"]
-        process = subprocess.Popen(
-            [*command, "-k", selection],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "start_new_session": True}
+        options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([*command, "-k", selection], cwd=folder, **options)
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -6671,8 +5974,8 @@ def plant_all(bugs: list[tuple[str, str, str, str]], must_be_caught: bool) -> in
         if (verdict := plant(file, (ROOT / file).read_text(encoding="utf-8"), selection, 1800)) != "SURVIVED":
             print(f"{file}: its tests don't pass without a bug ({verdict}): {selection}")
             return 1
+    verdicts = []
     with ThreadPoolExecutor(int(os.environ.get("MUTANT_PROCESSES", 2))) as pool:
-        verdicts = []
         for bug, verdict in zip(bugs, pool.map(lambda bug: plant(bug[0], *bug[2:]), bugs), strict=True):
             print(f"{verdict}  {bug[0]}: {bug[1]} ({bug[3]})", flush=True)
             verdicts.append(verdict)
@@ -6711,8 +6014,10 @@ def changed(node: ast.AST) -> ast.AST | None:
         return node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         node.value = not node.value
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        node.value = node.value + 1 if isinstance(node.value, int) else 2 * node.value + (node.value == 0)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        node.value += 1
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        node.value = 2 * node.value + (node.value == 0)
     elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
         return ast.Pass()
     else:
@@ -6735,43 +6040,38 @@ def random_bugs(file: str, n: int, seed: int) -> list[tuple[str, str, str, str]]
         name = getattr(node, "name", "") or ""
         if getattr(node, "lineno", 0) > end or (isinstance(name, str) and NOT_DRAWN.match(name)):
             return
-        if isinstance(node, ast.JoinedStr | ast.arguments) or ast.unparse(node).startswith(
-            ("print(", "if __")
-        ):
+        if isinstance(node, ast.JoinedStr | ast.arguments):
+            return
+        if ast.unparse(node).startswith(("print(", "if __")):
             return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
             return
         if hasattr(node, "lineno") and changed(node) is not None:
             found.append(node)
         for field, value in ast.iter_fields(node):
-            if field in ("annotation", "returns", "exc"):
-                continue
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST):
+                if isinstance(child, ast.AST) and field not in ("annotation", "returns", "exc"):
                     visit(child)
 
     visit(ast.parse(source))
-    lines = source.encode().splitlines(keepends=True)  # columns are counted in bytes
+    text = source.encode()  # columns are counted in bytes
+    starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
     bugs = []
     for node in random.Random(seed).sample(found, min(n, len(found))):
-        start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-        stop = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+        start = starts[node.lineno - 1] + node.col_offset
+        stop = starts[node.end_lineno - 1] + node.end_col_offset
         new = ast.unparse(changed(node))
-        if isinstance(node, ast.expr):
-            new = f"({new})"  # whatever stands around it
-        text = source.encode()
+        new = f"({new})" if isinstance(node, ast.expr) else new  # whatever stands around it
         old = " ".join(text[start:stop].decode().split())
-        source_with_bug = (text[:start] + new.encode() + text[stop:]).decode()
-        bugs.append((file, f"line {node.lineno}: {old} -> {new}", source_with_bug, SECTIONS[file]))
+        with_bug = (text[:start] + new.encode() + text[stop:]).decode()
+        bugs.append((file, f"line {node.lineno}: {old} -> {new}", with_bug, SECTIONS[file]))
     return bugs
 
 
 def plant_from_command_line(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Plant bugs; see that the tests notice.")
     parser.add_argument("--mutants", nargs="*", metavar="FILE", help="in these files; without: in all")
-    parser.add_argument(
-        "--random", type=int, metavar="N", help="N bugs a file drawn at random; else the named ones"
-    )
+    parser.add_argument("--random", type=int, metavar="N", help="N a file, drawn; else the named ones")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     options = parser.parse_args(arguments)
     files = options.mutants or list(MUTANTS)
