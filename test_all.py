@@ -4339,7 +4339,6 @@ class TestExport:
 # -----------------------------------------------------------------------------
 # classify_imdb.py
 
-NO_NETWORK = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}  # nothing listens
 IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
 IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
 
@@ -4371,25 +4370,6 @@ def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
 
 {here}
 script.exit_now(script.main(sys.argv[1:]))
-"""
-
-IMDB_SNIPPET = """
-import json
-
-import numpy as np
-import onnxruntime
-import tiktoken
-
-session = onnxruntime.InferenceSession("out/classify_imdb/model.onnx")
-about = session.get_modelmeta().custom_metadata_map
-labels, max_len, pattern, tokens = (json.loads(about[x]) for x in ("labels", "max_len", "pattern", "tokens"))
-ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
-bpe = tiktoken.Encoding("reviews", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-text = " ".join("A film to remember.<br />".replace("<br />", " ").lower().split())
-ids = 2 + np.array(bpe.encode_ordinary(text))  # 0 and 1 are padding and hidden words
-ids = ids if len(ids) <= max_len else np.concatenate((ids[: max_len // 2], ids[max_len // 2 - max_len :]))
-logits = session.run(None, {"tokens": ids[None]})[0][0]
-print(dict(zip(labels, np.exp(logits) / np.exp(logits).sum())))
 """
 
 
@@ -4506,9 +4486,6 @@ class TestClassifyImdb:
         assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
         largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
         assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
-        assert (imdb.PAD, imdb.MASK, imdb.SPECIAL) == (0, 1, 2)
-        for prime in (2_097_143, *imdb.FACTORS):
-            assert all(prime % k for k in range(2, math.isqrt(prime) + 1))
 
     def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
         rng = random.Random(0)
@@ -4538,43 +4515,29 @@ class TestClassifyImdb:
 
     @pytest.mark.parametrize("n", [21, 22, 23, 24])
     def test_model_is_its_parts_written_out(self, n):
-        """Embedding * sqrt(C) + odds, 0 beyond the text; a convolution and a mean at every fourth place."""
+        """Embedding * sqrt(C) + odds, 0 beyond the text; a product of five tokens at every fourth place."""
         model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
         fold = torch.tensor([1, 3])
         rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
-        for given, table in ((None, model.odds.table[imdb.ngram_ids(tokens), 0]),
-                             (fold, model.odds.without_fold[rows, 0])):  # fmt: skip
+        tables = [model.odds.table[imdb.ngram_ids(tokens), 0], model.odds.without_fold[rows, 0]]
+        for given, table in zip((None, fold), tables, strict=True):
             x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
             x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-            places = []
-            for start in range(0, n + 2, 4):  # while one of five tokens is there
-                window = x[:, start : start + 5]  # (B, 5, C)
-                conv = torch.einsum("bkc,ock->bo", window, model.shorten.weight) + model.shorten.bias
-                places.append(conv + window.mean(1))
-            y = torch.stack(places, 1) + encoder.sinusoidal_positional_encoding(64, 16)[: len(places)]
+            starts = range(0, n + 2, 4)  # while one of five tokens is there
+            y = torch.stack([model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts], 1)
+            y = y + encoder.sinusoidal_positional_encoding(64, 16)[: len(starts)]
             for layer in model.encoder.layers:
-                y = layer(y, torch.ones(2, 1, 1, len(places), dtype=torch.bool))
+                y = layer(y, torch.ones(2, 1, 1, len(starts), dtype=torch.bool))
             y = model.encoder.final_norm(y)
             check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
 
-    @torch.no_grad()
-    @pytest.mark.parametrize("odds", [True, False])
-    def test_fused_is_the_same_function(self, odds):
-        """On every length; the model itself stays as it is. Every token counts, wherever it stands."""
-        model = self.model(odds=odds)
-        before = copy.deepcopy(model.state_dict())
-        fused = imdb.FusedClassifier(model)
-        for T in (1, 2, 3, 4, 5, 6, 23, 62, 63, 64):
-            tokens = torch.randint(0, 300, (3, T))  # padding (0) and hidden words (1) among them
-            (x, mask), (y, fused_mask) = model.embed(tokens), fused.embed(tokens)
-            check_close(y[mask], x[mask], 1e-5)
-            assert torch.equal(mask, fused_mask) and not fused.training
-            check_close(fused(tokens), model(tokens), 1e-5)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        for run, T in itertools.product((model, fused), range(1, 14)):
-            tokens = torch.full((1, T), 7)
-            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
-            assert (run(others) != run(tokens)).any(1).all(), T
+    def test_make_model_begins_as_the_mean_of_five_tokens_and_noise(self):
+        a, b, c = (self.model(seed=n, d_model=128) for n in (0, 1, 0))
+        assert torch.equal(a.head.weight, c.head.weight) and not torch.equal(a.head.weight, b.head.weight)
+        assert 0.8 < a.from_odds.weight.std() < 1.2  # odds count from the start
+        noise = a.shorten.weight.unflatten(1, (128, 5)) - torch.eye(128)[:, :, None] / 5
+        assert noise.abs().max() <= 640**-0.5 + 1e-6 and noise.std() > 0.5 * 640**-0.5
+        assert not hasattr(self.model(odds=False), "from_odds")
 
     def test_linear_model_weighs_by_naive_bayes(self):
         """Where the penalised loss is least, the weights are C times what the errors pull at."""
@@ -4595,48 +4558,47 @@ class TestClassifyImdb:
         x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
         x /= np.linalg.norm(x, axis=1, keepdims=True)
         p = np.array(linear(reviews))
-        pull = 30 * x.T @ (y - p)
-        logits = x @ pull  # with weights = pull, up to the intercept
-        assert np.abs(logits - logits.mean() - (np.log(p / (1 - p)) - np.log(p / (1 - p)).mean())).max() < 1
-        assert ((p > 0.5) == y).mean() > 0.8
+        logits = x @ (30 * x.T @ (y - p))  # up to the intercept
+        gaps = logits - np.log(p / (1 - p))
+        assert np.abs(gaps - gaps.mean()).max() < 1 and ((p > 0.5) == y).mean() > 0.8
 
     def test_train_is_its_loop(self, tmp_path):
         """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
         sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
         model, examples, dev, run, s = self.training(tmp_path, **sizes)
+        opinions = [0.6 * y + 0.3 for y in examples.targets]  # a teacher's
+        examples = examples._replace(targets=opinions)
         other = copy.deepcopy(model)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
         matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
         groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-        step, right = 0, []
-        for epoch in range(2):
-            for rows in imdb.batches([len(x) for x in examples.ids], 10, seed=3 * 1_000_003 + epoch):
-                torch.manual_seed(3 * 1_000_003 + step)
-                tokens = imdb.pad([examples.ids[i] for i in rows])
-                hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
-                logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
-                labels = torch.tensor(examples.targets)[rows]
-                right += (logits.argmax(1) == labels).tolist()
-                optimizer.zero_grad()
-                F.cross_entropy(logits, labels).backward()
-                nn.utils.clip_grad_norm_(other.parameters(), 0.2)
-                for group in optimizer.param_groups:
-                    cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
-                    group["lr"] = 1e-3 * min((step + 1) / 7, cosine)
-                optimizer.step()
-                step += 1
+        right = []
+        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 40)):
+            torch.manual_seed(3 * 1_000_003 + step)
+            tokens = imdb.pad([examples.ids[i] for i in rows])
+            hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+            logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
+            y = torch.tensor(opinions)[rows]
+            right += (logits.argmax(1) == y.round()).tolist()
+            optimizer.zero_grad()
+            log_p = logits.log_softmax(1)
+            (-(1 - y) * log_p[:, 0] - y * log_p[:, 1]).mean().backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min((step + 1) / 7, 0.5 + 0.5 * math.cos(math.pi * step / 40))
+            optimizer.step()
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             check_close(one.detach(), two.detach(), 1e-6)
+        assert not model.encoder.embedding.weight[imdb.PAD].any()  # padding stays nothing
         assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
         shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
         assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
         scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
         loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
-        assert run.history[-1]["dev_loss"] == round(loss.item(), 4)
-        assert run.seconds > 0 and [p.name for p in tmp_path.glob("step_*")][0].startswith("step_00000040")
+        assert run.history[-1]["dev_loss"] == round(loss.item(), 4) and run.seconds > 0
         saved = train_ddp.load_checkpoint(tmp_path)
-        assert torch.equal(saved["model"]["head.weight"], model.head.weight)
+        assert saved["run"]["step"] == 40 and torch.equal(saved["model"]["head.weight"], model.head.weight)
 
     def test_pruned_copy_is_its_loop(self, tmp_path):
         """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
@@ -4654,8 +4616,8 @@ class TestClassifyImdb:
         pruned = imdb.pruned_copy(model, sample, examples, s)
         optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
         torch.manual_seed(s.seed)
-        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], 10, seed=s.seed)):
-            tokens, targets, folds = examples.batch(rows, torch.device("cpu"))
+        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 20)):
+            tokens, targets, folds = examples.batch(rows)
             halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
             optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
@@ -4671,7 +4633,7 @@ class TestClassifyImdb:
         # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
         expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
         history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
-        error = imdb.plot_results(history, p.logit(), y, tmp_path / "c.png")
+        error = imdb.plot_results(history, p.double().logit(), y, tmp_path / "c.png")
         assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
 
     # ---- properties
@@ -4683,13 +4645,11 @@ class TestClassifyImdb:
         assert 300 < tokenizer.vocab_size <= 400
         merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
         assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
-        text = reviews[0].text
-        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", text, "don't it's"]
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", reviews[0].text, "don't it's"]
         for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
             assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
             assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
         assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-        assert len(tokenizer.encode([text], 1000)[0]) < len(text.split()) * 3  # merged: no letter by letter
         long = " ".join(r.text for r in reviews[:20])
         (whole,) = tokenizer.encode([long], 10_000)
         for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
@@ -4701,29 +4661,25 @@ class TestClassifyImdb:
         assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
         assert imdb.pad([whole[:0]]).tolist() == [[0]]
 
-    def test_batches_hold_each_text_once_and_little_padding(self):
+    def test_batches_hold_each_text_once_an_epoch_and_little_padding(self):
+        """In another order each epoch and seed; from any step on as if there had been no break."""
         rng = random.Random(0)
         for n in (1, 31, 32, 33, 5000):
             lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-            batches = imdb.batches(lengths, 32, seed=1)
-            assert sorted(i for batch in batches for i in batch) == list(range(n))
-            assert len(batches) == -(-n // 32) and all(0 < len(batch) <= 32 for batch in batches)
-        other = imdb.batches(lengths, 32, seed=2)
-        padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-        assert padded < 1.1 * sum(lengths)
-        longest = [max(lengths[i] for i in batch) for batch in batches[:50]]
-        assert longest != sorted(longest)  # batches come in random order, not the short ones first
-        same = {tuple(sorted(batch)) for batch in batches} & {tuple(sorted(batch)) for batch in other}
-        assert batches == imdb.batches(lengths, 32, seed=1) and len(same) < 3
-
-    def test_upcoming_goes_on_in_any_epoch(self):
-        s, lengths = imdb.Settings(batch_size=4), [7] * 10  # 3 steps an epoch
-        whole = list(imdb.upcoming(lengths, s, 0, 8))
-        assert len(whole) == 8 and whole[:3] != whole[3:6]
-        assert all(sorted(sum(whole[e : e + 3], [])) == list(range(10)) for e in (0, 3))
-        assert all(list(imdb.upcoming(lengths, s, step, 8)) == whole[step:] for step in range(9))
-        other = list(imdb.upcoming(lengths, dataclasses.replace(s, seed=1), 0, 8))
-        assert not any(whole[e : e + 3] == other[f : f + 3] for e in (0, 3) for f in (0, 3))
+            s, per_epoch = imdb.Settings(seed=1), -(-n // 32)
+            whole = list(imdb.batches(lengths, s, 0, 2 * per_epoch + 1))
+            first, second = whole[:per_epoch], whole[per_epoch:-1]
+            for epoch in (first, second):
+                assert sorted(i for rows in epoch for i in rows) == list(range(n))
+            assert len(whole) == 2 * per_epoch + 1 and all(0 < len(rows) <= 32 for rows in whole)
+            for step in (0, 1, per_epoch, len(whole) - 1, len(whole)):
+                assert list(imdb.batches(lengths, s, step, len(whole))) == whole[step:]
+        assert sum(len(rows) * max(lengths[i] for i in rows) for rows in first) < 1.1 * sum(lengths)
+        longest = [max(lengths[i] for i in rows) for rows in first[:50]]
+        assert longest != sorted(longest)  # not the short ones first
+        other = list(imdb.batches(lengths, imdb.Settings(seed=2), 0, per_epoch))
+        for one, two in itertools.combinations((first, second, other), 2):
+            assert len({tuple(sorted(rows)) for rows in one} & {tuple(sorted(rows)) for rows in two}) < 3
 
     def test_dev_split_is_blocks_of_neighbours(self):
         """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
@@ -4743,6 +4699,7 @@ class TestClassifyImdb:
 
     @torch.no_grad()
     def test_model_padding_and_batch_invariance(self):
+        """A text's answer is its own, whatever stands beside it; each of its tokens counts."""
         model = self.model()
         for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
             tokens = torch.randint(2, 300, (3, n))
@@ -4750,53 +4707,24 @@ class TestClassifyImdb:
             padded[:3, :n] = tokens
             check_close(model(padded)[:3], model(tokens), 1e-5)
             assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+        for T in range(1, 14):
+            tokens = torch.full((1, T), 7)
+            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            assert (model(others) != model(tokens)).any(1).all(), T
         for max_len in (4, 5, 63, 64, 65):
             assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
-
-    def test_hidden_loss_hides_a_share_of_the_words(self):
-        seen, tokens = [], imdb.pad([torch.randint(2, 300, (n,)) for n in (400, 1000, 1000)])
-
-        def model(tokens, folds):
-            seen.append((tokens, folds))
-            return torch.tensor([[0.0, 1.0]] * 3)
-
-        s, targets = imdb.Settings(mask_words=0.3), torch.tensor([0.2, 0.6, 0.9])
-        loss, right = imdb.hidden_loss(model, tokens, targets, torch.arange(3), s)
-        log_p = torch.tensor([0.0, 1.0]).log_softmax(0)
-        assert right == 2 and loss.item() == pytest.approx(-(log_p[1] * 1.7 + log_p[0] * 1.3).item())
-        assert (seen[0][0][0, 400:] == 0).all() and seen[0][1].tolist() == [0, 1, 2]
-        assert abs((seen[0][0] == 1).sum().item() / 2400 - 0.3) < 0.05
-
-    def test_weights_follow_the_seed(self):
-        a, b, c = (self.model(seed=n).head.weight for n in (0, 1, 0))
-        assert torch.equal(a, c) and not torch.equal(a, b)
-        assert 0.8 < self.model(d_model=128).from_odds.weight.std() < 1.2  # odds count from the start
-        assert not hasattr(self.model(odds=False), "from_odds")
-
-    def test_log_odds_are_each_text_s_own(self):
-        """In the order given, whatever stands beside a text in its batch."""
-        model = self.model()
         ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
-        scores = imdb.log_odds(model, ids, imdb.ALONE)
+        scores = imdb.log_odds(model, ids, imdb.ALONE)  # in the order given
         for i in (0, 1, 70, 149):
-            logits = model(imdb.pad([ids[i]])).detach().double()[0]
+            logits = model(imdb.pad([ids[i]])).double()[0]
             check_close(scores[i], logits[1] - logits[0], 1e-5)
-        labels = torch.tensor([1, 0, 1, 0])
-        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), labels) == 0.5
-
-    def test_fingerprint_sees_each_label_and_text(self):
-        corpus = self.corpus(20)
-        seen = {imdb.fingerprint(corpus)}
-        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
-            rows = list(getattr(corpus, part))
-            rows[3] = rows[3]._replace(**change)
-            seen.add(imdb.fingerprint(dataclasses.replace(corpus, **{part: rows})))
-        assert len(seen) == 7
+        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), torch.tensor([1, 0, 1, 0])) == 0.5
 
     def test_explain_speaks_in_log_odds(self):
         """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
         tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
-        (ids,) = tokenizer.encode(["a superb film, naïve хорошо don't and superb"], 99)
+        text = "a superb film, naïve хорошо don't and superb"
+        (ids,) = tokenizer.encode([text], 99)
         film = tokenizer.encode(["a film"], 99)[0][-1]
 
         def run(tokens: torch.Tensor) -> torch.Tensor:
@@ -4805,9 +4733,7 @@ class TestClassifyImdb:
 
         answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
         assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
-        assert sorted(word for word, _ in answer) == sorted(
-            "a superb film, naïve хорошо don't and superb".split()
-        )
+        assert sorted(word for word, _ in answer) == sorted(text.split())
         assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
         (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
         assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
@@ -4817,11 +4743,9 @@ class TestClassifyImdb:
         labels = torch.tensor([r.label for r in corpus.test])
         scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
         found = imdb.worst_mistakes(scores, corpus)
-        right = torch.where(labels == 1, scores, -scores).sigmoid()
-        n_wrong = min(20, ((scores > 0) != (labels == 1)).sum().item())
-        assert [m["probability"] for m in found] == pytest.approx(
-            right.sort().values[:n_wrong].tolist(), abs=1e-4
-        )
+        right = torch.where(labels == 1, scores, -scores).sigmoid().sort().values
+        n_wrong = min(20, (right < 0.5).sum().item())
+        assert [m["probability"] for m in found] == pytest.approx(right[:n_wrong].tolist(), abs=1e-4)
         by_text = {r.text: r.label for r in corpus.test}
         assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
 
@@ -4847,54 +4771,46 @@ class TestClassifyImdb:
             assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
             for r in reviews:
                 assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
-        expected = dataclasses.replace(
-            found, unlabelled=[imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-        )
+        unlabelled = [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
+        expected = dataclasses.replace(found, unlabelled=unlabelled)
         assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
-        with pytest.raises(ValueError, match="0 reviews in train/unsup, not 12"):
+        with pytest.raises(ValueError, match="0 of 12 texts in train/unsup"):
             imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
         assert not list(tmp_path.rglob("evil*"))
         gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
-        assert [r.number for r in imdb.read_imdb(self.folder(tmp_path / "gaps", gaps)).test[:12]] == [
-            *range(12)
-        ]
+        gapped = imdb.read_imdb(self.folder(tmp_path / "gaps", gaps))
+        assert [r.number for r in gapped.test[:12]] == list(range(12))
 
     def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
         files = self.imdb_files(12)
         long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
         whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-
-        def refused(path: Path, *words: str):
-            with pytest.raises(ValueError) as error:
-                imdb.load_corpus(imdb.Settings(data=str(path)))
-            assert all(word in str(error.value) for word in ("--data", *words)), error.value
-
-        refused(tmp_path / "nowhere", "does not exist")
         fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-        refused(self.folder(tmp_path / "part/aclImdb", fewer), "no folder test/neg")
-        refused(tmp_path / "part", "no folder test/neg")
-        refused(tmp_path / "part/aclImdb/train", "no folder train/pos")
-        refused(self.tarball(tmp_path / "part.tar.gz", fewer), "0 reviews in test/neg")
         less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-        refused(self.folder(tmp_path / "less/aclImdb", less), "11 reviews in train/neg", "12")
-        more = self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
-        refused(more, "13 reviews in test/pos")
+        self.folder(tmp_path / "part/aclImdb", fewer)
+        self.folder(tmp_path / "less/aclImdb", less)
+        self.tarball(tmp_path / "part.tar.gz", fewer)
+        self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
         (tmp_path / "text").write_text("no tarball")
         (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
-        for path in (tmp_path / "text", tmp_path / "plain.gz"):
-            refused(path, "truncated, altered", str(path))
+        refused = [
+            ("nowhere", "does not exist"), ("text", "truncated, altered"), ("plain.gz", "truncated, altered"),
+            ("part/aclImdb", "0 of 12 texts in test/neg"), ("part", "0 of 12 texts in test/neg"),
+            ("part/aclImdb/train", "0 of 12"), ("part.tar.gz", "0 of 12 texts in test/neg"),
+            ("less/aclImdb", "11 of 12 texts in train/neg"), ("more.tar.gz", "13 of 12 texts in test/pos"),
+        ]  # fmt: skip
         data = whole.read_bytes()
         header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
         broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
         for place in random.Random(0).sample(range(header, len(data)), 20):
-            altered = bytearray(data)
-            altered[place] ^= 1 << place % 8
-            broken.append(altered)
-        for content in broken:
-            whole.write_bytes(content)
-            refused(whole, "truncated, altered")
-        whole.write_bytes(data)
+            broken.append(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        for i, content in enumerate(broken):
+            (tmp_path / f"broken{i}").write_bytes(content)
+            refused.append((f"broken{i}", "truncated, altered"))
+        for name, words in refused:
+            with pytest.raises(ValueError, match=f"--data .*{words}"):
+                imdb.load_corpus(imdb.Settings(data=str(tmp_path / name)))
         folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
         for path in (whole, folder):
             assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
@@ -4911,17 +4827,12 @@ class TestClassifyImdb:
         found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
         assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
         for part in ("train", "test"):
-            self.table(
-                tmp_path / f"two/{part}.csv", [(r[1], part, r[0]) for r in rows], ("label", "x", "text")
-            )
+            other = [(label, part, text) for text, label in rows]
+            self.table(tmp_path / f"two/{part}.csv", other, ("label", "x", "text"))
         two = imdb.read_own(tmp_path / "two")
-        assert (
-            [(r.text, two.labels[r.label]) for r in two.train]
-            == rows
-            == [(r.text, two.labels[r.label]) for r in two.test]
-        )
-        numbers = [r.number for r in two.train if r.label == 1]
-        assert numbers == list(range(50))  # of its label: a table may be sorted by label
+        by_label = sorted(rows, key=lambda row: row[1])
+        assert two.train == two.test and [(r.text, two.labels[r.label]) for r in two.train] == by_label
+        assert [r.number for r in two.train] == 2 * list(range(50))  # of its label
         texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
                  for label in ("no", "yes") for i in range(n)}  # fmt: skip
         folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
@@ -4930,58 +4841,43 @@ class TestClassifyImdb:
         assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
         assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
 
-    OWN_REFUSED = [  # files, words
-        (
-            {"train.csv": "text,label\na,x\nb,y\nc,z\n", "test.csv": "text,label\na,x\n"},
-            "x, y, z.*exactly two",
-        ),
-        ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, "the labels x;"),
-        (
-            {"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": "text,label\na,x\n"},
-            "9 texts x",
-        ),
-        ({"train.csv": "review,label\na,x\n", "test.csv": ""}, "train.csv has no column 'text', but review"),
-        ({"train.csv": "text,label\na,x\nb\n", "test.csv": ""}, "line 3 lacks a text or a label"),
-        ({"train.csv": "text,label\na,x\nb,\n", "test.csv": ""}, "line 3 lacks"),
-        ({"train.csv": 'text,label\n"a,x\n', "test.csv": ""}, "train.csv: line"),
-        ({"train.csv": "text,label\na,x\nb,y\n"}, "no texts in test.csv"),
-        ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "no texts in test.csv or test/LABEL"),
-        ({"a.txt": "a"}, "no texts in train.csv or train/LABEL"),
-    ]
-
-    @pytest.mark.parametrize("files, words", OWN_REFUSED)
-    def test_read_own_refuses(self, tmp_path, files, words):
-        with pytest.raises(ValueError, match=words):
-            imdb.read_own(self.folder(tmp_path / "own", files))
-
-    def test_read_own_refuses_other_encodings_and_unlabelled_texts(self, tmp_path):
-        for data in ("naïve".encode("latin-1"), "naïve".encode("utf-16")):
-            (tmp_path / "a.csv").write_bytes(data)
+    def test_read_own_refuses(self, tmp_path):
+        many = "text,label\n" + "a,x\na,y\n" * 10
+        for i, (files, words) in enumerate([
+            ({"train.csv": many + "c,z\n", "test.csv": many}, "'x', 'y', 'z'.*two"),
+            ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, r"labels \['x'\]"),
+            ({"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": many}, "9 texts x"),
+            ({"train.csv": "review,label\na,x\n", "test.csv": many}, "train.csv has no column 'text'"),
+            ({"train.csv": "text,label\na,x\nb\n", "test.csv": many}, "labels"),
+            ({"train.csv": 'text,label\n"a,x\n', "test.csv": many}, "train.csv: line"),
+            ({"train.csv": many}, "test.csv"),
+            ({"train.csv": many, "test.csv": "text,label\n"}, "no texts to test"),
+            ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "1 texts x"),
+            ({"a.txt": "a"}, r"labels \[\]"),
+        ]):  # fmt: skip
+            with pytest.raises((ValueError, OSError), match=words):
+                imdb.read_own(self.folder(tmp_path / str(i), files))
+        for encoding in ("latin-1", "utf-16"):
+            (tmp_path / "a.csv").write_bytes("naïve".encode(encoding))
             with pytest.raises(ValueError, match="a.csv is not UTF-8"):
                 imdb.read_own(tmp_path / "a.csv")
         self.table(tmp_path / "a.csv", self.own_rows(60))
         with pytest.raises(ValueError, match="no unlabelled"):
             imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
 
-    @pytest.fixture
-    def serve(self):
-        """serve(data, ...) starts a server on 127.0.0.1 and returns (url, the handler class)."""
-        servers = []
+    @staticmethod
+    def serve(data: bytes, **given):
+        """Starts a server on 127.0.0.1, which ends with the tests; returns (url, the handler class)."""
+        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_address[1]}/file", handler
 
-        def start(data: bytes, **given):
-            handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-            servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-            threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-            return f"http://127.0.0.1:{servers[-1].server_address[1]}/file", handler
-
-        yield start
-        for server in servers:
-            server.shutdown()
-            server.server_close()
-
-    def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch, serve):
+    def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch):
         data = random.Random(0).randbytes(1_000_000)
-        md5 = hashlib.md5(data).hexdigest()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
+        monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
         got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
         got.parent.mkdir()
         for before, given, asked in [
@@ -4991,33 +4887,26 @@ class TestClassifyImdb:
             (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
         ]:
             part.write_bytes(before)
-            url, server = serve(data, **given)
-            imdb.download(url, got, len(data), md5)
+            url, server = self.serve(data, **given)
+            monkeypatch.setattr(imdb, "IMDB_URL", url)
+            assert imdb.find_imdb() == got
             assert got.read_bytes() == data and server.asked == asked and not part.exists()
+            assert imdb.find_imdb() == got and server.asked == asked  # the second time it is there
             got.unlink()
-
-        def fails(url: str, *words: str):
-            with pytest.raises(OSError) as error:
-                imdb.download(url, got, len(data), md5)
-            assert all(word in str(error.value) for word in (url, *words)) and not got.exists(), error.value
-
-        altered = bytearray(data)
-        altered[123_456] ^= 1
-        fails(serve(bytes(altered))[0], "md5")
-        assert not part.exists()  # wrong bytes are no start for the next attempt
-        fails(serve(data + b"more")[0], "md5")
-        fails(serve(data, status=404)[0], "404")
-        fails("http://127.0.0.1:9/file", "refused")
-        fails(
-            serve(data, sent_at_most=100_000, ranges=False)[0], "100,000 of 1,000,000"
-        )  # never gets further
+        altered = data[:123_456] + bytes([data[123_456] ^ 1]) + data[123_457:]
+        never_further = self.serve(data, sent_at_most=100_000, ranges=False)[0]
+        for url, words in [
+            (self.serve(altered)[0], "md5"),
+            (self.serve(data + b"more")[0], "md5"),  # wrong bytes are no start for the next attempt
+            (self.serve(data, status=404)[0], "404"),
+            ("http://127.0.0.1:9/file", "refused"),
+            (never_further, "100,000 of 1,000,000"),
+        ]:
+            monkeypatch.setattr(imdb, "IMDB_URL", url)
+            with pytest.raises(OSError, match=f"{url}.*{words}"):
+                imdb.find_imdb()
+            assert not got.exists() and part.exists() == (words != "md5")
         assert part.read_bytes() == data[:100_000]
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        for name, value in (("URL", serve(data)[0]), ("SIZE", len(data)), ("MD5", md5)):
-            monkeypatch.setattr(imdb, f"IMDB_{name}", value)
-        assert imdb.find_imdb() == got and got.read_bytes() == data
-        monkeypatch.setattr(imdb, "download", None)
-        assert imdb.find_imdb() == got  # the second time it is there
 
     # ---- command line and the run in OUT
 
@@ -5029,44 +4918,32 @@ class TestClassifyImdb:
         assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
         assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
 
-    REFUSED = ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1", "--mask-words 1",
-               "--vocab-size 257", "--n-heads 3", "--target 1", "--explain", "--warmup 0", "--clip 0",
-               "--max-len 3", "--weight-decay -1", "--save-every nan", "--dropout 1")  # fmt: skip
-
-    @pytest.mark.parametrize("arguments", REFUSED)
-    def test_parse_refuses(self, arguments, capsys, monkeypatch):
+    def test_main_refuses_what_makes_no_sense(self, capsys, monkeypatch):
+        """In one line that names the flag; what tyro refuses has a box of its own."""
         monkeypatch.setattr(imdb, "classify", None)
-        name = arguments.split()[0].lstrip("-").replace("-", "_")
-        assert imdb.main(arguments.split()) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert name in line
-
-    @pytest.mark.parametrize("arguments", ["--widht 3", "--preset slow", "--device tpu", "--epochs x"])
-    def test_parse_leaves_other_words_to_tyro(self, arguments):
-        with pytest.raises(SystemExit, match="2"):
-            imdb.parse(arguments.split())
-        with pytest.raises(ValueError, match="--predict needs a text"):
-            imdb.parse(["--predict", ""])
+        for arguments in ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1",
+                          "--mask-words 1", "--vocab-size 257", "--n-heads 3", "--target 1", "--explain",
+                          "--warmup 0", "--clip 0", "--max-len 3", "--weight-decay -1", "--save-every nan",
+                          "--dropout 1", "--min-steps -1", "--predict "):  # fmt: skip
+            assert imdb.main(arguments.split(" ")) == 2, arguments
+            (line,) = capsys.readouterr().err.splitlines()
+            assert arguments.split()[0].lstrip("-").replace("-", "_") in line
+        for arguments in ("--widht 3", "--preset slow"):
+            with pytest.raises(SystemExit, match="2"):
+                imdb.parse(arguments.split())
 
     def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
         """Settings that are bound to a run, its texts, other programs' files, finished runs."""
         corpus = self.corpus(20)
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        lock_out = functools.partial(train_ddp.lock_out, patience=0.1)
         monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
         s = imdb.Settings(out=str(tmp_path))
         _, run = imdb.open_run(s, {})
-        imdb.save(dataclasses.replace(run, step=5), s, {"model": {}})
+        run.step = 5
+        train_ddp.save_checkpoint(tmp_path, 5, {"run": vars(run), "model": {}})
         (tmp_path / "tmp1.part").mkdir()
-        may_change = {
-            "data",
-            "predict",
-            "explain",
-            "baseline",
-            "device",
-            "export",
-            "keep_exports",
-            "save_every",
-        }
+        may_change = "data predict explain baseline device export keep_exports save_every".split()
         for name, value in dataclasses.asdict(s).items():
             other = f"{value}x" if isinstance(value, str) else 1 - value
             changed = dataclasses.replace(s, **{name: other})
@@ -5078,32 +4955,30 @@ class TestClassifyImdb:
         assert not (tmp_path / "tmp1.part").exists()
         monkeypatch.setattr(imdb, "print_end", print)
         for content, finished in [
-            ({"settings": run.settings, "exported": False}, (False, True)),  # not all of a run with exports
-            ({"settings": run.settings, "exported": True}, (True, True)),
-            ({"settings": {}, "exported": True}, (False, False)),
-            ([], (False, False)),
+            ({"settings": run.settings, "exported": False}, [False, True]),  # not all of a run with exports
+            ({"settings": run.settings, "exported": True}, [True, True]),
+            ({"settings": {}, "exported": True}, [False, False]),
+            ([], [False, False]),
         ]:
             (tmp_path / "report.json").write_text(json.dumps(content))
             runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
-            assert tuple(run is None for run in runs) == finished, content
+            assert [run is None for run in runs] == finished, content
         (tmp_path / "report.json").write_text("no json")
+        monkeypatch.setattr(train_ddp, "lock_out", lock_out)
         kept = {}
         assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
-        corpus.test[7] = corpus.test[7]._replace(text="another text")
-        with pytest.raises(ValueError, match="texts"):
-            imdb.open_run(s, {})
-        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-        with pytest.raises(ValueError, match="another run"):
-            imdb.open_run(s, {})
-
-    def test_open_run_refuses_a_place_in_use(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(imdb, "load_corpus", lambda s: self.corpus(20))
-        monkeypatch.setattr(train_ddp, "lock_out", functools.partial(train_ddp.lock_out, patience=0.1))
-        s, kept = imdb.Settings(out=str(tmp_path)), {}
-        imdb.open_run(s, kept)
         with pytest.raises(ValueError, match="in use"):
             imdb.open_run(s, {})
         kept["lock"].close()
+        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
+            rows = getattr(corpus, part)
+            right, rows[3] = rows[3], rows[3]._replace(**change)
+            with pytest.raises(ValueError, match="texts"):
+                imdb.open_run(s, {})
+            rows[3] = right
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
+        with pytest.raises(ValueError, match="another run"):
+            imdb.open_run(s, {})
 
     def test_train_stops_at_its_target(self, tmp_path):
         """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
@@ -5124,22 +4999,20 @@ class TestClassifyImdb:
         handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
         calls = itertools.count()
         model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
-        with pytest.raises(Exception, match="gradient.*step 5.*--lr"):
+        with pytest.raises(train_ddp.Stop, match="gradient.*step 5.*--lr"):
             imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         saved = train_ddp.load_checkpoint(tmp_path)
-        assert saved["run"]["step"] == 5
-        assert all(x.isfinite().all() for x in saved["model"].values())
+        assert saved["run"]["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
 
     def test_page_shows_any_text_as_text(self, tmp_path):
         model, *_, run, _ = self.training(tmp_path)
         texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-        corpus = imdb.Corpus(
-            "own", ["<i>", "&"], [], [imdb.Review(0, i, text) for i, text in enumerate(texts)]
-        )
+        reviews = [imdb.Review(0, i, text) for i, text in enumerate(texts)]
         mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
         report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
+        corpus = imdb.Corpus("own", ["<i>", "&"], [], reviews)
         imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
         tags = []
         parser = html.parser.HTMLParser()
@@ -5148,6 +5021,10 @@ class TestClassifyImdb:
         frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
         assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
         assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
+        for n in range(12):  # one word a place, and the last one there
+            text = "abcdefghijkl"[:n]
+            weights, words = imdb.attention_of(model, imdb.Tokenizer([bytes([i]) for i in range(256)]), text)
+            assert weights.shape == (1, 1, len(words), len(words)) and "".join(words) == (text or "(nothing)")
 
     # ---- runs
 
@@ -5174,16 +5051,13 @@ class TestClassifyImdb:
         assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
         assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
         rows = {row["name"]: row for row in report["models"]}
-        assert {"eager", "ONNX", "pruned, ONNX"} <= set(
-            rows
-        ) and "pruned, ONNX int8, dynamic, embeddings" in rows
+        assert {"eager", "ONNX", "pruned, ONNX", "pruned, ONNX int8, dynamic, embeddings"} <= set(rows)
         best = rows[report["recommended"]]
         near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
         assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
         assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
-        assert (
-            rows["ONNX"]["max_abs_diff"] <= 1e-5 and best["size_bytes"] == (out / "model.onnx").stat().st_size
-        )
+        assert best["size_bytes"] == (out / "model.onnx").stat().st_size
+        assert rows["ONNX"]["max_abs_diff"] <= 1e-5
         assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
         assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
         page = (out / "index.html").read_text(encoding="utf-8")
@@ -5194,74 +5068,75 @@ class TestClassifyImdb:
         out = own_run[0] / "out/classify_imdb"
         monkeypatch.chdir(tmp_path)
         long = "the plot was clever , " * 2000  # far over the length that a file name may have
-        (tmp_path / "texts.txt").write_text(
-            "they call it dull\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig"
-        )
+        text = "they call it dull"
+        (tmp_path / "texts.txt").write_text(text + "\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig")
 
         def predict(*what: str) -> list[dict]:
             assert imdb.main(["--out", str(out), "--predict", *what]) == 0
             return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
-        (answer,) = predict("they call it dull")
+        (answer,) = predict(text)
         assert set(answer) == {"label", "probability", "text", "probabilities"}
         p = answer["probabilities"]
         assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
         assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
-        assert [a["text"] for a in predict("texts.txt")] == ["they call it dull", "a dull\x85film\u2028x"]
+        assert [a["text"] for a in predict("texts.txt")] == [text, "a dull\x85film\u2028x"]
         assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
-        (explained,) = predict("they call it dull", "--explain")
+        (explained,) = predict(text, "--explain")
         effects = [abs(effect) for _, effect in explained["explain"]]
         assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        imdb.main(["--out", str(out), "--predict", "they call it dull", "--explain"])
+        imdb.main(["--out", str(out), "--predict", text, "--explain"])
         first, *words = capsys.readouterr().out.splitlines()
         assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
 
     def test_predict_streams(self, own_run):
-        """A line is answered before the next one comes."""
+        """A line is answered before the next one comes; onnxruntime and tiktoken alone, as README has them,
+        give the same answer in a folder without the project's files."""
+        folder, _ = own_run
         command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=own_run[0], **pipes) as process:
+        answers = []
+        with subprocess.Popen(command, cwd=folder, **pipes) as process:
             clock = threading.Timer(60, process.kill)
             clock.start()
-            for text in ("one", "two"):
+            for text in ("one", "A film to remember."):
                 process.stdin.write(text + "\n")
                 process.stdin.flush()
-                assert json.loads(process.stdout.readline())["text"] == text
+                answers.append(json.loads(process.stdout.readline()))
+                assert answers[-1]["text"] == text
             process.stdin.close()
             assert process.wait(60) == 0
             clock.cancel()
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        (snippet,) = (
+            part for part in re.findall("```python\n(.+?)```", readme, re.S) if "onnxruntime" in part
+        )
+        pipes = {"capture_output": True, "text": True, "timeout": 60}
+        result = subprocess.run([sys.executable, "-I", "-c", snippet], cwd=folder, **pipes)
+        assert result.returncode == 0, result.stderr
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
+        assert numbers == pytest.approx(list(answers[-1]["probabilities"].values()), abs=1e-3)
 
     def test_predict_refuses(self, own_run, tmp_path, capsys):
-        out = own_run[0] / "out/classify_imdb"
+        whole = (own_run[0] / "out/classify_imdb/model.onnx").read_bytes()
         (tmp_path / "blank.txt").write_text("\n  \n")
         (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
         (tmp_path / "bad").mkdir()
         for content, what, words in [
             (None, "a text", "no .*model.onnx yet.*train"),
             (b"no model", "a text", "model.onnx is damaged"),
-            ((out / "model.onnx").read_bytes()[:5000], "a text", "model.onnx is damaged"),
-            ((out / "model.onnx").read_bytes(), str(tmp_path / "blank.txt"), "no text"),
-            ((out / "model.onnx").read_bytes(), "  ", "no text"),
-            ((out / "model.onnx").read_bytes(), str(tmp_path / "utf16.txt"), "utf-8"),
-            ((out / "model.onnx").read_bytes(), str(tmp_path), "directory"),
+            (whole[:5000], "a text", "model.onnx is damaged"),
+            (whole, str(tmp_path / "blank.txt"), "no text"),
+            (whole, "  ", "no text"),
+            (whole, str(tmp_path / "utf16.txt"), "utf-8"),
+            (whole, str(tmp_path), "directory"),
         ]:
             if content:
                 (tmp_path / "bad/model.onnx").write_bytes(content)
             assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert re.search(words, line), line
-
-    def test_readme_snippet_predicts_without_the_project(self, own_run):
-        """onnxruntime and tiktoken alone, in a folder without the project's files."""
-        folder, _ = own_run
-        result = subprocess.run(
-            [sys.executable, "-I", "-c", IMDB_SNIPPET], cwd=folder, capture_output=True, text=True, timeout=60
-        )
-        assert result.returncode == 0, result.stderr
-        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
-        answer = last_json(run_script("classify_imdb.py", "--predict", "A film to remember.", cwd=folder))
-        assert numbers == pytest.approx(list(answer["probabilities"].values()), abs=1e-3)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -5303,32 +5178,32 @@ class TestClassifyImdb:
         one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
         assert one["model"].keys() == other["model"].keys()
         assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-        drop = [{k: v for k, v in row.items() if k != "seconds"} for row in one["run"]["history"]]
-        assert drop == [{k: v for k, v in row.items() if k != "seconds"} for row in other["run"]["history"]]
-        nothing = (
-            "".join(f"script.{name} = " for name in ("linear_model", "Tokenizer.train", "train")) + "again"
-        )
-        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(nothing))
+        for row, same in zip(one["run"]["history"], other["run"]["history"], strict=True):
+            assert row | {"seconds": 0} == same | {"seconds": 0}
+        here = "script.linear_model = script.Tokenizer.train = script.train = again"
+        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(here))
         first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
         for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
             assert first[name] == second[name]
-        assert (
-            "finished" in done.stdout
-            and last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
-        )
-        assert second["total_seconds"] > other["run"]["total_seconds"] > 0 < other["run"]["prepare_seconds"]
+        assert "finished" in done.stdout
+        assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        assert DEADLINE > second["total_seconds"] > other["run"]["total_seconds"] > 0
 
     def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
-        """Without dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-        arguments = [
-            *IMDB_SMALL,
-            *"--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled".split(),
-        ]
-        arguments += ["--clip", "100"]  # none: a gradient of another size would be clipped to the same
-        for world in (1, 2, 3):
+        """Also where one is lost on the way, which ends the others, and another number goes on. Without
+        dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
+        rest = "--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled --save-every 0"
+        arguments = [*IMDB_SMALL, *rest.split(), "--clip", "100"]  # none is clipped to the same size
+        for world in (1, 2):
             results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
             assert not any("step" in result.stdout for result in results[1:])  # rank 0 alone speaks
-        one, *others = (train_ddp.load_checkpoint(tmp_path / str(world)) for world in (1, 2, 3))
+        arguments += ["--out", str(tmp_path / "3")]
+        code = self.code("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
+        first, second = ranks.attempt(2, *arguments, code=code.replace("step == 12", "step == 5"))
+        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+        assert "Traceback" not in first.stderr
+        assert "going on at step 5" in ranks.run(3, *arguments, code=self.code())[0].stdout
+        one, *others = (train_ddp.load_checkpoint(tmp_path / name) for name in "123")
         for other in others:
             for name, value in one["model"].items():
                 check_close(other["model"][name], value, 2e-5)
@@ -5338,20 +5213,6 @@ class TestClassifyImdb:
                 assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
                 assert mine["train_accuracy"] == row["train_accuracy"]
         assert json_of(tmp_path / "3/report.json")["processes"] == 3
-
-    def test_a_lost_process_ends_the_others_and_any_number_goes_on(self, ranks, tmp_path):
-        arguments = [*IMDB_SMALL, *"--dropout 0 --mask-words 0 --lr 1e-4 --save-every 0".split()]
-        ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
-        arguments += ["--out", str(tmp_path / "lost")]
-        here = "if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late"
-        here = here.replace("12", "5")
-        first, second = ranks.attempt(2, *arguments, code=self.code(here).replace("step == 12", "step == 5"))
-        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
-        assert "Traceback" not in first.stderr
-        last = ranks.run(3, *arguments, code=self.code())[0]
-        assert "going on at step 5" in last.stdout
-        one, other = (train_ddp.load_checkpoint(tmp_path / name)["model"] for name in ("whole", "lost"))
-        assert all((one[name] - other[name]).abs().max() <= 2e-5 for name in one)
 
     @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
     def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
@@ -5363,8 +5224,6 @@ class TestClassifyImdb:
         assert [result.returncode for result in results] == [128 + number] * world, results
         step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
         assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
-        (other,) = ranks.attempt(1, *arguments, "--seed", "7", code=self.code())
-        check_one_line_error(other, "seed 0 there, 7 here", "--out")
 
     def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
         """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
@@ -5373,26 +5232,29 @@ class TestClassifyImdb:
         arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
         ranks.run(1, *arguments, code=self.code(here))
         report = json_of(tmp_path / "report.json")
-        assert (
-            abs(report["test_accuracy"] - 0.5) <= 0.065 and abs(report["linear_test_accuracy"] - 0.5) <= 0.065
-        )
+        for name in ("test_accuracy", "linear_test_accuracy"):
+            assert abs(report[name] - 0.5) <= 0.065
 
     def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
         """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
-        corpus, given = self.corpus(), []
+        corpus, given, labels = self.corpus(), [], []
         opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+
+        def linear_model(_, y):
+            labels.append(y)
+            return lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews), 0
+
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
         monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
         monkeypatch.setattr(imdb, "finish", lambda *_: None)
-        teacher = lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews)  # noqa: E731
-        labels = []
-        monkeypatch.setattr(imdb, "linear_model", lambda _, y: (labels.append(y), (teacher, 0))[1])
+        monkeypatch.setattr(imdb, "linear_model", linear_model)
         arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
         assert imdb.main(arguments) == 0
         ((model, examples, dev, run, *_),) = given
         train_set, dev_set = imdb.split_dev(corpus)
         shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
-        assert labels == [shuffled] and shuffled != [r.label for r in train_set]
+        true = [r.label for r in train_set]
+        assert labels == [shuffled] and shuffled != true and sorted(shuffled) == sorted(true)
         assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
         assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
         for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
@@ -5400,7 +5262,7 @@ class TestClassifyImdb:
             assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
         odds = imdb.NgramOdds()
         odds.fit(examples)
-        assert torch.equal(model.odds.table, odds.table) and run.prepare_seconds > 0
+        assert torch.equal(model.odds.table, odds.table)
 
     def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
         model, examples, dev, run, s = self.training(tmp_path)
@@ -5411,38 +5273,29 @@ class TestClassifyImdb:
         with torch.no_grad():
             model.head.weight.mul_(5)  # an untrained model is never sure
         monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
-        (tmp_path / "model.onnx").write_text("of another run")
         imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
         report = json_of(tmp_path / "report.json")
         ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
-        own, labels = (
-            imdb.log_odds(model, ids, imdb.ALONE),
-            torch.tensor([r.label for r in corpus.test]).bool(),
-        )
+        own = imdb.log_odds(model, ids, imdb.ALONE)
+        labels = torch.tensor([r.label for r in corpus.test]).bool()
         answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
         expected = [(answer == labels).double().mean().item() for answer in answers]
         names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
-        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5) and len(
-            set(expected)
-        ) == 3
-        assert report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
+        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5)
+        assert len(set(expected)) == 3 and report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
 
     def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
         corpus = self.corpus(300)
+        turned = [review._replace(label=1 - review.label) for review in corpus.test]
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
+        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
         assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
         report = json_of(tmp_path / "a/b/baseline.json")
         summary = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
-        turned = [review._replace(label=1 - review.label) for review in corpus.test]
-        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
-        imdb.baseline(imdb.Settings(out=str(tmp_path)))
-        report = json_of(tmp_path / "baseline.json")
         assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
 
-    @pytest.mark.skipif(
-        not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB itself isn't tested"
-    )
+    @pytest.mark.skipif(not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB isn't tested")
     def test_real_data_are_the_published_texts(self):
         assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
         assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
@@ -5971,13 +5824,9 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "classify_imdb.py": [
-        (
-            "avg_pool1d(real[:, None].float(), WINDOW, STRIDE, WINDOW // 2)[:, 0] > 0",
-            "avg_pool1d(real[:, None].float(), 1, STRIDE)[:, 0] > 0",
-            "written_out",
-        ),
+        ("(tokens != PAD).unfold(1, WINDOW, STRIDE).any(-1)", "tokens[:, 2:-2:4] != PAD", "written_out"),
         ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
-        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
+        ("0 <= n % fifth - fifth * 2 // 5 < fifth // 10", "n % 10 == 4", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
         ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
@@ -5989,13 +5838,14 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("loss, right = 0 * loss, 0", "pass", "any_number_of"),
         ("mine = rows[p.rank :: p.world]", "mine = rows", "any_number_of"),
         (".split(64)[p.rank :: p.world]", ".split(64)", "any_number_of"),
-        ("    save(run, s, {})\n", "", "killed_anywhere"),
+        ('ddp.save_checkpoint(out, 0, {"run": vars(run)})', "pass", "killed_anywhere"),
         ("+ step // per_epoch)", "+ step // per_epoch + int(time.time()))", "killed_anywhere"),
         ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
-        ("self.encoder.dropout(x) * real[:, :, None]", "self.encoder.dropout(x)", "written_out"),
-        ("W.flatten(1) * self.encoder.scale", "W.flatten(1)", "fused"),
-        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "fused"),
+        ("F.pad(tokens, (WINDOW // 2, STRIDE))", "F.pad(tokens, (WINDOW // 2, 2))", "padding_and_batch"),
+        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "begins_as"),
+        ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
+        ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
         ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
