@@ -155,7 +155,10 @@ def split_dev(corpus: Corpus) -> tuple[list[Review], list[Review]]:
     if corpus.name == "own":
         return hold_out(corpus.train, seed=1)
     fifth = len(corpus.train) // 10  # of a class
-    numbers = {n for n in range(5 * fifth) if 0 <= n % fifth - fifth * 2 // 5 < fifth // 10}
+    numbers = set()
+    for block in range(5):
+        first = block * fifth + fifth * 2 // 5
+        numbers.update(range(first, first + fifth // 10))
     dev = [r for r in corpus.train if r.number in numbers]
     return [r for r in corpus.train if r.number not in numbers], dev
 
@@ -836,7 +839,7 @@ def write_page(report: dict, model: nn.Module, tokenizer: Tokenizer, corpus: Cor
     rows = [(m["label"], f"given {m['probability']:.1%}", clean(m["text"])[:600]) for m in report["mistakes"]]
     parts.append(html_table(rows))
     parts.append("<h2>Where the heads look</h2><p>A place stands for four tokens. Point at one.</p>")
-    for label in (0, 1):
+    for label in (0, 1) if model.encoder.layers else ():
         texts = [r.text for r in corpus.test if r.label == label] or [""]
         text = min(texts, key=lambda text: abs(len(text) - 400))
         weights, words = attention_of(model, tokenizer, text)
@@ -912,7 +915,7 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     out = Path(s.out)
     models = {"original": model.eval()}
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
-    if s.export:
+    if s.export and s.n_layers:
         models["pruned"] = pruned_copy(model, sample, examples, s)
     if s.odds:
         for each in models.values():  # training is over
