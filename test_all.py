@@ -1499,8 +1499,8 @@ class TestTransformer:
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        for wrong in (None, b"<html>", good[:-10]):
-            if wrong:
+        for wrong in (None, b"<html>", good[:-10], b"", gzip.compress(b"")):
+            if wrong is not None:
                 there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")

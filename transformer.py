@@ -485,7 +485,7 @@ def read_lines(name: str, folder: str) -> list[str]:
         if not folder and not path.exists():
             print(f"downloading {MULTI30K_URL}{path.name}", file=sys.stderr)
             data = urllib.request.urlopen(MULTI30K_URL + path.name, timeout=30).read()
-            gzip.decompress(data)  # raises for what is broken
+            lines_of(gzip.decompress(data))[0]  # raises for what is broken or empty
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
         return lines_of(gzip.decompress(path.read_bytes()))
