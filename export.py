@@ -215,9 +215,9 @@ def attention_for_onnx(
 ) -> Tensor:
     """F.scaled_dot_product_attention, with its arguments, written out.
 
-    The exporter's own translation takes up to 1.6 times as long in onnxruntime, and gives a query that
-    may attend to nothing the mean of values, not 0. With opset 23 it fails there unless the mask is
-    expanded (then: 0.9 times as long, and 0; assets/export_attention.json), and needs a new runtime.
+    The exporter's own translation takes up to 1.6 times as long in onnxruntime, and a query without keys
+    gets the mean of the values, not 0. With opset 23 and the mask expanded it takes 0.9 times as long and
+    gives 0 (assets/export_attention.json), but needs a new runtime.
     """
     if enable_gqa:  # a head of keys serves several of queries
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
