@@ -154,9 +154,9 @@ def split_dev(corpus: Corpus) -> tuple[list[Review], list[Review]]:
     """
     if corpus.name == "own":
         return hold_out(corpus.train, seed=1)
-    fifth = len(corpus.train) // 10  # of a class
+    fifth = len(corpus.train) // 2 // 5  # of a class
     numbers = set()
-    for block in range(5):
+    for block in range(5):  # a tenth of each fifth, from its middle
         first = block * fifth + fifth * 2 // 5
         numbers.update(range(first, first + fifth // 10))
     dev = [r for r in corpus.train if r.number in numbers]
@@ -229,8 +229,11 @@ class Examples(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, reviews: list[Review], targets: list[float], max_len: int) -> Examples:
-    end = 1 + max(r.number for r in reviews)
-    folds = [r.number * FOLDS // end for r in reviews]
+    """Tokens, targets, and each text's fold: a fifth of every class, or a fold would tell the class."""
+    ends: dict[int, int] = {}
+    for r in reviews:
+        ends[r.label] = max(r.number + 1, ends.get(r.label, 0))
+    folds = [r.number * FOLDS // ends[r.label] for r in reviews]
     return Examples(tokenizer.encode([r.text for r in reviews], max_len), targets, folds)
 
 
@@ -298,7 +301,7 @@ class NgramOdds(nn.Module):
     def fit(self, examples: Examples) -> None:
         """Count. A text without a label counts on the side that its teacher takes it for."""
         counts = torch.zeros(FOLDS, 2, BUCKETS + 1)
-        for ids, target, fold in zip(*examples, strict=True):
+        for ids, target, fold in zip(examples.ids, examples.targets, examples.folds, strict=True):
             buckets = ngram_ids(ids[None]).unique()  # once a text, however often it holds an n-gram
             counts[fold, int(target > 0.5), buckets] += 1
         counts[:, :, 0] = 0  # which stands for no n-gram
@@ -582,7 +585,8 @@ def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
     settings |= {"dataset": corpus.name, "labels": corpus.labels, "texts": fingerprint(corpus)}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # no report, or a damaged one
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        if report["settings"] == settings and (report["exported"] or not s.export):
+        made = report["exported"] >= s.export and report["exports_kept"] >= s.keep_exports
+        if report["settings"] == settings and made:
             print(f"this run is finished; another one needs another --out than {out}")
             print_end(report, out)
             return corpus, None
@@ -636,7 +640,7 @@ def load_corpus(s: Settings) -> Corpus:
     # Anything below a folder aclImdb, or as large as IMDB, is IMDB or an incomplete copy; so is a tarball.
     sizes = {folder: len(list((path / folder).glob("*"))) for folder in PER_FOLDER}
     named = "aclImdb" in path.resolve().parts or (path / "aclImdb").is_dir()
-    if not (named or sizes == PER_FOLDER or (path.is_file() and path.suffix != ".csv")):
+    if not (named or sizes == PER_FOLDER or (path.is_file() and path.suffix.lower() != ".csv")):
         if s.unlabelled:
             raise ValueError(f"--data {path} has no unlabelled texts: leave out --preset best")
         return read_own(path)
@@ -915,7 +919,7 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     out = Path(s.out)
     models = {"original": model.eval()}
     sample = in_batches(examples, every=max(1, len(examples.ids) // 1000))  # of both classes
-    if s.export and s.n_layers:
+    if s.export and s.n_layers and len(dev.ids) >= 200:  # fewer couldn't tell what pruning costs
         models["pruned"] = pruned_copy(model, sample, examples, s)
     if s.odds:
         for each in models.values():  # training is over
@@ -945,7 +949,8 @@ def export_models(model, tokenizer, corpus: Corpus, examples: Examples, dev: Exa
     scores = log_odds(export.load_artefact(out / "model.onnx"), test.ids, ALONE)
     right = accuracy(scores, torch.tensor(test.targets))
     print(f"--predict uses {best['name']}: {right:.2%} of the test texts right")
-    return report | {"deployed_test_accuracy": right, "exported": s.export}
+    report |= {"deployed_test_accuracy": right, "exported": s.export, "exports_kept": s.keep_exports}
+    return report
 
 
 # ---- prediction
@@ -1098,7 +1103,10 @@ def main(arguments: list[str]) -> int:
             p = ddp.start_processes(s.device)
             classify(s, p, kept)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:  # outside of training, which saves first
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except Exception as error:
         return ddp.explain(error, p, "training" in kept)
 
 

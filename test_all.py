@@ -2442,6 +2442,7 @@ gc.collect()
 gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
     job, pids = json.loads(line), []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # in case of nohup
     for RANK in job["ranks"]:
         pid = os.fork()
         if pid == 0:
@@ -3037,6 +3038,19 @@ for recompute in (False, True):
             writer.result()
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_load_optimizer_whose_every_step_was_skipped(self):
+        """As fp16 may do to the first ones: AdamW has no state yet."""
+        optimizer = torch.optim.AdamW(nn.Linear(2, 1).parameters())
+        train_ddp.load_optimizer(optimizer, optimizer.state_dict(), train_ddp.Processes(0, 1, CPU))
+        assert all(not value.any() for state in optimizer.state.values() for value in state.values())
+
+    def test_evaluate_on_more_ranks_than_rows(self):
+        model = train_ddp.GPT(8, 2, 1, 4)
+        text = torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)
+        for rank, rows in ((0, 3), (5, 0)):
+            p = train_ddp.Processes(rank, 1, CPU)
+            assert (train_ddp.evaluate(model, text, contextlib.nullcontext(), p) > 0) == (rows > 0)
+
     def test_load_optimizer_after_a_change_of_device(self):
         """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
         weights = []
@@ -3144,6 +3158,7 @@ def digest(p, path, s):
         refused |= {"amp bf16 needs": ["--amp", "bf16", "--dtype", "float64"]}
         if trainer.module == "train_ddp":
             refused |= {"data_parallel": ["--data-parallel", "--amp", "bf16"]}
+            refused |= {"compiled": ["--data-parallel", "--compile"]}
         else:
             refused |= {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]}
         arguments = [*TINY, "--out", str(tmp_path / "out")]
@@ -3213,6 +3228,7 @@ print(script.sum_over_ranks([1.0], p))
         check_one_line_error(trainer.attempt(2, *run, "--lr", "0.01")[0], "lr 0.003", "--out")
         assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
         (out / "report.json").unlink()
+        check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{trainer.module}.py")
         results = trainer.attempt(2, *run, "--steps", "5")
         check_one_line_error(results[0], "steps 4", "--out")
         assert results[1].returncode == 2 and results[1].stderr == ""
@@ -3474,6 +3490,11 @@ run()
             assert alone == (world == 1)
             signals.restore()
             assert signal.getsignal(signal.SIGTERM) == before
+        if hasattr(signal, "SIGHUP"):  # under nohup
+            hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signals = module.Signals(module.Processes(0, 1, CPU))
+            assert signal.signal(signal.SIGHUP, hang_up) == signal.SIG_IGN
+            signals.restore()
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
@@ -3844,7 +3865,7 @@ class TestExport:
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
 
     def test_exports_take_two_lengths(self, tmp_path):
-        model = transformer_tiny(dtype=torch.float32, n_layers=1)
+        model = transformer_tiny(n_layers=1).float()
         example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
         run = exported("onnx", model, example, tmp_path)
         for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
@@ -4505,6 +4526,11 @@ class TestClassifyImdb:
             for bucket, (negative, positive) in counts.items():
                 expected[bucket] = math.log(positive / negative)
             check_close(table, expected, 1e-6)
+        reviews = [imdb.Review(n, label, "a") for label, N in ((0, 1000), (1, 50)) for n in range(N)]
+        folds_of = imdb.encode(imdb.Tokenizer([b"a"]), reviews, [0.0] * 1050, 8).folds
+        for label, fold in itertools.product((0, 1), range(imdb.FOLDS)):  # of each class a fifth
+            found = [r.label for r, f in zip(reviews, folds_of, strict=True) if f == fold].count(label)
+            assert found == (200, 10)[label]
         turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
         others = imdb.NgramOdds()
         others.fit(imdb.Examples(ids, turned, folds))
@@ -5816,7 +5842,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
             'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
             "keeps_the_last",
         ),
-        ("torch.arange(p.rank, len(inputs), p.world)", "torch.arange(len(inputs))", "same_weights"),
+        ("torch.arange(len(inputs))[p.rank :: p.world]", "torch.arange(len(inputs))", "same_weights"),
         (
             'map_location="cpu", weights_only=True',
             'map_location="cpu", weights_only=False',
@@ -5826,7 +5852,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
     "classify_imdb.py": [
         ("(tokens != PAD).unfold(1, WINDOW, STRIDE).any(-1)", "tokens[:, 2:-2:4] != PAD", "written_out"),
         ("tokens = tokens.long()  # 32", "# 32", "ngram_ids"),
-        ("0 <= n % fifth - fifth * 2 // 5 < fifth // 10", "n % 10 == 4", "dev_split"),
+        ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
         ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),

@@ -9,12 +9,10 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
     torchrun --nproc_per_node=8 train_ddp.py --amp bf16 --compile --batch-size 256 --max-len 1024 \\
         --d-model 1024 --n-heads 16 --n-layers 12 --lr 6e-4                          # keeps 8 GPUs busy
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:4 --nproc_per_node=8 --max-restarts=9 \\
-        --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py --batch-size 64  # nodes come and go
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
 they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
-process, which torchrun reports as SIGABRT.
+process, which torchrun reports as SIGABRT. Slurm, nodes that come and go: README.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
@@ -49,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Stop(Exception):
-    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
+    """Ends this process; main prints its sentence. shared: every rank raises it, rank 0 prints."""
 
     def __init__(self, sentence: str, code: int = 1, shared: bool = False):
         super().__init__(sentence)
@@ -64,7 +62,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    files: dist.ProcessGroup | None = None  # for waits on rank 0's files, which may take long
+    files: dist.ProcessGroup | None = None  # gloo, 2 h: for waits on rank 0's files
     parent: int = 0  # id of the torchrun that started this process; 0: none
 
 
@@ -104,8 +102,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
-    # hides them; several nodes may count attempts differently.
+    # torchrun's store keeps the addresses of workers that died (torch 2.13): each attempt gets its own
+    # prefix. Not so on several nodes, which count attempts differently: there each has a new store.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
@@ -116,19 +114,18 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
 def on_rank_0(action, processes: Processes):
     """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
-    answer = [(None, None)]
+    answer = [None]
     if processes.rank == 0:
         try:
-            answer = [(action(), None)]
+            answer = [action()]
         except (ValueError, OSError) as error:
             error.shared = True  # all ranks raise it, so rank 0 alone prints it
-            answer = [(None, error)]
+            answer = [error]
     if processes.world > 1:
         dist.broadcast_object_list(answer, group=processes.files)
-    result, error = answer[0]
-    if error is not None:
-        raise error
-    return result
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
@@ -154,7 +151,9 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # signals' numbers
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        names = ["SIGINT", "SIGTERM"]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            names.append("SIGHUP")
         self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
 
     def note(self, number: int, _frame) -> None:
@@ -286,8 +285,7 @@ def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine to 0 at total.
-    A warm-up longer than the run is cut to it."""
+    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine down to 0."""
     warmup = min(warmup, total)
     if step >= total:
         return 0.0
@@ -316,7 +314,7 @@ def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Proces
         for micro in range(s.accumulate):
             mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
             batch = (inputs[mine], targets[mine])
-            if p.device.type == "cuda":  # copied from pinned memory while the GPU computes
+            if p.device.type == "cuda":  # pinned: the CPU needn't wait for the copy
                 batch = [t.pin_memory() for t in batch]
             yield *(t.to(p.device, non_blocking=True) for t in batch), n_tokens
 
@@ -349,8 +347,7 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         for micro in range(s.accumulate):
             part = micro * p.world + p.rank
             torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            # Gradients travel with the last micro-batch alone. DDP decides that in forward: around backward
-            # only, no_sync would change nothing.
+            # Gradients travel with the last micro-batch alone; DDP decides that in forward.
             more = p.world > 1 and micro < s.accumulate - 1
             with parallel.no_sync() if more else nullcontext():
                 with autocast:
@@ -415,7 +412,7 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], autocast, p: Process
     model.eval()
     inputs, targets = text
     losses = []
-    for rows in torch.arange(p.rank, len(inputs), p.world).split(64):
+    for rows in torch.arange(len(inputs))[p.rank :: p.world].split(64):
         with autocast:
             logits = model(inputs[rows].to(p.device)).to(model.norm.weight.dtype)  # (B, T, V)
         y = targets[rows].to(p.device).flatten()
@@ -496,7 +493,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
     tokens = torch.tensor([list(b"\n" + prompt.encode())], device=device)  # (1, T)
     torch.manual_seed(0)
     for _ in range(n_bytes):
-        # max_len - 1: no later query ever looks back at the last position, so it learns more slowly.
+        # Not max_len bytes: in training nothing ever looks back at the last position; it is learnt worst.
         logits = model(tokens[:, 1 - model.max_len :])[:, -1]  # (1, V)
         tokens = torch.cat((tokens, (logits / temperature).softmax(-1).multinomial(1)), dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace").strip()
@@ -520,6 +517,8 @@ def check_settings(s: Settings, p: Processes) -> None:
         raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
         raise ValueError(f"amp {s.amp} needs dtype float32 and no data_parallel, got {s.dtype}")
+    if s.compile and s.data_parallel:  # its copies of the model would call the compiled original
+        raise ValueError("data_parallel can't be compiled: leave out --compile, or use torchrun")
 
 
 def differences(there: dict, here: dict) -> str:
@@ -537,7 +536,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) 
         moments = {"exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
         optimizer.state[weight] = {"step": step} | moments
         for name, tensor in optimizer.state[weight].items():
-            if p.rank == 0:
+            if p.rank == 0 and saved["state"]:  # empty where fp16 has skipped every step so far
                 tensor.copy_(saved["state"][i][name])
             if p.world > 1:
                 dist.broadcast(tensor, src=0)
@@ -551,20 +550,17 @@ def lock_out(out: Path, patience: float = 10.0):
     except ModuleNotFoundError:  # Windows has none: no lock
         return None
     file = open(out / "lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
+    for _ in range(round(patience * 10)):
+        with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"--out {out} is in use by another run") from None
-            time.sleep(0.1)
+        time.sleep(0.1)
+    raise ValueError(f"--out {out} is in use by another run")
 
 
 def open_run(out: Path, settings: dict, kept: dict) -> dict:
     """For rank 0: the state of the run in OUT, or of a new one; the report, if that run is finished.
-    kept gets OUT's lock and the checkpoint's tensors. ValueError for a run of other settings."""
+    kept (a dict, filled here) gets OUT's lock and the checkpoint's tensors. ValueError for another run."""
     settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
     run = None
     if (out / "final.pt").exists() and (out / "report.json").exists():
@@ -577,6 +573,8 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
             shutil.rmtree(left)
         new = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
         run = load_checkpoint(out) or new
+        if list(out.glob("step_*/manifest.json")):
+            raise ValueError(f"{out} holds a run of train_fsdp.py; give another --out")
     wrong = differences(run.get("settings", {}), settings)
     if wrong:
         raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")

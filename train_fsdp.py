@@ -47,7 +47,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -59,11 +59,11 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_mesh(replicate: int, device: torch.device, timeout: float) -> DeviceMesh:
-    """All ranks in a row, (shard,); or (replicate, shard), where neighbouring ranks share a replica."""
-    world = dist.get_world_size()
+    """All ranks in a row, (shard,); or (replicate, shard), where neighbouring ranks share a replica.
+    Of groups with our limit: those that init_device_mesh makes would wait for 30 minutes."""
     if replicate == 1:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    ranks = torch.arange(world).view(replicate, -1)  # init_device_mesh's groups would wait for 30 minutes
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    ranks = torch.arange(dist.get_world_size()).view(replicate, -1)  # a row: a replica
     limit = timedelta(seconds=timeout)
     groups = [dist.new_subgroups_by_enumeration(r.tolist(), timeout=limit)[0] for r in (ranks.T, ranks)]
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
@@ -74,7 +74,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
 
     A block is a unit: its weights are gathered before its forward and dropped after it, gathered again
     for its backward; then its gradients are averaged over the ranks and each rank keeps its slice. So a
-    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False is ZeRO-2). On a GPU
+    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False is ZeRO-2). What is
+    in no block (embeddings, last norm) stays whole from forward to the end of backward. On a GPU
     the next block is gathered while this one computes; gloo overlaps nothing.
 
     amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module).
@@ -83,7 +84,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
     policy = MixedPrecisionPolicy(AMP[amp], None if amp == "off" else torch.float32)
     for block in model.blocks:
         if compile:
-            block.compile()  # before fully_shard, so that its gathering stays outside
+            block.compile()  # FSDP's hooks, which gather, are never compiled
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -121,7 +122,7 @@ def clip_gradients(model: nn.Module, largest: float, exact: bool = False) -> Ten
 
 
 def make_optimizer(model: nn.Module, s: "Settings") -> torch.optim.Optimizer:
-    """AdamW on the slices. Fused, it rounds otherwise at a slice's end than within: not with --exact."""
+    """AdamW on the slices. Fused rounds differently at a slice's end, so not with --exact."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -151,7 +152,7 @@ def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processe
 
 
 class Stop(Exception):
-    """Ends this process with a sentence. shared: on all ranks, so that rank 0 alone says it."""
+    """Ends this process; main prints its sentence. shared: every rank raises it, rank 0 prints."""
 
     def __init__(self, sentence: str, code: int = 1, shared: bool = False):
         super().__init__(sentence)
@@ -166,7 +167,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    files: dist.ProcessGroup | None = None  # for waits on rank 0's files, which may take long
+    files: dist.ProcessGroup | None = None  # gloo, 2 h: for waits on rank 0's files
     parent: int = 0  # id of the torchrun that started this process; 0: none
 
 
@@ -207,8 +208,8 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     limit = timedelta(seconds=timeout)
     is_host = p.rank == 0 and not torchruns_store
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun's store keeps the addresses of workers that died (torch 2.13). A prefix for each attempt
-    # hides them; several nodes may count attempts differently.
+    # torchrun's store keeps the addresses of workers that died (torch 2.13): each attempt gets its own
+    # prefix. Not so on several nodes, which count attempts differently: there each has a new store.
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
     store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
@@ -219,19 +220,18 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
 def on_rank_0(action, processes: Processes):
     """action()'s result on rank 0, on every rank; its ValueError or OSError is raised on every rank.
     For what is done once for all, reading and writing files: either all go on or all stop."""
-    answer = [(None, None)]
+    answer = [None]
     if processes.rank == 0:
         try:
-            answer = [(action(), None)]
+            answer = [action()]
         except (ValueError, OSError) as error:
             error.shared = True  # all ranks raise it, so rank 0 alone prints it
-            answer = [(None, error)]
+            answer = [error]
     if processes.world > 1:
         dist.broadcast_object_list(answer, group=processes.files)
-    result, error = answer[0]
-    if error is not None:
-        raise error
-    return result
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def sum_over_ranks(values: list[float], processes: Processes) -> list[float]:
@@ -250,7 +250,9 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        names = ["SIGINT", "SIGTERM"]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            names.append("SIGHUP")
         self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
 
     def note(self, number: int, _frame) -> None:
@@ -314,8 +316,7 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Processes, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256; then all but the newest keep are deleted. Every rank comes here.
     Each rank writes its slices below step_00000050.part, to which publish gives its name: killed at
-    any moment, it's there whole or not at all. OSError on a full disk; the older ones stay.
-    (dcp.async_save writes while training goes on; publish then waits for its future.)"""
+    any moment, it's there whole or not at all. OSError on a full disk; the older ones stay."""
     part = folder / f"step_{step:08}.part"
     try:
         with dcp_errors(part):
@@ -461,8 +462,7 @@ MAY_CHANGE = "compile eval_every save_every keep timeout replicate recompute dev
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine to 0 at total.
-    A warm-up longer than the run is cut to it."""
+    """Factor of the peak learning rate at a step (from 0): linear up to 1, then half a cosine down to 0."""
     warmup = min(warmup, total)
     if step >= total:
         return 0.0
@@ -491,7 +491,7 @@ def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Proces
         for micro in range(s.accumulate):
             mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
             batch = (inputs[mine], targets[mine])
-            if p.device.type == "cuda":  # copied from pinned memory while the GPU computes
+            if p.device.type == "cuda":  # pinned: the CPU needn't wait for the copy
                 batch = [t.pin_memory() for t in batch]
             yield *(t.to(p.device, non_blocking=True) for t in batch), n_tokens
 
@@ -523,8 +523,8 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         for micro in range(s.accumulate):
             part = micro * p.world + p.rank
             torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            # Averaged over ranks with a step's last micro-batch alone: the sum till then is of whole
-            # gradients (memory!). Without this line each is averaged and kept in slices (traffic!).
+            # Gradients are averaged and sliced after the last micro-batch alone. Until then each rank
+            # sums whole ones: more memory, less traffic. Without this line it is the other way round.
             model.set_requires_gradient_sync(micro == s.accumulate - 1)
             logits = model(x).to(getattr(torch, s.dtype))  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
@@ -594,7 +594,7 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
         logits = model(inputs[taking_part].to(p.device)).flatten(0, 1)  # (B T, V)
         y = targets[taking_part].to(p.device).flatten()
         loss = F.cross_entropy(logits.to(model.norm.weight.dtype), y, reduction="sum")
-        losses.append(loss * (len(rows) > 0))
+        losses.append(loss * (len(rows) > 0))  # a borrowed row counts 0
     model.reshard()  # the root waits for a backward that doesn't come
     model.train()
     loss_sum = sum(loss.item() for loss in losses)  # only now, so that no forward waits for a GPU
@@ -706,15 +706,12 @@ def lock_out(out: Path, patience: float = 10.0):
     except ModuleNotFoundError:  # Windows has none: no lock
         return None
     file = open(out / "lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
+    for _ in range(round(patience * 10)):
+        with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"--out {out} is in use by another run") from None
-            time.sleep(0.1)
+        time.sleep(0.1)
+    raise ValueError(f"--out {out} is in use by another run")
 
 
 def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:

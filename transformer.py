@@ -28,7 +28,7 @@ import tempfile
 import time
 import urllib.request
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -485,7 +485,7 @@ def read_lines(name: str, folder: str) -> list[str]:
         if not folder and not path.exists():
             print(f"downloading {MULTI30K_URL}{path.name}", file=sys.stderr)
             data = urllib.request.urlopen(MULTI30K_URL + path.name, timeout=30).read()
-            lines_of(gzip.decompress(data))[0]  # raises for what is broken or empty
+            lines_of(gzip.decompress(data))[0]  # raises if broken or empty
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
         return lines_of(gzip.decompress(path.read_bytes()))
@@ -586,15 +586,12 @@ def lock_out(out: Path, patience: float = 10.0):
     except ModuleNotFoundError:  # Windows has none: no lock
         return None
     file = open(out / "lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
+    for _ in range(round(patience * 10)):
+        with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"--out {out} is in use by another run") from None
-            time.sleep(0.1)
+        time.sleep(0.1)
+    raise ValueError(f"--out {out} is in use by another run")
 
 
 def pick_device(name: str) -> torch.device:
