@@ -585,7 +585,7 @@ def open_run(s: Settings, kept: dict) -> tuple[Corpus, Run | None]:
     settings |= {"dataset": corpus.name, "labels": corpus.labels, "texts": fingerprint(corpus)}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # no report, or a damaged one
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        made = report["exported"] >= s.export and report["exports_kept"] >= s.keep_exports
+        made = report["exported"] >= s.export and report.get("exports_kept", False) >= s.keep_exports
         if report["settings"] == settings and made:
             print(f"this run is finished; another one needs another --out than {out}")
             print_end(report, out)

@@ -4989,6 +4989,8 @@ class TestClassifyImdb:
             (tmp_path / "report.json").write_text(json.dumps(content))
             runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
             assert [run is None for run in runs] == finished, content
+            kept = dataclasses.replace(s, keep_exports=True)
+            assert imdb.open_run(kept, {})[1] is not None  # exports weren't kept
         (tmp_path / "report.json").write_text("no json")
         monkeypatch.setattr(train_ddp, "lock_out", lock_out)
         kept = {}
@@ -5057,9 +5059,9 @@ class TestClassifyImdb:
     @pytest.fixture(scope="class")
     @classmethod
     def own_run(cls, tmp_path_factory):
-        """A run on 200 rows of one's own, as a user starts it, with all that it does by default."""
+        """A run on rows of one's own, as a user starts it, with all that it does by default."""
         folder = tmp_path_factory.mktemp("own")
-        cls.table(folder / "my.csv", cls.own_rows(200))
+        cls.table(folder / "my.csv", cls.own_rows(2300))  # enough for a pruned copy
         sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
         arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
         return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
