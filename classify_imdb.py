@@ -86,7 +86,7 @@ class Settings:
     unlabelled: bool = False  # learn the linear model's opinion of the 50,000 unlabelled reviews too
     target: float = 0.0  # stop as soon as dev is safely past this accuracy, e.g. 0.85; 0: never
     epochs: int = 2  # passes over the training texts
-    min_steps: int = 300  # few texts are passed over more often, until there are so many steps
+    min_steps: int = 300  # at least so many; few texts are passed over more often
     batch_size: int = 32  # texts a step, of similar length
     lr: float = 1e-3  # AdamW's peak learning rate, then a cosine to 0
     warmup: int = 100  # steps from 0 to the peak
@@ -169,11 +169,12 @@ def split_dev(corpus: Corpus) -> tuple[list[Review], list[Review]]:
 PAD = 0
 MASK = 1
 SPECIAL = 2  # ids 0 and 1; BPE's own ids follow
+FOLDS = 5  # of the training texts, see NgramOdds
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"  # no token crosses these pieces
 
 
 def clean(text: str) -> str:
-    """The text in lower case, each white space or line break of the data set (<br />) a single blank."""
+    """The text in lower case; <br /> and each run of white space become one blank."""
     return " ".join(text.replace("<br />", " ").lower().split())
 
 
@@ -261,8 +262,7 @@ def batches(lengths: list[int], s: Settings, step: int, steps: int) -> Iterator[
 
 STRIDE = 4  # a place of the Transformer stands for 4 tokens
 WINDOW = 5  # and sees 5
-FOLDS = 5
-BUCKETS = 2_097_143  # a prime; words, pairs and triples share them, as their hashes fall
+BUCKETS = 2_097_143  # a prime; singles, pairs and triples are hashed into the same buckets
 FACTORS = (1_000_003, 15_485_863, 179_424_673)  # primes; a sum of three products stays far below 2**63
 
 
@@ -336,7 +336,7 @@ class ReviewClassifier(EncoderClassifier):
         with torch.no_grad():
             self.encoder.embedding.weight[PAD] = 0.0
             mean = torch.eye(C).repeat_interleave(WINDOW, 1) / WINDOW  # (C, C * 5)
-            self.shorten.weight += mean  # where it begins, with some noise
+            self.shorten.weight += mean  # it starts as that mean, with some noise
 
     def embed(self, tokens: Tensor, fold: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The places' vectors (B, P, C) and mask (B, P). fold: see NgramOdds."""
@@ -379,7 +379,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training
     total_seconds: float = 0.0  # of all, up to the last checkpoint
-    begun: float = 0.0  # by this process's clock, as if all parts of the run had just gone before
+    begun: float = 0.0  # when it would have begun, had it had no breaks, by this process's clock
     right: int = 0  # training texts answered right since the last look at dev
     seen: int = 0
     history: list[dict] = field(default_factory=list)  # a row a look at dev
@@ -403,7 +403,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
     if run.step:
         ddp.load_optimizer(optimizer, kept.get("optimizer"), p)
     parallel = ddp.wrap(model, p)
-    parallel.forward_sync_buffers = False  # the odds are the same on all ranks
+    parallel.forward_sync_buffers = False  # for DDP: all ranks have the odds, send none
     signals = ddp.Signals(p)
     saved = time.monotonic()
     bar = tqdm(initial=run.step, total=steps, unit="step", disable=None if p.rank == 0 else True)
@@ -529,7 +529,7 @@ def finish(model, tokenizer, corpus: Corpus, examples: Examples, dev: Examples, 
     out = Path(s.out)
     test = encode(tokenizer, corpus.test, [r.label for r in corpus.test], s.max_len)
     labels = torch.tensor(test.targets)
-    scores = log_odds(model.eval(), test.ids, replace(p, world=1))  # (N,); nothing is chosen by them
+    scores = log_odds(model.eval(), test.ids, replace(p, world=1))  # (N,) rank 0 does all
     report = {
         "dataset": corpus.name,
         "test_accuracy": accuracy(scores, labels),
@@ -734,7 +734,7 @@ def read_own(path: Path) -> Corpus:
     corpus = Corpus("own", names, [], [])
     for part, rows in parts.items():
         for label, name in enumerate(names):
-            texts = [text for of, text in rows if of == name]
+            texts = [text for its_label, text in rows if its_label == name]
             if part == "train" and len(texts) < 10:
                 raise ValueError(f"--data {path} has {len(texts)} texts {name} to learn from; needed are 10")
             reviews = getattr(corpus, part)
@@ -842,14 +842,15 @@ def write_page(report: dict, model: nn.Module, tokenizer: Tokenizer, corpus: Cor
     parts.append("<h2>The most confident mistakes</h2>")
     rows = [(m["label"], f"given {m['probability']:.1%}", clean(m["text"])[:600]) for m in report["mistakes"]]
     parts.append(html_table(rows))
-    parts.append("<h2>Where the heads look</h2><p>A place stands for four tokens. Point at one.</p>")
-    for label in (0, 1) if model.encoder.layers else ():
-        texts = [r.text for r in corpus.test if r.label == label] or [""]
-        text = min(texts, key=lambda text: abs(len(text) - 400))
-        weights, words = attention_of(model, tokenizer, text)
-        path = attention.attention_html(weights, words, words, out / f"attention_{label}.html")
-        page = html.escape(path.read_text(encoding="utf-8"))
-        parts.append(f'<iframe title="class {label}" srcdoc="{page}"></iframe>')
+    if model.encoder.layers:
+        parts.append("<h2>Where the heads look</h2><p>A place stands for four tokens. Point at one.</p>")
+        for label in (0, 1):
+            texts = [r.text for r in corpus.test if r.label == label] or [""]
+            text = min(texts, key=lambda text: abs(len(text) - 400))
+            weights, words = attention_of(model, tokenizer, text)
+            path = attention.attention_html(weights, words, words, out / f"attention_{label}.html")
+            page = html.escape(path.read_text(encoding="utf-8"))
+            parts.append(f'<iframe title="class {label}" srcdoc="{page}"></iframe>')
     (out / "index.html").write_text("\n".join(parts), encoding="utf-8")
 
 

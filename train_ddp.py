@@ -22,7 +22,6 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -150,7 +149,7 @@ class Signals:
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self.noted = []  # signals' numbers
+        self.noted = []  # their numbers
         names = ["SIGINT", "SIGTERM"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             names.append("SIGHUP")
@@ -504,7 +503,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
 
 
 def check_settings(s: Settings, p: Processes) -> None:
-    """ValueError for settings that can't be."""
+    """ValueError for settings that make no sense."""
     may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
@@ -591,7 +590,7 @@ def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
     sample = generate(model, "The ", 400, p.device)
     print(f"--- a sample, temperature 0.6:\n{sample}\n---")
     report = run | run["log"][-1] | {"finished": True, "sample": sample, "processes": p.world}
-    report |= {"device": str(p.device), "cpu": platform.processor() or platform.machine()}
+    report |= {"device": str(p.device), "cpu": torch.cpu.get_capabilities().get("cpu_name")}
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report

@@ -1,6 +1,6 @@
 """Sharded training (FSDP2): each process keeps 1/N of weights, gradients and optimizer state; same numbers.
 
-The byte-level GPT of train_ddp.py on Python's own manual (PSF License), as if it were too large for a device.
+train_ddp.py's byte-level GPT on Python's manual (PSF License), as if it were too large for a device.
 101 million parameters, peak RSS of a rank of 4 (torch 2.13.0, CPU): 2512 MiB with DDP, 1302 with this.
 
     python train_fsdp.py  # one process, the same code
@@ -27,7 +27,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import shutil
 import signal
 import sys
@@ -130,7 +129,7 @@ def make_optimizer(model: nn.Module, s: "Settings") -> torch.optim.Optimizer:
 
 
 def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> list[dict]:
-    """For each rank: bytes that it keeps between steps, counted from its tensors, and the most it had."""
+    """For each rank: bytes kept between steps, counted from its tensors, and the most it had."""
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     gradients = [weight.grad for weight in model.parameters()]
     kinds = {"weights": list(model.parameters()), "gradients": gradients, "moments": moments}
@@ -249,7 +248,7 @@ class Signals:
 
     def __init__(self, processes: Processes):
         self.processes = processes
-        self.noted = []
+        self.noted = []  # their numbers
         names = ["SIGINT", "SIGTERM"]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             names.append("SIGHUP")
@@ -282,7 +281,7 @@ def exit_now(code: int):
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints: each rank writes its slices, any number of ranks reads them; whole, checked, or not there
+# Checkpoints: slices of every rank, for any number of ranks; whole, checked, or not there
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -300,16 +299,16 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
     Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes
     its moments in its first step; before that they are made here, to be loaded into."""
-    names = {weight: name for name, weight in model.named_parameters()}
-    tensors = {f"model.{name}": weight.detach() for weight, name in names.items()}
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            state = optimizer.state[weight]
-            if not state:
-                state["step"] = torch.zeros((), device=weight.device if group["fused"] else "cpu")
-                state["exp_avg"] = torch.zeros_like(weight)
-                state["exp_avg_sq"] = torch.zeros_like(weight)
-            tensors |= {f"optimizer.{names[weight]}.{key}": value for key, value in state.items()}
+    tensors = {}
+    for name, weight in model.named_parameters():
+        tensors[f"model.{name}"] = weight.detach()
+        state = optimizer.state[weight]
+        if not state:
+            fused = optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), device=weight.device if fused else "cpu")
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     return tensors
 
 
@@ -675,7 +674,7 @@ def sharded_model(s: Settings, p: Processes) -> GPT:
 
 
 def check_settings(s: Settings, p: Processes) -> None:
-    """ValueError for settings that can't be."""
+    """ValueError for settings that make no sense."""
     may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
@@ -725,7 +724,7 @@ def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
     if run is None:
         out.mkdir(parents=True, exist_ok=True)
         kept.append(lock_out(out))
-        for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a process that was killed
+        for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a killed process
             shutil.rmtree(left)
         if list(out.glob("step_*.pt")):
             raise ValueError(f"{out} holds a run of train_ddp.py; give another --out")
@@ -759,12 +758,12 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
     size = sum(weight.nbytes for weight in weights.values())
     held = {"all": {"weights": size, "gradients": size, "moments": 2 * size}}
     held |= {f"rank {rank}": of_rank for rank, of_rank in enumerate(run["held"])}
-    print("MiB held between steps, and peak RSS (on a GPU: peak of its memory)")
+    print("MiB held between steps, and peak RSS (GPU: peak of its memory)")
     for who, row in held.items():
         print(f"{who:9}" + "".join(f"{kind} {size / 2**20:,.3f}  " for kind, size in row.items()))
     report = run | run["log"][-1] | {"finished": True, "held": held, "processes": p.world}
     report["n_parameters"] = sum(weight.numel() for weight in weights.values())
-    report |= {"device": str(p.device), "cpu": platform.processor() or platform.machine()}
+    report |= {"device": str(p.device), "cpu": torch.cpu.get_capabilities().get("cpu_name")}
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     write_atomically(Path(s.out, "report.json"), json.dumps(report, indent=1).encode())
     return report

@@ -10,9 +10,9 @@ Multi30k German to English, 5 M parameters, 30 minutes: 40.5 BLEU greedy, 41.6 w
 
 The same command, started again, goes on where it stopped. Model, loss, search come first.
 
-Vaswani et al., "Attention Is All You Need", arXiv:1706.03762.
-Wu et al., "Google's Neural Machine Translation System", arXiv:1609.08144 (length penalty).
-Xiong et al., "On Layer Normalization in the Transformer Architecture", arXiv:2002.04745.
+Vaswani et al. 2017, arXiv:1706.03762.
+Wu et al. 2016, arXiv:1609.08144 (length penalty).
+Xiong et al. 2020, arXiv:2002.04745 (pre-norm).
 """
 
 import argparse
