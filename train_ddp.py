@@ -602,11 +602,11 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
-    # Communication errors alone mean a lost process; gloo's have no class of their own.
+    # Communication errors alone are told so; gloo's have no class of their own.
     gloos = isinstance(error, RuntimeError) and ("/gloo/" in message or "pair closure" in message)
-    if isinstance(error, dist.DistError) or gloos:
-        rank = os.environ.get("RANK", "0")
-        message = f"rank {rank} has lost another process: {message.strip().splitlines()[0]}"
+    if "RANK" in os.environ and (isinstance(error, dist.DistError) or gloos):
+        reason = message.strip().splitlines()[0]
+        message = f"rank {os.environ['RANK']} can't reach the other processes: {reason}"
     elif not (wrong_input or shared or isinstance(error, Stop)):
         traceback.print_exception(error)
         return 1

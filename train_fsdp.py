@@ -83,7 +83,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
     policy = MixedPrecisionPolicy(AMP[amp], None if amp == "off" else torch.float32)
     for block in model.blocks:
         if compile:
-            block.compile()  # FSDP's hooks, which gather, are never compiled
+            block.compile()  # FSDP's hooks, which gather, never are
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -659,7 +659,7 @@ class GPT(nn.Module):
 
 
 def sharded_model(s: Settings, p: Processes) -> GPT:
-    """On the meta device it has shapes and no memory; then each rank makes room for its slices alone."""
+    """On the meta device it has shapes and no memory; then each rank makes room for its slices."""
     with torch.device("meta"):
         model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
     shard(model, make_mesh(s.replicate, p.device, s.timeout), s.amp, s.compile)
@@ -775,11 +775,11 @@ def explain(error: Exception, p: Processes | None, training: bool) -> int:
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
-    # Communication errors alone mean a lost process; gloo's have no class of their own.
+    # Communication errors alone are told so; gloo's have no class of their own.
     gloos = isinstance(error, RuntimeError) and ("/gloo/" in message or "pair closure" in message)
-    if isinstance(error, dist.DistError) or gloos:
-        rank = os.environ.get("RANK", "0")
-        message = f"rank {rank} has lost another process: {message.strip().splitlines()[0]}"
+    if "RANK" in os.environ and (isinstance(error, dist.DistError) or gloos):
+        reason = message.strip().splitlines()[0]
+        message = f"rank {os.environ['RANK']} can't reach the other processes: {reason}"
     elif not (wrong_input or shared or isinstance(error, Stop)):
         traceback.print_exception(error)
         return 1
