@@ -975,8 +975,8 @@ class TestEncoder:
 # transformer.py
 
 
-def transformer_tiny(norm_first=True, **changes):
-    """A small model with large random weights, in biases and norms too: everything matters."""
+def tiny_transformer(norm_first=True, **changes):
+    """A small model, large random weights in all its parts: everything matters."""
     sizes = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2}
     sizes |= {"d_ff": 20, "dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
     model = transformer.Transformer(transformer.TransformerConfig(**sizes))
@@ -985,22 +985,28 @@ def transformer_tiny(norm_first=True, **changes):
     return model.double()
 
 
-def transformer_sentences(n=6, longest=9):
+def sentences(n=6, longest=9):
     """Rows of random tokens with EOS, padded on the right; the first is the longest."""
-    lengths = [longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()]
-    rows = [F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2) for length in lengths]
+    rows = []
+    for length in (longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()):
+        rows.append(F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-TRANSFORMER_NAMES = {  # torch's: ours
-    "coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2",
-    "self_attn": "self_attention", "multihead_attn": "cross_attention",
-    "norm1": "self_attention_norm", "norm3": "ffn_norm",
-}  # fmt: skip
+def gradient_of(model, logits):
+    """Of all parameters, one after the other."""
+    model.zero_grad()
+    logits.sin().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def transformer_by_torch(model, src, tgt):
+def logits_by_torch(model, src, tgt):
     """Logits by nn.Transformer, as a function of the model's parameters."""
+    pairs = {  # torch's: ours
+        "linear1": "ffn.0", "linear2": "ffn.2", "coder.layers": "coder", "coder.norm": "coder_norm",
+        "norm1": "self_attention_norm", "norm3": "ffn_norm",
+        "self_attn": "self_attention", "multihead_attn": "cross_attention",
+    }  # fmt: skip
     c = model.config
     sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff, 0.0)
     theirs = nn.Transformer(*sizes, batch_first=True, norm_first=c.norm_first)
@@ -1009,75 +1015,71 @@ def transformer_by_torch(model, src, tgt):
     weights = {}
     for name, _ in theirs.named_parameters():
         ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
-        for their, our in TRANSFORMER_NAMES.items():
+        for their, our in pairs.items():
             ours = ours.replace(their, our)
         parts = [ours.replace("in_proj_", f"{x}_proj.") for x in "qkv"]  # torch joins three
-        parts = parts if "in_proj_" in ours else [ours]
-        weights[name] = torch.cat([model.get_parameter(part) for part in parts])
+        weights[name] = torch.cat([model.get_parameter(part) for part in dict.fromkeys(parts)])
     embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model)
     for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
         embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.size(1)])
-    masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
+    masks = dict.fromkeys(("src_key_padding_mask", "memory_key_padding_mask"), src == 0)
     masks["tgt_mask"] = torch.ones(tgt.size(1), tgt.size(1)).triu(1).bool()
     hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
     return F.linear(hidden, model.output.weight)
 
 
 @torch.no_grad()
-def transformer_by_lists(model, src, max_len, beam_size, length_penalty):
+def beams_by_lists(model, src, max_len, beam_size, length_penalty):
     """Beam search of one row after the other, without cache. Frozen hypotheses compete by
     log-probability, only the end divides. Tokens (B, T), scores (B,)."""
-    found = []
+    found, scores = [], []
     for row in src:
-        beams = [([1], 0.0)]
+        beams = [(0.0, [1])]
         for _ in range(max_len):
-            candidates = []
-            for tokens, log_prob in beams:
-                if tokens[-1] == 2:
-                    candidates.append((tokens, log_prob))
-                    continue
-                logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
-                following = enumerate(logits.log_softmax(-1).tolist())
-                candidates += [([*tokens, i], log_prob + x) for i, x in following]
-            beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-        divided = [x / ((4 + len(tokens)) / 6) ** length_penalty for tokens, x in beams]
-        best = divided.index(max(divided))
-        found.append((torch.tensor(beams[best][0][1:]), divided[best]))
-    rows, scores = zip(*found, strict=True)
-    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return rows, torch.tensor(scores, dtype=torch.float64)
+            candidates = [beam for beam in beams if beam[1][-1] == 2]
+            for log_prob, tokens in beams:
+                if tokens[-1] != 2:
+                    logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
+                    following = enumerate(logits.log_softmax(-1).tolist())
+                    candidates += [(log_prob + x, [*tokens, i]) for i, x in following]
+            beams = sorted(candidates, reverse=True)[:beam_size]
+        score, tokens = max((x / ((4 + len(t)) / 6) ** length_penalty, t) for x, t in beams)
+        found.append(torch.tensor(tokens[1:]))
+        scores.append(score)
+    found = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    return found, torch.tensor(scores, dtype=torch.float64)
 
 
 TRANSFORMER_SMALL = {
-    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
-    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+    "epochs": 5, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.05, "save_every": 8,
+    "vocab_size": 400, "batch_tokens": 400, "warmup": 20, "lr_scale": 1.0, "amp": "off",
 }  # fmt: skip
 
 TRANSFORMER_KILLED = """
-import os, signal, sys, torch, transformer
-corpus, name, n = transformer.number_corpus, sys.argv[1], int(sys.argv[2])
-transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-owner = os if name == "replace" else torch.nn.utils
-original, calls = getattr(owner, name), iter(range(1, n))
-
-def killed(*args, **kwargs):  # by kill -9, at the n-th call
-    if next(calls, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, killed)
-transformer.main(transformer.parse(sys.argv[3:]))
+import os, signal, sys, transformer
+corpus = transformer.number_corpus(0, 500, 30, 20)
+transformer.number_corpus = lambda seed: corpus
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+transformer.main(transformer.parse(sys.argv[1:]))
 """
 
 
 def transformer_run(out, corpus=None, **changes):
-    """The script's work in this process. Returns the report and the weights that it left."""
-    corpus = corpus or transformer.number_corpus(0, 300, 20, 10)
+    """The script's work in this process. Returns the report, and what it left."""
+    corpus = corpus or transformer.number_corpus(0, 500, 30, 20)
     s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "number_corpus", lambda seed: corpus)
         transformer.main(s)
-    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
+    return json_of(out / "report.json"), *transformer_saved(out)
+
+
+def transformer_saved(out):
+    """The model and the tokenizer that a run left."""
+    saved = transformer.load(out / "model.pt")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.double(), transformer.Tokenizer(saved["vocabulary"])
 
 
 def transformer_stop(out, **changes):
@@ -1089,16 +1091,8 @@ def transformer_stop(out, **changes):
     raise AssertionError("it ran to its end")
 
 
-def transformer_equal(state, other):
-    return all(torch.equal(state[name], other[name]) for name in state)
-
-
-def transformer_saved(out):
-    """The model and the tokenizer that a run left."""
-    saved = transformer.load(out / "model.pt")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model, transformer.Tokenizer(saved["vocabulary"])
+def weights_of(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
 def transformer_pairs():
@@ -1108,181 +1102,140 @@ def transformer_pairs():
     return [[tokenizer.encode(text, 32) for text in pair] for pair in pairs]
 
 
-def transformer_multi30k(folder, **changes):
-    """Files in Multi30k's layout, 12 lines each; changes: other texts."""
-    folder.mkdir()
+def transformer_multi30k(folder, changes=()):
+    """Files in Multi30k's layout, 12 lines each, or what changes has."""
     lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
-    for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
-        text = "\ufeff" + "".join(line.format(i % 4) for i in range(12))
-        text = changes.get(f"{part}_{language}", text)
-        if text is not None:
-            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    for part, language in itertools.product(transformer.MULTI30K, lines):
+        text = "\ufeff" + "".join(lines[language].format(i % 4) for i in range(12))
+        data = {f"{part}.{language}": gzip.compress(text.encode())} | dict(changes)
+        (folder / f"{part}.{language}.gz").write_bytes(data[f"{part}.{language}"])
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs: unsure, so that greedy, beam and penalties differ."""
+def transformer_trained(tmp_path_factory):
+    """A short run's folder, report, model, tokenizer. So unsure that greedy and beam differ."""
     torch.set_num_threads(1)  # the test's fixtures come later
-    out, corpus = tmp_path_factory.mktemp("half"), transformer.number_corpus(3, 2500, 20, 40)
-    changes = {"d_model": 32, "d_ff": 64, "dropout": 0.0, "epochs": 2, "average": 1, "seed": 1}
-    changes |= {"vocab_size": 450, "batch_tokens": 512, "warmup": 60, "lr_scale": 1.0}
-    report, _ = transformer_run(out, corpus, **changes)
-    assert report["history"][1]["dev_loss"] < report["history"][0]["dev_loss"]
-    model, tokenizer = transformer_saved(out)
-    return model.double(), tokenizer, corpus
-
-
-@pytest.fixture(scope="module")
-def transformer_undisturbed(tmp_path_factory):
-    """A small run without interruption: its folder, report and weights."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("undisturbed")
+    out = tmp_path_factory.mktemp("trained")
     return out, *transformer_run(out)
-
-
-@pytest.fixture(scope="module")
-def transformer_demo(tmp_path_factory):
-    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
-    folder = tmp_path_factory.mktemp("demo")
-    shutil.copy(ROOT / "transformer.py", folder)
-    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
 class TestTransformer:
     # ---- the model
-
     @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
     @pytest.mark.parametrize("norm_first", [False, True])
-    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-    def test_transformer_equals_torch(self, norm_first, d_model, n_heads):
+    @pytest.mark.parametrize("d_model", [12, 15])
+    def test_transformer_equals_torch(self, norm_first, d_model):
         """Values, and the gradient of every parameter."""
-        model = transformer_tiny(norm_first, d_model=d_model, n_heads=n_heads)
-        src = transformer_sentences()
-        tgt = F.pad(transformer_sentences(longest=7), (1, 0), value=1)
+        model, src = tiny_transformer(norm_first, d_model=d_model), sentences()
+        tgt = F.pad(sentences(longest=7), (1, 0), value=1)
         real = (tgt != 0)[..., None]
-        logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
+        logits, expected = model(src, tgt) * real, logits_by_torch(model, src, tgt) * real
         check_close(logits, expected, 1e-10)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        upstream = torch.randn_like(logits)
-        ours, theirs = (torch.autograd.grad(x, parameters, upstream) for x in (logits, expected))
-        for name, actual, other in zip(names, ours, theirs, strict=True):
-            check_close(actual, other, 1e-9, name)
+        ours, theirs = (gradient_of(model, x) for x in (logits, expected))
+        check_close(ours, theirs, 1e-10)
 
     def test_transformer_parameter_counts(self):
+        base = 63_082_496
         for changes, expected in (
-            ({}, 63_082_496),
+            ({}, base),
             ({"d_model": 1024, "n_heads": 16, "d_ff": 4096}, 214_245_376),
-            ({"tied": False}, 63_082_496 + 2 * 37_000 * 512),
-            ({"norm_first": True}, 63_082_496 + 2 * 2 * 512),  # the two final norms
+            ({"tied": False}, base + 2 * 37_000 * 512),
+            ({"norm_first": True}, base + 2 * 2 * 512),  # the two final norms
         ):
             with torch.device("meta"):
                 model = transformer.Transformer(transformer.TransformerConfig(**changes))
             assert sum(p.numel() for p in model.parameters()) == expected
 
-    def test_transformer_tying_and_initial_scale(self):
-        for tied in (True, False):
-            config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=tied)
-            model = transformer.Transformer(config)
-            matrices = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
-            assert len({id(m) for m in matrices}) == (1 if tied else 3)
-            for matrix in matrices:
-                assert matrix.std().item() == pytest.approx(1 / 8, rel=0.05)  # 1 / sqrt(d_model)
-            for layer in (model.encoder[0], model.decoder[0]):
-                linear = layer.self_attention.q_proj
-                assert linear.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.01)
-                assert linear.bias.abs().max() == 0
+    def test_transformer_initial_scale(self):
+        config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=False)
+        model = transformer.Transformer(config)
+        for matrix in (model.src_embedding, model.tgt_embedding, model.output):
+            assert abs(matrix.weight.std() - 64**-0.5) < 0.005
+        for layer in (model.encoder[0], model.decoder[0]):
+            linear = layer.self_attention.q_proj
+            assert abs(linear.weight.abs().max() - (6 / 128) ** 0.5) < 0.002
+            assert linear.bias.abs().max() == 0
 
     def test_sinusoidal_positional_encoding_is_the_formula(self):
-        table = transformer.sinusoidal_positional_encoding(50, 7)
-        for position, i in itertools.product((0, 1, 49), range(7)):
-            angle = position / 10_000 ** (2 * (i // 2) / 7)
-            expected = math.cos(angle) if i % 2 else math.sin(angle)
-            assert table[position, i].item() == pytest.approx(expected, abs=1e-6)
-        assert table.dtype == torch.float32 and table.shape == (50, 7)
+        t, i = torch.arange(50)[:, None], torch.arange(7)
+        angles = t / 10_000 ** (2 * (i // 2) / 7)
+        expected = torch.where(i % 2 == 0, angles.sin(), angles.cos())
+        check_close(transformer.sinusoidal_positional_encoding(50, 7), expected, 1e-5)
 
     def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
-        model, src = transformer_tiny().float(), transformer_sentences()
+        model, src = tiny_transformer().float(), sentences()
         with torch.device("meta"):
             other = transformer.Transformer(model.config)
         other.to_empty(device="cpu").load_state_dict(model.state_dict())
         assert torch.equal(other(src, src), model(src, src))
 
     def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
-        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+        q, v = torch.randn(2, 2, 5, 4, dtype=torch.float64)
         mask = torch.rand(2, 5, 5) < 0.5
         mask[0, 2] = False
-        output, weights = transformer.attention(q, k, v, mask)
-        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        check_close(output, expected, 1e-12)
-        low = (60 * q, -60 * q, v)  # what is seen scores below any fill
-        expected = F.scaled_dot_product_attention(*low, attn_mask=mask)
-        check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
+        for scale in (1, 60):  # at 60 what is seen scores below any fill
+            inputs = (scale * q, -scale * q, v)
+            output, weights = transformer.attention(*inputs, mask)
+            assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+            expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            check_close(output, expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
         assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
-        model = transformer_tiny()
-        loss = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long()).sum()  # only padding
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+        model = tiny_transformer()
+        logits = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long())  # only padding
+        assert gradient_of(model, logits).isfinite().all()
 
-    def test_transformer_no_look_ahead(self):
-        model, src = transformer_tiny(), transformer_sentences()
+    def test_transformer_no_look_ahead_and_padding_changes_nothing(self):
+        """Nor do the other sentences of the batch."""
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 8))
         changed = tgt.clone()
         changed[:, 4] = 3 + (tgt[:, 4] - 2) % 8
         before, after = model(src, tgt), model(src, changed)
         assert torch.equal(before[:, :4], after[:, :4])
-        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # and every later one does see it
-
-    def test_transformer_padding_changes_nothing(self):
-        """Nor do the other sentences of the batch."""
-        model, src = transformer_tiny(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        together = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # later ones see it
+        padded = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :8]
         for i in range(6):
             alone = model(src[i : i + 1, src[i] != 0], tgt[i : i + 1])
-            check_close(alone[0], together[i], 1e-12)
+            check_close(alone[0], padded[i], 1e-12)
 
     def test_decode_cache_gives_the_same_logits(self):
         """It projects the memory only once: NaN there in later calls changes nothing."""
-        model, src = transformer_tiny(), transformer_sentences()
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 10))
         memory, mask = model.encode(src)
         expected, cache, pieces = model.decode(tgt, memory, mask), {}, []
         for piece in tgt.split((1, 3, 1, 4, 1), dim=1):
             pieces.append(model.decode(piece, memory, mask, cache))
             memory = memory * math.nan
-            with pytest.raises(ValueError, match="max_len=24"):  # what is refused leaves it as it was
+            with pytest.raises(ValueError, match="max_len"):  # which leaves the cache as it was
                 model.decode(torch.ones(6, 24).long(), memory, mask, cache)
         check_close(torch.cat(pieces, dim=1), expected, 1e-12)
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+    def test_decoder_layer_under_activation_checkpointing(self):
         """Every gradient as without, the encoder's too."""
-        model, src = transformer_tiny(), transformer_sentences()
-        parameters = dict(model.named_parameters())
-        expected = torch.autograd.grad(model(src, src).sin().sum(), [*parameters.values()])
+        model, src = tiny_transformer(), sentences()
+        expected = gradient_of(model, model(src, src))
         for layer in (*model.encoder, *model.decoder):
             checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward)
-            layer.forward = functools.partial(checkpoint, use_reentrant=reentrant)
-        model(src, src).sin().sum().backward()
-        for (name, p), grad in zip(parameters.items(), expected, strict=True):
-            check_close(p.grad, grad, 1e-12, name)
+            layer.forward = functools.partial(checkpoint, use_reentrant=True)
+        check_close(gradient_of(model, model(src, src)), expected, 1e-12)
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
         """At 1, pre-norm layers return their input, post-norm ones its norms."""
-        model = transformer_tiny(norm_first, dropout=1.0)
+        model = tiny_transformer(norm_first, dropout=1.0)
         x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
         for layer in (*model.encoder, *model.decoder):
             decodes = hasattr(layer, "cross_attention")
             y = layer(x, mask, x, mask)[0] if decodes else layer(x, mask)
-            norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
-            assert len(norms) == 2 + decodes
-            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
+            expected = x
+            for module in layer.children():
+                if isinstance(module, nn.LayerNorm) and not norm_first:
+                    expected = module(expected)
             check_close(y, expected, 1e-12)
-        assert (model.encode(transformer_sentences())[0].std(0) < 1e-9).all()
+        assert (model.encode(sentences())[0].std(0) < 1e-9).all()
 
     def test_label_smoothed_loss_is_the_formula(self):
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
@@ -1295,120 +1248,113 @@ class TestTransformer:
         poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
         loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
         check_close(loss, expected, 1e-12)
-        expected_grad = torch.autograd.grad(expected, logits)[0]
-        check_close(torch.autograd.grad(loss, poisoned)[0], expected_grad, 1e-12)
+        loss.backward()
+        expected.backward()
+        check_close(poisoned.grad, logits.grad, 1e-12)
         half = logits.bfloat16()
-        low = transformer.label_smoothed_loss(half, targets, 0)
-        check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
+        expected = transformer.label_smoothed_loss(half.float(), targets, 0, 0.1)
+        check_close(transformer.label_smoothed_loss(half, targets, 0), expected, 1e-6)
 
     def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
         peak = (512 * 4000) ** -0.5
-        for step, expected in ((1, peak / 4000), (3000, peak * 3 / 4), (4000, peak), (16_000, peak / 2)):
-            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(expected)
+        for step, part in ((1, 1 / 4000), (3000, 3 / 4), (4000, 1), (16_000, 1 / 2)):
+            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(part * peak)
 
     # ---- search
-
-    @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (4, 0.6), (5, 1.5)])
-    def test_greedy_decode_and_beam_search_equal_lists(self, transformer_half_trained, beam_size, penalty):
+    @pytest.mark.parametrize("size, penalty", [(1, 0.6), (2, 0.0), (4, 1.5)])
+    def test_greedy_decode_and_beam_search_equal_lists(self, transformer_trained, size, penalty):
         """In batches, with a model that trains, whose modes stay as they are."""
-        model, tokenizer, corpus = transformer_half_trained
-        src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test[:12]], model)
+        _, _, model, tokenizer = transformer_trained
+        texts = map(transformer.english_number, range(41_000, 541_000, 41_700))
+        src = transformer.pad([tokenizer.encode(text, 32) for text in texts], model)
         cases, lengths, cut_off = [(model, src)], set(), 0
         for norm_first in (False, True):
-            cases.append((transformer_tiny(norm_first, dropout=0.5), transformer_sentences(n=12)))
+            cases.append((tiny_transformer(norm_first, dropout=0.5), sentences(n=12)))
         for model, src in cases:
-            model.encoder.eval()
+            model.train().encoder.eval()
             modes = [module.training for module in model.modules()]
-            tokens, scores = transformer.beam_search(model, src, 7, beam_size, penalty)
+            tokens, scores = transformer.beam_search(model, src, 7, size, penalty)
             greedy = transformer.greedy_decode(model, src, 7)
             assert modes == [module.training for module in model.modules()]
-            expected = transformer_by_lists(model.eval(), src, 7, beam_size, penalty)
+            expected = beams_by_lists(model.eval(), src, 7, size, penalty)
             assert torch.equal(tokens, expected[0]) and tokens.dtype == torch.int64
             check_close(scores, expected[1], 1e-10)
-            assert beam_size > 1 or torch.equal(greedy, tokens)
+            assert size > 1 or torch.equal(greedy, tokens)
             lengths |= set((tokens != 0).sum(1).tolist())
             cut_off += (tokens[:, -1] > 2).sum()
         assert len(lengths) > 4 and cut_off > 0  # both kinds were there
 
-    @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-    def test_beam_search_of_full_width_equals_brute_force(self, penalty):
+    def test_beam_search_of_full_width_equals_brute_force(self):
         """4^4 lists leave nothing out."""
-        for _ in range(2):
-            model = transformer_tiny(vocab_size=4, n_layers=1)
-            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+        for penalty in (0.0, 0.6, 2.0):
+            model = tiny_transformer(vocab_size=4, n_layers=1)
             tokens, scores = transformer.beam_search(model, src, 4, 4**4, penalty)
-            expected = transformer_by_lists(model, src, 4, 4**4, penalty)
+            expected = beams_by_lists(model, src, 4, 4**4, penalty)
             assert torch.equal(tokens, expected[0])
             check_close(scores, expected[1], 1e-10)
 
     def test_beam_search_of_no_sentence_and_of_a_bf16_model(self):
-        model, none = transformer_tiny().bfloat16().eval(), torch.zeros(0, 4).long()
+        model, none = tiny_transformer().bfloat16().eval(), torch.zeros(0, 4).long()
         tokens, scores = transformer.beam_search(model, none, 5)
         assert transformer.greedy_decode(model, none, 5).shape == tokens.shape == (0, 0)
         assert scores.shape == (0,)
-        src = transformer_sentences()
+        src = sentences()
         scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]  # in float32
         logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
         check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
 
-    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained, capsys):
-        model, tokenizer, corpus = transformer_half_trained
-        sources = [source for source, _ in corpus.test]
-        texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
-        first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
-        assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_trained, capsys):
+        _, _, model, tokenizer = transformer_trained
+        texts = ["", *map(transformer.english_number, range(517_000, 517_070)), "  "]
+        empty, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
+        assert empty == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True} == last
         for text, row in zip(texts[1:-1], rows, strict=True):
             src = transformer.pad([tokenizer.encode(text, 32)], model)
             found, score = transformer.beam_search(model, src, 32, 4, 1.0)
             n, log_prob = found.shape[1], row.pop("log_prob")  # undivided
             assert log_prob / ((5 + n) / 6) == pytest.approx(score.item())
-            assert row["finished"] == (found[0, -1] == 2) and row["n_tokens"] == n
-            assert row["text"] == tokenizer.decode(found[0].tolist())
-        tables = []
+            text = tokenizer.decode(found[0].tolist())
+            assert row == {"text": text, "n_tokens": n, "finished": found[0, -1] == 2}
+        texts, s, reports = texts[1:21], transformer.Settings(), []
         for target in ("eins", "tausend und"):
-            poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
-            report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
-            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
-        assert tables[0] == tables[1] and "9 of 9 aren't" in capsys.readouterr().out
-        greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
-        for key in ("log_prob", "n_tokens", "finished"):
-            mean = statistics.fmean(row[key] for row in greedy)
-            assert report["searches"]["greedy"][key] == pytest.approx(mean)
+            corpus = transformer.Corpus("numbers", [], [], [(text, target) for text in texts])
+            reports.append(transformer.evaluate(model, tokenizer, corpus, s))
+        assert reports[0] == reports[1] and "20 of 20 aren't" in capsys.readouterr().out
+        greedy = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        beam = transformer.translate(model, tokenizer, texts, 4, 0.0)
+        for key, mean in reports[0]["searches"]["greedy"].items():
+            assert mean == pytest.approx(statistics.fmean(row.get(key, 0) for row in greedy))
         gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
-        assert report["search_gains"] == sum(gain > 1e-3 for gain in gains)
-        assert report["search_errors"] == sum(gain < -1e-3 for gain in gains)
+        assert reports[0]["search_gains"] == sum(gain > 1e-3 for gain in gains) > 0
+        assert reports[0]["search_errors"] == sum(gain < -1e-3 for gain in gains) > 0
 
     # ---- bad input
-
     def test_transformer_refuses(self):
-        bad = (("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1), ("bos_id", 37_000))
-        for name, value in bad:
+        bad = {"n_heads": 5, "vocab_size": 2, "eos_id": 1, "pad_id": -1, "bos_id": 37_000}
+        for name, value in bad.items():
             with pytest.raises(ValueError, match=name):
                 transformer.TransformerConfig(**{name: value})
-        model, src, tgt = transformer_tiny(), torch.ones(2, 4).long(), torch.ones(2, 3).long()
-        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 3, 11)  # exactly max_len
-        for inputs, words in (
-            ((src[0], tgt), "tokens"),
-            ((src.float(), tgt), "tokens"),
-            ((src, tgt[0]), "tokens|batch"),
-            ((src, tgt[:1]), "batch"),
-            ((src.repeat(1, 7), tgt), "max_len"),
+        model, src, tgt = tiny_transformer(), *torch.ones(2, 2, 4).long()
+        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 4, 11)  # max_len
+        memory, mask = model.encode(src)
+        loss = functools.partial(transformer.label_smoothed_loss, memory, tgt, 0)
+        for words, function, *inputs in (
+            ("tokens", model, src[0], tgt),
+            ("tokens", model, src.float(), tgt),
+            ("batch", model, src, tgt[:1]),
+            ("max_len", model, src.repeat(1, 7), tgt),
+            ("memory_mask", model.decode, src, memory, mask[:, :, :, :-1]),
+            ("memory_mask", model.decode, src, memory, mask.long()),
+            ("smoothing", loss, 1.0),
+            ("smoothing", loss, -0.1),
         ):
             with pytest.raises(ValueError, match=words):
-                model(*inputs)
-        memory, mask = model.encode(src)
-        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-            with pytest.raises(ValueError, match="memory_mask"):
-                model.decode(src, memory, wrong)
-        for smoothing in (1.0, -0.1, math.nan):
-            with pytest.raises(ValueError, match="smoothing"):
-                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
+                function(*inputs)
 
     # ---- data
-
     def test_numbers_in_words(self):
         for n, english, german in (
-            (30, "thirty", "dreißig"),
             (101, "one hundred and one", "einhundert eins"),
             (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
             (1_001, "one thousand and one", "ein tausend eins"),
@@ -1424,116 +1370,100 @@ class TestTransformer:
         assert [len(part) for part in parts] == [8_000, 500, 1_000]
         for side in (0, 1):
             assert len({pair[side] for part in parts for pair in part}) == 9_500
-        short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
-        assert min(short) > 0.05 and max(short) - min(short) < 0.05  # each part has short ones
+        for part in parts:  # short ones, too
+            assert 0.05 < sum(len(pair[0].split()) < 5 for pair in part) / len(part) < 0.2
 
     def test_tokenizer_keeps_every_text(self):
         tokenizer = transformer.Tokenizer.train(["ONE", "two one"] * 9, 262)
-        assert tokenizer.encode("ONE one", 9) == [261, 261, 2] and tokenizer.vocab_size == 262
+        assert tokenizer.encode("ONE one", 3) == [261, 261, 2] and tokenizer.vocab_size == 262
         assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
         for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
             ids = tokenizer.encode(text, 99)
             assert ids[-1] == 2 and all(3 <= i < 262 for i in ids[:-1])
             assert tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-        assert len(tokenizer.encode("abc", 5)) == 5
-        with pytest.raises(ValueError, match="max_len=4: 'abc'"):
-            tokenizer.encode("abc", 4)
+        with pytest.raises(ValueError, match="max_len=2: 'one one'"):
+            tokenizer.encode("one one", 2)
 
     def test_token_batches_are_full_and_hold_each_sentence_once(self):
         rng = random.Random(0)
         lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-        batches, other = (transformer.token_batches(lengths, 120, seed) for seed in ("0 0", "0 1"))
+        batches = transformer.token_batches(lengths, 120, "0 0")
         assert sorted(i for batch in batches for i in batch) == list(range(501))
         sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
         assert [size for size in sizes if size > 120] == [1000]
         assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
         first = [lengths[batch[0]] for batch in batches]
         assert first != sorted(first)  # in no order
-        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
+        other = transformer.token_batches(lengths, 120, "0 1")
         assert len(other) == len(batches)  # train counts on it
-        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "")] == [12, 12]
+        assert set(map(frozenset, other)) != set(map(frozenset, batches))
+        assert list(map(len, transformer.token_batches([10] * 24, 120, ""))) == [12, 12]
 
     def test_lines_of_ends_lines_as_people_do(self):
-        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
-        for encoding in ("utf-8", "utf-8-sig"):
-            lines = transformer.lines_of(text.encode(encoding))
-            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
-        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        data = "\ufeffone\u2028two\r\nthree\x0b\x85four \rfive\n\nsix".encode()
+        lines = ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(data) == lines and transformer.lines_of(b"a\n") == ["a"]
 
     def test_multi30k_corpus_refuses_damaged_files(self, tmp_path, monkeypatch):
-        folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
+        official = os.environ.get("MULTI30K_DATA")
+        assert not official or transformer.multi30k_corpus(official).name == "multi30k"
+        folder = transformer_multi30k(tmp_path)  # with byte-order marks and CR LF
         corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
         assert corpus.train[7] == ("ein mann mit 7 $$ am\x0btag 3", "a man with 7 $$ a day 3")
         german, english = zip(*corpus.train, strict=True)
         sha256 = hashlib.sha256("\n".join(german + english).encode()).hexdigest()
         known = dict.fromkeys(transformer.MULTI30K, (12, sha256))
-        monkeypatch.setattr(transformer, "MULTI30K", known)
-        assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
-        for i, (changes, words) in enumerate((
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
-            ({"train_de": "", "train_en": ""}, "train: 0 German"),
-            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
-        )):  # fmt: skip
-            with pytest.raises(ValueError, match=words):
-                transformer.multi30k_corpus(transformer_multi30k(tmp_path / str(i), **changes))
         for part in known:
             monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, sha256)})
             assert transformer.multi30k_corpus(folder).name == "own"
-        path = Path(folder, "train.de.gz")
-        whole = path.read_bytes()
-        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
-        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"junk", latin1):
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match="train.de.gz"):
+        monkeypatch.setattr(transformer, "MULTI30K", known)
+        assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
+        pack, whole = gzip.compress, (tmp_path / "train.de.gz").read_bytes()
+        for words, changes in (
+            ("train: 12 German lines, 11 English", {"train.en": pack(b"a dog\n" * 11)}),
+            ("val: 0 German", {"val.de": pack(b""), "val.en": pack(b"")}),
+            ("flickr.* altered", {"test_2016_flickr.de": pack(b"ein hund\n" * 12)}),
+            ("train.de.gz", {"train.de": whole[:-20]}),
+            ("train.de.gz", {"train.de": whole[:40] + b"?" + whole[41:]}),
+            ("train.de.gz", {"train.de": b"junk"}),
+            ("train.de.gz", {"train.de": pack("straße\n".encode("latin1") * 12)}),
+        ):
+            transformer_multi30k(tmp_path, changes)
+            with pytest.raises(ValueError, match=words):
                 transformer.multi30k_corpus(folder)
-
-    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
-    def test_multi30k_corpus_of_the_official_files(self):
-        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
-        assert corpus.name == "multi30k" and len(corpus.test) == 1_000
 
     def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
         there, cache = tmp_path / "train.de.gz", tmp_path / "new/cache"
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        for wrong in (None, b"<html>", good[:-10], b"", gzip.compress(b"")):
-            if wrong is not None:
-                there.write_bytes(wrong)
+        for wrong in (b"<html>", good[:-10], b"", gzip.compress(b"")):
+            there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
         there.write_bytes(good)
         for _ in range(2):  # the second time, from the cache
             assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
             there.unlink(missing_ok=True)
-        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # known, of the cache
         (cache / "multi30k/train.en.gz").write_bytes(good)
         with pytest.raises(ValueError, match="train.* altered"):
             transformer.multi30k_corpus("")
 
-    # ---- files
-
+    # ---- files and training
     def test_save_and_load_refuse(self, tmp_path, monkeypatch):
         path, weight = tmp_path / "x.pt", torch.arange(1000.0)
-        content = {"model": {"weight": weight}, "vocabulary": [b"a", b"\xff"]}
+        content = {"model": {"weight": weight}}
         transformer.save(path, content)
-        loaded = transformer.load(path)
-        assert torch.equal(loaded["model"]["weight"], weight)
-        assert loaded["vocabulary"] == content["vocabulary"]
         whole = path.read_bytes()
         place = whole.index(weight[500:510].numpy().tobytes())
-        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+        changed = whole[:place] + b"\x01" + whole[place + 1 :]
+        for damaged in (changed, whole[:-100], b"", b"junk" * 50):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="x.pt"):
                 transformer.load(path)
-
-        class Code:
-            def __reduce__(self):
-                return (os.mkdir, (str(tmp_path / "was run"),))
-
-        transformer.save(path, {"model": {}, "code": Code()})
+        transformer.save(path, content | {"code": os.mkdir})
         with pytest.raises(pickle.UnpicklingError):
             transformer.load(path)
         path.write_bytes(whole)
@@ -1544,10 +1474,8 @@ class TestTransformer:
             transformer.save(path, content)
         assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
-    # ---- training
-
-    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
-        model, pairs = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs()
+    def test_batch_loss_is_the_mean_over_tokens_and_use_bf16(self):
+        model, pairs = tiny_transformer(vocab_size=400, max_len=32), transformer_pairs()
         rows, options = [], {"label_smoothing": 0.1, "reduction": "none"}
         for source, target in pairs:
             logits = model(torch.tensor([source]), torch.tensor([[1, *target[:-1]]]))[0]
@@ -1556,149 +1484,135 @@ class TestTransformer:
         check_close(together, torch.cat(rows).mean(), 1e-10)
         low = transformer.batch_loss(model.float(), pairs, 0.1, bf16=True)
         assert low.dtype == torch.float32 and 1e-6 < abs(low - together) < 0.1
-
-    def test_use_bf16_where_it_is_native(self):
-        chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
-        assert chosen == [torch.cpu.get_capabilities().get("avx512_bf16", False), True, False]
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        for amp, chosen in (("auto", native), ("bf16", True), ("off", False)):
+            assert transformer.use_bf16(amp, torch.device("cpu")) == chosen
 
     def test_train_steps_written_out(self, tmp_path):
-        """AdamW at Noam's rate on clipped gradients, decay of matrices alone, every pair once an epoch;
-        the final weights are the mean over the last epochs' ends."""
+        """AdamW at Noam's rate on clipped gradients, decay of matrices alone; the final weights are
+        the mean over the last epochs' ends."""
         pairs = transformer_pairs()
-        s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
-        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
+        s = {"epochs": 4, "average": 2, "batch_tokens": 100, "clip": 0.1, "seed": 5, "d_model": 12}
+        s |= {"warmup": 7, "lr_scale": 3.0, "weight_decay": 0.2, "amp": "off", "out": str(tmp_path)}
         # float64: in float32 Adam makes steps of rounding errors
-        model = transformer_tiny(vocab_size=400, max_len=32, dropout=0.2)
+        model = tiny_transformer(vocab_size=400, max_len=32, dropout=0.2)
         expected = copy.deepcopy(model)
         state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
-        transformer.train(s, model, pairs, pairs[:9], state)
+        transformer.train(transformer.Settings(**s), model, pairs, pairs[:9], state)
 
-        names = dict(expected.named_parameters())
-        vectors = [p for name, p in names.items() if "norm" in name or name.endswith("bias")]
+        matrices = [p for p in expected.parameters() if p.dim() == 2]
+        vectors = [p for p in expected.parameters() if p.dim() == 1]
         optimizer = torch.optim.AdamW(vectors, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
-        matrices = [p for name, p in names.items() if "norm" not in name and name.endswith("weight")]
         optimizer.add_param_group({"params": matrices, "weight_decay": 0.2})
         lengths = [max(map(len, pair)) for pair in pairs]
-        step, ends, dev_losses = 0, [], []
+        step, ends = 0, []
         for epoch in range(4):
             for batch in transformer.token_batches(lengths, 100, f"5 {epoch}"):
                 torch.manual_seed(5 * 1_000_003 + step)  # dropout
                 step += 1
                 optimizer.zero_grad()
-                transformer.batch_loss(expected, [pairs[i] for i in batch], 0.1, False).backward()
+                batch = [pairs[i] for i in batch]
+                transformer.batch_loss(expected, batch, 0.1, False).backward()
                 assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
                 for group in optimizer.param_groups:
                     group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
                 optimizer.step()
-            ends.append({name: p.detach().clone() for name, p in names.items()})
+            ends.append(weights_of(expected))
             with transformer.evaluating(expected):
-                dev_losses.append(transformer.batch_loss(expected, pairs[:9], 0.0, False).item())
+                dev_loss = transformer.batch_loss(expected, pairs[:9], 0.0, False).item()
+            row = state["history"][epoch]
+            assert row["epoch"] == epoch + 1 and row["dev_loss"] == pytest.approx(dev_loss)
         assert state["step"] == step > 12
-        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
-        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
-        for name, p in model.named_parameters():
-            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+        check_close(weights_of(model), (ends[2] + ends[3]) / 2, 1e-6)
 
-    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
-        """And after a gradient that isn't finite. In the 5th step, 2 after a checkpoint; there again;
-        while another checkpoint is saved."""
-        batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_trained, tmp_path):
+        """While a checkpoint is saved; and after a gradient that isn't finite."""
+        loss, factors = transformer.batch_loss, iter([1.0] * 9 + [math.inf])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
+            patch.setattr(transformer, "batch_loss", lambda *given: loss(*given) * next(factors))
             stop = transformer_stop(tmp_path)
-        assert "step 5" in stop and "--lr-scale" in stop
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in TRANSFORMER_SMALL.items()]
+        assert "step 10" in stop and "--lr-scale" in stop
+        flags = {"out": tmp_path} | TRANSFORMER_SMALL
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        for place, reached in ((["clip_grad_norm_", "2"], 3), (["replace", "2"], 6)):
-            command = [sys.executable, "-c", TRANSFORMER_KILLED, *place, "--out", str(tmp_path), *flags]
-            killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-            assert transformer.load(tmp_path / "checkpoint.pt")["step"] == reached
-        assert not (tmp_path / "model.pt").exists()
-        report, weights = transformer_run(tmp_path)
-        _, expected, expected_weights = transformer_undisturbed
-        assert expected["steps"] > 12 and transformer_equal(expected_weights, weights)
+        command = [sys.executable, "-c", TRANSFORMER_KILLED, *flags]
+        killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 8
+        report, model, _ = transformer_run(tmp_path)
+        _, expected, expected_model, _ = transformer_trained
+        assert expected["steps"] > 20
+        assert torch.equal(weights_of(expected_model), weights_of(model))
         for key in ("steps", "history", "searches"):
             assert report[key] == expected[key]
 
     @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
     def test_main_saves_nothing_that_is_not_finite(self, tmp_path, lr_scale, save_every):
         """One step, after which a weight or the loss isn't."""
-        changes = {"batch_tokens": 10**6, "epochs": 1, "lr_scale": lr_scale, "save_every": save_every}
-        assert "--lr-scale" in transformer_stop(tmp_path, **changes)
+        changes = {"lr_scale": lr_scale, "save_every": save_every, "batch_tokens": 10**6}
+        assert "--lr-scale" in transformer_stop(tmp_path, **changes, epochs=1)
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
-    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
-        """Without its lock; not with settings that may not change, nor on other sentences."""
-        _, expected, expected_weights = transformer_undisturbed
-        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
+    def test_main_of_a_finished_run_evaluates_again(self, transformer_trained, capsys):
+        """Without its lock; not with settings that may not change, nor other sentences."""
+        out, expected, expected_model, _ = transformer_trained
         lock = transformer.lock_out(out)
-        report, weights = transformer_run(out, save_every=50, beam_size=2)
+        report, model, _ = transformer_run(out, save_every=50, beam_size=2)
         assert list(report["searches"])[1] == "beam 2, penalty 0"
-        assert report["history"] == expected["history"] and transformer_equal(expected_weights, weights)
-        corpus = transformer.number_corpus(0, 300, 20, 10)
-        for changes, words in (
-            ({"lr_scale": 0.7}, "lr_scale=0.4, not 0.7"),
-            ({"corpus": corpus._replace(train=corpus.train[1:])}, "sentences"),
-        ):
-            assert transformer_stop(out, **changes) == 2
-            assert words in capsys.readouterr().err
+        assert report["history"] == expected["history"]
+        assert torch.equal(weights_of(expected_model), weights_of(model))
+        corpus = transformer.number_corpus(0, 500, 30, 20)
+        other = corpus._replace(train=corpus.train[1:])
+        assert transformer_stop(out, lr_scale=0.7) == transformer_stop(out, corpus=other) == 2
+        errors = capsys.readouterr().err.splitlines()
+        assert "lr_scale=1.0, not 0.7" in errors[-2] and "sentences" in errors[-1]
         lock.close()
 
     def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
         (tmp_path / "file").touch()
         lock = transformer.lock_out(tmp_path)
         monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
-        for changes, words in (
-            ({"out": tmp_path}, "in use"),
-            ({"out": tmp_path / "file/below"}, "file"),
-            ({"seed": 2**43}, "--seed"),
-            ({"seed": -1}, "--seed"),
-            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
-            ({"max_len": 3}, "max_len=3"),
-            ({"d_model": 18}, "n_heads"),
+        for words, changes in (
+            ("in use", {"out": tmp_path}),
+            ("file", {"out": tmp_path / "file/below"}),
+            ("--seed", {"seed": 2**43}),
+            ("--seed", {"seed": -1}),
+            ("model.pt", {"translate": "one", "out": tmp_path / "none"}),
+            ("max_len=3", {"max_len": 3}),
+            ("n_heads", {"d_model": 18}),
         ):
             code = transformer_stop(**({"out": tmp_path / "new"} | changes))
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
+        errors = [KeyboardInterrupt(), OSError("full"), ZeroDivisionError()]
 
-        errors = [KeyboardInterrupt(), OSError("full")]
-
-        def fail(*_):
+        def fail(s, model, pairs, dev, state):
+            assert (len(pairs), len(dev)) == (500, 30)  # no test sentence
             raise errors.pop(0)
 
         monkeypatch.setattr(transformer, "train", fail)
         for words in ("130", "full"):
             assert words in str(transformer_stop(tmp_path / words))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError):  # of the code: a traceback
             transformer_run(tmp_path)
 
-    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
-        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        _, tokenizer, train, dev, _, lock = transformer.prepare(transformer.Settings(out=str(tmp_path)))
-        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
-        lock.close()
-
     # ---- the command line and the demo
-
     def test_parse_lets_a_flag_override_its_preset(self):
         assert transformer.parse([]) == transformer.Settings()
         for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
             s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
-            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
-            assert s.out != transformer.Settings().out
+            assert (s.epochs, s.dropout, s.tied, s.length_penalty) == (3, 0.3, False, -1.0)
+            assert s.translate is None and s.out != transformer.Settings().out
         assert transformer.parse(["--translate", ""]).translate == ""
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
-        """From files to BLEU and --translate, on sentences that can be learned by heart. Their
-        $ signs are no formulas in the picture, their vertical tab ends no line."""
-        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
+        """From files to BLEU and --translate. $ signs are no formulas in the picture, a vertical
+        tab ends no line."""
+        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
-        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
-        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        changes = {"d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
+        s = dataclasses.replace(s, **changes, epochs=30, warmup=40, amp="off")
         transformer.main(s)
         report = json_of(tmp_path / "out/report.json")
         assert report["dataset"] == "own" and report["measure"] == "bleu"
@@ -1711,37 +1625,33 @@ class TestTransformer:
         assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
         assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
 
-    def test_demo_gets_every_number_right(self, transformer_demo):
-        folder, result = transformer_demo
-        summary, out = last_json(result), folder / "out" / "transformer"
-        report = json_of(folder / summary["report"])
+    def test_demo_gets_every_number_right(self, tmp_path):
+        """Alone in a folder, on a terminal that knows ASCII alone."""
+        shutil.copy(ROOT / "transformer.py", tmp_path)
+        run = functools.partial(run_script, "transformer.py", cwd=tmp_path, folder=tmp_path)
+        result = run(PYTHONIOENCODING="ascii")
+        summary, out = last_json(result), tmp_path / "out/transformer"
+        report = json_of(tmp_path / summary["report"])
         assert len(result.stdout.strip().splitlines()[-1]) < 300
-        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
-        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-        greedy, beam, _ = report["searches"].values()
-        assert beam["log_prob"] >= greedy["log_prob"] - 1e-4 and greedy["finished"] > 0.99
-
-    def test_demo_swaps_tens_and_units(self, transformer_demo):
-        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-        model, tokenizer = transformer_saved(transformer_demo[0] / "out/transformer")
-        right = []
-        for n in range(517_022, 517_100):
-            source = tokenizer.encode(transformer.english_number(n), 32)
-            target = tokenizer.encode(transformer.german_number(n), 32)
-            src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-            weights = transformer.cross_attention_weights(model, src, tgt)
-            assert weights.shape == (1, 4, len(target), len(source))
-            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            if n % 10 > 1:
-                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
-        assert sum(right) / len(right) > 0.9
-
-    def test_demo_translates(self, transformer_demo):
+        assert report["dataset"] == "numbers"
+        assert min(summary["beam"], summary["greedy"]) >= 0.99
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(out.glob("*.part"))
         text = "Three hundred and forty-two thousand"
-        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
-        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        row = last_json(run("--translate", text))
+        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["source"] == text
+        assert row["finished"] is True and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        model, tokenizer = transformer_saved(out)
+        right = []  # "zwei und vierzig" looks at "two" before it looks at "forty"
+        for n in range(517_022, 517_100):
+            texts = transformer.english_number(n), transformer.german_number(n)
+            src, targets = (transformer.pad([tokenizer.encode(text, 32)], model) for text in texts)
+            tgt = F.pad(targets[:, :-1], (1, 0), value=1)
+            weights = transformer.cross_attention_weights(model, src, tgt)  # (1, H, Tt, Ts)
+            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
+            right += [looked_at[-4] > looked_at[-2]] * (n % 10 > 1)  # ... units und tens EOS
+        check_close(weights.sum(-1), torch.ones(1, 4, tgt.size(1)), 1e-5)
+        assert sum(right) / len(right) > 0.9
 
 
 # -----------------------------------------------------------------------------
@@ -3871,7 +3781,7 @@ class TestExport:
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
 
     def test_exports_take_two_lengths(self, tmp_path):
-        model = transformer_tiny(n_layers=1).float()
+        model = tiny_transformer(n_layers=1).float()
         example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
         run = exported("onnx", model, example, tmp_path)
         for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
