@@ -3520,25 +3520,22 @@ run()
 # -----------------------------------------------------------------------------
 # export.py
 
-EXPORT_FORMATS = {
-    "trace": lambda model, x, folder: export.export_torchscript(model, x, folder / "trace.ts"),
-    "script": lambda model, x, folder: export.export_torchscript(model, x, folder / "script.ts", "script"),
-    "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
-    "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
+EXPORTS = {  # the function, the file that it writes, further arguments
+    "export_torchscript": (export.export_torchscript, "trace.ts"),
+    "script": (export.export_torchscript, "script.ts", "script"),
+    "export_program": (export.export_program, "program.pt2"),
+    "export_onnx": (export.export_onnx, "model.onnx"),
 }
-EXPORT_EVERY_WAY = pytest.mark.parametrize(
-    "name",
-    EXPORT_FORMATS,
-    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
-)
 
 
-def exported(name: str, model: nn.Module, example, folder: Path):
-    return export.load_artefact(EXPORT_FORMATS[name](model, example, folder))
+def exported(name, model, example, folder):
+    """The path of what one of EXPORTS wrote."""
+    function, file, *method = EXPORTS[name]
+    return function(model, example, folder / file, *method)
 
 
-def export_tokens(b: int, t: int) -> Tensor:
-    """Ids below 50 with a tail of padding, and (in a batch) a row of nothing but padding."""
+def token_ids(b, t):
+    """(B, T) below 50, with a tail of padding, and (in a batch) a row of nothing but padding."""
     tokens = torch.randint(1, 50, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
     tokens[1:2] = 0
@@ -3546,45 +3543,43 @@ def export_tokens(b: int, t: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
+def check_export(path, model, tolerance=1e-5):
     """Equal to the model on sizes that the exporter hasn't seen; 224 is max_len."""
-    model = copy.deepcopy(model).eval()
+    run, model = export.load_artefact(path), copy.deepcopy(model).eval()
     for b, t in ((1, 1), (1, 199), (7, 5), (33, 64), (2, 224)):
-        tokens = export_tokens(b, t)
+        tokens = token_ids(b, t)
         check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-def export_graph(path: Path) -> tuple[collections.Counter, dict[str, np.ndarray]]:
-    """Kinds of operators and name -> weights of an ONNX file."""
+def read_onnx(path):
+    """An ONNX file's kinds of operators, its weights by name, and its int8 matrices."""
     import onnx
 
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
-    return collections.Counter(node.op_type for node in graph.node), weights
+    int8 = {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+    return collections.Counter(node.op_type for node in graph.node), weights, int8
 
 
-def int8_matrices(path: Path) -> dict[str, np.ndarray]:
-    weights = export_graph(path)[1]
-    return {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
-
-
-def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
+def gated(model, gates):
     """A copy in which the inputs of these Linears are multiplied by gates (features,)."""
     model = copy.deepcopy(model)
     for name, gate in gates.items():
         linear = model.get_submodule(name)
-        linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
+        linear.register_forward_pre_hook(lambda _, inputs, gate=gate: (inputs[0] * gate,))
     return model
 
 
-def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
-    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
+@torch.enable_grad()
+def derivative(model, linear, n, examples):
+    """|dloss/dgate| for a gate of 1 on each of n heads, mean over examples."""
+    model = copy.deepcopy(model).eval()
+    width = model.get_submodule(linear).in_features // n
     expected = torch.zeros(n)
     for x, label in examples:
-        with torch.enable_grad():
-            gate = torch.ones(n, requires_grad=True)
-            spread = gate.repeat_interleave(model.get_submodule(linear).in_features // n)
-            loss = F.cross_entropy(export_gated(model.eval(), {linear: spread})(x[None]), label[None])
+        gate = torch.ones(n, requires_grad=True)
+        output = gated(model, {linear: gate.repeat_interleave(width)})(x[None])
+        loss = F.cross_entropy(output, label[None])
         expected += torch.autograd.grad(loss, gate)[0].abs() / len(examples)
     return expected
 
@@ -3592,123 +3587,89 @@ def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> 
 class ExportModule(nn.Module):
     """A function with parameters of its own, as a module."""
 
-    def __init__(self, function, **modules: nn.Module):
+    def __init__(self, function, **parts):
         super().__init__()
         self.function = function
-        self.parts = nn.ModuleDict(modules)
+        self.parts = nn.ModuleDict(parts)
 
-    def forward(self, x: Tensor, y: Tensor | None = None):
+    def forward(self, x, y=None):
         return self.function(self.parts, x) if y is None else self.function(self.parts, x, y)
 
 
-def export_torch_module(name: str) -> nn.Module:
+def torchs_module(name):
     """torch's own modules as people use them, of tokens (B, T)."""
-    parts = {"embedding": nn.Embedding(50, 16), "head": nn.Linear(16, 2)}
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    parts["inner"] = {
+    inner = {
         "bag": nn.EmbeddingBag(50, 16),
         "lstm": nn.LSTM(16, 16, batch_first=True),
         "attention": nn.MultiheadAttention(16, 2, batch_first=True),
-    }.get(name) or nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+        "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        "nested": nn.TransformerEncoder(layer, 2),
+    }[name]
 
-    def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
-        if name == "bag":
-            return m.head(m.inner(tokens))
+    def forward(m, tokens):
         x = m.embedding(tokens)
+        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # of all: NaN in torch
+        if name == "bag":
+            return m.inner(tokens)
         if name == "lstm":
-            return m.head(m.inner(x)[0][:, -1])
-        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
+            return m.inner(x)[0]
         if name == "attention":
-            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            y = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
-            x = m.inner(x, src_key_padding_mask=padding)
-        if "all places" not in name:
-            x = x.masked_fill(padding[:, :, None], 0.0)
-        return m.head(x.mean(1))
+            y = m.inner(x, src_key_padding_mask=padding)
+        return y.masked_fill(padding[:, :, None], 0.0)
 
-    return ExportModule(forward, **parts)
-
-
-class ExportAttention(nn.Module):
-    """Has the convention's parts, and does something else between them."""
-
-    def __init__(self, change: str = ""):
-        super().__init__()
-        self.change = change
-        self.n_heads = 2
-        self.qkv_proj = nn.Linear(8, 24, bias=False)
-        self.out_proj = nn.Linear(8, 8).requires_grad_(False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        x = x * 1.5 if self.change == "scaled" else x
-        mask = None if self.change == "mask ignored" else mask
-        y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
-        return (y, y) if self.change == "tuple" else y
+    return ExportModule(forward, embedding=nn.Embedding(50, 16), inner=inner)
 
 
 # Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
 EXPORT_FRESH = """
 import json, sys
 import numpy as np, onnxruntime, torch
-folder, sentences = sys.argv[1], sys.argv[2:]
-def session(name):
-    return onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-metadata = session("original.int8").get_modelmeta().custom_metadata_map
-words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+folder, *sentences = sys.argv[1:]
+file = f"{folder}/original.int8.onnx"
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+words = json.loads(session.get_modelmeta().custom_metadata_map["words"])
 ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
-length = max(map(len, ids))
-tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
-names = "original", "original.int8", "original.e8", "original.static", "pruned.int8"
-answers = {name: session(name).run(None, {"tokens": tokens})[0] for name in names}
+tokens = np.array([row + [0] * (9 - len(row)) for row in ids])
+answers = session.run(None, {"tokens": tokens})
 tokens = torch.from_numpy(tokens)
 with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
-print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
+    answers += [torch.jit.load(f"{folder}/original.{way}.ts")(tokens) for way in ("trace", "script")]
+    answers += [torch.export.load(f"{folder}/original.pt2").module()(tokens)]
+print(json.dumps([logits.tolist() for logits in answers]))
 """
 
 
 class TestExport:
-    PLACES = {"encoder": "encoder.layers", "own": "layers"}
-    BOTH = pytest.mark.parametrize("which", PLACES)
-
     @pytest.fixture(scope="class")
-    def models(self) -> dict[str, nn.Module]:
-        """encoder.py's classifier and the demo's own, with random weights and dropout left on."""
+    def model(self):
+        """encoder.py's classifier, with random weights and dropout left on."""
         torch.manual_seed(1)
         sizes = {"d_model": 24, "n_heads": 3, "n_layers": 2, "d_ff": 32}
         config = encoder.EncoderConfig(50, 224, pool="mean+max", **sizes)
-        own = export.Classifier(50, max_len=224, **sizes)
-        return {"encoder": encoder.EncoderClassifier(config), "own": own}
+        return encoder.EncoderClassifier(config)
 
     @pytest.fixture(scope="class")
-    def onnx_file(self, models, tmp_path_factory) -> Path:
-        """encoder.py's classifier as ONNX."""
+    def onnx_file(self, model, tmp_path_factory):
         path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-        metadata = {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-        example = torch.randint(0, 50, (2, 9))
-        return export.export_onnx(models["encoder"], example, path, metadata=metadata)
+        metadata = {"labels": ["negative", "positive"], "note": "gut, süß"}
+        return export.export_onnx(model, token_ids(2, 9), path, metadata=metadata)
 
     # ---- formats
-
-    @EXPORT_EVERY_WAY
-    @BOTH
-    def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
-        model = models[which].train()
-        before = torch.get_rng_state()
-        path = EXPORT_FORMATS[name](model, torch.randint(0, 50, (3, 20)), tmp_path)
-        check_export(export.load_artefact(path), model)
+    @pytest.mark.parametrize("name", EXPORTS)
+    def test_exports_equal_the_model_at_other_sizes(self, model, name, tmp_path):
+        path = exported(name, model.train(), token_ids(3, 20), tmp_path)
+        check_export(path, model)
         assert all(module.training for module in model.modules())
-        torch.manual_seed(0)
-        assert torch.equal(before, torch.get_rng_state())
         assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
         """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
-        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
+        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), first empty
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
         added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
         ours, theirs = export.attention_for_onnx, F.scaled_dot_product_attention
@@ -3721,118 +3682,97 @@ class TestExport:
             y = ours(*shared, *rest, enable_gqa=True)
             check_close(y, theirs(*shared, *rest, enable_gqa=True), tolerance)
 
-    def test_export_onnx_attention_has_torchs_masks(self, tmp_path):
-        """In onnxruntime too, where a row may attend to nothing."""
-        attend = F.scaled_dot_product_attention
-        model = ExportModule(lambda _, x, mask: attend(x, x, x, mask[:, None, :]))
-        run = exported("onnx", model, (torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5), tmp_path)
-        for b, t in ((1, 1), (2, 7), (5, 3)):
-            x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
-            check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
+    def test_export_onnx_has_torchs_masks_and_two_lengths(self, tmp_path):
+        """Of a row of padding alone, too, where a query may attend to nothing."""
 
-    TORCHS = [  # what the formats make of torch's own modules
-        ("attention", "onnx", "right"),
-        ("attention", "program", "right"),
-        ("encoder", "onnx", "right"),
-        ("encoder", "trace", "right"),
-        ("encoder nested", "program", "right"),
-        ("encoder nested", "trace", "refused"),
-        ("encoder nested, all places", "program", "refused"),
-        ("lstm", "trace", "right"),
-        ("lstm", "program", "refused"),
-        ("bag", "onnx", "right"),
-        ("bag", "program", "refused"),
-    ]
+        def attend(m, x, y):
+            x, keys = m.embedding(x), m.embedding(y)
+            return F.scaled_dot_product_attention(x, keys, keys, (y > 0)[:, None])
 
-    @pytest.mark.parametrize("module,name,verdict", TORCHS)
-    def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
-        model = export_torch_module(module)
-        if verdict == "right":
-            check_export(exported(name, model, export_tokens(3, 9), tmp_path), model)
-        else:
+        model = ExportModule(attend, embedding=nn.Embedding(50, 8))
+        example = token_ids(3, 5), token_ids(3, 4)
+        run = export.load_artefact(exported("export_onnx", model, example, tmp_path))
+        for b, q, k in ((1, 1, 1), (2, 7, 3), (5, 3, 9)):
+            x, y = token_ids(b, q), token_ids(b, k)
+            check_close(run(x, y), model(x, y).detach(), 1e-6, f"{b}, {q} x {k}")
+
+    @pytest.mark.parametrize(
+        "module,right,refused",
+        [
+            ("attention", "export_program", None),
+            ("encoder", "export_onnx", None),
+            ("nested", "export_program", "export_torchscript"),
+            ("lstm", "export_torchscript", "export_program"),
+            ("bag", "export_onnx", "export_program"),
+        ],
+    )
+    def test_exports_of_torchs_modules(self, module, right, refused, tmp_path):
+        model, example = torchs_module(module), token_ids(3, 9)
+        if refused:
             with pytest.raises(ValueError, match="ExportModule"):
-                EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
-            assert not list(tmp_path.iterdir())
+                exported(refused, model, example, tmp_path)
+        assert not list(tmp_path.iterdir())
+        check_export(exported(right, model, example, tmp_path), model)
 
     def test_export_onnx_is_one_file_that_says_what_it_is(self, onnx_file):
         import onnx
         import onnxruntime
 
-        assert [p.name for p in onnx_file.parent.iterdir()] == ["model.onnx"]
+        assert os.listdir(onnx_file.parent) == ["model.onnx"]
         session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        read = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in read.items()}
-        assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["labels"]) == ["negative", "positive"]
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
-
-    def test_exports_take_two_lengths(self, tmp_path):
-        model = tiny_transformer(n_layers=1).float()
-        example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-        run = exported("onnx", model, example, tmp_path)
-        for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src = torch.randint(3, 11, (batch, source))
-            tgt = torch.randint(3, 11, (batch, target))
-            src[0, source // 2 + 1 :] = 0
-            check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
 
     def test_exports_take_dynamic_shapes(self, tmp_path):
         model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
         batch = torch.export.Dim("n", min=2, max=9)
         shapes = {"x": {0: batch}, "y": {0: batch}}
         example, other = (torch.randn(3, 6), torch.randn(3)), (torch.randn(9, 6), torch.randn(9))
-        for write, suffix in ((export.export_onnx, "onnx"), (export.export_program, "pt2")):
-            run = export.load_artefact(write(model, example, tmp_path / f"a.{suffix}", shapes))
+        for write, file in ((export.export_onnx, "a.onnx"), (export.export_program, "a.pt2")):
+            run = export.load_artefact(write(model, example, tmp_path / file, shapes))
             check_close(run(*other), model(*other), 1e-6)
         with pytest.raises(Exception, match="9"):
             run(torch.ones(10, 6), torch.ones(10))
 
     def test_free_sizes_are_the_batch_and_lengths(self):
-        ids = torch.zeros(3, 5, dtype=torch.long)
-        images = torch.zeros(3, 2, 2, dtype=torch.long)
+        ids, batch = torch.zeros(3, 5).long(), {0: "batch"}
         assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
         for other, free in (
-            (ids[:, :4] > 0, {0: "batch", 1: "length_1"}),
-            (torch.zeros(3), {0: "batch"}),
+            (ids[:, :4] > 0, batch | {1: "length_1"}),
+            (torch.zeros(3, 5, 6), batch | {1: "length_1"}),
+            (torch.zeros(3, 6), batch),
+            (torch.zeros(3), batch),
+            (torch.zeros(3, 2, 2).long(), batch),
             (torch.zeros(7), {}),
             (torch.zeros(1, 5), {}),
-            (torch.zeros(3, 6), {0: "batch"}),
-            (images, {0: "batch"}),
-            (torch.zeros(3, 5, 6), {0: "batch", 1: "length_1"}),
         ):
-            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free), other.shape
+            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free)
 
-    @pytest.mark.parametrize("name", ["trace", "onnx"])
+    @pytest.mark.parametrize("name", ["export_torchscript", "export_onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
         """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
-            total, positive = exported(name, several, inputs, tmp_path)(torch.ones(7, 3), inputs[1])
+            run = export.load_artefact(exported(name, several, inputs, tmp_path))
+            total, positive = run(torch.ones(7, 3), inputs[1])
             assert torch.equal(total, 1 + inputs[1].expand(7, 3)) and positive.all()
         large = nn.Linear(512, 300)
         nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        check_close(exported(name, large, x[:2], tmp_path)(x), large(x).detach(), 1e-5)
-
-    def test_a_trace_freezes_a_branch(self, tmp_path):
-        x = torch.tensor([[3.0, -1.0]])
-        assert export.Gate()(x).tolist() == [[6.0, -2.0]]
-        assert exported("trace", export.Gate(), x, tmp_path)(-x).tolist() == [[-6.0, 2.0]]
-        assert exported("script", export.Gate(), x, tmp_path)(-x).tolist() == [[3.0, -1.0]]
-        for name in ("program", "onnx"):
-            with pytest.raises(ValueError, match="torch.export can't capture Gate"):
-                EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
+        run = export.load_artefact(exported(name, large, x[:2], tmp_path))
+        check_close(run(x), large(x).detach(), 1e-5)
 
     # ---- refusals
-
-    @EXPORT_EVERY_WAY
+    @pytest.mark.parametrize("name", EXPORTS)
     def test_exports_refuse_by_name_and_write_nothing(self, name, tmp_path):
         """What isn't a tensor, changes with each call, or was frozen at a size of the example."""
-        path = EXPORT_FORMATS[name](nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
+        path = exported(name, nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
         path.write_bytes(b"an earlier artefact")
         for function in (
             lambda _, x: x if float(x.sum()) > 0 else "no tensor",
@@ -3841,116 +3781,100 @@ class TestExport:
             lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
         ):
             with pytest.raises(ValueError, match="ExportModule") as raised:
-                EXPORT_FORMATS[name](ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
+                exported(name, ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
             assert "\n" not in str(raised.value)
-            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"an earlier artefact"
+            assert list(tmp_path.iterdir()) == [path]
+            assert path.read_bytes() == b"an earlier artefact"
 
-    def test_exports_refuse_bad_arguments(self, tmp_path):
-        linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        path, missing = tmp_path / "m", tmp_path / "nowhere.onnx"
+    def test_exports_and_quantization_refuse(self, onnx_file, tmp_path):
+        linear, x, path = nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m"
+        static = functools.partial(export.quantize_static, onnx_file, path)
         for words, function, *arguments in (
-            ("method.*trace.*script.*compile", export.export_torchscript, linear, x, path, "compile"),
+            ("method.*compile", export.export_torchscript, linear, x, path, "compile"),
             ("must be tensors.*'Tensor', 'int'", export.export_program, linear, (x, 3), path),
             ("Linear refuses.*shapes", export.export_program, linear, x[:, :2], path),
             ("can't capture Linear.*specialized", export.export_onnx, linear, x[:1], path),
-            ("nowhere", export.quantize_dynamic, missing, path),
-            ("onnx, .pt2 or .ts, got model.pth", export.load_artefact, "model.pth"),
+            ("got model.pth", export.load_artefact, "model.pth"),
+            ("nowhere", export.quantize_dynamic, tmp_path / "nowhere", path),
+            ("can't quantize .*model.onnx", static, []),
+            ("can't quantize .*model.onnx", static, [{"ids": x.long()}]),
+            ("can't quantize .*model.onnx", static, [{"tokens": x}]),
         ):
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
-        with pytest.raises(TypeError, match="JSON"):
-            export.export_onnx(linear, x, path, metadata={"labels": {1, 2}})
-        with pytest.raises(FileNotFoundError):
-            export.load_artefact(missing)
-        for write in (export.export_torchscript, export.export_program, export.export_onnx):
-            with pytest.raises(OSError, match="nowhere"):
-                write(linear, x, tmp_path / "nowhere/m")
         assert not list(tmp_path.iterdir())
+        for name in ("a.onnx", "a.pt2", "a.ts"):
+            for content in (b"", b"PK\x03\x04 and no more"):
+                (tmp_path / name).write_bytes(content)
+                with pytest.raises(ValueError, match=f"{name} is damaged"):
+                    export.load_artefact(tmp_path / name)
+        with pytest.raises(ValueError, match="can't quantize .*a.onnx"):
+            export.quantize_dynamic(tmp_path / "a.onnx", path)
 
-    def test_load_artefact_refuses_what_is_damaged(self, tmp_path):
-        for suffix in (".onnx", ".pt2", ".ts"):
-            for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-                path = tmp_path / f"a{suffix}"
-                path.write_bytes(content)
-                with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-                    export.load_artefact(path)
+    def test_load_artefact_changes_nothing_in_the_process(self, model, onnx_file, tmp_path):
+        """From four threads at once; and runs as the model does."""
+        example, log = token_ids(3, 20), logging.getLogger()
+        paths = [exported(name, model, example, tmp_path) for name in list(EXPORTS)[1:3]]
 
-    def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, beside an export: modes, stderr and logging stay."""
-        model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
-        paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
-        root = logging.getLogger()
-
-        def state() -> tuple:
-            logs = root.manager.disable, root.level, root.handlers[:]
-            return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
+        def state():
+            logs = [log.manager.disable, log.level, log.handlers[:], warnings.filters[:]]
+            return [sys.stderr, sys.stdout, torch.get_num_threads(), *logs]
 
         before = state()
-        with ThreadPoolExecutor(5) as pool:
-            writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
-            loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
-            while not writing.done():
-                assert all(module.training for module in model.modules())
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(export.load_artefact, [onnx_file, *paths] * 4))
         assert state() == before
-        expected = copy.deepcopy(model).eval()(example).detach()
         for run in loaded:
-            check_close(run(example).detach(), expected, 1e-5)
+            check_close(run(example).detach(), model.eval()(example).detach(), 1e-5)
         with pytest.raises(ValueError):
-            loaded[2](example, example)
-
-    def test_onnxruntime_writes_nothing_at_home(self, onnx_file, tmp_path):
-        code = f"import export, torch; export.load_artefact({str(onnx_file)!r})(torch.ones(2, 3).long())"
-        env = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        env.pop("ORT_DISABLE_TELEMETRY", None)
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=120)
-        assert not list(tmp_path.iterdir())
+            loaded[0](example, example)
 
     # ---- int8
-
     def test_int8_product_is_off_by_the_rounding(self):
         x, weight = torch.randn(50, 64), torch.randn(20, 64)
         weight[0] *= 100
-        exact = x.double() @ weight.double().T
-        errors = {}
+        exact, errors = x @ weight.T, []
         for bits, per_channel in ((8, True), (7, True), (8, False)):
-            y = export.int8_product(x, weight, bits, per_channel)
-            errors[bits, per_channel] = (y - exact)[:, 1:].norm() / exact[:, 1:].norm()
-        assert errors[8, True] < 0.015 and errors[8, True] < errors[7, True] < 0.03
-        assert errors[8, False] > 10 * errors[8, True]  # small rows drown beside a large one
+            difference = export.int8_product(x, weight, bits, per_channel) - exact
+            errors.append(difference[:, 1:].norm() / exact[:, 1:].norm())
+        assert errors[0] < 0.015 and errors[0] < errors[1] < 0.03
+        assert errors[2] > 10 * errors[0]  # small rows drown beside a large one
         integers = torch.randint(-127, 128, (9, 30)).float()
         integers[:, 0] = 127  # so that the unit of every row is 1
         check_close(export.int8_product(integers, integers), integers @ integers.T, 1e-6)
 
     @pytest.mark.parametrize("bits", [7, 8])
-    def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_quantize_dynamic_and_static_round_as_by_hand(self, model, onnx_file, kind, bits, tmp_path):
         """A scale a column, 7 bits unless asked; attention and metadata stay."""
+        given = [onnx_file, tmp_path / "m.onnx"]
+        if kind == "static":
+            sizes = ((1, 1), (7, 5), (33, 64), (2, 224)) * 2
+            given.append([{"tokens": token_ids(*size)} for size in sizes])
         wide = {} if bits == 7 else {"reduce_range": False}
-        path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
-        kinds, weights = export_graph(path)
-        matrices = int8_matrices(path)
-        linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
-        unmatched = [m.weight.detach().T.numpy() for m in linears]
-        assert sorted(w.shape for w in matrices.values()) == sorted(w.shape for w in unmatched)
-        for name, w in matrices.items():
+        path = getattr(export, f"quantize_{kind}")(*given, **wide)
+        kinds, weights, int8 = read_onnx(path)
+        linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        assert len(int8) == len(linears) and kinds["MatMul"] >= 4  # attention stays
+        for name, w in int8.items():
             scale = weights[name.removesuffix("_quantized") + "_scale"]
+            w = w if len(scale) == w.shape[1] else w.T  # Gemm's
             assert scale.shape == (w.shape[1],), name
-            errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
+            originals = [m.detach().T.numpy() for m in linears]
+            errors = [np.abs(w * scale - m).max() for m in originals if m.shape == w.shape]
             assert min(errors) <= 0.51 * scale.max(), name  # half a unit
-            assert 2 * 255 * np.abs(w).max() <= 32767 or bits == 8, "saturates without VNNI"
-        assert max(np.abs(w).max() for w in matrices.values()) > 2 ** (bits - 1) - 3
-        assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
-        run = export.load_artefact(path)
-        assert json.loads(run.metadata["note"]) == "gut, süß"
-        check_export(run, models["encoder"], tolerance=0.05)
+        largest = max(np.abs(w).max() for w in int8.values())
+        assert 2 ** (bits - 1) - 3 < largest <= 2 ** (bits - 1) - 1 + (bits == 7)
+        assert json.loads(export.load_artefact(path).metadata["note"]) == "gut, süß"
+        check_export(path, model, tolerance=0.05 if kind == "dynamic" else 0.15)
 
     def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
         model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
-        fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
+        fp32 = export.export_onnx(model, torch.zeros(2, 3).long(), tmp_path / "m.onnx")
+        path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=True)
         tokens = torch.arange(5000).view(1, -1)
-        for embeddings, n_bytes in ((False, 4), (True, 1)):
-            path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
-            check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
-            assert n_bytes < path.stat().st_size / (5000 * 64) < n_bytes + 0.1
+        check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
+        assert path.stat().st_size < 0.3 * fp32.stat().st_size
 
     def test_quantize_static_learns_its_ranges(self, tmp_path):
         """The range of an activation is the calibration's: what lies beyond it is clipped."""
@@ -3965,161 +3889,124 @@ class TestExport:
         assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization follows:
         dynamic = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
         check_close(dynamic(beyond), model(beyond).detach(), 0.05)
-        kinds, weights = export_graph(path)
-        assert kinds["QuantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
-        assert points == {"uint8"}  # activations
-        wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        for file, largest in ((path, (62, 63, 64)), (wide, (127,))):
-            assert max(np.abs(w).max() for w in int8_matrices(file).values()) in largest
-
-    def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
-        feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
-        path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
-        linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
-        assert len(int8_matrices(path)) == linears
-
-    def test_quantization_refuses(self, onnx_file, tmp_path):
-        ids = torch.ones(2, 5, dtype=torch.long)
-        for calibration in ([], [{"ids": ids}], [{"tokens": ids.float()}]):
-            with pytest.raises(ValueError, match="can't quantize .*model.onnx"):
-                export.quantize_static(onnx_file, tmp_path / "m.onnx", calibration)
-        (tmp_path / "garbage").write_bytes(b"no graph at all" * 9)
-        with pytest.raises(ValueError, match="can't quantize .*garbage"):
-            export.quantize_dynamic(tmp_path / "garbage", tmp_path / "m.onnx")
-        assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
 
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
         model = nn.Linear(2, 2)
-        for name, has in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True), ("bf16", True)):
+        for name in ("avx512_bf16", "amx_bf16", "bf16", "avx2"):
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
-            assert export.has_bf16() == has, name
-            with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
+            if name != "avx2":
                 assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
-            assert model.weight.dtype == torch.float32
+        with pytest.raises(ValueError, match="no bf16"):
+            export.to_bfloat16(model)
+        assert model.weight.dtype == torch.float32
 
     # ---- pruning
-
     def test_prune_unstructured_zeroes_the_smallest(self):
         """Of Linear and Conv weights, ranked over all layers; in a copy."""
         model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
         nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
-        old = torch.cat([model[i].weight.flatten() for i in (1, 2)]).clone()
+        before = copy.deepcopy(model.state_dict())
+        ranked = torch.cat([model[i].weight.flatten() for i in (1, 2)]).abs().sort().values
         for amount in (0, 0.25, 0.5, 1):
             pruned = export.prune_unstructured(model, amount)
-            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 2)])
-            threshold = old.abs().sort().values[: round(amount * 300)].max() if amount else 0
-            assert torch.equal(weights, old * (old.abs() > threshold)), amount
-            assert pruned.state_dict().keys() == model.state_dict().keys()
-            assert torch.equal(pruned[0].weight, model[0].weight)
-            assert not pruned[1].weight.requires_grad and pruned[2].weight.requires_grad
-        assert torch.equal(torch.cat([model[i].weight.flatten() for i in (1, 2)]), old)
-        for amount in (-0.1, 1.5):
-            with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
-                export.prune_unstructured(model, amount)
-        with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
-            export.prune_unstructured(nn.GELU(), 0.5)
+            threshold = ranked[round(amount * 300) - 1] if amount else 0
+            assert pruned.state_dict().keys() == before.keys()
+            for name, weight in pruned.state_dict().items():
+                stays = before[name].abs() > threshold if name in ("1.weight", "2.weight") else 1
+                assert torch.equal(weight, before[name] * stays), (amount, name)
+            assert [layer.weight.requires_grad for layer in pruned] == [True, False, True]
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
-    @BOTH
+    @pytest.mark.parametrize("keep", [2, 3])
     @pytest.mark.parametrize("prune", ["prune_heads", "prune_neurons"])
-    @pytest.mark.parametrize("keep", [1, 2, 3])
-    def test_pruned_models_equal_masked_ones(self, models, which, prune, keep):
-        model = models[which].eval()
-        module, writer, reader, width, n = "ffn", "0", "2", 1, 32
+    def test_pruned_models_equal_masked_ones(self, model, prune, keep):
+        reader, width, n, smaller_by = "ffn.2", 1, 32, 24 + 1 + 24
         if prune == "prune_heads":
-            module, writer, reader, width, n = "self_attention", "qkv_proj", "out_proj", 8, 3
-        scores = {f"{self.PLACES[which]}.{i}.{module}": torch.rand(n) for i in range(2)}
-        smaller = getattr(export, prune)(model, scores, keep)
-        gates = {}
-        for name, score in scores.items():
+            reader, width, n, smaller_by = "self_attention.out_proj", 8, 3, 8 * (3 * (24 + 1) + 24)
+        scores, gates = {}, {}
+        for layer in ("encoder.layers.0", "encoder.layers.1"):
+            score = scores[f"{layer}.{reader.split('.')[0]}"] = torch.rand(n)
             gate = (score >= score.sort().values[-keep]).float()
-            gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
-        tokens = export_tokens(5, 40)
-        masked = export_gated(model, gates)(tokens)
+            gates[f"{layer}.{reader}"] = gate.repeat_interleave(width)
+        smaller = getattr(export, prune)(model.eval(), scores, keep)
+        tokens = token_ids(5, 40)
+        masked = gated(model, gates)(tokens)
         check_close(smaller(tokens), masked, 1e-6)
         assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
-        for name in scores:
-            last = smaller.get_submodule(f"{name}.{reader}")
-            assert last.weight.shape == (24, width * keep) == (last.out_features, last.in_features)
-            first = smaller.get_submodule(f"{name}.{writer}")
-            rows = width * keep * (3 if prune == "prune_heads" else 1)
-            assert first.weight.shape == (rows, 24) == (first.out_features, first.in_features)
-            assert model.get_submodule(f"{name}.{reader}").in_features == width * n, "left whole"
-        for start in (model, smaller):
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, smaller)]
+        assert sizes[0] - sizes[1] == 2 * (n - keep) * smaller_by
+        for start in (model, smaller):  # the model was left whole
             again = export.load_pruned(start, smaller.state_dict())
             assert torch.equal(again(tokens), smaller(tokens)) and not again.training
 
-    @BOTH
-    def test_head_importance_is_the_derivative_by_a_gate(self, models, which):
-        model = models[which].train()
-        batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-        found = export.head_importance(model, iter(batches))
-        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    def test_head_importance_is_the_derivative_by_a_gate(self, model):
+        batches = []
+        for b, t in ((4, 9), (3, 6)):
+            batches.append(((token_ids(b, t),), torch.randint(0, 2, (b,))))
+        found = export.head_importance(model.train(), iter(batches))
+        assert all(m.training and not m._forward_pre_hooks for m in model.modules())
         assert all(p.grad is None for p in model.parameters())
         examples = [pair for (x,), y in batches for pair in zip(x, y, strict=True)]
-        for i in range(2):
-            name = f"{self.PLACES[which]}.{i}.self_attention"
-            check_close(found[name], export_derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
+        for name in ("encoder.layers.0.self_attention", "encoder.layers.1.self_attention"):
+            check_close(found[name], derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
         assert not torch.allclose(squared[name], found[name])
 
     @torch.no_grad()
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_neuron_importance_of_a_net_that_is_called_twice(self, frozen):
+    def test_neuron_importance_of_a_net_that_is_called_twice(self):
         """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
-
-        def net() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
-
-        parts = {"net": net(), "unused": net(), "head": nn.Linear(6, 2)}
+        net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
+        parts = {"net": net, "unused": copy.deepcopy(net), "head": nn.Linear(6, 2)}
         model = ExportModule(lambda m, x: m.head(m.net(x + m.net(x))), **parts)
-        model.requires_grad_(not frozen)
+        model.requires_grad_(False)
         x, y = torch.randn(10, 6), torch.randint(2, (10,))
         found = export.neuron_importance(model, list(zip(x.split(5), y.split(5), strict=True)))
-        expected = export_derivative(model, "parts.net.3", 8, list(zip(x, y, strict=True)))
-        check_close(found["parts.net"], expected, 1e-6)
+        examples = list(zip(x, y, strict=True))
+        check_close(found["parts.net"], derivative(model, "parts.net.3", 8, examples), 1e-6)
         assert not found["parts.unused"].any()
         pruned = export.prune_neurons(model, found, keep=3)
         assert pruned.parts.net[0].out_features == 3 and pruned(x).shape == (10, 2)
-        assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
+        assert not any(p.requires_grad for p in pruned.parameters())  # stays frozen
 
-    def test_pruning_refuses_what_it_does_not_know(self, models):
-        model = models["own"]
-        heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
-        neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
-        for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
-            for keep in (0, n + 1):
-                with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
-                    prune(model, scores, keep)
-            for wrong in ({}, {name: torch.ones(5) for name in scores}):
-                with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
-                    prune(model, wrong, 2)
-        for importance in (export.head_importance, export.neuron_importance):
-            with pytest.raises(ValueError, match="GELU"):
-                importance(nn.GELU(), [])
-        with pytest.raises(ValueError, match="batches must hold at least one"):
-            export.head_importance(model, [])
-
-    def test_load_pruned_refuses_other_state_dicts(self, models):
-        model = models["own"]
+    def test_pruning_refuses(self, model):
+        """Attention that isn't plain, too, or that stands in two places."""
+        gelu, layers = nn.GELU(), ("encoder.layers.0", "encoder.layers.1")
+        linears = nn.Linear(8, 24, bias=False), nn.Linear(8, 8).requires_grad_(False)
+        plain, two = export.SelfAttention(*linears, 2), {"0": torch.ones(2)}
+        rows = [
+            ("amount must be in 0 .. 1, got -0.1", export.prune_unstructured, model, -0.1),
+            ("amount must be in 0 .. 1, got 1.5", export.prune_unstructured, model, 1.5),
+            ("GELU has no Linear or Conv", export.prune_unstructured, gelu, 0.5),
+            ("GELU", export.head_importance, gelu, []),
+            ("GELU", export.neuron_importance, gelu, []),
+            ("batches must hold at least one", export.head_importance, model, []),
+            ("two places", export.prune_heads, nn.Sequential(plain, plain), two, 1),
+        ]
+        for change in (
+            lambda x, mask: plain(1.5 * x, mask),
+            lambda x, mask: plain(x),
+            lambda x, mask: [plain(x, mask)],
+        ):
+            changed = nn.Sequential(copy.deepcopy(plain))
+            changed[0].forward = change
+            rows.append(("is not plain softmax", export.prune_heads, changed, two, 1))
         state = model.state_dict()
-        wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
+        wide = state | {"encoder.layers.1.ffn.0.weight": torch.ones(99, 24)}
         less = {name: p for name, p in state.items() if "out_proj" not in name}
         for wrong in (wide, less, {}):
-            with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
-                export.load_pruned(model, wrong)
-
-    def test_prune_heads_takes_plain_attention_alone(self):
-        scores = {"0": torch.ones(2)}
-        for change in ("scaled", "mask ignored", "tuple"):
-            with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportAttention(change)), scores, 1)
-        plain = ExportAttention()
-        with pytest.raises(ValueError, match="stands in two places"):
-            export.prune_heads(nn.Sequential(plain, plain), scores, 1)
-        (smaller,) = export.prune_heads(nn.Sequential(plain), scores, 1)
+            rows.append(("of a pruned EncoderClassifier", export.load_pruned, model, wrong))
+        for prune, part, n in (("heads", "self_attention", 3), ("neurons", "ffn", 32)):
+            prune = getattr(export, f"prune_{prune}")
+            scores = {f"{layer}.{part}": torch.ones(n) for layer in layers}
+            for keep in (0, n + 1):
+                rows.append((rf"layers.0.*1 .. {n}.*{keep}", prune, model, scores, keep))
+            for wrong in ({}, dict.fromkeys(scores, torch.ones(5))):
+                rows.append((f"of {n} scores, got 2, [05]$", prune, model, wrong, 2))
+        for words, function, *arguments in rows:
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
+        (smaller,) = export.prune_heads(nn.Sequential(plain), two, 1)
         assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
         assert smaller.training and smaller.qkv_proj.bias is None
 
@@ -4132,24 +4019,21 @@ class TestExport:
             (0, first, nn.Softmax(-1), last),
             (0, first, nn.ReLU(), nn.Dropout()),
             (0, nn.Dropout(), nn.ReLU(), last),
-            (0, first, nn.LayerNorm(6), last),
             (0, first, last),
         ):
             assert len(export.feed_forwards(nn.Sequential(*net))) == n, net
         net = nn.Sequential(first, nn.ReLU(), last)
-        smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
-        x = torch.randn(5, 4)
+        smaller, x = export.prune_neurons(net, {"": torch.arange(6.0)}, 2), torch.randn(5, 4)
         assert torch.equal(export.load_pruned(net, smaller.state_dict())(x), smaller(x))
 
     # ---- the evidence
-
     def test_benchmark_alternates_and_counts(self, monkeypatch):
         """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
-        def model(name: str, later: float):
-            def run(x: Tensor) -> None:
+        def model(name, later):
+            def run(x):
                 calls.append(name)
                 mine = calls.count(name)
                 now[0] += 9.0 if mine <= 3 or mine % 3 == 1 else later * len(x)
@@ -4177,18 +4061,16 @@ class TestExport:
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
         nn.init.zeros_(fast[1].weight)
         nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
-        labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
+        dev = [((x,), torch.ones(64).long())]  # which would make it the most accurate
         cases = {"first": [(x,)], "other": [(x[:1],)]}
         models = {"it": slow, "fast": fast}
-        out = tmp_path / "a/b"
-        report = export.export_all(models, x, [((x,), labels)], cases, [], out, seconds=0.01)
+        report = export.export_all(models, x, dev, cases, [], tmp_path / "a/b", seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        refused = report["refused"]
-        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(refused)
-        assert "capture Sequential" in refused["fast, ONNX"]
-        assert "ONNX int8, static" in refused  # without calibration
+        refused = set(report["refused"])
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic", "ONNX int8, static"} <= refused
+        assert "capture Sequential" in report["refused"]["fast, ONNX"]
         for row in rows.values():
-            assert row["size_bytes"] == (out / row["file"]).stat().st_size
+            assert row["size_bytes"] == (tmp_path / "a/b" / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
             assert row["p50_ms"] == row["latency"]["first"]["p50_ms"]
         agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
@@ -4197,30 +4079,23 @@ class TestExport:
         assert disagreeing["accuracy"] == 1 > rows["eager"]["accuracy"]
         assert disagreeing not in agreeing and rows["ONNX"] in agreeing
         assert slow.training and report["case"] == "first"
-        assert report["threads"] == torch.get_num_threads()
 
     # ---- the demo
-
-    @pytest.fixture(scope="class")
-    def demo(self, tmp_path_factory):
-        """A run of the demo in an empty folder, without a compiler and without a network."""
-        folder = tmp_path_factory.mktemp("export")
-        nowhere = "http://127.0.0.1:9"
-        without = {"PATH": str(folder), "http_proxy": nowhere, "https_proxy": nowhere}
-        arguments = "--seconds", "0.002", "--out", "run"
-        result = run_script("export.py", *arguments, cwd=folder, timeout=600, **without)
-        return folder / "run", result
-
-    def test_demo_reports_all_formats(self, demo):
-        out, result = demo
+    def test_demo_reports_all_formats_and_its_files_travel(self, tmp_path):
+        """In an empty folder, without a compiler and a network; then in a process of their own."""
+        without = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        without |= {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        arguments = ["export.py", "--seconds", "0.002", "--out", "run"]
+        result = run_script(*arguments, cwd=tmp_path, timeout=600, **without)
+        out = tmp_path / "run"
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
         assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
         formats = export.formats(nn.Identity(), None, None, "")
         expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
-        assert set(rows) | set(report["refused"]) == expected
-        assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
+        bf16 = {name for name in expected if "bf16" in name and not export.has_bf16()}
+        assert set(report["refused"]) == bf16 and set(rows) == expected - bf16
         for name, row in rows.items():
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
@@ -4232,34 +4107,26 @@ class TestExport:
         assert max(sizes["pruned, ONNX"], sizes["ONNX int8, dynamic"]) < 0.6 * sizes["ONNX"]
         assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
         assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
-        assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
+        assert not [p for p in out.iterdir() if p.suffix in (".part", ".data")]
         found = list(report["control_flow"].values())
         assert found == ["wrong, silently", "right", "refused"]  # trace, script, torch.export
-        whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
-        assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
+        assert not list(tmp_path.rglob("*onnxruntime*"))  # no telemetry
 
-    def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone, too."""
-        sentences = {
-            "the plot was superb": "positive",
-            "the plot was not superb": "negative",
-            "the script was dull but the music was not awful": "positive",
-            "the music was gripping but the cast was lifeless": "negative",
-        }
-        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(demo[0]), *sentences]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        answers = last_json(result)
-        weights = torch.load(demo[0] / "weights.pt", weights_only=True)
+        sentences = [
+            ("the plot was superb", 1),
+            ("the plot was not superb", 0),
+            ("the script was dull but the music was warm", 1),
+            ("the music was fresh but the cast was dull", 0),
+        ]
+        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(out)]
+        command += [text for text, _ in sentences]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         model = export.Classifier(len(export.WORDS)).eval()
-        model.load_state_dict(weights)
-        reference = torch.tensor(answers["trace"][0])
-        check_close(reference[-1], model(torch.zeros(1, 3, dtype=torch.long))[0].detach(), 1e-5)
-        assert len(answers) == 8
-        for name, (logits, labels) in answers.items():
-            assert labels[:-1] == list(sentences.values()), name
-            if "pruned" not in name:
-                tolerance = 0.3 if "." in name else 1e-5
-                check_close(torch.tensor(logits), reference, tolerance, name)
+        model.load_state_dict(torch.load(out / "weights.pt", weights_only=True))
+        ((inputs, labels),) = export.encode(sentences)
+        for tolerance, logits in zip((0.3, 1e-5, 1e-5, 1e-5), last_json(result), strict=True):
+            check_close(torch.tensor(logits), model(*inputs).detach(), tolerance)
+            assert torch.equal(torch.tensor(logits).argmax(1), labels)
 
 
 # -----------------------------------------------------------------------------
