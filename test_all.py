@@ -135,143 +135,120 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_WAYS = [
-    attention.attention_loop,
-    lambda *inputs: attention.scaled_dot_product_attention(*inputs)[0],
-    lambda *inputs: attention.blockwise_attention(*inputs, block_size=3),
-    attention.fused_attention,
-]
-ATTENTION_EVERY_WAY = pytest.mark.parametrize(
-    "way",
-    ATTENTION_WAYS,
-    ids=["loop", "scaled_dot_product_attention", "blockwise_attention", "fused_attention"],
-)
-ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
+
+def results(function, inputs, *others) -> list[Tensor]:
+    """Value of function(*inputs, *others), and the gradient of each input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*leaves, *others)
+    weights = 1 + torch.arange(value.numel()).view(value.shape) % 7  # of a scalar: 1
+    return [value.detach(), *torch.autograd.grad((weights * value).sum(), leaves)]
 
 
-class AttentionCall(nn.Module):
-    """Causal attention of a fixed kind: tracing and export take tensors alone."""
+def check_all_close(actual, expected, tolerance: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        check_close(a, b, tolerance)
 
-    def __init__(self, fused: bool, cross: bool):
-        super().__init__()
-        kv_dim = 10 if cross else None
-        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
 
-    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None):
-        return self.attention(query, context, mask, causal=True)
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
+MultiHeadAttention = attention.MultiHeadAttention
 
 
 class TestAttention:
-    # ---- the four ways against torch
+    ways = {
+        "attention_loop": attention.attention_loop,
+        "scaled_dot_product_attention": attention.WAYS["written out"],
+        "blockwise_attention": functools.partial(attention.blockwise_attention, block_size=3),
+        "fused_attention": attention.fused_attention,
+    }
+    every_way = pytest.mark.parametrize("way", ways.values(), ids=ways)
+    fused_or_not = pytest.mark.parametrize("fused", [False, True])
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_agree_with_torch(self, way):
         """Values and gradients, over random sizes, masks, strides and dtypes."""
         draw = random.Random(1)
-        for case in range(300):
+        for _ in range(300):
             batch = draw.choice([(), (4,), (2, 1, 2), (draw.randint(1, 3), draw.randint(1, 3))])
             tq, tk = draw.randint(1, 8), draw.randint(1, 9)
             tk = draw.choice([tq, tk, tk])  # the fused form takes torch's own triangle where Tq = Tk
             d, dv = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8])
-            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            dtype, tolerance = draw.choice(TOLERANCES)
             sizes = (d, tq), (d, tk), (dv, tk)
             inputs = [torch.randn(*batch, *size, dtype=dtype).mT for size in sizes]
             if draw.random() < 0.5:
                 inputs = [x.contiguous() for x in inputs]
-            inputs = [x.requires_grad_() for x in inputs]
-
-            mask = None
             causal = draw.random() < 0.5
             allowed = torch.ones(*batch, tq, tk).tril(tk - tq if causal else tk).bool()
+            mask = None
             if draw.random() < 0.9:  # of any shape that broadcasts
                 shape = [draw.choice([1, n]) for n in allowed.shape]
                 mask = torch.rand(shape[draw.randint(0, len(shape)) :]) < 0.67
                 allowed &= mask
-            exact = [x.detach().double().requires_grad_() for x in inputs]
-            expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
-            towards = torch.randn_like(expected)
-            wanted = torch.autograd.grad(expected, exact, towards)
+            exact = [x.double() for x in inputs]
+            expected = results(F.scaled_dot_product_attention, exact, allowed)
+            found = results(way, inputs, mask, causal)
+            check_all_close(found, [x.to(dtype) for x in expected], tolerance)
+            assert not found[0][~allowed.any(dim=-1)].any()
 
-            what = f"case {case}: {causal=} {mask=} {batch=} {tq=} {tk=} {d=} {dv=}"
-            output = way(*inputs, mask, causal)
-            assert output.dtype == dtype and not output[~allowed.any(dim=-1)].any(), what
-            check_close(output.double(), expected, tolerance, what)
-            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-            for got, want in zip(gradients, wanted, strict=True):
-                check_close(got.double(), want, tolerance, what)
-
-    @ATTENTION_EVERY_WAY
+    @every_way
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
     def test_nothing_to_attend_to(self, way):
         """No keys, no queries, rows that a mask empties: 0, and finite gradients."""
         q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
         assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
         assert way(q[:, :0], q, q).shape == (2, 0, 4)
-        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
-        output = way(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
-        assert torch.equal(output, torch.zeros(2, 3, 4))
         with torch.autograd.detect_anomaly():  # no NaN on the way, either
-            gradients = torch.autograd.grad(output.sum(), inputs)
-        assert not any(gradient.any() for gradient in gradients)
+            found = results(way, torch.randn(3, 2, 3, 4), torch.zeros(3, 3).bool(), False)
+        assert found[0].shape == (2, 3, 4) and not any(x.any() for x in found)
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_large_logits_stay_finite(self, way):
-        q = torch.tensor([[1e4], [-1e4]], requires_grad=True)
-        k = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-        v = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
-        output = way(q, k, v)  # D = 1: the logits are q k
+        q = torch.tensor([[1e4], [-1e4]])
+        k = torch.tensor([[1.0], [-1.0], [0.5]])
+        v = torch.tensor([[1.0], [2.0], [4.0]])
+        output, *gradients = results(way, [q, k, v])  # D = 1: the logits are q k
         assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-        gradients = torch.autograd.grad(output.sum(), (q, k, v))
-        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert all(x.isfinite().all() for x in gradients)
         only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
         assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]
         assert way(q[:1], -k[:2] - 5, v[:2]).tolist() == [[2.0]]  # all scores are far below 0
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, way, dtype):
-        inputs = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        q, k, v = (torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3))
         mask = torch.rand(9, 9) < 0.5
-        exact = F.scaled_dot_product_attention(*(x.double() for x in inputs), mask)
-        check_close(way(*inputs, mask, False).double(), exact, 2e-2)
-        q = 30 * inputs[0]
-        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # unless q is scaled first
-        large = [x.detach().requires_grad_() for x in (q, q, inputs[2])]
-        output = way(*large, mask, False)
-        assert output.dtype == dtype and output.isfinite().all()
-        gradients = torch.autograd.grad(output.float().sum(), large)
-        assert all(gradient.isfinite().all() for gradient in gradients)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+        check_close(way(q, k, v, mask, False).double(), exact, 2e-2)
+        for x in results(way, [30 * q, 30 * q, v], mask, False):  # q q' overflows in float16
+            assert x.dtype == dtype and x.isfinite().all()
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_follow_their_input(self, way):
         """Not the default device or dtype, wherever they make a tensor."""
         q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-        for causal in (False, True):
-            expected = way(q, k, k, None, causal)
-            torch.set_default_dtype(torch.float64)
-            try:
-                with torch.device("meta"):
-                    output = way(q, k, k, None, causal)
-            finally:
-                torch.set_default_dtype(torch.float32)
-            check_close(output, expected, 1e-6)
+        expected = way(q, k, k, None, True)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                output = way(q, k, k, None, True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        check_close(output, expected, 1e-6)
 
     def test_second_derivatives(self):
         """Right where there are some, refused by the blockwise form."""
-        module = attention.MultiHeadAttention(6, 2, fused=False).double()
-        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-        for part in (0, 1):  # output, weights
-            call = lambda x, part=part: module.forward_with_weights(x, causal=True)[part]  # noqa: E731
-            assert torch.autograd.gradcheck(call, x)
-            assert torch.autograd.gradgradcheck(call, x)
-        output = attention.blockwise_attention(x, x, x)
+        module = MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6).double().requires_grad_()
+        call = functools.partial(module.forward_with_weights, causal=True)
+        assert torch.autograd.gradcheck(call, x)
+        assert torch.autograd.gradgradcheck(call, x)
+        output = attention.blockwise_attention(x, x, x, block_size=1)
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(output.sum(), x, create_graph=True)
 
-    # ---- blockwise
-
     @pytest.mark.skipif(sys.platform != "linux", reason="reads its peak memory below /proc")
-    def test_blockwise_memory(self, tmp_path):
+    def test_blockwise_memory(self):
         """T = 4096, forward and backward: under 32 MB; written out it takes 150."""
         code = """
 import torch, attention
@@ -283,32 +260,18 @@ before = peak("blockwise", 200)  # loads the libraries, starts the autograd thre
 print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
 """
         command = [sys.executable, "-c", code]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        found = subprocess.check_output(command, cwd=tmp_path, env=environment, timeout=240)
-        blockwise, written_out = map(float, found.split())
-        assert blockwise < 32 and written_out > 150, (blockwise, written_out)
-
-    def test_blockwise_takes_any_block_size(self):
-        q, k = torch.randn(5, 4), torch.randn(7, 4)
-        expected = attention.attention_loop(q, k, k, causal=True)
-        for block_size in (1, 2, 5, 7, 100):
-            output = attention.blockwise_attention(q, k, k, None, True, block_size)
-            check_close(output, expected, 1e-6)
+        blockwise, written_out = subprocess.check_output(command, cwd=ROOT, timeout=240).split()
+        assert float(blockwise) < 32 and float(written_out) > 150, (blockwise, written_out)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_blockwise_sums_in_float32(self, dtype):
         """As of the same numbers in float32, to the last bit; under autocast, too."""
-        inputs = [torch.randn(t, 8).to(dtype).requires_grad_() for t in (300, 400, 400)]
-        wide = [x.detach().float().requires_grad_() for x in inputs]
-        expected = attention.blockwise_attention(*wide, block_size=7)
-        wanted = torch.autograd.grad(expected.sum(), wide)
+        blockwise = functools.partial(attention.blockwise_attention, block_size=7)
+        inputs = [torch.randn(t, 8).to(dtype) for t in (50, 70, 70)]
+        expected = results(blockwise, [x.float() for x in inputs])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = attention.blockwise_attention(*inputs, block_size=7)
-            gradients = torch.autograd.grad(output.sum(), inputs)
-        for got, want in zip((output, *gradients), (expected, *wanted), strict=True):
-            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
-
-    # ---- masks
+            found = results(blockwise, inputs)
+        check_all_close(found, [x.to(dtype) for x in expected], 0.0)
 
     def test_causal_mask(self):
         x, o = True, False
@@ -322,35 +285,30 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         padding = attention.padding_mask([0, 2, 3])
         assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
         assert attention.padding_mask([1], max_len=3).tolist() == [[[[x, o, o]]]]
-        assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+        assert attention.padding_mask(torch.zeros(0).long()).shape == (0, 1, 1, 0)
         for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
             lengths = np.array([0, 2, 3], dtype=kind)
             for given in (lengths, torch.from_numpy(lengths)):
                 assert torch.equal(attention.padding_mask(given), padding), kind
 
-    # ---- MultiHeadAttention
-
     def test_multi_head_attention_agrees_with_torch(self):
-        """Values, weights, gradients of inputs and parameters; with kv_dim, without bias."""
+        """Values, weights, gradients of inputs and of parameters."""
         draw = random.Random(2)
-        for case in range(300):
+        for _ in range(300):
             heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
             c = heads * draw.choice([1, 4, 5])
-            cross, bias = draw.random() < 0.5, draw.random() < 0.5
-            kv_dim = draw.choice([None, 6, 7]) if cross else None
-            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
-            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "dtype": dtype}
-            theirs = nn.MultiheadAttention(c, heads, batch_first=True, **sizes)
-            for parameter in theirs.parameters():
-                if parameter.dim() == 1:  # biases of 0 would hide a mix-up
-                    nn.init.normal_(parameter)
-            ours = attention.MultiHeadAttention.from_torch(theirs)
+            kv_dim = draw.choice([None, None, c, 6, 7])  # None: self-attention
+            dtype, tolerance = draw.choice(TOLERANCES)
+            sizes = {"bias": draw.random() < 0.5, "kdim": kv_dim, "vdim": kv_dim}
+            theirs = nn.MultiheadAttention(c, heads, batch_first=True, dtype=dtype, **sizes)
+            for p in theirs.parameters():
+                nn.init.normal_(p, std=0.3)  # biases of 0 would hide a mix-up
+            ours = MultiHeadAttention.from_torch(theirs)
             ours.fused = draw.random() < 0.5
-
             inputs = [torch.randn(b, tq, c, dtype=dtype, requires_grad=True)]
-            if cross:
-                inputs.append(torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True))
-            source = inputs[-1]
+            if kv_dim:
+                inputs.append(torch.randn(b, tk, kv_dim, dtype=dtype, requires_grad=True))
+            x, source = inputs[0], inputs[-1]
             tk = source.size(1)
             causal = draw.random() < 0.4 and tk >= tq
             future = ~attention.causal_mask(tq, tk) if causal else None
@@ -359,32 +317,27 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             mask = ~hidden[:, None, None, :] if hidden.any() else None
 
             call = {"attn_mask": future, "average_attn_weights": False}
-            expected, expected_weights = theirs(inputs[0], source, source, hidden, **call)
-            arguments = {"mask": mask, "causal": causal}
-            output, weights = ours.forward_with_weights(*inputs, **arguments)
-            what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
-            check_close(output, expected, tolerance, what)
-            check_close(weights, expected_weights, tolerance, what)
-            assert torch.equal(output, ours(*inputs, **arguments)), what
-
-            towards = torch.randn_like(output)
-            gradients = torch.autograd.grad(output, [*inputs, *ours.parameters()], towards)
-            wanted = torch.autograd.grad(expected, [*inputs, *theirs.parameters()], towards)
-            for parameter, gradient in zip(theirs.parameters(), wanted[len(inputs) :], strict=True):
-                parameter.data = gradient
-            named = attention.MultiHeadAttention.from_torch(theirs)  # so that they have our names
-            wanted = [*wanted[: len(inputs)], *named.parameters()]
-            for got, want in zip(gradients, wanted, strict=True):
-                check_close(got, want.detach(), tolerance, what)
+            expected = theirs(x, source, source, hidden, **call)
+            found = ours.forward_with_weights(*inputs, mask=mask, causal=causal)
+            check_all_close(found, expected, tolerance)
+            assert torch.equal(found[0], ours(*inputs, mask=mask, causal=causal))
+            given = [*inputs, *ours.parameters()]
+            gradients = torch.autograd.grad(found[0].square().sum(), given)
+            given = [*inputs, *theirs.parameters()]
+            wanted = torch.autograd.grad(expected[0].square().sum(), given)
+            for p, gradient in zip(given, wanted, strict=True):
+                p.data = gradient
+            named = MultiHeadAttention.from_torch(theirs)  # so that they have our names
+            check_all_close(gradients, [*inputs, *named.parameters()], tolerance)
 
     def test_from_torch_keeps_everything(self):
         source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
         source.in_proj_weight.requires_grad_(False)
         source.out_proj.bias.requires_grad_(False)
         with torch.no_grad():  # grad mode has no say in it
-            ours = attention.MultiHeadAttention.from_torch(source)
+            ours = MultiHeadAttention.from_torch(source)
         assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
-        assert attention.MultiHeadAttention.from_torch(source.train()).training
+        assert MultiHeadAttention.from_torch(source.train()).training
         frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
         assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
         assert {p.dtype for p in ours.parameters()} == {torch.float64}
@@ -393,84 +346,77 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         assert not any((q == 7).any() for q in ours.parameters()), "copies"
 
     def test_multi_head_attention_starts_as_glorot_says(self):
-        module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+        module = MultiHeadAttention(24, 4, kv_dim=10)
         for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
             limit = math.sqrt(6 / (24 + projection.in_features))
             assert 0.9 * limit < projection.weight.abs().max() <= limit
             assert not projection.bias.any()
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_padding_and_empty_rows(self, fused):
-        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        module = MultiHeadAttention(12, 3, fused=fused).double()
         nn.init.normal_(module.out_proj.bias)
-        x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+        x = torch.randn(3, 6, 12).double().requires_grad_()
         mask = attention.padding_mask([4, 0, 6])
         output, weights = module.forward_with_weights(x, mask=mask)
-        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys")
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0)
         assert (weights[1] == 0).all()
         output.sum().backward()
-        assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
-        altered = x.detach().clone()
-        altered[0, 4:] = 1e3
-        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0, "what is padded")
-        longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
+        assert all(p.grad.isfinite().all() for p in (x, *module.parameters()))
+        longer = F.pad(x[:1, :4], (0, 0, 0, 7), value=1e3)
         longer = module(longer, mask=attention.padding_mask([4], 11))
-        check_close(longer[0, :4], output[0, :4], 1e-12, "more padding")
-        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12, "alone, without padding")
+        check_close(longer[0, :4], output[0, :4], 1e-12)
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_causality(self, fused):
         """A later token moves no earlier output; it moves its own and the later ones."""
-        module = attention.MultiHeadAttention(12, 3, fused=fused)
+        module = MultiHeadAttention(12, 3, fused=fused)
         x = torch.randn(3, 6, 12)
         altered = x + (torch.arange(6) == 4)[:, None]
         difference = module(altered, causal=True) - module(x, causal=True)
         moved = difference.abs().amax(dim=(0, 2))
         assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
-    @ATTENTION_FUSED_OR_NOT
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_dropout_only_in_training(self, fused, causal):
-        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-        plain = attention.MultiHeadAttention(8, 2)
-        plain.load_state_dict(module.state_dict())
+    @fused_or_not
+    def test_dropout_only_in_training(self, fused):
+        module = MultiHeadAttention(8, 2, dropout=0.5, fused=fused).eval()
         x = torch.randn(2, 7, 8)
-        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
-        check_close(module.eval()(x, causal=causal), expected, 1e-6)
-        module.train()
-        torch.manual_seed(1)
-        first, weights = module.forward_with_weights(x, causal=causal)
-        torch.manual_seed(1)
-        assert torch.equal(first, module(x, causal=causal))
-        assert not torch.equal(first, module(x, causal=causal))
-        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
-        mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
-        assert (mean - expected).abs().max() < 0.15, "unbiased: what is kept is scaled up"
+        for causal in (False, True):
+            expected, expected_weights = module.eval().forward_with_weights(x, causal=causal)
+            assert torch.equal(module(x, causal=causal), expected)
+            module.train()
+            torch.manual_seed(1)
+            first, weights = module.forward_with_weights(x, causal=causal)
+            check_close(weights, expected_weights, 1e-6)
+            torch.manual_seed(1)
+            assert torch.equal(first, module(x, causal=causal))
+            assert not torch.equal(first, module(x, causal=causal))
+            mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
+            assert (mean - expected).abs().max() < 0.15  # unbiased
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_forward_cached_equals_one_shot(self, fused):
         """Values and gradients, in pieces of any size, after left padding."""
-        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-        x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        module = MultiHeadAttention(12, 3, fused=fused).double()
+        x = torch.randn(2, 9, 12).double()
+        mask = torch.ones(2, 1, 1, 9).bool()
         mask[0, ..., :2] = False
-        expected = module(x, mask=mask, causal=True)
-        (wanted,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
-        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-            cache = attention.KVCache()
-            outputs = []
-            seen = 0
-            for piece in x.split(pieces, dim=1):
-                seen += piece.size(1)
+
+        def in_pieces(x, *pieces):
+            cache, outputs = attention.KVCache(), []
+            for piece, seen in zip(x.split(pieces, 1), itertools.accumulate(pieces), strict=True):
                 outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
             assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
-            output = torch.cat(outputs, dim=1)
-            check_close(output, expected, 1e-12, str(pieces))
-            check_close(torch.autograd.grad(output.sum(), x)[0], wanted, 1e-12, str(pieces))
+            return torch.cat(outputs, dim=1)
+
+        expected = results(module, [x], None, mask, True)
+        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+            check_all_close(results(in_pieces, [x], *pieces), expected, 1e-12)
 
     def test_forward_cached_survives_what_it_refuses(self):
         """A wrong mask or batch leaves the tokens that were there."""
-        module = attention.MultiHeadAttention(12, 3)
+        module = MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
         for query, mask in ((x, torch.ones(4)), (x, torch.ones(2).bool()), (x[:1], None)):
@@ -479,11 +425,11 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
         check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
-    # ---- refusals: what would be silently wrong
-
-    def test_refused(self):
-        mha, theirs = attention.MultiHeadAttention, nn.MultiheadAttention
+    def test_attention_refuses_what_would_be_silently_wrong(self):
+        mha, theirs = MultiHeadAttention, nn.MultiheadAttention
+        plot, page = attention.plot_attention, attention.attention_html
         x, row = torch.randn(2, 5, 8), torch.randn(5, 8)
+        tokens = "ab", "ab", os.devnull
         for words, function, *arguments in (
             ("lengths.*max_len=4.*5", attention.padding_mask, [2, 5], 4),
             ("lengths.*-1", attention.padding_mask, [-1, 2]),
@@ -500,87 +446,79 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             ("vdim", mha.from_torch, theirs(12, 3, kdim=4, vdim=6)),
             ("bias_kv", mha.from_torch, theirs(8, 2, add_bias_kv=True)),
             ("zero", mha.from_torch, theirs(8, 2, add_zero_attn=True)),
+            ("weights.*1, 2, 3", plot, torch.rand(1, 2, 3), *tokens),
+            ("weights.*1, 3, 2", page, torch.rand(1, 3, 2), *tokens),
+            ("weights.*2, 2", plot, torch.rand(2, 2), *tokens),
+            ("weights.*1.02", page, torch.full((1, 2, 2), 1.02), *tokens),
+            ("weights.*-0.5", plot, torch.full((1, 2, 2), -0.5), *tokens),
+            ("weights.*nan", page, torch.full((1, 2, 2), math.nan), *tokens),
         ):
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_refuse_what_does_not_fit(self, way):
         """Masks that would enlarge the output, or hold numbers; more values than keys."""
         q, k, v = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 9, 4)
+        mask = torch.ones(5, 7).bool()
         for shape in ((7, 5), (5, 6), (2, 7), (1, 2, 1, 5, 7), (2, 3, 5, 7)):
             with pytest.raises((RuntimeError, IndexError)):
-                way(q, k, k, torch.ones(shape, dtype=torch.bool))
-        for dtype in (torch.float32, torch.int64):
+                way(q, k, k, torch.ones(shape).bool())
+        for numbers in (mask.float(), mask.long()):
             with pytest.raises(ValueError, match="mask.*boolean"):
-                way(q, k, k, torch.ones(5, 7, dtype=dtype))
+                way(q, k, k, numbers)
         for values in (v, v[:, :, :6]):
             with pytest.raises((RuntimeError, IndexError)):
-                way(q, k, values, torch.ones(5, 7, dtype=torch.bool))
-
-    # ---- it leaves Python
+                way(q, k, values, mask)
 
     @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
     @pytest.mark.parametrize("how", ["trace", "script", "export"])
-    def test_multi_head_attention_leaves_python(self, how):
+    @pytest.mark.parametrize("kv_dim", [None, 10])
+    @pytest.mark.parametrize("masked", [False, True])
+    @fused_or_not
+    def test_multi_head_attention_leaves_python(self, fused, masked, kv_dim, how):
         """The same outputs, at sizes that were not there then."""
 
         def example(b: int, tq: int, tk: int) -> dict[str, Tensor]:
             given = {"query": torch.randn(b, tq, 12)}
-            if cross:
-                given["context"] = torch.randn(b, tk, 10)
+            if kv_dim:
+                given["context"] = torch.randn(b, tk, kv_dim)
             if masked:
-                given["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+                given["mask"] = torch.rand(b, 1, 1, tk if kv_dim else tq) < 0.7
             return given
 
-        for fused, cross, masked in itertools.product([True, False], repeat=3):
-            module = AttentionCall(fused, cross)
-            given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
-            if how == "trace":
-                converted = torch.jit.trace(module, example_kwarg_inputs=given)
-            elif how == "script":
-                converted = torch.jit.script(module)
-            else:
-                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
-                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
-                converted = torch.export.export(module, (), given, dynamic_shapes=free).module()
-            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
-                given = example(*sizes)
-                check_close(converted(**given), module(**given), 1e-6, f"{fused=} {masked=} {sizes}")
+        module = MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
+        given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
+        causal = {"causal": True}
+        if how == "trace":  # it takes tensors alone
+            module.forward = functools.partial(module.forward, **causal)
+            converted, causal = torch.jit.trace(module, example_kwarg_inputs=given), {}
+        elif how == "script":
+            converted = torch.jit.script(module)
+        else:
+            free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+            free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
+            free["causal"] = None
+            program = torch.export.export(module, (), given | causal, dynamic_shapes=free)
+            converted = program.module()
+        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6)):
+            given = example(*sizes)
+            check_close(converted(**given, **causal), module(**given, causal=True), 1e-6)
 
     @pytest.mark.filterwarnings("ignore")
     def test_fused_attention_traced_fits_other_lengths(self):
         q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
         attend = lambda q, k: attention.fused_attention(q, k, k, causal=True)  # noqa: E731
-        traced = torch.jit.trace(attend, (q, q))
-        for queries in (q, q[:, :, :2]):
-            check_close(traced(queries, k), attend(queries, k), 1e-6)
-
-    # ---- pictures
+        check_close(torch.jit.trace(attend, (q, q))(q, k), attend(q, k), 1e-6)
 
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)])
-    def test_plot_attention(self, shape, tmp_path):
-        """Any tokens and sizes."""
+    def test_plot_attention_of_any_tokens_and_sizes(self, tmp_path):
         tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
-        weights = torch.rand(shape).softmax(dim=-1)
-        queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
-        path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
-        assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
-
-    def test_pictures_refuse_what_is_no_weights(self, tmp_path):
-        for words, weights in (
-            ("1, 2, 3", torch.rand(1, 2, 3)),
-            ("1, 3, 2", torch.rand(1, 3, 2)),
-            ("2, 2", torch.rand(2, 2)),
-            ("1.02", torch.full((1, 2, 2), 1.02)),
-            ("-0.5", torch.full((1, 2, 2), -0.5)),
-            ("nan", torch.full((1, 2, 2), math.nan)),
-        ):
-            for draw in (attention.plot_attention, attention.attention_html):
-                with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
-                    draw(weights, "ab", "ab", tmp_path / "x")
-        assert not list(tmp_path.iterdir())
+        for shape in ((2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)):
+            weights = torch.rand(shape).softmax(dim=-1)
+            queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
+            path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
+            assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
 
     def test_attention_html(self, tmp_path):
         """Self-contained; no token gets out of its place; 0 alone is masked."""
@@ -597,19 +535,7 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         assert stored[0, 0, 0].tolist() == [10_000, 1, 0]
         check_close(stored / 10_000, weights.clamp(max=1), 1e-4)
 
-    # ---- the demo
-
-    def test_induction_batch(self):
-        """The answer is the word that followed the asked one, at its place."""
-        seen = attention.N_SEEN
-        batch = [tensor.tolist() for tensor in attention.induction_batch(300)]
-        for row, places, answers in zip(*batch, strict=True):
-            first, asked = row[:seen], row[seen:]
-            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
-            assert places == [first.index(word) + 1 for word in asked]
-            assert answers == [first[place] for place in places]
-
-    def test_demo_alone_in_an_empty_folder(self, tmp_path):
+    def test_attention_demo_alone_in_an_empty_folder(self, tmp_path):
         shutil.copy(ROOT / "attention.py", tmp_path)
         environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
         arguments = "attention.py", "--max-len", "1024", "--seed", "3"
