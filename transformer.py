@@ -383,7 +383,7 @@ class Settings:
     norm_first: bool = True  # pre-norm: a short warm-up is enough
     tied: bool = True  # one matrix for both embeddings and the output
     epochs: int = 5  # passes over the data
-    batch_tokens: int = 1024  # of the longer side, with padding, at most
+    batch_tokens: int = 1024  # of the longer side, padded, at most
     warmup: int = 100  # steps of rising learning rate
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
@@ -391,7 +391,7 @@ class Settings:
     clip: float = 1.0  # gradients are scaled down to this norm
     average: int = 2  # final weights: mean of the last epochs' ends (section 6.1)
     save_every: int = 100  # steps between checkpoints; 0: epochs alone
-    beam_size: int = 4  # hypotheses that beam search keeps
+    beam_size: int = 4  # hypotheses kept
     length_penalty: float = 0.6  # exponent of Wu et al., eq. 14; 0: none
 
 
