@@ -167,7 +167,7 @@ PAD = 0
 MASK = 1
 SPECIAL = 2  # ids 0 and 1; BPE's own ids follow
 FOLDS = 5  # of the training texts, see NgramOdds
-WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"  # of one piece
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"  # a token stays in one
 
 
 def clean(text: str) -> str:
@@ -296,7 +296,7 @@ class NgramOdds(nn.Module):
         """Count. A text without a label counts on the side that its teacher takes it for."""
         counts = torch.zeros(FOLDS, 2, BUCKETS + 1)
         for ids, target, fold in zip(examples.ids, examples.targets, examples.folds, strict=True):
-            buckets = ngram_ids(ids[None]).unique()  # once a text
+            buckets = ngram_ids(ids[None]).unique()  # a text counts once
             counts[fold, int(target > 0.5), buckets] += 1
         counts[:, :, 0] = 0  # which stands for no n-gram
         everywhere = counts.sum(0)  # (2, BUCKETS + 1)
@@ -373,7 +373,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training
     total_seconds: float = 0.0  # of all, up to the last checkpoint
-    begun: float = 0.0  # by this process's clock, had it had no breaks
+    begun: float = 0.0  # when, by this clock, had it had no breaks
     right: int = 0  # training texts answered right since the last look at dev
     seen: int = 0
     history: list[dict] = field(default_factory=list)  # a row a look at dev
@@ -608,7 +608,7 @@ BANNER = f"""{"!" * 100}
 
 
 def load_corpus(s: Settings) -> Corpus:
-    """What --data names; without it IMDB from the cache, by download, or generated texts."""
+    """Those of --data; without it IMDB from the cache, by download, or generated texts."""
     try:
         path = Path(s.data) if s.data else find_imdb()
     except OSError as error:
@@ -1015,7 +1015,7 @@ def parse(arguments: list[str]) -> Settings:
             raise ValueError(f"{name} must be in [{least.get(name, 0)}, {below}), got {x}")
     if not s.predict and (s.explain or "--predict" in arguments):
         raise ValueError("--predict needs a text, a file, or - for stdin; --explain needs --predict")
-    make_model(s, vocab_size=SPECIAL + 256)  # do the sizes fit?
+    make_model(s, vocab_size=SPECIAL + 256)  # refuses sizes that don't fit
     return s
 
 

@@ -4367,7 +4367,13 @@ class TestExport:
 
 IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64"
 IMDB_SMALL = f"{IMDB_SMALL} --epochs 1 --min-steps 0 --no-export --out".split()
-imdb_ranks = launcher_of("classify_imdb")
+
+
+@pytest.fixture(scope="module")
+def imdb_ranks(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("imdb"), "classify_imdb")
+    yield launcher
+    launcher.end()
 
 
 def imdb_few(here: str = "") -> str:
@@ -4760,16 +4766,21 @@ class TestClassifyImdb:
         data = imdb_tarball(tmp_path / "whole.tar.gz", part).read_bytes()
         head = "text,label\n"
         many = head + "a,x\na,y\n" * 10
+
+        def own(train: str, test: str = many) -> dict[str, str]:
+            return {"train.csv": train, "test.csv": test}
+
         rows = [
             (part, "0 of 2 texts in test/neg"), (less, "1 of 2 texts in train/neg"),
-            ({}, "train"), ([many + "c,z\n", many], "'x', 'y', 'z'.*two"),
-            ([head + "a,x\n", head + "a,x\n"], r"labels \['x'\]"),
-            ([head + "a,x\n" * 9 + "a,y\n" * 10, many], "9 texts x"),
-            (["review,label\na,x\n", many], "train.csv has no column 'text'"),
-            ([many + "b\n", many], "labels"), ([head + '"a,x\n', many], "csv: line"),
-            ([many, "na\udcefve"], "test.csv is not UTF-8"), ([many], "test.csv"),
-            ([many, head], "no texts to test"), (b"no tarball", "damaged"),
-            (gzip.compress(b"no tar in it" * 100), "damaged"), (data[:-1], "damaged"),
+            ({}, "train"), ({"train.csv": many}, "test.csv"),
+            (own(many + "c,z\n"), "'x', 'y', 'z'.*two"),
+            (own(head + "a,x\n", head), r"labels \['x'\]"),
+            (own(head + "a,x\n" * 9 + "a,y\n" * 10), "9 texts x"),
+            (own("review,label\na,x\n"), "train.csv has no column 'text'"),
+            (own(many + "b\n"), "labels"), (own(head + '"a,x\n'), "train.csv: line"),
+            (own("na\udcefve"), "train.csv is not UTF-8"), (own(many, head), "to test on"),
+            (b"no tarball", "damaged"), (gzip.compress(b"no tar" * 100), "damaged"),
+            (data[:-1], "damaged"), (data[:-9], "damaged"),
         ]  # fmt: skip
         for i in (30, 99, len(data) // 2, len(data) - 20, len(data) - 1):
             rows.append((data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :], "damaged"))
@@ -4777,9 +4788,7 @@ class TestClassifyImdb:
             path = tmp_path / str(i)
             if isinstance(content, bytes):
                 path.write_bytes(content)
-            elif isinstance(content, list):
-                content = dict(zip(("train.csv", "test.csv"), content, strict=False))
-            if isinstance(content, dict):
+            else:
                 imdb_folder(path, content)
             with pytest.raises((ValueError, OSError), match=words):
                 imdb.load_corpus(imdb.Settings(data=str(path)))
@@ -5643,7 +5652,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
-        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("gzip.decompress(", "zlib.decompressobj(31).decompress(", "no_part_of_imdb"),
         ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
         ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
         ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
@@ -5657,13 +5666,13 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("F.pad(tokens, (WINDOW // 2, STRIDE))", "F.pad(tokens, (WINDOW // 2, 2))", "padding_and_batch"),
-        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "begins_as"),
+        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "written_out"),
         ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
         ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
         ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
-        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "finish"),
         ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
         ("> s.target + error", "> s.target - error", "stops_at"),
         ("(score - log_odds(", "(score + log_odds(", "explain"),
