@@ -82,7 +82,7 @@ class Settings:
     odds: bool = True  # also give each token the odds of its n-grams, see NgramOdds
     mask_words: float = 0.2  # fraction of the training tokens hidden: less overfitting
     unlabelled: bool = False  # learn the linear model's opinion of the unlabelled reviews too
-    target: float = 0.0  # stop when dev is safely past it, e.g. 0.85; 0: never
+    target: float = 0.0  # stop once dev is safely past this accuracy, e.g. 0.85; 0: never
     epochs: int = 2  # passes over the training texts
     min_steps: int = 300  # at least so many; few texts are passed over more often
     batch_size: int = 32  # texts a step, of similar length
