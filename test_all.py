@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import html.parser
 import http.server
 import importlib
 import io
@@ -4119,982 +4118,770 @@ class TestExport:
 # -----------------------------------------------------------------------------
 # classify_imdb.py
 
-IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
-IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
+IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64"
+IMDB_SMALL = f"{IMDB_SMALL} --epochs 1 --min-steps 0 --no-export --out".split()
 
-# For the launcher: a run on few demo reviews without export and page. {here} makes something different.
-IMDB_FEW = """
-script.exit_now = script.ddp.exit_now
+
+@pytest.fixture(scope="module")
+def imdb_ranks(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("imdb"), "classify_imdb")
+    yield launcher
+    launcher.end()
+
+
+def imdb_few(here: str = "") -> str:
+    """For the launcher: a run on few demo reviews; here makes something different."""
+    return f"""
 import os, sys
-script.hardware = lambda device: {"gemm_gflops": 1.0}
-
-def no_network():
-    raise OSError("no network")
-
-script.find_imdb = no_network
-whole = script.load_corpus(script.Settings(data=""))
-few = script.Corpus("demo", whole.labels, whole.train[:300], whole.test[:300], whole.unlabelled[:300])
+script.exit_now = script.ddp.exit_now
+os.environ["XDG_CACHE_HOME"] = "cache"
+script.IMDB_URL = "http://127.0.0.1:9"  # no network
+few = script.load_corpus(script.Settings(data=""))
+for part in (few.train, few.test, few.unlabelled):
+    del part[300:]
 script.load_corpus = lambda s: few
 script.BUCKETS = 10_007  # a small table of odds: every step is saved
-export_models, script.export_models = script.export_models, lambda *_: {"exported": True}
+script.export_models = lambda *_: {{"exported": True}}
 script.write_page = lambda *_: None
-
-def die(*_, **__):
-    os.kill(os.getpid(), 9)
-
-def again(*_, **__):
-    raise AssertionError("done again")
-
-def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
-    return die() if step == 12 else rate(step, warmup, steps)
-
+die = lambda *_, **__: os.kill(os.getpid(), 9)
+rate = script.ddp.warmup_cosine
+late = lambda step, *rest: die() if step == 12 else rate(step, *rest)
 {here}
 script.exit_now(script.main(sys.argv[1:]))
 """
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
-    """Serves self.data; the class attributes say how it fails."""
-
-    data, sent_at_most, ranges, status = b"", None, True, 200
-    asked: list = []  # the Range headers
+    """Serves data, most bytes a time; notes the Range headers in asked."""
 
     def do_GET(self):  # noqa: N802
-        self.asked.append(self.headers.get("Range"))
-        if self.status != 200:
-            return self.send_error(self.status)
-        start = int(self.headers["Range"][6:-1]) if self.ranges and self.headers.get("Range") else 0
-        body = self.data[start:]
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(asked[6:-1]) if asked and self.ranges else 0
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(self.data) - start))
         self.end_headers()
-        self.wfile.write(body[: self.sent_at_most])
+        self.wfile.write(self.data[start:][: self.most])
 
-    def log_message(self, *_):
-        pass
+
+def imdb_corpus(n: int = 200) -> imdb.Corpus:
+    """n demo reviews to learn from, n to test on, n without a label."""
+    pairs = enumerate(encoder.generate_reviews(3 * n, seed=5))
+    reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
+    rest = [imdb.Review(i, -1, r.text) for i, r in enumerate(reviews[2 * n :])]
+    return imdb.Corpus("demo", ["no", "yes"], reviews[:n], reviews[n : 2 * n], rest)
+
+
+def imdb_model(**settings) -> imdb.ReviewClassifier:
+    sizes = dict(d_model=16, n_heads=2, d_ff=24, max_len=64)
+    model = imdb.make_model(imdb.Settings(**sizes, **settings), 300).eval()
+    model.odds.table[1:].normal_()
+    model.odds.without_fold.normal_()[:: imdb.BUCKETS + 1] = 0.0
+    return model
+
+
+def imdb_training(out: Path, **settings):
+    """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
+    sizes = dict(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, vocab_size=300)
+    sizes |= dict(batch_size=10, epochs=1, min_steps=0, out=str(out)) | settings
+    s = imdb.Settings(**sizes)
+    corpus = imdb_corpus()
+    tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
+    parts = []
+    for reviews in (corpus.train, corpus.test[:50]):
+        labels = [r.label for r in reviews]
+        parts.append(imdb.encode(tokenizer, reviews, labels, s.max_len))
+    model = imdb.make_model(s, tokenizer.vocab_size)
+    model.odds.fit(parts[0])
+    return model, *parts, imdb.Run({}, tokenizer.ranks), s
+
+
+def imdb_folder(path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text, "utf-8", "surrogateescape", newline="")
+    return path
+
+
+def imdb_tarball(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w:gz") as tar, tempfile.TemporaryDirectory() as folder:
+        tar.add(imdb_folder(Path(folder), files), "aclImdb")
+    return path
+
+
+def imdb_csv(n: int) -> tuple[list, str]:
+    """Rows as people have them: quotes, commas, line breaks, emoji, nothing."""
+    odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<b>{}</b> $x_1$"]
+    rows = []
+    for i, (text, label) in enumerate(encoder.generate_reviews(n, 7)):
+        rows.append((("bad", "good & fine")[label], odd[i % 6].format(text)))
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([("label", "text"), *rows])
+    return rows, file.getvalue()
 
 
 class TestClassifyImdb:
     @pytest.fixture(autouse=True)
     def small_table(self, monkeypatch):
-        """A table of odds of two million rows takes a tenth of a second each time."""
         monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
-    @staticmethod
-    def corpus(n: int = 200, seed: int = 5) -> imdb.Corpus:
-        pairs = enumerate(encoder.generate_reviews(3 * n, seed))
-        reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
-        unlabelled = [imdb.Review(i, -1, review.text) for i, review in enumerate(reviews[2 * n :])]
-        return imdb.Corpus("demo", ["negative", "positive"], reviews[:n], reviews[n : 2 * n], unlabelled)
-
-    @staticmethod
-    def model(**settings) -> imdb.ReviewClassifier:
-        sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "max_len": 64, **settings}
-        model = imdb.make_model(imdb.Settings(**sizes), 300).eval()
-        if model.odds is not None:
-            model.odds.table[1:] = torch.randn(imdb.BUCKETS, 1)
-            model.odds.without_fold.copy_(torch.randn_like(model.odds.without_fold))
-            model.odds.without_fold[:: imdb.BUCKETS + 1] = 0.0
-        return model
-
-    def training(self, out: Path, **settings):
-        """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
-        sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1, "n_layers": 1, "max_len": 16, "vocab_size": 300}
-        rest = {"batch_size": 10, "epochs": 1, "min_steps": 0, "out": str(out)}
-        s = imdb.Settings(**{**sizes, **rest, **settings})
-        corpus = self.corpus()
-        tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
-        parts = []
-        for reviews in (corpus.train, corpus.test[:50]):
-            parts.append(imdb.encode(tokenizer, reviews, [r.label for r in reviews], s.max_len))
-        model = imdb.make_model(s, tokenizer.vocab_size)
-        model.odds.fit(parts[0])
-        return model, *parts, imdb.Run({}, tokenizer.ranks), s
-
-    @staticmethod
-    def imdb_files(per_folder: int) -> dict[str, str]:
-        """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
-        names = [f"{f}/{i}_{7 if 'pos' in f else 2}.txt" for f in imdb.PER_FOLDER for i in range(per_folder)]
-        return {name: f"{name}, a film<br />Über alles." for name in names}
-
-    @staticmethod
-    def tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
-        with tarfile.open(path, "w:gz") as tar:
-            folder = tarfile.TarInfo(prefix + "train/pos")
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-            for name, text in files.items():
-                member = tarfile.TarInfo(prefix + name)
-                member.size = len(text.encode())
-                tar.addfile(member, io.BytesIO(text.encode()))
-        return path
-
-    @staticmethod
-    def folder(path: Path, files: dict[str, str]) -> Path:
-        for name, text in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_text(text, encoding="utf-8")
-        return path
-
-    @staticmethod
-    def table(path: Path, rows: list[tuple], columns=("text", "label")) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
-        return path
-
-    @staticmethod
-    def own_rows(n: int) -> list[tuple[str, str]]:
-        """Reviews as people store them: quotes, commas, line breaks, emoji, nothing at all."""
-        odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<script>{}</script> $x_1$"]
-        reviews = encoder.generate_reviews(n, 7)
-        return [(odd[i % len(odd)].format(t), ("bad", "good & fine")[y]) for i, (t, y) in enumerate(reviews)]
-
-    # ---- oracles
-
     def test_ngram_ids_equal_a_loop(self):
-        """By place: the bucket of the single, pair, triple that end there; 0 where one isn't a word."""
-        for T in (1, 2, 3, 40):
-            tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
-            buckets = imdb.ngram_ids(tokens)
-            assert buckets.shape == (4, T, 3)
-            for b, t, n in itertools.product(range(4), range(T), (1, 2, 3)):
-                gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else []
-                hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
-                assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= 2 else 0)
-        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
+        tokens = torch.randint(0, 30, (4, 40))  # padding (0) and hidden words (1) too
+        buckets = imdb.ngram_ids(tokens)
+        for b, t, n in itertools.product(range(4), range(40), (1, 2, 3)):
+            gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else [0]
+            code = sum(map(int.__mul__, gram[::-1], imdb.FACTORS))
+            expected = code % imdb.BUCKETS + 1 if min(gram) >= 2 else 0
+            assert buckets[b, t, n - 1] == expected
+        assert torch.equal(imdb.ngram_ids(tokens[:, :1]), buckets[:, :1])
+        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)
         assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
-        largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
-        assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
 
     def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
         rng = random.Random(0)
         ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
-        ids[0] = torch.tensor([imdb.BUCKETS])  # falls into bucket 1, the first
-        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's opinion counts on its side
-        folds = [rng.randrange(imdb.FOLDS) for _ in ids]
-        odds = imdb.NgramOdds()
+        ids[0] = torch.tensor([imdb.BUCKETS])  # bucket 1
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's, too
+        folds = [rng.randrange(5) for _ in ids]
+        odds, others = imdb.NgramOdds(), imdb.NgramOdds()
         odds.fit(imdb.Examples(ids, targets, folds))
-        tables = [*odds.without_fold.view(imdb.FOLDS, -1), odds.table[:, 0]]
+        tables = [*odds.without_fold.view(5, -1), odds.table[:, 0]]
         for left_out, table in enumerate(tables):
-            counts = collections.defaultdict(lambda: [1, 1])
-            for x, target, fold in zip(ids, targets, folds, strict=True):
+            counts = torch.ones(2, imdb.BUCKETS + 1)
+            for x, y, fold in zip(ids, targets, folds, strict=True):
                 for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
-                    counts[bucket][target > 0.5] += fold != left_out
-            expected = torch.zeros(imdb.BUCKETS + 1)
-            for bucket, (negative, positive) in counts.items():
-                expected[bucket] = math.log(positive / negative)
-            check_close(table, expected, 1e-6)
-        reviews = [imdb.Review(n, label, "a") for label, N in ((0, 1000), (1, 50)) for n in range(N)]
-        folds_of = imdb.encode(imdb.Tokenizer([b"a"]), reviews, [0.0] * 1050, 8).folds
-        for label, fold in itertools.product((0, 1), range(imdb.FOLDS)):  # of each class a fifth
-            found = [r.label for r, f in zip(reviews, folds_of, strict=True) if f == fold].count(label)
-            assert found == (200, 10)[label]
-        turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
-        others = imdb.NgramOdds()
+                    counts[int(y > 0.5), bucket] += fold != left_out
+            check_close(table, (counts[1] / counts[0]).log(), 1e-6)
+        turned = [1 - y if f == 2 else y for y, f in zip(targets, folds, strict=True)]
         others.fit(imdb.Examples(ids, turned, folds))
-        x = ids[folds.index(2)][None]
-        assert torch.equal(others(x, torch.tensor([2])), odds(x, torch.tensor([2])))
-        assert not torch.equal(others(x), odds(x)) and not torch.equal(odds(x), odds(x, torch.tensor([2])))
+        x, own = ids[folds.index(2)][None], torch.tensor([2])
+        assert torch.equal(others(x, own), odds(x, own))
+        assert not torch.equal(others(x), odds(x))
         assert list(odds.state_dict()) == ["table"]
 
-    @pytest.mark.parametrize("n", [21, 22, 23, 24])
-    def test_model_is_its_parts_written_out(self, n):
-        """Embedding * sqrt(C) + odds, 0 beyond the text; a product of five tokens at every fourth place."""
-        model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
-        fold = torch.tensor([1, 3])
-        rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
-        tables = [model.odds.table[imdb.ngram_ids(tokens), 0], model.odds.without_fold[rows, 0]]
-        for given, table in zip((None, fold), tables, strict=True):
-            x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
+    @torch.no_grad()
+    def test_model_is_its_parts_written_out(self):
+        model, own = imdb_model(n_layers=2), torch.tensor([1, 3])
+        positions = encoder.sinusoidal_positional_encoding(64, 16)
+        mean = torch.eye(16)[:, :, None] / 5
+        noise = model.shorten.weight.unflatten(1, (16, 5)) - mean
+        assert noise.abs().max() <= 80**-0.5 + 1e-6
+        for n, fold in itertools.product((21, 22, 23, 24), (None, own)):
+            tokens = torch.randint(2, 300, (2, n))
+            grams = imdb.ngram_ids(tokens)
+            odds = model.odds.table[grams]
+            if fold is not None:
+                grams += own[:, None, None] * (imdb.BUCKETS + 1)
+                odds = model.odds.without_fold[grams]
+            x = model.encoder.embedding(tokens) * 4 + model.from_odds(odds[..., 0])
             x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-            starts = range(0, n + 2, 4)  # while one of five tokens is there
-            y = torch.stack([model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts], 1)
-            y = y + encoder.sinusoidal_positional_encoding(64, 16)[: len(starts)]
+            starts = range(0, n + 2, 4)  # a token is there
+            y = [model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts]
+            y = torch.stack(y, 1) + positions[: len(starts)]
             for layer in model.encoder.layers:
                 y = layer(y, torch.ones(2, 1, 1, len(starts), dtype=torch.bool))
             y = model.encoder.final_norm(y)
-            check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
-
-    def test_make_model_begins_as_the_mean_of_five_tokens_and_noise(self):
-        a, b, c = (self.model(seed=n, d_model=128) for n in (0, 1, 0))
-        assert torch.equal(a.head.weight, c.head.weight) and not torch.equal(a.head.weight, b.head.weight)
-        assert 0.8 < a.from_odds.weight.std() < 1.2  # odds count from the start
-        noise = a.shorten.weight.unflatten(1, (128, 5)) - torch.eye(128)[:, :, None] / 5
-        assert noise.abs().max() <= 640**-0.5 + 1e-6 and noise.std() > 0.5 * 640**-0.5
-        assert not hasattr(self.model(odds=False), "from_odds")
+            expected = model.head(torch.cat((y.mean(1), y.amax(1)), 1))
+            check_close(model(tokens, fold), expected, 1e-5)
 
     def test_linear_model_weighs_by_naive_bayes(self):
-        """Where the penalised loss is least, the weights are C times what the errors pull at."""
-        reviews = [r._replace(text=f"The<br />{r.text}") for r in self.corpus(200, 1).train]
-        labels = [r.label for r in reviews]
-        linear, n_parameters = imdb.linear_model(reviews, labels)
+        from sklearn.linear_model import LogisticRegression
+
+        reviews = imdb_corpus().train
+        y = np.array([r.label for r in reviews])
+        linear, n_parameters = imdb.linear_model(reviews, y.tolist())
         grams = []
-        for review in reviews:
-            words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-            spans = [(i, n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
-            grams.append({" ".join(words[i : i + n]) for i, n in spans})
-        counts = collections.Counter(gram for held in grams for gram in held)
-        names = sorted(gram for gram, n in counts.items() if n >= 2)
+        for words in (re.findall(r"\w+|[^\w\s]", r.text) for r in reviews):
+            spans = [(i, i + n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+            grams.append({" ".join(words[i:end]) for i, end in spans})
+        counts = collections.Counter(itertools.chain(*grams))
+        names = [gram for gram, n in counts.items() if n >= 2]
         x = np.array([[name in held for name in names] for held in grams]) * 1.0
-        y = np.array(labels)
-        assert n_parameters == len(names) + 1
         n0, n1 = (1 + x[y == label].sum(0) for label in (0, 1))
         x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
         x /= np.linalg.norm(x, axis=1, keepdims=True)
-        p = np.array(linear(reviews))
-        logits = x @ (30 * x.T @ (y - p))  # up to the intercept
-        gaps = logits - np.log(p / (1 - p))
-        assert np.abs(gaps - gaps.mean()).max() < 1 and ((p > 0.5) == y).mean() > 0.8
+        p = LogisticRegression(C=30, max_iter=300).fit(x, y).predict_proba(x)[:, 1]
+        assert linear(reviews) == pytest.approx(p, abs=0.01)
+        assert n_parameters == len(names) + 1 and ((p > 0.5) == y).mean() > 0.8
 
     def test_train_is_its_loop(self, tmp_path):
-        """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
-        sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
-        model, examples, dev, run, s = self.training(tmp_path, **sizes)
-        opinions = [0.6 * y + 0.3 for y in examples.targets]  # a teacher's
+        sizes = dict(warmup=7, clip=0.2, lr=1e-2, epochs=2, seed=3)
+        model, examples, dev, run, s = imdb_training(tmp_path, **sizes)
+        opinions = [0.6 * y + 0.3 for y in examples.targets]
         examples = examples._replace(targets=opinions)
         other = copy.deepcopy(model)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
-        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        groups = losses.parameter_groups(other.parameters(), 0.01)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
         right = []
-        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 40)):
+        lengths = [len(x) for x in examples.ids]
+        for step, rows in enumerate(imdb.batches(lengths, s, 0, 40)):
             torch.manual_seed(3 * 1_000_003 + step)
             tokens = imdb.pad([examples.ids[i] for i in rows])
-            hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
-            logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
             y = torch.tensor(opinions)[rows]
-            right += (logits.argmax(1) == y.round()).tolist()
+            folds = torch.tensor(examples.folds)[rows]
+            hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+            log_p = other.train()(tokens.masked_fill(hidden, 1), folds).log_softmax(1)
+            right += (log_p.argmax(1) == y.round()).tolist()
             optimizer.zero_grad()
-            log_p = logits.log_softmax(1)
             (-(1 - y) * log_p[:, 0] - y * log_p[:, 1]).mean().backward()
             nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min((step + 1) / 7, 0.5 + 0.5 * math.cos(math.pi * step / 40))
+                group["lr"] = 1e-2 * min((step + 1) / 7, cosine)
             optimizer.step()
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             check_close(one.detach(), two.detach(), 1e-6)
-        assert not model.encoder.embedding.weight[imdb.PAD].any()  # padding stays nothing
-        assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
-        shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
-        assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
-        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
-        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
-        assert run.history[-1]["dev_loss"] == round(loss.item(), 4) and run.seconds > 0
-        saved = train_ddp.load_checkpoint(tmp_path)
-        assert saved["run"]["step"] == 40 and torch.equal(saved["model"]["head.weight"], model.head.weight)
+        assert not model.encoder.embedding.weight[0].any()
+        assert [row["step"] for row in run.history] == [10, 20, 30, 40]
+        for row in run.history:
+            part = right[10 * row["step"] - 100 : 10 * row["step"]]
+            assert row["train_accuracy"] == pytest.approx(sum(part) / 100, abs=1e-4)
+        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # without dropout
+        labels = torch.tensor(dev.targets).double()
+        loss = F.binary_cross_entropy_with_logits(scores, labels).item()
+        assert row["dev_loss"] == round(loss, 4) and run.seconds > 0
 
-    def test_pruned_copy_is_its_loop(self, tmp_path):
-        """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
-        sizes = {"d_model": 16, "n_heads": 8, "n_layers": 5, "d_ff": 24, "clip": 0.05, "lr": 3e-3}
-        model, examples, *_, s = self.training(tmp_path, **sizes)
-        model.eval()
-        model.head.bias.data += torch.tensor([0.0, 2.0])
-        before = copy.deepcopy(model.state_dict())
+    def test_pruned_copy_is_taught_half_by_the_model(self, tmp_path, monkeypatch):
+        sizes = dict(d_model=16, n_heads=8, n_layers=5, d_ff=24)
+        model, examples, *_, s = imdb_training(tmp_path, **sizes)
+        learnt, hidden_loss = [], imdb.hidden_loss
+
+        def note(pruned, tokens, y, folds, s):
+            learnt.extend((2 * y - model(tokens, folds).softmax(1)[:, 1]).tolist())
+            return hidden_loss(pruned, tokens, y, folds, s)
+
+        monkeypatch.setattr(imdb, "hidden_loss", note)
         sample = imdb.in_batches(examples, every=2)
-        assert sum(len(labels) for _, labels in sample) == 100
-        other = copy.deepcopy(model)
-        other.encoder.layers = other.encoder.layers[:2]
-        other = export.prune_heads(other, export.head_importance(other, sample), keep=2)
-        other = export.prune_neurons(other, export.neuron_importance(other, sample), keep=6).train()
-        pruned = imdb.pruned_copy(model, sample, examples, s)
-        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
-        torch.manual_seed(s.seed)
-        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 20)):
-            tokens, targets, folds = examples.batch(rows)
-            halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
-            (imdb.hidden_loss(other, tokens, halfway, folds, s)[0] / 10).backward()
-            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-            optimizer.step()
-        tokens = torch.randint(2, 300, (3, 16))
-        check_close(pruned(tokens).detach(), other.eval()(tokens).detach(), 1e-5)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        pruned = imdb.pruned_copy(model.eval(), sample, examples, s)
+        assert sorted(learnt) == pytest.approx([0] * 100 + [1] * 100, abs=1e-6)
+        sizes = [x.shape for x in pruned.encoder.layers.parameters() if x.ndim > 1]
+        assert sizes == 2 * [(12, 16), (16, 4), (6, 16), (16, 6)]
 
-    def test_plot_results_calibration_error_by_hand(self, tmp_path):
-        p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
-        # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
-        expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
-        history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
-        error = imdb.plot_results(history, p.double().logit(), y, tmp_path / "c.png")
-        assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
-
-    # ---- properties
+    def test_finish_numbers_and_page_by_hand(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = imdb_training(tmp_path)
+        corpus = imdb_corpus(300)
+        corpus.labels = ["<i>", "&"]
+        corpus.test = [r._replace(text=f"{r.text} <script>") for r in corpus.test]
+        linear = torch.rand(300)
+        run.teacher = {"test": linear.tolist()}
+        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        model.head.weight.data *= 5
+        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
+        (tmp_path / "export.png").touch()
+        tokenizer = imdb.Tokenizer(run.ranks)
+        imdb.finish(model, tokenizer, corpus, examples, dev, run, s, imdb.ALONE)
+        report = json_of(tmp_path / "report.json")
+        ids = tokenizer.encode([r.text for r in corpus.test], 16)
+        own = imdb.log_odds(model, ids, imdb.ALONE)
+        labels = torch.tensor([r.label for r in corpus.test])
+        linear = linear.logit()
+        scores = {"": own, "linear_": linear, "with_linear_": own + linear}
+        for name, x in scores.items():
+            expected = ((x > 0) == labels).double().mean().item()
+            assert report[f"{name}test_accuracy"] == pytest.approx(expected, abs=1e-5)
+        p = own.sigmoid()
+        gaps = [(p - labels)[(10 * p).long() == i].sum().item() for i in range(10)]
+        assert report["calibration_error"] == pytest.approx(sum(map(abs, gaps)) / 300, abs=1e-4)
+        page = (tmp_path / "index.html").read_text(encoding="utf-8")
+        given = [float(x) for x in re.findall(r"given (\d.*?)%", page)]
+        right = 100 * torch.where(labels == 1, p, 1 - p).sort().values[:20]
+        assert given == pytest.approx(right.tolist(), abs=0.06)
+        assert "<script" not in page and "<i>" not in page
+        assert "&lt;script&gt;" in page
+        weights, words = imdb.attention_of(model, tokenizer, "a superb film")
+        assert len(words) == weights.size(-1) and "".join(words) == "a superb film"
 
     def test_tokenizer_encodes_any_text(self):
-        reviews = [r._replace(text=r.text.upper() + "<br />") for r in self.corpus().train]
+        texts = [r.text.upper() + "<br />" for r in imdb_corpus().train]
+        reviews = [imdb.Review(0, 0, text) for text in texts]
         tokenizer = imdb.Tokenizer.train(reviews, 400)
-        assert tokenizer.ranks == imdb.Tokenizer.train(reviews, 400).ranks
         assert 300 < tokenizer.vocab_size <= 400
         merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
-        assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
-        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", reviews[0].text, "don't it's"]
+        assert merged == merged.lower() and b"<" not in merged
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0]]
         for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
-            assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
-            assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
-        assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-        long = " ".join(r.text for r in reviews[:20])
+            assert ids.dtype == torch.long and all(2 <= i < 400 for i in ids)
+            assert tokenizer.bpe.decode((ids - 2).tolist()) == imdb.clean(raw)
+        assert imdb.clean("A b.<br /><br />Über\t c\n") == "a b. über c"
+        long = " ".join(texts[:20])
         (whole,) = tokenizer.encode([long], 10_000)
-        for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+        n = len(whole)
+        for max_len in (1, 2, 7, n - 1, n, n + 1):
             (short,) = tokenizer.encode([long], max_len)
-            head = max_len // 2 if max_len < len(whole) else len(whole)
-            tail = min(max_len, len(whole)) - head
-            assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
-        one, two = whole[0].item(), whole[1].item()
-        assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
+            head = max_len // 2 if max_len < n else n
+            tail = whole[n - min(max_len, n) + head :]
+            assert torch.equal(short, torch.cat((whole[:head], tail)))
+        a, b = whole[:2].tolist()
+        padded = imdb.pad([whole[:2], whole[:0], whole[:1]])
+        assert padded.tolist() == [[a, b], [0, 0], [a, 0]]
         assert imdb.pad([whole[:0]]).tolist() == [[0]]
+        numbers = [(0, i) for i in range(50)] + [(1, i) for i in range(10)]
+        reviews = [imdb.Review(i, label, "") for label, i in numbers]
+        folds = imdb.encode(tokenizer, reviews, [], 8).folds
+        assert folds == [i // (2 if label else 10) for label, i in numbers]
 
-    def test_batches_hold_each_text_once_an_epoch_and_little_padding(self):
-        """In another order each epoch and seed; from any step on as if there had been no break."""
+    def test_batches_hold_each_text_once_and_little_padding(self):
         rng = random.Random(0)
-        for n in (1, 31, 32, 33, 5000):
+        s, other_seed = imdb.Settings(seed=1), imdb.Settings(seed=2)
+        for n in (1, 32, 33, 5000):
             lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-            s, per_epoch = imdb.Settings(seed=1), -(-n // 32)
-            whole = list(imdb.batches(lengths, s, 0, 2 * per_epoch + 1))
-            first, second = whole[:per_epoch], whole[per_epoch:-1]
-            for epoch in (first, second):
-                assert sorted(i for rows in epoch for i in rows) == list(range(n))
-            assert len(whole) == 2 * per_epoch + 1 and all(0 < len(rows) <= 32 for rows in whole)
-            for step in (0, 1, per_epoch, len(whole) - 1, len(whole)):
-                assert list(imdb.batches(lengths, s, step, len(whole))) == whole[step:]
-        assert sum(len(rows) * max(lengths[i] for i in rows) for rows in first) < 1.1 * sum(lengths)
-        longest = [max(lengths[i] for i in rows) for rows in first[:50]]
-        assert longest != sorted(longest)  # not the short ones first
-        other = list(imdb.batches(lengths, imdb.Settings(seed=2), 0, per_epoch))
-        for one, two in itertools.combinations((first, second, other), 2):
-            assert len({tuple(sorted(rows)) for rows in one} & {tuple(sorted(rows)) for rows in two}) < 3
+            one = -(-n // 32)  # steps of an epoch
+            whole = list(imdb.batches(lengths, s, 0, 2 * one))
+            other = list(imdb.batches(lengths, other_seed, 0, one))
+            for epoch in (whole[:one], whole[one:], other):
+                assert sorted(itertools.chain(*epoch)) == list(range(n))
+                assert all(0 < len(rows) <= 32 for rows in epoch)
+            for step in (0, 1, one, 2 * one - 1, 2 * one):
+                assert list(imdb.batches(lengths, s, step, 2 * one)) == whole[step:]
+        longest = [max(lengths[i] for i in rows) for rows in other]
+        assert 32 * sum(longest) < 1.1 * sum(lengths)
+        assert longest[:50] != sorted(longest[:50])
+        epochs = [set(map(frozenset, x)) for x in (whole[:one], whole[one:], other)]
+        assert all(len(a & b) < 3 for a, b in itertools.combinations(epochs, 2))
 
     def test_dev_split_is_blocks_of_neighbours(self):
-        """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
-        for per_class in (12_500, 4000, 50):
-            reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
-            train, dev = imdb.split_dev(imdb.Corpus("imdb", ["a", "b"], reviews, []))
-            assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+        """Neighbours are in two splits at the blocks' ten edges alone."""
+        for n in (12_500, 4000, 50):
+            reviews = [imdb.Review(i, y, "") for y in (1, 0) for i in range(n)]
+            train, dev = imdb.split_dev(imdb.Corpus("imdb", [], reviews, []))
+            assert sorted(train + dev) == sorted(reviews)
             for label in (0, 1):
                 numbers = {r.number for r in dev if r.label == label}
-                edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
-                assert len(numbers) == per_class // 10 and len(edges) == 10
-                assert max(edges) - min(edges) > per_class // 2  # drawn from several places
-        assert sorted({r.number for r in dev}) == [4, 14, 24, 34, 44]
-        own = imdb.Corpus("own", ["a", "b"], [imdb.Review(i, i % 3 == 0, "") for i in range(60)], [])
-        train, dev = imdb.split_dev(own)
-        assert sorted(train + dev) == sorted(own.train) and sum(r.label for r in dev) == 2 and len(dev) == 6
+                edges = numbers ^ {i + 1 for i in numbers}
+                assert len(numbers) == n // 10 and len(edges) == 10
+        assert sorted(numbers) == [4, 14, 24, 34, 44]
 
     @torch.no_grad()
     def test_model_padding_and_batch_invariance(self):
-        """A text's answer is its own, whatever stands beside it; each of its tokens counts."""
-        model = self.model()
+        model = imdb_model()
         for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
             tokens = torch.randint(2, 300, (3, n))
-            padded = torch.zeros(4, max(n + T if T < 64 else 64, n), dtype=torch.long)[:, :64]
+            padded = torch.zeros(4, min(n + T, 64), dtype=torch.long)
             padded[:3, :n] = tokens
             check_close(model(padded)[:3], model(tokens), 1e-5)
-            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+            assert torch.equal(model(padded)[3], model.head.bias)  # padding alone
         for T in range(1, 14):
             tokens = torch.full((1, T), 7)
-            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            others = tokens + torch.eye(T, dtype=torch.long)  # one other token each
             assert (model(others) != model(tokens)).any(1).all(), T
-        for max_len in (4, 5, 63, 64, 65):
-            assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
-        ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+        ids = [torch.randint(2, 300, (i * 37 % 51,)) for i in range(150)]
         scores = imdb.log_odds(model, ids, imdb.ALONE)  # in the order given
         for i in (0, 1, 70, 149):
             logits = model(imdb.pad([ids[i]])).double()[0]
             check_close(scores[i], logits[1] - logits[0], 1e-5)
-        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), torch.tensor([1, 0, 1, 0])) == 0.5
 
     def test_explain_speaks_in_log_odds(self):
-        """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
-        tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
-        text = "a superb film, naïve хорошо don't and superb"
-        (ids,) = tokenizer.encode([text], 99)
+        """A model counts one word: hiding it moves a sure answer by as much."""
+        tokenizer = imdb.Tokenizer.train(imdb_corpus().train, 400)
         film = tokenizer.encode(["a film"], 99)[0][-1]
 
-        def run(tokens: torch.Tensor) -> torch.Tensor:
+        def run(tokens: Tensor) -> Tensor:
             there = (tokens == film).any(1).float()
-            return torch.stack((torch.zeros(len(tokens)), 9 + 5 * there), 1)
+            return torch.stack((0 * there, 9 + 5 * there), 1)
 
+        text = "a superb film, naïve хорошо don't and superb"
+        (ids,) = tokenizer.encode([text], 99)
         answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
-        assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
+        assert answer[0] == ["film,", 5.0]
+        assert not any(effect for _, effect in answer[1:])
         assert sorted(word for word, _ in answer) == sorted(text.split())
-        assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
-        (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
-        assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
-
-    def test_worst_mistakes_come_first(self):
-        corpus = self.corpus(40)
-        labels = torch.tensor([r.label for r in corpus.test])
-        scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
-        found = imdb.worst_mistakes(scores, corpus)
-        right = torch.where(labels == 1, scores, -scores).sigmoid().sort().values
-        n_wrong = min(20, (right < 0.5).sum().item())
-        assert [m["probability"] for m in found] == pytest.approx(right[:n_wrong].tolist(), abs=1e-4)
-        by_text = {r.text: r.label for r in corpus.test}
-        assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
-
-    # ---- data
 
     def test_read_imdb_takes_tarball_and_folder_alike(self, tmp_path, monkeypatch):
-        """Nothing is unpacked: members whose paths lead elsewhere are no reviews."""
         monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
         monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
-        files = self.imdb_files(12)
-        odd = {"README": "", "train/pos/._0_7.txt": "", "train/pos/../../../evil.txt": "out"}
-        more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
-        tarball = self.tarball(tmp_path / "a.tar.gz", files | odd | more)
-        found = imdb.read_imdb(tarball)
-        outer = self.folder(tmp_path / "there" / "aclImdb", files | more).parent
-        assert found == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
-        assert found == imdb.read_imdb(self.tarball(tmp_path / "b.tar.gz", files, prefix="./aclImdb/"))
-        assert (found.name, found.labels, found.unlabelled) == ("imdb", ["negative", "positive"], [])
-        for split in ("train", "test"):
-            reviews = getattr(found, split)
-            assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
-            for r in reviews:
-                assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
-        unlabelled = [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-        expected = dataclasses.replace(found, unlabelled=unlabelled)
-        assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
+        numbers = [*range(11), 99]  # in order, with gaps
+        places = itertools.product(imdb.PER_FOLDER, numbers)
+        files = {f"{place}/{i}_7.txt": f"{place} {i} Ü" for place, i in places}
+        more = {f"train/unsup/{i}_0.txt": f"{i}" for i in range(12)}
+        odd = {"README": "", "train/pos/._0_7.txt": ""}
+        whole = imdb_tarball(tmp_path / "a.tar.gz", files | more | odd)
+        outer = imdb_folder(tmp_path / "there/aclImdb", files).parent
+        found = imdb.read_imdb(whole)
+        renamed = imdb_folder(tmp_path / "renamed", files)
+        for path in (outer, outer / "aclImdb", renamed):
+            assert imdb.load_corpus(imdb.Settings(data=str(path))) == found
+        for name in ("train", "test"):
+            for y, part in ((1, "pos"), (0, "neg")):
+                texts = [f"{name}/{part} {i} Ü" for i in numbers]
+                expected = [(i, y, text) for i, text in enumerate(texts)]
+                assert [r for r in getattr(found, name) if r.label == y] == expected
+        found.unlabelled = [imdb.Review(i, -1, f"{i}") for i in range(12)]
+        assert imdb.read_imdb(whole, unlabelled=True) == found
         with pytest.raises(ValueError, match="0 of 12 texts in train/unsup"):
-            imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
-        assert not list(tmp_path.rglob("evil*"))
-        gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
-        gapped = imdb.read_imdb(self.folder(tmp_path / "gaps", gaps))
-        assert [r.number for r in gapped.test[:12]] == list(range(12))
+            imdb.read_imdb(outer, unlabelled=True)
 
-    def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
-        files = self.imdb_files(12)
-        long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
-        whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-        fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-        less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-        self.folder(tmp_path / "part/aclImdb", fewer)
-        self.folder(tmp_path / "less/aclImdb", less)
-        self.tarball(tmp_path / "part.tar.gz", fewer)
-        self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
-        (tmp_path / "text").write_text("no tarball")
-        (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
-        refused = [
-            ("nowhere", "does not exist"), ("text", "truncated, altered"), ("plain.gz", "truncated, altered"),
-            ("part/aclImdb", "0 of 12 texts in test/neg"), ("part", "0 of 12 texts in test/neg"),
-            ("part/aclImdb/train", "0 of 12"), ("part.tar.gz", "0 of 12 texts in test/neg"),
-            ("less/aclImdb", "11 of 12 texts in train/neg"), ("more.tar.gz", "13 of 12 texts in test/pos"),
+    def test_load_corpus_takes_no_part_of_imdb(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 2))
+        files = [f"aclImdb/{f}/{i}_7.txt" for f in imdb.PER_FOLDER for i in range(2)]
+        part = {name: "" for name in files if "test/neg" not in name}
+        less = {name: "" for name in files if "train/neg/1" not in name}
+        data = imdb_tarball(tmp_path / "whole.tar.gz", part).read_bytes()
+        head = "text,label\n"
+        many = head + "a,x\na,y\n" * 10
+
+        def own(train: str, test: str = many) -> dict[str, str]:
+            return {"train.csv": train, "test.csv": test}
+
+        rows = [
+            (part, "0 of 2 texts in test/neg"), (less, "1 of 2 texts in train/neg"),
+            ({}, "train"), ({"train.csv": many}, "test.csv"),
+            (own(many + "c,z\n"), "'x', 'y', 'z'.*two"),
+            (own(head + "a,x\n", head), r"labels \['x'\]"),
+            (own(head + "a,x\n" * 9 + "a,y\n" * 10), "9 texts x"),
+            (own("review,label\na,x\n"), "train.csv has no column 'text'"),
+            (own(many + "b\n"), "labels"), (own(head + '"a,x\n'), "train.csv: line"),
+            (own("na\udcefve"), "train.csv is not UTF-8"), (own(many, head), "to test on"),
+            (b"no tarball", "damaged"), (gzip.compress(b"no tar" * 100), "damaged"),
+            (data[:-1], "damaged"), (data[:-9], "damaged"),
         ]  # fmt: skip
-        data = whole.read_bytes()
-        header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
-        broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
-        for place in random.Random(0).sample(range(header, len(data)), 20):
-            broken.append(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        for i, content in enumerate(broken):
-            (tmp_path / f"broken{i}").write_bytes(content)
-            refused.append((f"broken{i}", "truncated, altered"))
-        for name, words in refused:
-            with pytest.raises(ValueError, match=f"--data .*{words}"):
-                imdb.load_corpus(imdb.Settings(data=str(tmp_path / name)))
-        folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
-        for path in (whole, folder):
-            assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
-            assert "not exactly the published" in capsys.readouterr().out
-        corpus = imdb.read_imdb(whole)
-        monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(corpus))
-        assert imdb.load_corpus(imdb.Settings(data=str(whole))) == corpus and not capsys.readouterr().out
+        for i in (30, 99, len(data) // 2, len(data) - 20, len(data) - 1):
+            rows.append((data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :], "damaged"))
+        for i, (content, words) in enumerate(rows):
+            path = tmp_path / str(i)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                imdb_folder(path, content)
+            with pytest.raises((ValueError, OSError), match=words):
+                imdb.load_corpus(imdb.Settings(data=str(path)))
+        for path in ("0/aclImdb", "0/aclImdb/train"):
+            with pytest.raises(ValueError, match="0 of 2 texts"):
+                imdb.load_corpus(imdb.Settings(data=str(tmp_path / path)))
 
     def test_read_own_takes_tables_and_folders(self, tmp_path):
-        rows = self.own_rows(100)
-        corpus = imdb.load_corpus(imdb.Settings(data=str(self.table(tmp_path / "my.csv", rows))))
+        rows, table = imdb_csv(100)
+        names = ("my.csv", "two/train.csv", "two/test.csv")
+        imdb_folder(tmp_path, dict.fromkeys(names, table))
+        s = imdb.Settings(data=str(tmp_path / "my.csv"))
+        corpus = imdb.load_corpus(s)
         assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
-        assert len(corpus.train) == 90 and len(corpus.test) == 10 and sum(r.label for r in corpus.test) == 5
-        found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
-        assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
-        for part in ("train", "test"):
-            other = [(label, part, text) for text, label in rows]
-            self.table(tmp_path / f"two/{part}.csv", other, ("label", "x", "text"))
-        two = imdb.read_own(tmp_path / "two")
-        by_label = sorted(rows, key=lambda row: row[1])
-        assert two.train == two.test and [(r.text, two.labels[r.label]) for r in two.train] == by_label
-        assert [r.number for r in two.train] == 2 * list(range(50))  # of its label
-        texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
-                 for label in ("no", "yes") for i in range(n)}  # fmt: skip
-        folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
-        (folder / "train/yes/0.txt").write_bytes(b"\xef\xbb\xbfmark")
-        own = imdb.read_own(folder)
-        assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
-        assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
-
-    def test_read_own_refuses(self, tmp_path):
-        many = "text,label\n" + "a,x\na,y\n" * 10
-        for i, (files, words) in enumerate([
-            ({"train.csv": many + "c,z\n", "test.csv": many}, "'x', 'y', 'z'.*two"),
-            ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, r"labels \['x'\]"),
-            ({"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": many}, "9 texts x"),
-            ({"train.csv": "review,label\na,x\n", "test.csv": many}, "train.csv has no column 'text'"),
-            ({"train.csv": "text,label\na,x\nb\n", "test.csv": many}, "labels"),
-            ({"train.csv": 'text,label\n"a,x\n', "test.csv": many}, "train.csv: line"),
-            ({"train.csv": many}, "test.csv"),
-            ({"train.csv": many, "test.csv": "text,label\n"}, "no texts to test"),
-            ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "1 texts x"),
-            ({"a.txt": "a"}, r"labels \[\]"),
-        ]):  # fmt: skip
-            with pytest.raises((ValueError, OSError), match=words):
-                imdb.read_own(self.folder(tmp_path / str(i), files))
-        for encoding in ("latin-1", "utf-16"):
-            (tmp_path / "a.csv").write_bytes("naïve".encode(encoding))
-            with pytest.raises(ValueError, match="a.csv is not UTF-8"):
-                imdb.read_own(tmp_path / "a.csv")
-        self.table(tmp_path / "a.csv", self.own_rows(60))
+        found = [(corpus.labels[r.label], r.text) for r in corpus.train + corpus.test]
+        assert sorted(found) == sorted(rows) and len(corpus.test) == 10
+        assert 0 < sum(r.label for r in corpus.test) < 10
+        train, dev = imdb.split_dev(corpus)
+        assert sorted(train + dev) == sorted(corpus.train) and len(dev) == 9
         with pytest.raises(ValueError, match="no unlabelled"):
-            imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
-
-    @staticmethod
-    def serve(data: bytes, **given):
-        """Starts a server on 127.0.0.1, which ends with the tests; returns (url, the handler class)."""
-        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}/file", handler
+            imdb.load_corpus(dataclasses.replace(s, unlabelled=True))
+        two = imdb.read_own(tmp_path / "two")
+        assert two.train == two.test == sorted(train + dev + corpus.test, key=lambda r: r[1::-1])
+        places = {"train/no": 30, "train/yes": 30, "test/no": 5, "test/yes": 5}
+        files = {f"{f}/{i}.txt": f for f, n in places.items() for i in range(n)}
+        odd = {"train/no/.x.txt": "", "train/x.txt": "", "train/yes/0.txt": "\ufeffmark"}
+        own = imdb.read_own(imdb_folder(tmp_path / "own", files | odd))
+        assert (len(own.train), len(own.test)) == (60, 10)
+        assert own.labels == ["no", "yes"] and own.train[30].text == "mark"
+        assert own.test[5] == (0, 1, "test/yes")
 
     def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch):
         data = random.Random(0).randbytes(1_000_000)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
         monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
-        got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
+        got = tmp_path / "imdb/aclImdb_v1.tar.gz"
+        part = got.with_name(got.name + ".part")
         got.parent.mkdir()
-        for before, given, asked in [
-            (b"", {}, [None]),
-            (b"", {"sent_at_most": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),  # breaks off
-            (data[:400_000], {}, ["bytes=400000-"]),  # left by a run that was killed
-            (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
+        again = ["bytes=400000-", "bytes=700000-"]
+        for before, served, most, ranges, expected in [
+            (400_000, data, 300_000, True, again),  # killed; then it breaks off
+            (400_000, data, None, False, again[:1]),  # sends all of it again
+            (0, data[1:] + b"x", None, True, "md5"),
+            (0, data, 100_000, False, "100,000 of 1,000,000"),
         ]:
-            part.write_bytes(before)
-            url, server = self.serve(data, **given)
-            monkeypatch.setattr(imdb, "IMDB_URL", url)
-            assert imdb.find_imdb() == got
-            assert got.read_bytes() == data and server.asked == asked and not part.exists()
-            assert imdb.find_imdb() == got and server.asked == asked  # the second time it is there
+            given = dict(data=served, most=most, ranges=ranges, asked=[])
+            handler = type("Handler", (BreakingServer,), given)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setattr(imdb, "IMDB_URL", f"http://127.0.0.1:{server.server_port}")
+            part.write_bytes(data[:before])
+            if isinstance(expected, str):
+                with pytest.raises(OSError, match=expected):
+                    imdb.find_imdb()
+                assert not got.exists() and part.exists() == (expected != "md5")
+                continue
+            assert imdb.find_imdb() == imdb.find_imdb() == got
+            assert handler.asked == expected
+            assert got.read_bytes() == data and not part.exists()
             got.unlink()
-        altered = data[:123_456] + bytes([data[123_456] ^ 1]) + data[123_457:]
-        never_further = self.serve(data, sent_at_most=100_000, ranges=False)[0]
-        for url, words in [
-            (self.serve(altered)[0], "md5"),
-            (self.serve(data + b"more")[0], "md5"),  # wrong bytes are no start for the next attempt
-            (self.serve(data, status=404)[0], "404"),
-            ("http://127.0.0.1:9/file", "refused"),
-            (never_further, "100,000 of 1,000,000"),
-        ]:
-            monkeypatch.setattr(imdb, "IMDB_URL", url)
-            with pytest.raises(OSError, match=f"{url}.*{words}"):
-                imdb.find_imdb()
-            assert not got.exists() and part.exists() == (words != "md5")
         assert part.read_bytes() == data[:100_000]
 
-    # ---- command line and the run in OUT
-
-    def test_parse_flags_override_their_preset(self):
-        assert imdb.parse([]) == imdb.Settings() and imdb.Settings().preset == "fast"
+    def test_parse_flags_override_their_preset(self, capsys, monkeypatch):
+        assert imdb.parse([]) == imdb.Settings()
         best = imdb.parse("--preset best --epochs 1 --no-export".split())
-        assert (best.epochs, best.unlabelled, best.max_len, best.export) == (1, True, 1024, False)
-        assert not imdb.parse(["--preset=plain"]).odds and imdb.parse(["--preset=plain"]).max_len == 512
-        assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
-        assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
-
-    def test_main_refuses_what_makes_no_sense(self, capsys, monkeypatch):
-        """In one line that names the flag; what tyro refuses has a box of its own."""
+        assert (best.epochs, best.unlabelled, best.max_len) == (1, True, 1024)
+        plain = imdb.parse(["--preset=plain", "--vocab-size", "258"])
+        assert (plain.odds, plain.vocab_size) == (False, 258)
         monkeypatch.setattr(imdb, "classify", None)
-        for arguments in ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1",
-                          "--mask-words 1", "--vocab-size 257", "--n-heads 3", "--target 1", "--explain",
-                          "--warmup 0", "--clip 0", "--max-len 3", "--weight-decay -1", "--save-every nan",
-                          "--dropout 1", "--min-steps -1", "--predict "):  # fmt: skip
+        for arguments in (
+            "--lr nan", "--seed -1", "--epochs 0", "--batch-size 0", "--mask-words 1",
+            "--explain", "--vocab-size 257", "--n-heads 3", "--target 85", "--warmup 0",
+            "--max-len 0", "--dropout 1", "--min-steps -1", "--predict ",
+        ):  # fmt: skip
             assert imdb.main(arguments.split(" ")) == 2, arguments
             (line,) = capsys.readouterr().err.splitlines()
-            assert arguments.split()[0].lstrip("-").replace("-", "_") in line
-        for arguments in ("--widht 3", "--preset slow"):
-            with pytest.raises(SystemExit, match="2"):
-                imdb.parse(arguments.split())
+            assert arguments.split()[0].strip("-").replace("-", "_") in line
 
     def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
-        """Settings that are bound to a run, its texts, other programs' files, finished runs."""
-        corpus = self.corpus(20)
+        corpus = imdb_corpus(20)
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
         lock_out = functools.partial(train_ddp.lock_out, patience=0.1)
         monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
+        monkeypatch.setattr(imdb, "print_end", print)
         s = imdb.Settings(out=str(tmp_path))
-        _, run = imdb.open_run(s, {})
+
+        def opened(**changes):
+            return imdb.open_run(dataclasses.replace(s, **changes), {})[1]
+
+        def refused(words: str, **changes):
+            with pytest.raises(ValueError, match=words):
+                opened(**changes)
+
+        run = opened()
         run.step = 5
         train_ddp.save_checkpoint(tmp_path, 5, {"run": vars(run), "model": {}})
-        (tmp_path / "tmp1.part").mkdir()
-        may_change = "data predict explain baseline device export keep_exports save_every".split()
+        free = "data predict explain baseline device export keep_exports save_every"
         for name, value in dataclasses.asdict(s).items():
-            other = f"{value}x" if isinstance(value, str) else 1 - value
-            changed = dataclasses.replace(s, **{name: other})
-            if name in may_change:
-                assert imdb.open_run(changed, {})[1].step == 5
+            other = {name: f"{value}x" if isinstance(value, str) else 1 - value}
+            if name in free.split():
+                assert opened(**other).step == 5
             elif name != "out":
-                with pytest.raises(ValueError, match=f"another run.*{name}"):
-                    imdb.open_run(changed, {})
-        assert not (tmp_path / "tmp1.part").exists()
-        monkeypatch.setattr(imdb, "print_end", print)
-        for content, finished in [
-            ({"settings": run.settings, "exported": False}, [False, True]),  # not all of a run with exports
-            ({"settings": run.settings, "exported": True}, [True, True]),
-            ({"settings": {}, "exported": True}, [False, False]),
-            ([], [False, False]),
-        ]:
-            (tmp_path / "report.json").write_text(json.dumps(content))
-            runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
-            assert [run is None for run in runs] == finished, content
-            kept = dataclasses.replace(s, keep_exports=True)
-            assert imdb.open_run(kept, {})[1] is not None  # exports weren't kept
+                refused(f"another run.*{name}", **other)
+        for exported, finished in ((False, [False, True]), (True, [True, True])):
+            content = json.dumps({"settings": run.settings, "exported": exported})
+            (tmp_path / "report.json").write_text(content)
+            found = [opened(export=export) is None for export in (True, False)]
+            assert found == finished and opened(keep_exports=True).step == 5
+        refused("another run.*seed", seed=1)
         (tmp_path / "report.json").write_text("no json")
+        for rows in (corpus.train, corpus.test, corpus.unlabelled):
+            for change in ({"text": "x"}, {"label": 7}):
+                right, rows[3] = rows[3], rows[3]._replace(**change)
+                refused("texts")
+                rows[3] = right
         monkeypatch.setattr(train_ddp, "lock_out", lock_out)
         kept = {}
         assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
-        with pytest.raises(ValueError, match="in use"):
-            imdb.open_run(s, {})
+        refused("in use")
         kept["lock"].close()
-        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
-            rows = getattr(corpus, part)
-            right, rows[3] = rows[3], rows[3]._replace(**change)
-            with pytest.raises(ValueError, match="texts"):
-                imdb.open_run(s, {})
-            rows[3] = right
-        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-        with pytest.raises(ValueError, match="another run"):
-            imdb.open_run(s, {})
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})
+        refused("another run")
 
     def test_train_stops_at_its_target(self, tmp_path):
-        """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
-        model, examples, dev, run, s = self.training(tmp_path, target=0.55, epochs=8, lr=1e-2, warmup=1)
+        rest = dict(target=0.55, epochs=8, lr=1e-2, warmup=1)
+        model, examples, dev, run, s = imdb_training(tmp_path, **rest)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
         limit = 0.55 + (0.55 * 0.45 / 50) ** 0.5
-        accuracies = [row["dev_accuracy"] for row in run.history]
-        assert run.reached and run.step < 160 and accuracies[-1] > limit >= max(accuracies[:-1])
+        *before, last = (row["dev_accuracy"] for row in run.history)
+        assert run.reached and run.step < 160 and last > limit >= max(before)
         assert run.history[0]["step"] == round(160 / (16 * 8))
         saved = train_ddp.load_checkpoint(tmp_path)
         again = imdb.Run(**saved["run"])
         imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
         assert again.step == run.step == saved["run"]["step"]
 
-    def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
-        """One infinite gradient, as of a bad batch: the last checkpoint stays finite."""
-        model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
-        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
-        calls = itertools.count()
-        model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
+    def test_train_saves_nothing_that_is_not_finite(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = imdb_training(tmp_path, save_every=0.0)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        steps = itertools.count()
+        model.head.weight.register_hook(lambda g: g / (next(steps) != 5))
         with pytest.raises(train_ddp.Stop, match="gradient.*step 5.*--lr"):
             imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         saved = train_ddp.load_checkpoint(tmp_path)
-        assert saved["run"]["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
-
-    def test_page_shows_any_text_as_text(self, tmp_path):
-        model, *_, run, _ = self.training(tmp_path)
-        texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-        reviews = [imdb.Review(0, i, text) for i, text in enumerate(texts)]
-        mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
-        report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
-        corpus = imdb.Corpus("own", ["<i>", "&"], [], reviews)
-        imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
-        tags = []
-        parser = html.parser.HTMLParser()
-        parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-        parser.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
-        frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
-        assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
-        assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
-        for n in range(12):  # one word a place, and the last one there
-            text = "abcdefghijkl"[:n]
-            weights, words = imdb.attention_of(model, imdb.Tokenizer([bytes([i]) for i in range(256)]), text)
-            assert weights.shape == (1, 1, len(words), len(words)) and "".join(words) == (text or "(nothing)")
-
-    # ---- runs
+        assert saved["run"]["step"] == 5
+        assert all(x.isfinite().all() for x in saved["model"].values())
 
     @pytest.fixture(scope="class")
     @classmethod
     def own_run(cls, tmp_path_factory):
-        """A run on rows of one's own, as a user starts it, with all that it does by default."""
+        """A whole default run on rows of one's own."""
         folder = tmp_path_factory.mktemp("own")
-        cls.table(folder / "my.csv", cls.own_rows(2300))  # enough for a pruned copy
-        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
-        arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
-        return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
+        imdb_folder(folder, {"my.csv": imdb_csv(2300)[1]})
+        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80"
+        rest = "--min-steps 120 --lr 5e-3 --data my.csv --out out/classify_imdb"
+        command = ["classify_imdb.py", *sizes.split(), *rest.split()]
+        return folder, run_script(*command, cwd=folder, PYTHONIOENCODING="ascii")
 
     def test_own_texts_work_whole(self, own_run):
         folder, result = own_run
         out = folder / "out/classify_imdb"
         summary, report = last_json(result), json_of(out / "report.json")
-        assert len(result.stdout.splitlines()[-1]) < 300 and "random" in result.stdout
-        assert summary["report"] == "out/classify_imdb/report.json" and "index.html" in result.stdout
-        assert all(summary[name] == report[name] for name in summary if name != "report")
-        names = "train_seconds total_seconds n_parameters n_counted preset seed cpu threads gemm_gflops torch"
-        assert all(report[name] is not None for name in names.split())
-        assert report["dataset"] == "own" and report["settings"]["labels"] == ["bad", "good & fine"]
-        assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
-        assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
+        assert summary.pop("report") == "out/classify_imdb/report.json"
+        assert summary.items() <= report.items() and "drawn at random" in result.stdout
+        assert report["dataset"] == "own" and report["test_accuracy"] >= 0.6
+        assert report["n_counted"] == 2_097_144 and report["gemm_gflops"] > 0
+        assert 0 < report["train_seconds"] < report["total_seconds"]
         rows = {row["name"]: row for row in report["models"]}
-        assert {"eager", "ONNX", "pruned, ONNX", "pruned, ONNX int8, dynamic, embeddings"} <= set(rows)
+        int8 = "ONNX int8, dynamic, embeddings"
+        assert {"eager", "ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
+        assert rows["ONNX"]["max_abs_diff"] <= 1e-5 and not rows.pop("eager")["file"]
         best = rows[report["recommended"]]
-        near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
-        assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
+        near = [row["p50_ms"] for row in rows.values() if row["agreement"] >= 0.95]
+        assert best["agreement"] >= 0.95 and best["p50_ms"] == min(near)
         assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
         assert best["size_bytes"] == (out / "model.onnx").stat().st_size
-        assert rows["ONNX"]["max_abs_diff"] <= 1e-5
-        assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
         assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
         page = (out / "index.html").read_text(encoding="utf-8")
-        assert page.index("<h1>") < page.index("<table>") and page.count("data:image/png;base64") == 2
-        assert not re.search(r"(src|href)=.?(http|//|/)", page) and "good &amp; fine" in page
+        assert page.count("data:image/png;base64") == 2 and "good &amp; fine" in page
+        assert not re.search(r"(src|href)=.?(http|//|/)", page)
 
     def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
-        out = own_run[0] / "out/classify_imdb"
+        out = str(own_run[0] / "out/classify_imdb")
         monkeypatch.chdir(tmp_path)
-        long = "the plot was clever , " * 2000  # far over the length that a file name may have
-        text = "they call it dull"
-        (tmp_path / "texts.txt").write_text(text + "\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig")
+        long = "the plot was clever , " * 2000  # no file's name
+        text, odd = "they call it dull", "a dull\x85film\u2028x"
+        Path("texts.txt").write_text(f"\ufeff{text}\n\n  \n{odd}\n", encoding="utf-8")
+        Path("utf16.txt").write_bytes("praise".encode("utf-16"))
 
         def predict(*what: str) -> list[dict]:
-            assert imdb.main(["--out", str(out), "--predict", *what]) == 0
+            assert imdb.main(["--out", out, "--predict", *what]) == 0
             return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
         (answer,) = predict(text)
         assert set(answer) == {"label", "probability", "text", "probabilities"}
         p = answer["probabilities"]
-        assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
-        assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
-        assert [a["text"] for a in predict("texts.txt")] == [text, "a dull\x85film\u2028x"]
-        assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
+        assert [*p] == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
+        assert p[answer["label"]] == answer["probability"] == max(p.values())
+        one, two = predict("texts.txt")
+        assert one == answer and two["text"] == odd
+        assert predict(long)[0]["text"] == long
         (explained,) = predict(text, "--explain")
         effects = [abs(effect) for _, effect in explained["explain"]]
-        assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
+        assert len(effects) == 4 and effects == sorted(effects, reverse=True)
+        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "a text")):
+            assert imdb.main(["--out", place, "--predict", what]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        imdb.main(["--out", str(out), "--predict", text, "--explain"])
+        imdb.main(["--out", out, "--predict", text, "--explain"])
         first, *words = capsys.readouterr().out.splitlines()
-        assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
+        assert first.startswith(answer["label"]) and len(words) == 4
 
     def test_predict_streams(self, own_run):
-        """A line is answered before the next one comes; onnxruntime and tiktoken alone, as README has them,
-        give the same answer in a folder without the project's files."""
+        """A line is answered before the next one comes, as by README's snippet."""
         folder, _ = own_run
         command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        answers = []
         with subprocess.Popen(command, cwd=folder, **pipes) as process:
-            clock = threading.Timer(60, process.kill)
-            clock.start()
             for text in ("one", "A film to remember."):
                 process.stdin.write(text + "\n")
                 process.stdin.flush()
-                answers.append(json.loads(process.stdout.readline()))
-                assert answers[-1]["text"] == text
+                answer = json.loads(process.stdout.readline())
+                assert answer["text"] == text
             process.stdin.close()
-            assert process.wait(60) == 0
-            clock.cancel()
+            assert process.wait() == 0
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        (snippet,) = (
-            part for part in re.findall("```python\n(.+?)```", readme, re.S) if "onnxruntime" in part
-        )
-        pipes = {"capture_output": True, "text": True, "timeout": 60}
-        result = subprocess.run([sys.executable, "-I", "-c", snippet], cwd=folder, **pipes)
-        assert result.returncode == 0, result.stderr
-        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
-        assert numbers == pytest.approx(list(answers[-1]["probabilities"].values()), abs=1e-3)
+        parts = re.findall("```python\n(.+?)```", readme, re.S)
+        (snippet,) = (part for part in parts if "onnxruntime" in part)
+        command = [sys.executable, "-I", "-c", snippet]
+        printed = subprocess.check_output(command, cwd=folder, text=True, timeout=60)
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", printed)]
+        assert numbers == pytest.approx([*answer["probabilities"].values()], abs=1e-3)
 
-    def test_predict_refuses(self, own_run, tmp_path, capsys):
-        whole = (own_run[0] / "out/classify_imdb/model.onnx").read_bytes()
-        (tmp_path / "blank.txt").write_text("\n  \n")
-        (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
-        (tmp_path / "bad").mkdir()
-        for content, what, words in [
-            (None, "a text", "no .*model.onnx yet.*train"),
-            (b"no model", "a text", "model.onnx is damaged"),
-            (whole[:5000], "a text", "model.onnx is damaged"),
-            (whole, str(tmp_path / "blank.txt"), "no text"),
-            (whole, "  ", "no text"),
-            (whole, str(tmp_path / "utf16.txt"), "utf-8"),
-            (whole, str(tmp_path), "directory"),
-        ]:
-            if content:
-                (tmp_path / "bad/model.onnx").write_bytes(content)
-            assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert re.search(words, line), line
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def ranks(cls, tmp_path_factory):
-        launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
-        yield launcher
-        launcher.end()
-
-    @staticmethod
-    def code(here: str = "") -> str:
-        return IMDB_FEW.replace("{here}", here)
-
-    def test_demo_runs_without_network(self, ranks, tmp_path):
-        """It says so, and learns twins, which can't be told by single words."""
-        here = "few = script.Corpus('demo', whole.labels, whole.train[:3000], whole.test[:500])"
-        here += "; script.export_models = export_models"
-        sizes = "--d-model 32 --d-ff 32 --lr 5e-3 --min-steps 200".split()
-        (result,) = ranks.run(1, *IMDB_SMALL, *sizes, "--out", str(tmp_path), code=self.code(here))
-        report = last_json(result)
-        assert "IMDB WAS NOT FOUND" in result.stdout and imdb.IMDB_URL in result.stdout
-        assert report["dataset"] == "demo" and report["test_accuracy"] > 0.8
-        assert [row["name"] for row in json_of(tmp_path / "report.json")["models"]] == ["eager", "ONNX"]
-
-    def test_killed_anywhere_ends_in_the_same_weights(self, ranks, tmp_path):
-        """kill -9 in each stage, then the same command; what was finished isn't done again."""
-        arguments = [*IMDB_SMALL, "--unlabelled", "--save-every", "0"]
-        (whole,) = ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
-        out = tmp_path / "killed"
+    def test_killed_anywhere_gives_the_same_weights(self, imdb_ranks, tmp_path):
+        """kill -9 in each stage, then the same command."""
+        arguments = ["--unlabelled", "--save-every", "0", *IMDB_SMALL]
+        whole, out = tmp_path / "whole", tmp_path / "killed"
+        imdb_ranks.run(1, *arguments, str(whole), code=imdb_few())
         stages = [  # where it is killed; the step of what is left
-            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0), ("ddp.warmup_cosine", 12),
-            ("look_at_dev", 13), ("ddp.write_atomically", 13), ("plot_results", 18), ("print_end", 18),
+            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0),
+            ("ddp.warmup_cosine", 12), ("log_odds", 13), ("ddp.write_atomically", 13),
+            ("plot_results", 18), ("print_end", 18),
         ]  # fmt: skip
-        for place, wanted in stages:
+        for place, step in stages:
             here = f"script.{place} = {'late' if 'cosine' in place else 'die'}"
-            (killed,) = ranks.attempt(1, *arguments, "--out", str(out), code=self.code(here))
+            (killed,) = imdb_ranks.attempt(1, *arguments, str(out), code=imdb_few(here))
             assert killed.returncode == -signal.SIGKILL, (place, killed)
             left = train_ddp.load_checkpoint(out)
-            assert (left and left["run"]["step"]) == wanted, place
-        one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
-        assert one["model"].keys() == other["model"].keys()
-        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-        for row, same in zip(one["run"]["history"], other["run"]["history"], strict=True):
+            assert (left and left["run"]["step"]) == step, place
+        here = "script.linear_model = script.Tokenizer.train = script.train = die"
+        (done,) = imdb_ranks.run(1, *arguments, str(out), code=imdb_few(here))
+        one, other = (train_ddp.load_checkpoint(folder) for folder in (whole, out))
+        for name, x in one["model"].items():
+            assert torch.equal(x, other["model"][name])
+        first, second = json_of(whole / "report.json"), json_of(out / "report.json")
+        for row, same in zip(first["history"], second["history"], strict=True):
             assert row | {"seconds": 0} == same | {"seconds": 0}
-        here = "script.linear_model = script.Tokenizer.train = script.train = again"
-        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(here))
-        first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
-        for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
+        for name in ("with_linear_test_accuracy", "linear_test_accuracy"):
             assert first[name] == second[name]
-        assert "finished" in done.stdout
-        assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        assert last_json(done)["test_accuracy"] == first["test_accuracy"]
+        assert first["dataset"] == "demo" and "IMDB WAS NOT FOUND" in done.stdout
         assert DEADLINE > second["total_seconds"] > other["run"]["total_seconds"] > 0
 
-    def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
-        """Also where one is lost on the way, which ends the others, and another number goes on. Without
-        dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-        rest = "--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled --save-every 0"
-        arguments = [*IMDB_SMALL, *rest.split(), "--clip", "100"]  # none is clipped to the same size
+    def test_same_weights_on_any_number_of_processes(self, imdb_ranks, tmp_path):
+        """Also where one is lost. The last batch has two texts: fewer than ranks."""
+        rest = "--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --clip 0 --unlabelled"
+        arguments = [*rest.split(), "--save-every", "0", *IMDB_SMALL]
         for world in (1, 2):
-            results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
-            assert not any("step" in result.stdout for result in results[1:])  # rank 0 alone speaks
-        arguments += ["--out", str(tmp_path / "3")]
-        code = self.code("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
-        first, second = ranks.attempt(2, *arguments, code=code.replace("step == 12", "step == 5"))
-        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+            imdb_ranks.run(world, *arguments, str(tmp_path / str(world)), code=imdb_few())
+        arguments += [str(tmp_path / "3")]
+        code = imdb_few("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
+        code = code.replace("step == 12", "step == 5")
+        first, second = imdb_ranks.attempt(2, *arguments, code=code)
+        assert (first.returncode, second.returncode) == (1, -9)
         assert "Traceback" not in first.stderr
-        assert "going on at step 5" in ranks.run(3, *arguments, code=self.code())[0].stdout
+        assert "step 5" in imdb_ranks.run(3, *arguments, code=imdb_few())[0].stdout
         one, *others = (train_ddp.load_checkpoint(tmp_path / name) for name in "123")
         for other in others:
             for name, value in one["model"].items():
                 check_close(other["model"][name], value, 2e-5)
-            for i, moments in one["optimizer"]["state"].items():  # an average of the last gradients
-                check_close(other["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
-            for mine, row in zip(other["run"]["history"], one["run"]["history"], strict=True):
-                assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
-                assert mine["train_accuracy"] == row["train_accuracy"]
+            for i, moments in one["optimizer"]["state"].items():
+                average = other["optimizer"]["state"][i]["exp_avg"]
+                check_close(average, moments["exp_avg"], 1e-5)
+            mine, row = other["run"]["history"][-1], one["run"]["history"][-1]
+            assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
+            assert mine["train_accuracy"] == row["train_accuracy"]
         assert json_of(tmp_path / "3/report.json")["processes"] == 3
 
     @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-    def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
-        arguments = [*IMDB_SMALL, "--epochs", "500", "--save-every", "0", "--out", str(tmp_path)]
-        ranks.start(world, *arguments, code=self.code())
-        ranks.wait_until(lambda: len(list(tmp_path.glob("step_0000000[5-9]*"))) > 0)
-        ranks.kill([world - 1], number)
-        results = ranks.wait()
+    def test_signals_stop_all_ranks(self, imdb_ranks, tmp_path, world, number):
+        arguments = [*IMDB_SMALL, str(tmp_path), "--epochs", "500", "--save-every", "0"]
+        imdb_ranks.start(world, *arguments, code=imdb_few())
+        imdb_ranks.wait_until(lambda: list(tmp_path.glob("step_0000000[5-9]*")))
+        imdb_ranks.kill([world - 1], number)
+        results = imdb_ranks.wait()
         assert [result.returncode for result in results] == [128 + number] * world, results
         step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
-        assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
-
-    def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
-        """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
-        parts = "whole.train[:1000], whole.test[:1000], whole.unlabelled"
-        here = f"few = script.Corpus('demo', whole.labels, {parts})"
-        arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
-        ranks.run(1, *arguments, code=self.code(here))
-        report = json_of(tmp_path / "report.json")
-        for name in ("test_accuracy", "linear_test_accuracy"):
-            assert abs(report[name] - 0.5) <= 0.065
+        assert f"step {step} of 4500 is saved" in results[0].stderr
 
     def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
-        """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
-        corpus, given, labels = self.corpus(), [], []
-        opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+        corpus, given, learnt = imdb_corpus(), [], []
+        corpus.unlabelled = imdb_corpus(210).unlabelled
+        opinions = torch.rand(210).tolist()
 
-        def linear_model(_, y):
-            labels.append(y)
-            return lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews), 0
+        def linear_model(_, labels):
+            learnt.extend(labels)
+            by_size = {200: [0.5] * 200, 210: opinions}
+            return lambda part: by_size[len(part)], 0
 
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
-        monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
+        monkeypatch.setattr(imdb, "train", lambda *rest: given.extend(rest))
         monkeypatch.setattr(imdb, "finish", lambda *_: None)
         monkeypatch.setattr(imdb, "linear_model", linear_model)
-        arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
+        arguments = [*IMDB_SMALL, str(tmp_path), "--unlabelled", "--shuffle-labels"]
         assert imdb.main(arguments) == 0
-        ((model, examples, dev, run, *_),) = given
+        model, examples, dev, run, *_ = given
         train_set, dev_set = imdb.split_dev(corpus)
-        shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
         true = [r.label for r in train_set]
-        assert labels == [shuffled] and shuffled != true and sorted(shuffled) == sorted(true)
-        assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
-        assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
-        for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
-            by_number = [fold for _, fold in sorted(zip([r.number for r in part], folds, strict=True))]
-            assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
+        assert examples.targets == learnt + opinions
+        assert run.teacher["test"] == [0.5] * 200
+        assert dev.targets == [r.label for r in dev_set] and len(examples.ids) == 390
+        assert sorted(learnt) == sorted(true) and sum(np.array(learnt) == true) < 130
         odds = imdb.NgramOdds()
         odds.fit(examples)
         assert torch.equal(model.odds.table, odds.table)
 
-    def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
-        model, examples, dev, run, s = self.training(tmp_path)
-        corpus = self.corpus(300)
-        linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
-        run.teacher = {"test": linear.tolist()}
-        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
-        with torch.no_grad():
-            model.head.weight.mul_(5)  # an untrained model is never sure
-        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
-        imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
-        report = json_of(tmp_path / "report.json")
-        ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
-        own = imdb.log_odds(model, ids, imdb.ALONE)
-        labels = torch.tensor([r.label for r in corpus.test]).bool()
-        answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
-        expected = [(answer == labels).double().mean().item() for answer in answers]
-        names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
-        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5)
-        assert len(set(expected)) == 3 and report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
-
-    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
-        corpus = self.corpus(300)
-        turned = [review._replace(label=1 - review.label) for review in corpus.test]
-        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
-        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
+    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: imdb_corpus(300))
         assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
         report = json_of(tmp_path / "a/b/baseline.json")
-        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
-        assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
+        assert report["test_accuracy"] > 0.7 and report["dev_accuracy"] > 0.5
 
-    @pytest.mark.skipif(not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB isn't tested")
+    @pytest.mark.skipif(not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set")
     def test_real_data_are_the_published_texts(self):
-        assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
-        assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+        assert imdb.UNLABELLED == {"train/unsup": 50_000}
         corpus = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-        assert imdb.fingerprint(corpus) == imdb.IMDB_FINGERPRINT
-        for reviews, size in ((corpus.train, 33_132_823), (corpus.test, 32_350_685)):
-            assert len(reviews) == 25_000 and sum(r.label for r in reviews) == 12_500
-            assert sum(len(r.text.encode()) for r in reviews) == size
-        train, dev = imdb.split_dev(corpus)
-        assert (len(train), len(dev)) == (22_500, 2_500)
-        log = json_of(ROOT / "assets/imdb.json")
-        assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
+        texts = "".join(f"{r.label}{r.text}\0" for r in corpus.train + corpus.test)
+        log = json_of(ROOT / "assets/imdb.json")["fast"][0]["settings"]
+        assert hashlib.sha256(texts.encode()).hexdigest() == log["texts"]
 
 
 # -----------------------------------------------------------------------------
@@ -5618,7 +5405,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
-        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("gzip.decompress(", "zlib.decompressobj(31).decompress(", "no_part_of_imdb"),
         ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
         ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
         ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
@@ -5632,13 +5419,13 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("F.pad(tokens, (WINDOW // 2, STRIDE))", "F.pad(tokens, (WINDOW // 2, 2))", "padding_and_batch"),
-        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "begins_as"),
+        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "written_out"),
         ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
         ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
         ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
-        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "finish"),
         ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
         ("> s.target + error", "> s.target - error", "stops_at"),
         ("(score - log_odds(", "(score + log_odds(", "explain"),
