@@ -1346,7 +1346,7 @@ class TestTransformer:
         the mean over the last epochs' ends."""
         pairs = transformer_pairs()
         s = transformer.Settings(epochs=4, batch_tokens=100, warmup=7, lr_scale=3.0, seed=5)
-        s.d_model, s.clip, s.amp, s.out = 12, 0.1, "off", str(tmp_path)
+        s.d_model, s.clip, s.save_every, s.amp, s.out = 12, 0.1, 0, "off", str(tmp_path)
         # float64: in float32 Adam makes steps of rounding errors
         model = tiny_transformer(vocab_size=400, max_len=32, dropout=0.2)
         expected = copy.deepcopy(model)
