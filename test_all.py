@@ -4356,7 +4356,7 @@ class TestClassifyImdb:
         pruned = imdb.pruned_copy(model.eval(), sample, examples, s)
         assert sorted(learnt) == pytest.approx([0] * 100 + [1] * 100, abs=1e-6)
         sizes = [x.shape for x in pruned.encoder.layers.parameters() if x.ndim > 1]
-        assert sizes == 2 * [(12, 16), (16, 4), (6, 16), (16, 6)]
+        assert sizes == 5 * [(12, 16), (16, 4), (3, 16), (16, 3)]
 
     def test_finish_numbers_and_page_by_hand(self, tmp_path, monkeypatch):
         model, examples, dev, run, s = imdb_training(tmp_path)
@@ -5423,7 +5423,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
         ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
-        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("keep=max(1, s.n_heads // 4)", "keep=s.n_heads", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
         ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "finish"),
         ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
