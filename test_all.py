@@ -1758,6 +1758,7 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     assert torch.equal(of_both, 3 * each[rank])  # 1 + 2: a loss a process
     assert gather(torch.tensor([rank, 7, -rank])).tolist() == [0, 7, 0, 1, 7, -1]
     losses_refuse("x", "2 to 3", gather, torch.ones(2 + rank, 3))
+    Path(folder, f"rank {rank}").touch()
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends the long way
 
@@ -2067,6 +2068,7 @@ class TestLosses:
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
+        assert len(list(tmp_path.glob("rank *"))) == 2
 
     @pytest.mark.parametrize("name", ["adamw", "muon", "adam", "sgd"])
     def test_parameter_groups_of_make_optimizers_decay(self, name):
