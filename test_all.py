@@ -840,8 +840,8 @@ class TestEncoder:
 # transformer.py
 
 
-def transformer_tiny(norm_first=True, **changes):
-    """A small model with large random weights, in biases and norms too: everything matters."""
+def tiny_transformer(norm_first=True, **changes):
+    """A small model, large random weights in all its parts: everything matters."""
     sizes = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2}
     sizes |= {"d_ff": 20, "dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
     model = transformer.Transformer(transformer.TransformerConfig(**sizes))
@@ -850,22 +850,27 @@ def transformer_tiny(norm_first=True, **changes):
     return model.double()
 
 
-def transformer_sentences(n=6, longest=9):
+def sentences(n=6, longest=9):
     """Rows of random tokens with EOS, padded on the right; the first is the longest."""
-    lengths = [longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()]
-    rows = [F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2) for length in lengths]
+    rows = []
+    for length in (longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()):
+        rows.append(F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-TRANSFORMER_NAMES = {  # torch's: ours
-    "coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2",
-    "self_attn": "self_attention", "multihead_attn": "cross_attention",
-    "norm1": "self_attention_norm", "norm3": "ffn_norm",
-}  # fmt: skip
+def gradient_of(model, logits):
+    model.zero_grad()
+    logits.sin().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def transformer_by_torch(model, src, tgt):
+def logits_by_torch(model, src, tgt):
     """Logits by nn.Transformer, as a function of the model's parameters."""
+    pairs = {  # torch's: ours
+        "linear1": "ffn.0", "linear2": "ffn.2", "coder.layers": "coder", "coder.norm": "coder_norm",
+        "norm1": "self_attention_norm", "norm3": "ffn_norm",
+        "self_attn": "self_attention", "multihead_attn": "cross_attention",
+    }  # fmt: skip
     c = model.config
     sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff, 0.0)
     theirs = nn.Transformer(*sizes, batch_first=True, norm_first=c.norm_first)
@@ -874,79 +879,73 @@ def transformer_by_torch(model, src, tgt):
     weights = {}
     for name, _ in theirs.named_parameters():
         ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
-        for their, our in TRANSFORMER_NAMES.items():
+        for their, our in pairs.items():
             ours = ours.replace(their, our)
         parts = [ours.replace("in_proj_", f"{x}_proj.") for x in "qkv"]  # torch joins three
-        parts = parts if "in_proj_" in ours else [ours]
-        weights[name] = torch.cat([model.get_parameter(part) for part in parts])
-    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model)
-    for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
-        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.size(1)])
-    masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
+        weights[name] = torch.cat([model.get_parameter(part) for part in dict.fromkeys(parts)])
+    waves = transformer.sinusoidal_positional_encoding(24, c.d_model)
+    x = model.src_embedding(src) * c.d_model**0.5 + waves[: src.size(1)]
+    y = model.tgt_embedding(tgt) * c.d_model**0.5 + waves[: tgt.size(1)]
+    masks = dict.fromkeys(("src_key_padding_mask", "memory_key_padding_mask"), src == 0)
     masks["tgt_mask"] = torch.ones(tgt.size(1), tgt.size(1)).triu(1).bool()
-    hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
+    hidden = torch.func.functional_call(theirs, weights, (x, y), masks)
     return F.linear(hidden, model.output.weight)
 
 
 @torch.no_grad()
-def transformer_by_lists(model, src, max_len, beam_size, length_penalty):
-    """Beam search of one row after the other, without cache. Frozen hypotheses compete by
-    log-probability, only the end divides. Tokens (B, T), scores (B,)."""
-    found = []
+def beams_by_lists(model, src, max_len, beam_size, penalty):
+    """Beam search, row after row, without cache. Only the end divides log-probabilities."""
+    found, scores = [], []
     for row in src:
-        beams = [([1], 0.0)]
+        beams = [(0.0, [1])]
         for _ in range(max_len):
-            candidates = []
-            for tokens, log_prob in beams:
-                if tokens[-1] == 2:
-                    candidates.append((tokens, log_prob))
-                    continue
-                logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
-                following = enumerate(logits.log_softmax(-1).tolist())
-                candidates += [([*tokens, i], log_prob + x) for i, x in following]
-            beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-        divided = [x / ((4 + len(tokens)) / 6) ** length_penalty for tokens, x in beams]
-        best = divided.index(max(divided))
-        found.append((torch.tensor(beams[best][0][1:]), divided[best]))
-    rows, scores = zip(*found, strict=True)
-    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return rows, torch.tensor(scores, dtype=torch.float64)
+            candidates = [beam for beam in beams if beam[1][-1] == 2]
+            for log_prob, tokens in beams:
+                if tokens[-1] != 2:
+                    logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
+                    following = enumerate(logits.log_softmax(-1).tolist())
+                    candidates += [(log_prob + x, [*tokens, i]) for i, x in following]
+            beams = sorted(candidates, reverse=True)[:beam_size]
+        score, tokens = max((x / ((4 + len(t)) / 6) ** penalty, t) for x, t in beams)
+        found.append(torch.tensor(tokens[1:]))
+        scores.append(score)
+    found = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    return found, torch.tensor(scores, dtype=torch.float64)
 
 
 TRANSFORMER_SMALL = {
-    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
-    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+    "epochs": 5, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.05, "save_every": 8,
+    "vocab_size": 400, "batch_tokens": 400, "warmup": 20, "lr_scale": 1.0, "amp": "off",
 }  # fmt: skip
 
 TRANSFORMER_KILLED = """
-import os, signal, sys, torch, transformer
-corpus, name, n = transformer.number_corpus, sys.argv[1], int(sys.argv[2])
-transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-owner = os if name == "replace" else torch.nn.utils
-original, calls = getattr(owner, name), iter(range(1, n))
-
-def killed(*args, **kwargs):  # by kill -9, at the n-th call
-    if next(calls, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, killed)
-transformer.main(transformer.parse(sys.argv[3:]))
+import json, os, signal, sys, transformer
+corpus = transformer.number_corpus(0, 500, 30, 20)
+transformer.number_corpus = lambda seed: corpus
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+transformer.main(transformer.Settings(**json.loads(sys.argv[1])))
 """
 
 
 def transformer_run(out, corpus=None, **changes):
-    """The script's work in this process. Returns the report and the weights that it left."""
-    corpus = corpus or transformer.number_corpus(0, 300, 20, 10)
+    """The script's work in this process: the report, and the model and tokenizer that it left."""
+    corpus = corpus or transformer.number_corpus(0, 500, 30, 20)
     s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "number_corpus", lambda seed: corpus)
         transformer.main(s)
-    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
+    return json_of(out / "report.json"), *transformer_saved(out)
 
 
-def transformer_stop(out, **changes):
-    """A stopped run's exit status. (An exception that is kept would keep the lock.)"""
+def transformer_saved(out):
+    saved = transformer.load(out / "model.pt")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.double(), transformer.Tokenizer(saved["vocabulary"])
+
+
+def exit_status(out, **changes):
+    """Of a run that stops. (An exception that is kept would keep the lock.)"""
     try:
         transformer_run(out, **changes)
     except SystemExit as stop:
@@ -954,200 +953,147 @@ def transformer_stop(out, **changes):
     raise AssertionError("it ran to its end")
 
 
-def transformer_equal(state, other):
-    return all(torch.equal(state[name], other[name]) for name in state)
-
-
-def transformer_saved(out):
-    """The model and the tokenizer that a run left."""
-    saved = transformer.load(out / "model.pt")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model, transformer.Tokenizer(saved["vocabulary"])
+def weights_of(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
 def transformer_pairs():
     """40 pairs of ids, below 400."""
     pairs = transformer.number_corpus(1, 40, 2, 2).train
-    tokenizer = transformer.Tokenizer.train([text for pair in pairs for text in pair], 400)
+    tokenizer = transformer.Tokenizer.train(itertools.chain(*pairs), 400)
     return [[tokenizer.encode(text, 32) for text in pair] for pair in pairs]
 
 
-def transformer_multi30k(folder, **changes):
-    """Files in Multi30k's layout, 12 lines each; changes: other texts."""
-    folder.mkdir()
+def multi30k_files(folder, changes=()):
+    """Files in Multi30k's layout, 12 lines each, or what changes has."""
     lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
-    for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
-        text = "\ufeff" + "".join(line.format(i % 4) for i in range(12))
-        text = changes.get(f"{part}_{language}", text)
-        if text is not None:
-            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    for part, language in itertools.product(transformer.MULTI30K, lines):
+        text = "\ufeff" + "".join(lines[language].format(i % 4) for i in range(12))
+        data = {f"{part}.{language}": gzip.compress(text.encode())} | dict(changes)
+        (folder / f"{part}.{language}.gz").write_bytes(data[f"{part}.{language}"])
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs: unsure, so that greedy, beam and penalties differ."""
+def half_trained(tmp_path_factory):
+    """A short run's folder, report, model (unsure: greedy and beam differ), tokenizer."""
     torch.set_num_threads(1)  # the test's fixtures come later
-    out, corpus = tmp_path_factory.mktemp("half"), transformer.number_corpus(3, 2500, 20, 40)
-    changes = {"d_model": 32, "d_ff": 64, "dropout": 0.0, "epochs": 2, "average": 1, "seed": 1}
-    changes |= {"vocab_size": 450, "batch_tokens": 512, "warmup": 60, "lr_scale": 1.0}
-    report, _ = transformer_run(out, corpus, **changes)
-    assert report["history"][1]["dev_loss"] < report["history"][0]["dev_loss"]
-    model, tokenizer = transformer_saved(out)
-    return model.double(), tokenizer, corpus
-
-
-@pytest.fixture(scope="module")
-def transformer_undisturbed(tmp_path_factory):
-    """A small run without interruption: its folder, report and weights."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("undisturbed")
+    out = tmp_path_factory.mktemp("trained")
     return out, *transformer_run(out)
-
-
-@pytest.fixture(scope="module")
-def transformer_demo(tmp_path_factory):
-    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
-    folder = tmp_path_factory.mktemp("demo")
-    shutil.copy(ROOT / "transformer.py", folder)
-    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
 class TestTransformer:
     # ---- the model
-
     @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
     @pytest.mark.parametrize("norm_first", [False, True])
-    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-    def test_transformer_equals_torch(self, norm_first, d_model, n_heads):
-        """Values, and the gradient of every parameter."""
-        model = transformer_tiny(norm_first, d_model=d_model, n_heads=n_heads)
-        src = transformer_sentences()
-        tgt = F.pad(transformer_sentences(longest=7), (1, 0), value=1)
+    @pytest.mark.parametrize("d_model", [12, 15])
+    def test_transformer_equals_torch(self, norm_first, d_model):
+        model, src = tiny_transformer(norm_first, d_model=d_model), sentences()
+        tgt = F.pad(sentences(longest=7), (1, 0), value=1)
         real = (tgt != 0)[..., None]
-        logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
+        logits, expected = model(src, tgt) * real, logits_by_torch(model, src, tgt) * real
         check_close(logits, expected, 1e-10)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        upstream = torch.randn_like(logits)
-        ours, theirs = (torch.autograd.grad(x, parameters, upstream) for x in (logits, expected))
-        for name, actual, other in zip(names, ours, theirs, strict=True):
-            check_close(actual, other, 1e-9, name)
+        ours, theirs = (gradient_of(model, x) for x in (logits, expected))
+        check_close(ours, theirs, 1e-10)
 
     def test_transformer_parameter_counts(self):
-        for changes, expected in (
-            ({}, 63_082_496),
-            ({"d_model": 1024, "n_heads": 16, "d_ff": 4096}, 214_245_376),
-            ({"tied": False}, 63_082_496 + 2 * 37_000 * 512),
-            ({"norm_first": True}, 63_082_496 + 2 * 2 * 512),  # the two final norms
+        paper = 63_082_496
+        for n_parameters, changes in (
+            (paper, {}),
+            (214_245_376, {"d_model": 1024, "n_heads": 16, "d_ff": 4096}),
+            (paper + 2 * 37_000 * 512, {"tied": False}),
+            (paper + 2 * 2 * 512, {"norm_first": True}),  # the two final norms
         ):
             with torch.device("meta"):
                 model = transformer.Transformer(transformer.TransformerConfig(**changes))
-            assert sum(p.numel() for p in model.parameters()) == expected
+            assert sum(p.numel() for p in model.parameters()) == n_parameters
 
-    def test_transformer_tying_and_initial_scale(self):
-        for tied in (True, False):
-            config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=tied)
-            model = transformer.Transformer(config)
-            matrices = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
-            assert len({id(m) for m in matrices}) == (1 if tied else 3)
-            for matrix in matrices:
-                assert matrix.std().item() == pytest.approx(1 / 8, rel=0.05)  # 1 / sqrt(d_model)
-            for layer in (model.encoder[0], model.decoder[0]):
-                linear = layer.self_attention.q_proj
-                assert linear.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.01)
-                assert linear.bias.abs().max() == 0
+    def test_transformer_initial_scale(self):
+        config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=False)
+        model = transformer.Transformer(config)
+        for matrix in (model.src_embedding, model.tgt_embedding, model.output):
+            assert abs(matrix.weight.std() - 64**-0.5) < 0.005
+        for layer in (model.encoder[0], model.decoder[0]):
+            linear = layer.self_attention.q_proj
+            assert abs(linear.weight.abs().max() - (6 / 128) ** 0.5) < 0.002
+            assert linear.bias.abs().max() == 0
 
-    def test_sinusoidal_positional_encoding_is_the_formula(self):
-        table = transformer.sinusoidal_positional_encoding(50, 7)
-        for position, i in itertools.product((0, 1, 49), range(7)):
-            angle = position / 10_000 ** (2 * (i // 2) / 7)
-            expected = math.cos(angle) if i % 2 else math.sin(angle)
-            assert table[position, i].item() == pytest.approx(expected, abs=1e-6)
-        assert table.dtype == torch.float32 and table.shape == (50, 7)
+    def test_sinusoidal_positional_encoding(self):
+        t, i = torch.arange(50)[:, None], torch.arange(7)
+        angles = t / 10_000 ** (2 * (i // 2) / 7)
+        expected = torch.where(i % 2 == 0, angles.sin(), angles.cos())
+        check_close(transformer.sinusoidal_positional_encoding(50, 7), expected, 1e-5)
 
-    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
-        model, src = transformer_tiny().float(), transformer_sentences()
+    def test_transformer_made_on_meta_is_right(self):
+        model, src = tiny_transformer().float(), sentences()
         with torch.device("meta"):
             other = transformer.Transformer(model.config)
         other.to_empty(device="cpu").load_state_dict(model.state_dict())
         assert torch.equal(other(src, src), model(src, src))
 
-    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
-        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+    def test_attention_is_torchs_and_0_where_nothing_is_seen(self):
+        q, v = torch.randn(2, 2, 5, 4, dtype=torch.float64)
         mask = torch.rand(2, 5, 5) < 0.5
         mask[0, 2] = False
-        output, weights = transformer.attention(q, k, v, mask)
-        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        check_close(output, expected, 1e-12)
-        low = (60 * q, -60 * q, v)  # what is seen scores below any fill
-        expected = F.scaled_dot_product_attention(*low, attn_mask=mask)
-        check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
+        for scale in (1, 60):  # at 60 what is seen scores below any fill
+            inputs = (scale * q, -scale * q, v)
+            output, weights = transformer.attention(*inputs, mask)
+            assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+            expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            check_close(output, expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
         assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
-        model = transformer_tiny()
-        loss = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long()).sum()  # only padding
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+        model = tiny_transformer()
+        logits = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long())  # only padding
+        assert gradient_of(model, logits).isfinite().all()
 
-    def test_transformer_no_look_ahead(self):
-        model, src = transformer_tiny(), transformer_sentences()
+    def test_transformer_no_look_ahead_and_padding_changes_nothing(self):
+        """Nor do the other sentences of the batch."""
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 8))
         changed = tgt.clone()
         changed[:, 4] = 3 + (tgt[:, 4] - 2) % 8
         before, after = model(src, tgt), model(src, changed)
         assert torch.equal(before[:, :4], after[:, :4])
-        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # and every later one does see it
-
-    def test_transformer_padding_changes_nothing(self):
-        """Nor do the other sentences of the batch."""
-        model, src = transformer_tiny(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        together = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # later ones see it
+        padded = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :8]
         for i in range(6):
             alone = model(src[i : i + 1, src[i] != 0], tgt[i : i + 1])
-            check_close(alone[0], together[i], 1e-12)
+            check_close(alone[0], padded[i], 1e-12)
 
     def test_decode_cache_gives_the_same_logits(self):
         """It projects the memory only once: NaN there in later calls changes nothing."""
-        model, src = transformer_tiny(), transformer_sentences()
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 10))
         memory, mask = model.encode(src)
         expected, cache, pieces = model.decode(tgt, memory, mask), {}, []
         for piece in tgt.split((1, 3, 1, 4, 1), dim=1):
             pieces.append(model.decode(piece, memory, mask, cache))
             memory = memory * math.nan
-            with pytest.raises(ValueError, match="max_len=24"):  # what is refused leaves it as it was
+            with pytest.raises(ValueError, match="max_len"):  # which leaves the cache as it was
                 model.decode(torch.ones(6, 24).long(), memory, mask, cache)
         check_close(torch.cat(pieces, dim=1), expected, 1e-12)
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+    def test_decoder_layer_under_checkpointing(self):
         """Every gradient as without, the encoder's too."""
-        model, src = transformer_tiny(), transformer_sentences()
-        parameters = dict(model.named_parameters())
-        expected = torch.autograd.grad(model(src, src).sin().sum(), [*parameters.values()])
+        model, src = tiny_transformer(), sentences()
+        expected = gradient_of(model, model(src, src))
+        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
         for layer in (*model.encoder, *model.decoder):
-            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward)
-            layer.forward = functools.partial(checkpoint, use_reentrant=reentrant)
-        model(src, src).sin().sum().backward()
-        for (name, p), grad in zip(parameters.items(), expected, strict=True):
-            check_close(p.grad, grad, 1e-12, name)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        check_close(gradient_of(model, model(src, src)), expected, 1e-12)
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
         """At 1, pre-norm layers return their input, post-norm ones its norms."""
-        model = transformer_tiny(norm_first, dropout=1.0)
+        model = tiny_transformer(norm_first, dropout=1.0)
         x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
         for layer in (*model.encoder, *model.decoder):
             decodes = hasattr(layer, "cross_attention")
             y = layer(x, mask, x, mask)[0] if decodes else layer(x, mask)
-            norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
-            assert len(norms) == 2 + decodes
-            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
-            check_close(y, expected, 1e-12)
-        assert (model.encode(transformer_sentences())[0].std(0) < 1e-9).all()
+            norms = [part for part in layer.children() if isinstance(part, nn.LayerNorm)]
+            check_close(y, x if norm_first else nn.Sequential(*norms)(x), 1e-12)
+        assert (model.encode(sentences())[0].std(0) < 1e-9).all()
 
     def test_label_smoothed_loss_is_the_formula(self):
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
@@ -1160,120 +1106,111 @@ class TestTransformer:
         poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
         loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
         check_close(loss, expected, 1e-12)
-        expected_grad = torch.autograd.grad(expected, logits)[0]
-        check_close(torch.autograd.grad(loss, poisoned)[0], expected_grad, 1e-12)
-        half = logits.bfloat16()
-        low = transformer.label_smoothed_loss(half, targets, 0)
-        check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
+        loss.backward()
+        expected.backward()
+        check_close(poisoned.grad, logits.grad, 1e-12)
 
-    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+    def test_noam_lr_is_the_formula(self):
         peak = (512 * 4000) ** -0.5
-        for step, expected in ((1, peak / 4000), (3000, peak * 3 / 4), (4000, peak), (16_000, peak / 2)):
-            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(expected)
+        for step, part in ((1, 1 / 4000), (3000, 3 / 4), (4000, 1), (16_000, 1 / 2)):
+            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(part * peak)
 
     # ---- search
-
-    @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (4, 0.6), (5, 1.5)])
-    def test_greedy_decode_and_beam_search_equal_lists(self, transformer_half_trained, beam_size, penalty):
+    def test_greedy_decode_and_beam_search_equal_lists(self, half_trained):
         """In batches, with a model that trains, whose modes stay as they are."""
-        model, tokenizer, corpus = transformer_half_trained
-        src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test[:12]], model)
+        _, _, model, tokenizer = half_trained
+        texts = map(transformer.english_number, range(41_000, 541_000, 41_700))
+        src = transformer.pad([tokenizer.encode(text, 32) for text in texts], model)
         cases, lengths, cut_off = [(model, src)], set(), 0
         for norm_first in (False, True):
-            cases.append((transformer_tiny(norm_first, dropout=0.5), transformer_sentences(n=12)))
-        for model, src in cases:
-            model.encoder.eval()
+            cases.append((tiny_transformer(norm_first, dropout=0.5), sentences(n=12)))
+        searches = ((1, 0.6), (2, 0.0), (4, 1.5))
+        for (model, src), (size, penalty) in itertools.product(cases, searches):
+            model.train().encoder.eval()
             modes = [module.training for module in model.modules()]
-            tokens, scores = transformer.beam_search(model, src, 7, beam_size, penalty)
-            greedy = transformer.greedy_decode(model, src, 7)
+            found = transformer.beam_search(model, src, 6, size, penalty)
+            greedy = transformer.greedy_decode(model, src, 6)
             assert modes == [module.training for module in model.modules()]
-            expected = transformer_by_lists(model.eval(), src, 7, beam_size, penalty)
-            assert torch.equal(tokens, expected[0]) and tokens.dtype == torch.int64
-            check_close(scores, expected[1], 1e-10)
-            assert beam_size > 1 or torch.equal(greedy, tokens)
-            lengths |= set((tokens != 0).sum(1).tolist())
-            cut_off += (tokens[:, -1] > 2).sum()
+            expected = beams_by_lists(model.eval(), src, 6, size, penalty)
+            for actual, wanted in zip(found, expected, strict=True):
+                check_close(actual, wanted, 1e-10)
+            assert size > 1 or torch.equal(greedy, found[0])
+            lengths |= set((found[0] != 0).sum(1).tolist())
+            cut_off += (found[0][:, -1] > 2).sum()
         assert len(lengths) > 4 and cut_off > 0  # both kinds were there
 
-    @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-    def test_beam_search_of_full_width_equals_brute_force(self, penalty):
+    def test_beam_search_of_full_width_equals_brute_force(self):
         """4^4 lists leave nothing out."""
-        for _ in range(2):
-            model = transformer_tiny(vocab_size=4, n_layers=1)
-            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-            tokens, scores = transformer.beam_search(model, src, 4, 4**4, penalty)
-            expected = transformer_by_lists(model, src, 4, 4**4, penalty)
-            assert torch.equal(tokens, expected[0])
-            check_close(scores, expected[1], 1e-10)
+        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+        for penalty in (0.0, 0.6, 2.0):
+            model = tiny_transformer(vocab_size=4, n_layers=1)
+            found = transformer.beam_search(model, src, 4, 4**4, penalty)
+            expected = beams_by_lists(model, src, 4, 4**4, penalty)
+            for actual, wanted in zip(found, expected, strict=True):
+                check_close(actual, wanted, 1e-10)
 
-    def test_beam_search_of_no_sentence_and_of_a_bf16_model(self):
-        model, none = transformer_tiny().bfloat16().eval(), torch.zeros(0, 4).long()
+    def test_beam_search_of_nothing_and_in_bf16(self):
+        model, none = tiny_transformer().bfloat16().eval(), torch.zeros(0, 4).long()
         tokens, scores = transformer.beam_search(model, none, 5)
-        assert transformer.greedy_decode(model, none, 5).shape == tokens.shape == (0, 0)
-        assert scores.shape == (0,)
-        src = transformer_sentences()
+        greedy = transformer.greedy_decode(model, none, 5)
+        assert greedy.shape == tokens.shape == (0, 0) and scores.shape == (0,)
+        src = sentences()
         scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]  # in float32
-        logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
-        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+        logits = model(src, torch.ones(6, 1).long())[:, 0].detach().float()
+        check_close(scores, logits.log_softmax(-1).amax(-1), 1e-6)
 
-    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained, capsys):
-        model, tokenizer, corpus = transformer_half_trained
-        sources = [source for source, _ in corpus.test]
-        texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
-        first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
-        assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+    def test_translate_loses_no_text_and_sees_no_reference(self, half_trained, capsys):
+        _, _, model, tokenizer = half_trained
+        texts = map(transformer.english_number, range(100_000, 1_000_000, 13_007))
+        texts = ["", *texts, "  "]
+        empty, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
+        assert empty == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True} == last
         for text, row in zip(texts[1:-1], rows, strict=True):
             src = transformer.pad([tokenizer.encode(text, 32)], model)
             found, score = transformer.beam_search(model, src, 32, 4, 1.0)
             n, log_prob = found.shape[1], row.pop("log_prob")  # undivided
             assert log_prob / ((5 + n) / 6) == pytest.approx(score.item())
-            assert row["finished"] == (found[0, -1] == 2) and row["n_tokens"] == n
-            assert row["text"] == tokenizer.decode(found[0].tolist())
-        tables = []
+            text = tokenizer.decode(found[0].tolist())
+            assert row == {"text": text, "n_tokens": n, "finished": found[0, -1] == 2}
+        texts, s, reports = texts[1:-1], transformer.Settings(), []
         for target in ("eins", "tausend und"):
-            poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
-            report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
-            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
-        assert tables[0] == tables[1] and "9 of 9 aren't" in capsys.readouterr().out
-        greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
-        for key in ("log_prob", "n_tokens", "finished"):
-            mean = statistics.fmean(row[key] for row in greedy)
-            assert report["searches"]["greedy"][key] == pytest.approx(mean)
+            corpus = transformer.Corpus("numbers", [], [], [(text, target) for text in texts])
+            reports.append(transformer.evaluate(model, tokenizer, corpus, s))
+        assert reports[0] == reports[1] and "70 of 70 aren't" in capsys.readouterr().out
+        greedy = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        beam = transformer.translate(model, tokenizer, texts, 4, 0.0)
+        for key, mean in reports[0]["searches"]["greedy"].items():
+            assert mean == pytest.approx(statistics.fmean(row.get(key, 0) for row in greedy))
         gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
-        assert report["search_gains"] == sum(gain > 1e-3 for gain in gains)
-        assert report["search_errors"] == sum(gain < -1e-3 for gain in gains)
+        assert reports[0]["search_gains"] == sum(gain > 1e-3 for gain in gains) > 0
+        assert reports[0]["search_errors"] == sum(gain < -1e-3 for gain in gains) > 0
 
     # ---- bad input
-
     def test_transformer_refuses(self):
-        bad = (("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1), ("bos_id", 37_000))
+        bad = ("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1)
         for name, value in bad:
             with pytest.raises(ValueError, match=name):
                 transformer.TransformerConfig(**{name: value})
-        model, src, tgt = transformer_tiny(), torch.ones(2, 4).long(), torch.ones(2, 3).long()
-        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 3, 11)  # exactly max_len
-        for inputs, words in (
-            ((src[0], tgt), "tokens"),
-            ((src.float(), tgt), "tokens"),
-            ((src, tgt[0]), "tokens|batch"),
-            ((src, tgt[:1]), "batch"),
-            ((src.repeat(1, 7), tgt), "max_len"),
+        model, src, tgt = tiny_transformer(), *torch.ones(2, 2, 4).long()
+        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 4, 11)  # max_len
+        memory, mask = model.encode(src)
+        loss = functools.partial(transformer.label_smoothed_loss, memory, tgt, 0)
+        for words, function, *inputs in (
+            ("tokens", model, src[0], tgt),
+            ("tokens", model, src, tgt.float()),
+            ("batch", model, src, tgt[:1]),
+            ("max_len", model, src.repeat(1, 7), tgt),
+            ("memory_mask", model.decode, src, memory, mask[:, :, :, :-1]),
+            ("memory_mask", model.decode, src, memory, mask.long()),
+            ("smoothing", loss, 1.0),
+            ("smoothing", loss, -0.1),
         ):
             with pytest.raises(ValueError, match=words):
-                model(*inputs)
-        memory, mask = model.encode(src)
-        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-            with pytest.raises(ValueError, match="memory_mask"):
-                model.decode(src, memory, wrong)
-        for smoothing in (1.0, -0.1, math.nan):
-            with pytest.raises(ValueError, match="smoothing"):
-                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
+                function(*inputs)
 
     # ---- data
-
-    def test_numbers_in_words(self):
+    def test_numbers_in_words_and_number_corpus(self):
         for n, english, german in (
-            (30, "thirty", "dreißig"),
             (101, "one hundred and one", "einhundert eins"),
             (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
             (1_001, "one thousand and one", "ein tausend eins"),
@@ -1282,123 +1219,104 @@ class TestTransformer:
         ):
             assert transformer.english_number(n) == english
             assert transformer.german_number(n) == german
-
-    def test_number_corpus_parts_share_nothing(self):
         corpus = transformer.number_corpus(0)
         parts = corpus[1:]
         assert [len(part) for part in parts] == [8_000, 500, 1_000]
-        for side in (0, 1):
+        for side in (0, 1):  # they share nothing
             assert len({pair[side] for part in parts for pair in part}) == 9_500
-        short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
-        assert min(short) > 0.05 and max(short) - min(short) < 0.05  # each part has short ones
+        for part in parts:  # short ones, too
+            assert 0.2 < sum(len(pair[0].split()) < 5 for pair in part) / len(part) < 0.3
 
     def test_tokenizer_keeps_every_text(self):
         tokenizer = transformer.Tokenizer.train(["ONE", "two one"] * 9, 262)
-        assert tokenizer.encode("ONE one", 9) == [261, 261, 2] and tokenizer.vocab_size == 262
+        assert tokenizer.encode("ONE one", 3) == [261, 261, 2]
         assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
         for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
             ids = tokenizer.encode(text, 99)
             assert ids[-1] == 2 and all(3 <= i < 262 for i in ids[:-1])
             assert tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-        assert len(tokenizer.encode("abc", 5)) == 5
-        with pytest.raises(ValueError, match="max_len=4: 'abc'"):
-            tokenizer.encode("abc", 4)
+        with pytest.raises(ValueError, match="max_len=2: 'one one'"):
+            tokenizer.encode("one one", 2)
 
-    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+    def test_token_batches_are_full_and_complete(self):
         rng = random.Random(0)
         lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-        batches, other = (transformer.token_batches(lengths, 120, seed) for seed in ("0 0", "0 1"))
+        batches = transformer.token_batches(lengths, 120, "0 0")
         assert sorted(i for batch in batches for i in batch) == list(range(501))
         sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
         assert [size for size in sizes if size > 120] == [1000]
-        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
+        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < 1.3 * sum(lengths) / 120
         first = [lengths[batch[0]] for batch in batches]
         assert first != sorted(first)  # in no order
-        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
+        other = transformer.token_batches(lengths, 120, "0 1")
         assert len(other) == len(batches)  # train counts on it
-        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "")] == [12, 12]
+        assert set(map(frozenset, other)) != set(map(frozenset, batches))
+        assert list(map(len, transformer.token_batches([10] * 24, 120, ""))) == [12, 12]
 
     def test_lines_of_ends_lines_as_people_do(self):
-        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
-        for encoding in ("utf-8", "utf-8-sig"):
-            lines = transformer.lines_of(text.encode(encoding))
-            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
-        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
+        data = "\ufeffone\u2028two\r\nthree\x0b\x85four \rfive\n\nsix".encode()
+        lines = ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(data) == lines and transformer.lines_of(b"a\n") == ["a"]
 
     def test_multi30k_corpus_refuses_damaged_files(self, tmp_path, monkeypatch):
-        folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
+        official = os.environ.get("MULTI30K_DATA")
+        assert not official or transformer.multi30k_corpus(official).name == "multi30k"
+        folder = multi30k_files(tmp_path)  # with byte-order marks and CR LF
         corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
         assert corpus.train[7] == ("ein mann mit 7 $$ am\x0btag 3", "a man with 7 $$ a day 3")
         german, english = zip(*corpus.train, strict=True)
         sha256 = hashlib.sha256("\n".join(german + english).encode()).hexdigest()
         known = dict.fromkeys(transformer.MULTI30K, (12, sha256))
+        monkeypatch.setattr(transformer, "MULTI30K", known | {"val": (13, sha256)})
+        assert transformer.multi30k_corpus(folder).name == "own"
         monkeypatch.setattr(transformer, "MULTI30K", known)
         assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
-        for i, (changes, words) in enumerate((
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
-            ({"train_de": "", "train_en": ""}, "train: 0 German"),
-            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
-        )):  # fmt: skip
+        pack, whole = gzip.compress, (tmp_path / "train.de.gz").read_bytes()
+        for words, changes in (
+            ("train: 12 German lines, 11 English", {"train.en": pack(b"a dog\n" * 11)}),
+            ("val: 0 German", {"val.de": pack(b""), "val.en": pack(b"")}),
+            ("flickr.* altered", {"test_2016_flickr.de": pack(b"ein hund\n" * 12)}),
+            ("train.de.gz", {"train.de": whole[:-20]}),
+            ("train.de.gz", {"train.de": whole[:40] + b"?" + whole[41:]}),
+            ("train.de.gz", {"train.de": b"junk"}),
+            ("train.de.gz", {"train.de": pack("straße\n".encode("latin1") * 12)}),
+        ):
+            multi30k_files(tmp_path, changes)
             with pytest.raises(ValueError, match=words):
-                transformer.multi30k_corpus(transformer_multi30k(tmp_path / str(i), **changes))
-        for part in known:
-            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, sha256)})
-            assert transformer.multi30k_corpus(folder).name == "own"
-        path = Path(folder, "train.de.gz")
-        whole = path.read_bytes()
-        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
-        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"junk", latin1):
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match="train.de.gz"):
                 transformer.multi30k_corpus(folder)
-
-    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
-    def test_multi30k_corpus_of_the_official_files(self):
-        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
-        assert corpus.name == "multi30k" and len(corpus.test) == 1_000
 
     def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
         there, cache = tmp_path / "train.de.gz", tmp_path / "new/cache"
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        for wrong in (None, b"<html>", good[:-10], b"", gzip.compress(b"")):
-            if wrong is not None:
-                there.write_bytes(wrong)
+        for wrong in (b"<html>", good[:-10], b"", gzip.compress(b"")):
+            there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
         there.write_bytes(good)
         for _ in range(2):  # the second time, from the cache
             assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
             there.unlink(missing_ok=True)
-        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # known, of the cache
         (cache / "multi30k/train.en.gz").write_bytes(good)
         with pytest.raises(ValueError, match="train.* altered"):
             transformer.multi30k_corpus("")
 
-    # ---- files
-
+    # ---- files and training
     def test_save_and_load_refuse(self, tmp_path, monkeypatch):
         path, weight = tmp_path / "x.pt", torch.arange(1000.0)
-        content = {"model": {"weight": weight}, "vocabulary": [b"a", b"\xff"]}
+        content = {"model": {"weight": weight}}
         transformer.save(path, content)
-        loaded = transformer.load(path)
-        assert torch.equal(loaded["model"]["weight"], weight)
-        assert loaded["vocabulary"] == content["vocabulary"]
         whole = path.read_bytes()
         place = whole.index(weight[500:510].numpy().tobytes())
-        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+        changed = whole[:place] + b"\x01" + whole[place + 1 :]
+        for damaged in (changed, whole[:-100], b"", b"junk" * 50):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="x.pt"):
                 transformer.load(path)
-
-        class Code:
-            def __reduce__(self):
-                return (os.mkdir, (str(tmp_path / "was run"),))
-
-        transformer.save(path, {"model": {}, "code": Code()})
+        transformer.save(path, content | {"code": os.mkdir})
         with pytest.raises(pickle.UnpicklingError):
             transformer.load(path)
         path.write_bytes(whole)
@@ -1409,10 +1327,8 @@ class TestTransformer:
             transformer.save(path, content)
         assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
-    # ---- training
-
-    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
-        model, pairs = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs()
+    def test_batch_loss_and_use_bf16(self):
+        model, pairs = tiny_transformer(vocab_size=400, max_len=32), transformer_pairs()
         rows, options = [], {"label_smoothing": 0.1, "reduction": "none"}
         for source, target in pairs:
             logits = model(torch.tensor([source]), torch.tensor([[1, *target[:-1]]]))[0]
@@ -1421,149 +1337,120 @@ class TestTransformer:
         check_close(together, torch.cat(rows).mean(), 1e-10)
         low = transformer.batch_loss(model.float(), pairs, 0.1, bf16=True)
         assert low.dtype == torch.float32 and 1e-6 < abs(low - together) < 0.1
-
-    def test_use_bf16_where_it_is_native(self):
-        chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
-        assert chosen == [torch.cpu.get_capabilities().get("avx512_bf16", False), True, False]
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        for amp, chosen in (("auto", native), ("bf16", True), ("off", False)):
+            assert transformer.use_bf16(amp, torch.device("cpu")) == chosen
 
     def test_train_steps_written_out(self, tmp_path):
-        """AdamW at Noam's rate on clipped gradients, decay of matrices alone, every pair once an epoch;
-        the final weights are the mean over the last epochs' ends."""
+        """AdamW at Noam's rate on clipped gradients, decay of matrices alone; the final weights are
+        the mean over the last epochs' ends."""
         pairs = transformer_pairs()
-        s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
-        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
+        s = transformer.Settings(epochs=4, batch_tokens=100, warmup=7, lr_scale=3.0, seed=5)
+        s.d_model, s.clip, s.save_every, s.amp, s.out = 12, 0.1, 0, "off", str(tmp_path)
         # float64: in float32 Adam makes steps of rounding errors
-        model = transformer_tiny(vocab_size=400, max_len=32, dropout=0.2)
+        model = tiny_transformer(vocab_size=400, max_len=32, dropout=0.2)
         expected = copy.deepcopy(model)
         state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
         transformer.train(s, model, pairs, pairs[:9], state)
-
-        names = dict(expected.named_parameters())
-        vectors = [p for name, p in names.items() if "norm" in name or name.endswith("bias")]
+        matrices = [p for p in expected.parameters() if p.dim() == 2]
+        vectors = [p for p in expected.parameters() if p.dim() == 1]
         optimizer = torch.optim.AdamW(vectors, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
-        matrices = [p for name, p in names.items() if "norm" not in name and name.endswith("weight")]
-        optimizer.add_param_group({"params": matrices, "weight_decay": 0.2})
+        optimizer.add_param_group({"params": matrices, "weight_decay": 0.01})
         lengths = [max(map(len, pair)) for pair in pairs]
-        step, ends, dev_losses = 0, [], []
+        step, ends = 0, []
         for epoch in range(4):
             for batch in transformer.token_batches(lengths, 100, f"5 {epoch}"):
                 torch.manual_seed(5 * 1_000_003 + step)  # dropout
                 step += 1
                 optimizer.zero_grad()
-                transformer.batch_loss(expected, [pairs[i] for i in batch], 0.1, False).backward()
+                batch = [pairs[i] for i in batch]
+                transformer.batch_loss(expected, batch, 0.1, False).backward()
                 assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
                 for group in optimizer.param_groups:
                     group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
                 optimizer.step()
-            ends.append({name: p.detach().clone() for name, p in names.items()})
+            ends.append(weights_of(expected))
             with transformer.evaluating(expected):
-                dev_losses.append(transformer.batch_loss(expected, pairs[:9], 0.0, False).item())
+                dev_loss = transformer.batch_loss(expected, pairs[:9], 0.0, False).item()
+            row = state["history"][epoch]
+            assert row["epoch"] == epoch + 1 and row["dev_loss"] == pytest.approx(dev_loss)
         assert state["step"] == step > 12
-        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
-        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
-        for name, p in model.named_parameters():
-            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+        check_close(weights_of(model), (ends[2] + ends[3]) / 2, 1e-6)
 
-    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
-        """And after a gradient that isn't finite. In the 5th step, 2 after a checkpoint; there again;
-        while another checkpoint is saved."""
-        batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, half_trained, tmp_path):
+        """While a checkpoint is saved; and after a gradient that isn't finite."""
+        loss, factors = transformer.batch_loss, iter([1.0] * 9 + [math.inf])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
-            stop = transformer_stop(tmp_path)
-        assert "step 5" in stop and "--lr-scale" in stop
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in TRANSFORMER_SMALL.items()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        for place, reached in ((["clip_grad_norm_", "2"], 3), (["replace", "2"], 6)):
-            command = [sys.executable, "-c", TRANSFORMER_KILLED, *place, "--out", str(tmp_path), *flags]
-            killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-            assert transformer.load(tmp_path / "checkpoint.pt")["step"] == reached
-        assert not (tmp_path / "model.pt").exists()
-        report, weights = transformer_run(tmp_path)
-        _, expected, expected_weights = transformer_undisturbed
-        assert expected["steps"] > 12 and transformer_equal(expected_weights, weights)
-        for key in ("steps", "history", "searches"):
-            assert report[key] == expected[key]
-
-    @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
-    def test_main_saves_nothing_that_is_not_finite(self, tmp_path, lr_scale, save_every):
-        """One step, after which a weight or the loss isn't."""
-        changes = {"batch_tokens": 10**6, "epochs": 1, "lr_scale": lr_scale, "save_every": save_every}
-        assert "--lr-scale" in transformer_stop(tmp_path, **changes)
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
-        """Without its lock; not with settings that may not change, nor on other sentences."""
-        _, expected, expected_weights = transformer_undisturbed
-        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
-        lock = transformer.lock_out(out)
-        report, weights = transformer_run(out, save_every=50, beam_size=2)
+            patch.setattr(transformer, "batch_loss", lambda *given: loss(*given) * next(factors))
+            stop = exit_status(tmp_path)
+        assert "step 10" in stop and "--lr-scale" in stop
+        given = json.dumps(TRANSFORMER_SMALL | {"out": str(tmp_path)})
+        command = [sys.executable, "-c", TRANSFORMER_KILLED, given]
+        killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 8
+        _, expected, undisturbed, _ = half_trained
+        lock = None
+        for changes in ({}, {"save_every": 50, "beam_size": 2}):  # then it evaluates again
+            report, model, _ = transformer_run(tmp_path, **changes)
+            assert torch.equal(weights_of(undisturbed), weights_of(model))
+            assert report["history"] == expected["history"] and report["steps"] > 20
+            lock = lock or transformer.lock_out(tmp_path)  # a finished run needs none
         assert list(report["searches"])[1] == "beam 2, penalty 0"
-        assert report["history"] == expected["history"] and transformer_equal(expected_weights, weights)
-        corpus = transformer.number_corpus(0, 300, 20, 10)
-        for changes, words in (
-            ({"lr_scale": 0.7}, "lr_scale=0.4, not 0.7"),
-            ({"corpus": corpus._replace(train=corpus.train[1:])}, "sentences"),
-        ):
-            assert transformer_stop(out, **changes) == 2
-            assert words in capsys.readouterr().err
         lock.close()
 
-    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
+    def test_main_saves_only_what_is_finite(self, tmp_path, lr_scale, save_every):
+        """One step, after which a weight or the loss isn't."""
+        changes = {"lr_scale": lr_scale, "save_every": save_every, "batch_tokens": 10**6}
+        assert "--lr-scale" in exit_status(tmp_path, **changes, epochs=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+    def test_main_ends_in_a_sentence(self, half_trained, tmp_path, monkeypatch, capsys):
+        """Where there is advice."""
         (tmp_path / "file").touch()
+        other = transformer.number_corpus(1, 500, 30, 20)
         lock = transformer.lock_out(tmp_path)
         monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
-        for changes, words in (
-            ({"out": tmp_path}, "in use"),
-            ({"out": tmp_path / "file/below"}, "file"),
-            ({"seed": 2**43}, "--seed"),
-            ({"seed": -1}, "--seed"),
-            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
-            ({"max_len": 3}, "max_len=3"),
-            ({"d_model": 18}, "n_heads"),
+        for words, changes in (
+            ("in use", {"out": tmp_path}),
+            ("file", {"out": tmp_path / "file/below"}),
+            ("--seed", {"seed": 2**43}),
+            ("--seed", {"seed": -1}),
+            ("model.pt", {"translate": "one", "out": tmp_path / "none"}),
+            ("max_len=3", {"max_len": 3}),
+            ("n_heads", {"d_model": 18}),
+            ("lr_scale=1.0, not 0.7", {"lr_scale": 0.7, "out": half_trained[0]}),
+            ("sentences", {"corpus": other, "out": half_trained[0]}),
         ):
-            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            code = exit_status(**({"out": tmp_path / "new"} | changes))
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
+        errors = [ZeroDivisionError(), OSError("full"), KeyboardInterrupt()]
 
-        errors = [KeyboardInterrupt(), OSError("full")]
-
-        def fail(*_):
-            raise errors.pop(0)
+        def fail(s, model, pairs, dev, state):
+            assert (len(pairs), len(dev)) == (500, 30)  # no test sentence
+            raise errors.pop()
 
         monkeypatch.setattr(transformer, "train", fail)
-        for words in ("130", "full"):
-            assert words in str(transformer_stop(tmp_path / words))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
-        with pytest.raises(ZeroDivisionError):
+        assert exit_status(tmp_path) == 130 and "full" in exit_status(tmp_path)
+        with pytest.raises(ZeroDivisionError):  # of the code: a traceback
             transformer_run(tmp_path)
 
-    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
-        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        _, tokenizer, train, dev, _, lock = transformer.prepare(transformer.Settings(out=str(tmp_path)))
-        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
-        lock.close()
-
     # ---- the command line and the demo
-
     def test_parse_lets_a_flag_override_its_preset(self):
         assert transformer.parse([]) == transformer.Settings()
-        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
-            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
-            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
-            assert s.out != transformer.Settings().out
-        assert transformer.parse(["--translate", ""]).translate == ""
+        flags = ["--preset=multi30k", "--epochs", "3", "--no-tied", "--length-penalty", "-1"]
+        s = transformer.parse(flags)
+        assert (s.epochs, s.dropout, s.tied, s.length_penalty) == (3, 0.3, False, -1.0)
+        assert s.translate is None and s.out != transformer.Settings().out
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
-        """From files to BLEU and --translate, on sentences that can be learned by heart. Their
-        $ signs are no formulas in the picture, their vertical tab ends no line."""
-        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
+        """From files to BLEU and --translate; $ signs are no formulas in the picture."""
+        monkeypatch.setenv("MULTI30K_DATA", multi30k_files(tmp_path))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
-        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
-        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        s = dataclasses.replace(s, **TRANSFORMER_SMALL | {"epochs": 30, "dropout": 0.0})
         transformer.main(s)
         report = json_of(tmp_path / "out/report.json")
         assert report["dataset"] == "own" and report["measure"] == "bleu"
@@ -1576,37 +1463,34 @@ class TestTransformer:
         assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
         assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
 
-    def test_demo_gets_every_number_right(self, transformer_demo):
-        folder, result = transformer_demo
-        summary, out = last_json(result), folder / "out" / "transformer"
-        report = json_of(folder / summary["report"])
+    def test_demo_gets_every_number_right(self, tmp_path, capsys):
+        """Alone in a folder, on a terminal that knows ASCII alone."""
+        shutil.copy(ROOT / "transformer.py", tmp_path)
+        options = {"cwd": tmp_path, "folder": tmp_path, "PYTHONIOENCODING": "ascii"}
+        result = run_script("transformer.py", **options)
+        summary, out = last_json(result), tmp_path / "out/transformer"
+        report = json_of(tmp_path / summary["report"])
         assert len(result.stdout.strip().splitlines()[-1]) < 300
-        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
-        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-        greedy, beam, _ = report["searches"].values()
-        assert beam["log_prob"] >= greedy["log_prob"] - 1e-4 and greedy["finished"] > 0.99
-
-    def test_demo_swaps_tens_and_units(self, transformer_demo):
-        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-        model, tokenizer = transformer_saved(transformer_demo[0] / "out/transformer")
-        right = []
+        assert report["dataset"] == "numbers"
+        assert min(summary["beam"], summary["greedy"]) >= 0.99
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(out.glob("*.part"))
+        text = "Three hundred and forty-two thousand"
+        transformer.main(transformer.Settings(out=str(out), translate=text))
+        row = json.loads(capsys.readouterr().out)
+        assert row["source"] == text and row["text"] == "dreihundert zwei und vierzig tausend"
+        assert row["finished"] and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
+        model, tokenizer = transformer_saved(out)
+        right = []  # "zwei und vierzig" looks at "two" before it looks at "forty"
         for n in range(517_022, 517_100):
             source = tokenizer.encode(transformer.english_number(n), 32)
             target = tokenizer.encode(transformer.german_number(n), 32)
             src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-            weights = transformer.cross_attention_weights(model, src, tgt)
-            assert weights.shape == (1, 4, len(target), len(source))
-            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            if n % 10 > 1:
-                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+            weights = transformer.cross_attention_weights(model, src, tgt)  # (1, H, Tt, Ts)
+            looked_at = weights[0].mean(0).argmax(-1)
+            right += [looked_at[-4] > looked_at[-2]] * (n % 10 > 1)  # units und tens EOS
+        check_close(weights.sum(-1), torch.ones(1, 4, tgt.size(1)).double(), 1e-5)
         assert sum(right) / len(right) > 0.9
-
-    def test_demo_translates(self, transformer_demo):
-        text = "Three hundred and forty-two thousand"
-        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
-        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
 
 
 # -----------------------------------------------------------------------------
@@ -3375,25 +3259,22 @@ run()
 # -----------------------------------------------------------------------------
 # export.py
 
-EXPORT_FORMATS = {
-    "trace": lambda model, x, folder: export.export_torchscript(model, x, folder / "trace.ts"),
-    "script": lambda model, x, folder: export.export_torchscript(model, x, folder / "script.ts", "script"),
-    "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
-    "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
+EXPORTS = {  # the function, the file that it writes, further arguments
+    "export_torchscript": (export.export_torchscript, "trace.ts"),
+    "script": (export.export_torchscript, "script.ts", "script"),
+    "export_program": (export.export_program, "program.pt2"),
+    "export_onnx": (export.export_onnx, "model.onnx"),
 }
-EXPORT_EVERY_WAY = pytest.mark.parametrize(
-    "name",
-    EXPORT_FORMATS,
-    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
-)
 
 
-def exported(name: str, model: nn.Module, example, folder: Path):
-    return export.load_artefact(EXPORT_FORMATS[name](model, example, folder))
+def exported(name, model, example, folder):
+    """The path of what one of EXPORTS wrote."""
+    function, file, *method = EXPORTS[name]
+    return function(model, example, folder / file, *method)
 
 
-def export_tokens(b: int, t: int) -> Tensor:
-    """Ids below 50 with a tail of padding, and (in a batch) a row of nothing but padding."""
+def token_ids(b, t):
+    """(B, T) below 50, with a tail of padding, and (in a batch) a row of nothing but padding."""
     tokens = torch.randint(1, 50, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
     tokens[1:2] = 0
@@ -3401,169 +3282,124 @@ def export_tokens(b: int, t: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
+def check_export(path, model, tolerance=1e-5):
     """Equal to the model on sizes that the exporter hasn't seen; 224 is max_len."""
-    model = copy.deepcopy(model).eval()
+    run, model = export.load_artefact(path), copy.deepcopy(model).eval()
     for b, t in ((1, 1), (1, 199), (7, 5), (33, 64), (2, 224)):
-        tokens = export_tokens(b, t)
+        tokens = token_ids(b, t)
         check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-def export_graph(path: Path) -> tuple[collections.Counter, dict[str, np.ndarray]]:
-    """Kinds of operators and name -> weights of an ONNX file."""
+def read_onnx(path):
+    """An ONNX file's kinds of operators, its weights by name, and its int8 matrices."""
     import onnx
 
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
-    return collections.Counter(node.op_type for node in graph.node), weights
+    int8 = {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+    return collections.Counter(node.op_type for node in graph.node), weights, int8
 
 
-def int8_matrices(path: Path) -> dict[str, np.ndarray]:
-    weights = export_graph(path)[1]
-    return {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
-
-
-def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
-    """A copy in which the inputs of these Linears are multiplied by gates (features,)."""
-    model = copy.deepcopy(model)
-    for name, gate in gates.items():
-        linear = model.get_submodule(name)
-        linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
-    return model
-
-
-def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
-    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
-    expected = torch.zeros(n)
+@torch.enable_grad()
+def derivative(model, linear, n, examples):
+    """|dloss/dgate| for a gate of 1 on each of n heads, mean over examples."""
+    weight = model.get_submodule(linear).weight.detach()
+    model, total = copy.deepcopy(model).eval(), torch.zeros(n)
     for x, label in examples:
-        with torch.enable_grad():
-            gate = torch.ones(n, requires_grad=True)
-            spread = gate.repeat_interleave(model.get_submodule(linear).in_features // n)
-            loss = F.cross_entropy(export_gated(model.eval(), {linear: spread})(x[None]), label[None])
-        expected += torch.autograd.grad(loss, gate)[0].abs() / len(examples)
-    return expected
+        gate = torch.ones(n, requires_grad=True)
+        gated = weight * gate.repeat_interleave(weight.size(1) // n)
+        output = torch.func.functional_call(model, {f"{linear}.weight": gated}, x[None])
+        loss = F.cross_entropy(output, label[None])
+        total += torch.autograd.grad(loss, gate)[0].abs()
+    return total / len(examples)
 
 
 class ExportModule(nn.Module):
     """A function with parameters of its own, as a module."""
 
-    def __init__(self, function, **modules: nn.Module):
+    def __init__(self, function, **parts):
         super().__init__()
         self.function = function
-        self.parts = nn.ModuleDict(modules)
+        self.parts = nn.ModuleDict(parts)
 
-    def forward(self, x: Tensor, y: Tensor | None = None):
+    def forward(self, x, y=None):
         return self.function(self.parts, x) if y is None else self.function(self.parts, x, y)
 
 
-def export_torch_module(name: str) -> nn.Module:
+def torchs_module(name):
     """torch's own modules as people use them, of tokens (B, T)."""
-    parts = {"embedding": nn.Embedding(50, 16), "head": nn.Linear(16, 2)}
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    parts["inner"] = {
+    inner = {
         "bag": nn.EmbeddingBag(50, 16),
         "lstm": nn.LSTM(16, 16, batch_first=True),
         "attention": nn.MultiheadAttention(16, 2, batch_first=True),
-    }.get(name) or nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+        "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        "nested": nn.TransformerEncoder(layer, 2),
+    }[name]
 
-    def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
-        if name == "bag":
-            return m.head(m.inner(tokens))
+    def forward(m, tokens):
         x = m.embedding(tokens)
+        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # of all: NaN in torch
+        if name == "bag":
+            return m.inner(tokens)
         if name == "lstm":
-            return m.head(m.inner(x)[0][:, -1])
-        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
+            return m.inner(x)[0]
         if name == "attention":
-            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            y = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
-            x = m.inner(x, src_key_padding_mask=padding)
-        if "all places" not in name:
-            x = x.masked_fill(padding[:, :, None], 0.0)
-        return m.head(x.mean(1))
+            y = m.inner(x, src_key_padding_mask=padding)
+        return y.masked_fill(padding[:, :, None], 0.0)
 
-    return ExportModule(forward, **parts)
-
-
-class ExportAttention(nn.Module):
-    """Has the convention's parts, and does something else between them."""
-
-    def __init__(self, change: str = ""):
-        super().__init__()
-        self.change = change
-        self.n_heads = 2
-        self.qkv_proj = nn.Linear(8, 24, bias=False)
-        self.out_proj = nn.Linear(8, 8).requires_grad_(False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        x = x * 1.5 if self.change == "scaled" else x
-        mask = None if self.change == "mask ignored" else mask
-        y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
-        return (y, y) if self.change == "tuple" else y
+    return ExportModule(forward, embedding=nn.Embedding(50, 16), inner=inner)
 
 
 # Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
 EXPORT_FRESH = """
 import json, sys
 import numpy as np, onnxruntime, torch
-folder, sentences = sys.argv[1], sys.argv[2:]
-def session(name):
-    return onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-metadata = session("original.int8").get_modelmeta().custom_metadata_map
-words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+folder, *sentences = sys.argv[1:]
+file = f"{folder}/original.int8.onnx"
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+words = json.loads(session.get_modelmeta().custom_metadata_map["words"])
 ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
-length = max(map(len, ids))
-tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
-names = "original", "original.int8", "original.e8", "original.static", "pruned.int8"
-answers = {name: session(name).run(None, {"tokens": tokens})[0] for name in names}
+tokens = np.array([row + [0] * (9 - len(row)) for row in ids])
+answers = session.run(None, {"tokens": tokens})
 tokens = torch.from_numpy(tokens)
 with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
-print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
+    answers += [torch.jit.load(f"{folder}/original.{way}.ts")(tokens) for way in ("trace", "script")]
+    answers += [torch.export.load(f"{folder}/original.pt2").module()(tokens)]
+print(json.dumps([logits.tolist() for logits in answers]))
 """
 
 
 class TestExport:
-    PLACES = {"encoder": "encoder.layers", "own": "layers"}
-    BOTH = pytest.mark.parametrize("which", PLACES)
-
     @pytest.fixture(scope="class")
-    def models(self) -> dict[str, nn.Module]:
-        """encoder.py's classifier and the demo's own, with random weights and dropout left on."""
+    def model(self):
+        """encoder.py's classifier, with random weights and dropout left on."""
         torch.manual_seed(1)
         sizes = {"d_model": 24, "n_heads": 3, "n_layers": 2, "d_ff": 32}
         config = encoder.EncoderConfig(50, 224, pool="mean+max", **sizes)
-        own = export.Classifier(50, max_len=224, **sizes)
-        return {"encoder": encoder.EncoderClassifier(config), "own": own}
+        return encoder.EncoderClassifier(config)
 
     @pytest.fixture(scope="class")
-    def onnx_file(self, models, tmp_path_factory) -> Path:
-        """encoder.py's classifier as ONNX."""
+    def onnx_file(self, model, tmp_path_factory):
         path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-        metadata = {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-        example = torch.randint(0, 50, (2, 9))
-        return export.export_onnx(models["encoder"], example, path, metadata=metadata)
+        metadata = {"labels": ["negative", "positive"], "note": "gut, süß"}
+        return export.export_onnx(model, token_ids(2, 9), path, metadata=metadata)
 
     # ---- formats
-
-    @EXPORT_EVERY_WAY
-    @BOTH
-    def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
-        model = models[which].train()
-        before = torch.get_rng_state()
-        path = EXPORT_FORMATS[name](model, torch.randint(0, 50, (3, 20)), tmp_path)
-        check_export(export.load_artefact(path), model)
+    @pytest.mark.parametrize("name", EXPORTS)
+    def test_exports_equal_the_model_at_other_sizes(self, model, name, tmp_path):
+        path = exported(name, model.train(), token_ids(3, 20), tmp_path)
+        check_export(path, model)
         assert all(module.training for module in model.modules())
-        torch.manual_seed(0)
-        assert torch.equal(before, torch.get_rng_state())
         assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
         """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
-        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
+        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), first empty
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
         added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
         ours, theirs = export.attention_for_onnx, F.scaled_dot_product_attention
@@ -3576,118 +3412,94 @@ class TestExport:
             y = ours(*shared, *rest, enable_gqa=True)
             check_close(y, theirs(*shared, *rest, enable_gqa=True), tolerance)
 
-    def test_export_onnx_attention_has_torchs_masks(self, tmp_path):
-        """In onnxruntime too, where a row may attend to nothing."""
-        attend = F.scaled_dot_product_attention
-        model = ExportModule(lambda _, x, mask: attend(x, x, x, mask[:, None, :]))
-        run = exported("onnx", model, (torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5), tmp_path)
-        for b, t in ((1, 1), (2, 7), (5, 3)):
-            x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
-            check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
+    def test_export_onnx_has_torchs_masks_and_two_lengths(self, tmp_path):
+        """Of a row of padding alone, too, where a query may attend to nothing."""
 
-    TORCHS = [  # what the formats make of torch's own modules
-        ("attention", "onnx", "right"),
-        ("attention", "program", "right"),
-        ("encoder", "onnx", "right"),
-        ("encoder", "trace", "right"),
-        ("encoder nested", "program", "right"),
-        ("encoder nested", "trace", "refused"),
-        ("encoder nested, all places", "program", "refused"),
-        ("lstm", "trace", "right"),
-        ("lstm", "program", "refused"),
-        ("bag", "onnx", "right"),
-        ("bag", "program", "refused"),
-    ]
+        def attend(m, x, y):
+            x, keys = m.embedding(x), m.embedding(y)
+            return F.scaled_dot_product_attention(x, keys, keys, (y > 0)[:, None])
 
-    @pytest.mark.parametrize("module,name,verdict", TORCHS)
-    def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
-        model = export_torch_module(module)
-        if verdict == "right":
-            check_export(exported(name, model, export_tokens(3, 9), tmp_path), model)
-        else:
+        model = ExportModule(attend, embedding=nn.Embedding(50, 8))
+        example = token_ids(3, 5), token_ids(3, 4)
+        run = export.load_artefact(exported("export_onnx", model, example, tmp_path))
+        for b, q, k in ((1, 1, 1), (2, 7, 3), (5, 3, 9)):
+            x, y = token_ids(b, q), token_ids(b, k)
+            check_close(run(x, y), model(x, y).detach(), 1e-6, f"{b}, {q} x {k}")
+
+    @pytest.mark.parametrize("module,right,refused", [
+        ("attention", "export_program", None),
+        ("encoder", "export_onnx", None),
+        ("nested", "export_program", "export_torchscript"),
+        ("lstm", "export_torchscript", "export_program"),
+        ("bag", "export_onnx", "export_program"),
+    ])  # fmt: skip
+    def test_exports_of_torchs_modules(self, module, right, refused, tmp_path):
+        model, example = torchs_module(module), token_ids(3, 9)
+        if refused:
             with pytest.raises(ValueError, match="ExportModule"):
-                EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
-            assert not list(tmp_path.iterdir())
+                exported(refused, model, example, tmp_path)
+        assert not list(tmp_path.iterdir())
+        check_export(exported(right, model, example, tmp_path), model)
 
     def test_export_onnx_is_one_file_that_says_what_it_is(self, onnx_file):
         import onnx
         import onnxruntime
 
-        assert [p.name for p in onnx_file.parent.iterdir()] == ["model.onnx"]
+        assert os.listdir(onnx_file.parent) == ["model.onnx"]
         session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        read = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in read.items()}
-        assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["labels"]) == ["negative", "positive"]
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
-
-    def test_exports_take_two_lengths(self, tmp_path):
-        model = transformer_tiny(n_layers=1).float()
-        example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-        run = exported("onnx", model, example, tmp_path)
-        for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src = torch.randint(3, 11, (batch, source))
-            tgt = torch.randint(3, 11, (batch, target))
-            src[0, source // 2 + 1 :] = 0
-            check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
 
     def test_exports_take_dynamic_shapes(self, tmp_path):
         model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
         batch = torch.export.Dim("n", min=2, max=9)
         shapes = {"x": {0: batch}, "y": {0: batch}}
         example, other = (torch.randn(3, 6), torch.randn(3)), (torch.randn(9, 6), torch.randn(9))
-        for write, suffix in ((export.export_onnx, "onnx"), (export.export_program, "pt2")):
-            run = export.load_artefact(write(model, example, tmp_path / f"a.{suffix}", shapes))
+        for write, file in ((export.export_onnx, "a.onnx"), (export.export_program, "a.pt2")):
+            run = export.load_artefact(write(model, example, tmp_path / file, shapes))
             check_close(run(*other), model(*other), 1e-6)
         with pytest.raises(Exception, match="9"):
             run(torch.ones(10, 6), torch.ones(10))
 
     def test_free_sizes_are_the_batch_and_lengths(self):
-        ids = torch.zeros(3, 5, dtype=torch.long)
-        images = torch.zeros(3, 2, 2, dtype=torch.long)
+        ids, batch = torch.zeros(3, 5).long(), {0: "batch"}
         assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
         for other, free in (
-            (ids[:, :4] > 0, {0: "batch", 1: "length_1"}),
-            (torch.zeros(3), {0: "batch"}),
+            (ids[:, :4] > 0, batch | {1: "length_1"}),
+            (torch.zeros(3, 5, 6), batch | {1: "length_1"}),
+            (torch.zeros(3, 6), batch),
+            (torch.zeros(3), batch),
+            (torch.zeros(3, 2, 2).long(), batch),
             (torch.zeros(7), {}),
             (torch.zeros(1, 5), {}),
-            (torch.zeros(3, 6), {0: "batch"}),
-            (images, {0: "batch"}),
-            (torch.zeros(3, 5, 6), {0: "batch", 1: "length_1"}),
         ):
-            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free), other.shape
+            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free)
 
-    @pytest.mark.parametrize("name", ["trace", "onnx"])
+    @pytest.mark.parametrize("name", ["export_torchscript", "export_onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
         """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
-            total, positive = exported(name, several, inputs, tmp_path)(torch.ones(7, 3), inputs[1])
+            run = export.load_artefact(exported(name, several, inputs, tmp_path))
+            total, positive = run(torch.ones(7, 3), inputs[1])
             assert torch.equal(total, 1 + inputs[1].expand(7, 3)) and positive.all()
         large = nn.Linear(512, 300)
         nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        check_close(exported(name, large, x[:2], tmp_path)(x), large(x).detach(), 1e-5)
-
-    def test_a_trace_freezes_a_branch(self, tmp_path):
-        x = torch.tensor([[3.0, -1.0]])
-        assert export.Gate()(x).tolist() == [[6.0, -2.0]]
-        assert exported("trace", export.Gate(), x, tmp_path)(-x).tolist() == [[-6.0, 2.0]]
-        assert exported("script", export.Gate(), x, tmp_path)(-x).tolist() == [[3.0, -1.0]]
-        for name in ("program", "onnx"):
-            with pytest.raises(ValueError, match="torch.export can't capture Gate"):
-                EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
+        run = export.load_artefact(exported(name, large, x[:2], tmp_path))
+        check_close(run(x), large(x).detach(), 1e-5)
 
     # ---- refusals
-
-    @EXPORT_EVERY_WAY
+    @pytest.mark.parametrize("name", EXPORTS)
     def test_exports_refuse_by_name_and_write_nothing(self, name, tmp_path):
         """What isn't a tensor, changes with each call, or was frozen at a size of the example."""
-        path = EXPORT_FORMATS[name](nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
+        path = exported(name, nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
         path.write_bytes(b"an earlier artefact")
         for function in (
             lambda _, x: x if float(x.sum()) > 0 else "no tensor",
@@ -3696,116 +3508,100 @@ class TestExport:
             lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
         ):
             with pytest.raises(ValueError, match="ExportModule") as raised:
-                EXPORT_FORMATS[name](ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
+                exported(name, ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
             assert "\n" not in str(raised.value)
-            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"an earlier artefact"
+            assert list(tmp_path.iterdir()) == [path]
+            assert path.read_bytes() == b"an earlier artefact"
 
-    def test_exports_refuse_bad_arguments(self, tmp_path):
-        linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        path, missing = tmp_path / "m", tmp_path / "nowhere.onnx"
+    def test_exports_and_quantization_refuse(self, onnx_file, tmp_path):
+        linear, x, path = nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m"
+        static = functools.partial(export.quantize_static, onnx_file, path)
         for words, function, *arguments in (
-            ("method.*trace.*script.*compile", export.export_torchscript, linear, x, path, "compile"),
+            ("method.*compile", export.export_torchscript, linear, x, path, "compile"),
             ("must be tensors.*'Tensor', 'int'", export.export_program, linear, (x, 3), path),
             ("Linear refuses.*shapes", export.export_program, linear, x[:, :2], path),
             ("can't capture Linear.*specialized", export.export_onnx, linear, x[:1], path),
-            ("nowhere", export.quantize_dynamic, missing, path),
-            ("onnx, .pt2 or .ts, got model.pth", export.load_artefact, "model.pth"),
+            ("got model.pth", export.load_artefact, "model.pth"),
+            ("nowhere", export.quantize_dynamic, tmp_path / "nowhere", path),
+            ("can't quantize .*model.onnx", static, []),
+            ("can't quantize .*model.onnx", static, [{"ids": x.long()}]),
+            ("can't quantize .*model.onnx", static, [{"tokens": x}]),
         ):
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
-        with pytest.raises(TypeError, match="JSON"):
-            export.export_onnx(linear, x, path, metadata={"labels": {1, 2}})
-        with pytest.raises(FileNotFoundError):
-            export.load_artefact(missing)
-        for write in (export.export_torchscript, export.export_program, export.export_onnx):
-            with pytest.raises(OSError, match="nowhere"):
-                write(linear, x, tmp_path / "nowhere/m")
         assert not list(tmp_path.iterdir())
+        for name in ("a.onnx", "a.pt2", "a.ts"):
+            for content in (b"", b"PK\x03\x04 and no more"):
+                (tmp_path / name).write_bytes(content)
+                with pytest.raises(ValueError, match=f"{name} is damaged"):
+                    export.load_artefact(tmp_path / name)
+        with pytest.raises(ValueError, match="can't quantize .*a.onnx"):
+            export.quantize_dynamic(tmp_path / "a.onnx", path)
 
-    def test_load_artefact_refuses_what_is_damaged(self, tmp_path):
-        for suffix in (".onnx", ".pt2", ".ts"):
-            for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-                path = tmp_path / f"a{suffix}"
-                path.write_bytes(content)
-                with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-                    export.load_artefact(path)
+    def test_load_artefact_changes_nothing_in_the_process(self, model, onnx_file, tmp_path):
+        """From four threads at once; and runs as the model does."""
+        example, log = token_ids(3, 20), logging.getLogger()
+        paths = [exported(name, model, example, tmp_path) for name in list(EXPORTS)[1:3]]
 
-    def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, beside an export: modes, stderr and logging stay."""
-        model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
-        paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
-        root = logging.getLogger()
-
-        def state() -> tuple:
-            logs = root.manager.disable, root.level, root.handlers[:]
-            return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
+        def state():
+            logs = [log.manager.disable, log.level, log.handlers[:], warnings.filters[:]]
+            return [sys.stderr, sys.stdout, torch.get_num_threads(), *logs]
 
         before = state()
-        with ThreadPoolExecutor(5) as pool:
-            writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
-            loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
-            while not writing.done():
-                assert all(module.training for module in model.modules())
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(export.load_artefact, [onnx_file, *paths] * 4))
         assert state() == before
-        expected = copy.deepcopy(model).eval()(example).detach()
         for run in loaded:
-            check_close(run(example).detach(), expected, 1e-5)
+            check_close(run(example).detach(), model.eval()(example).detach(), 1e-5)
         with pytest.raises(ValueError):
-            loaded[2](example, example)
-
-    def test_onnxruntime_writes_nothing_at_home(self, onnx_file, tmp_path):
-        code = f"import export, torch; export.load_artefact({str(onnx_file)!r})(torch.ones(2, 3).long())"
-        env = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        env.pop("ORT_DISABLE_TELEMETRY", None)
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=120)
-        assert not list(tmp_path.iterdir())
+            loaded[0](example, example)
 
     # ---- int8
-
     def test_int8_product_is_off_by_the_rounding(self):
         x, weight = torch.randn(50, 64), torch.randn(20, 64)
         weight[0] *= 100
-        exact = x.double() @ weight.double().T
-        errors = {}
+        exact, errors = x @ weight.T, []
         for bits, per_channel in ((8, True), (7, True), (8, False)):
-            y = export.int8_product(x, weight, bits, per_channel)
-            errors[bits, per_channel] = (y - exact)[:, 1:].norm() / exact[:, 1:].norm()
-        assert errors[8, True] < 0.015 and errors[8, True] < errors[7, True] < 0.03
-        assert errors[8, False] > 10 * errors[8, True]  # small rows drown beside a large one
+            difference = export.int8_product(x, weight, bits, per_channel) - exact
+            errors.append(difference[:, 1:].norm() / exact[:, 1:].norm())
+        assert errors[0] < 0.015 and errors[0] < errors[1] < 0.03
+        assert errors[2] > 10 * errors[0]  # small rows drown beside a large one
         integers = torch.randint(-127, 128, (9, 30)).float()
         integers[:, 0] = 127  # so that the unit of every row is 1
         check_close(export.int8_product(integers, integers), integers @ integers.T, 1e-6)
 
     @pytest.mark.parametrize("bits", [7, 8])
-    def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_quantize_dynamic_and_static_round_as_by_hand(self, model, onnx_file, kind, bits, tmp_path):
         """A scale a column, 7 bits unless asked; attention and metadata stay."""
+        given = [onnx_file, tmp_path / "m.onnx"]
+        if kind == "static":
+            sizes = ((99, 1), (99, 5), (33, 64), (9, 224))
+            given.append([{"tokens": token_ids(*size)} for size in sizes])
         wide = {} if bits == 7 else {"reduce_range": False}
-        path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
-        kinds, weights = export_graph(path)
-        matrices = int8_matrices(path)
-        linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
-        unmatched = [m.weight.detach().T.numpy() for m in linears]
-        assert sorted(w.shape for w in matrices.values()) == sorted(w.shape for w in unmatched)
-        for name, w in matrices.items():
+        path = getattr(export, f"quantize_{kind}")(*given, **wide)
+        kinds, weights, int8 = read_onnx(path)
+        linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        assert len(int8) == len(linears) and kinds["MatMul"] >= 4  # attention stays
+        for name, w in int8.items():
             scale = weights[name.removesuffix("_quantized") + "_scale"]
+            w = w if len(scale) == w.shape[1] else w.T  # Gemm's
             assert scale.shape == (w.shape[1],), name
-            errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
+            originals = [m.detach().T.numpy() for m in linears]
+            errors = [np.abs(w * scale - m).max() for m in originals if m.shape == w.shape]
             assert min(errors) <= 0.51 * scale.max(), name  # half a unit
-            assert 2 * 255 * np.abs(w).max() <= 32767 or bits == 8, "saturates without VNNI"
-        assert max(np.abs(w).max() for w in matrices.values()) > 2 ** (bits - 1) - 3
-        assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
-        run = export.load_artefact(path)
-        assert json.loads(run.metadata["note"]) == "gut, süß"
-        check_export(run, models["encoder"], tolerance=0.05)
+        largest = max(np.abs(w).max() for w in int8.values())
+        assert 2 ** (bits - 1) - 3 < largest <= 2 ** (bits - 1) - 1 + (bits == 7)
+        assert json.loads(export.load_artefact(path).metadata["note"]) == "gut, süß"
+        check_export(path, model, tolerance=0.05 if kind == "dynamic" else 0.15)
 
     def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
         model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
-        fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
+        fp32 = export.export_onnx(model, torch.zeros(2, 3).long(), tmp_path / "m.onnx")
+        path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=True)
         tokens = torch.arange(5000).view(1, -1)
-        for embeddings, n_bytes in ((False, 4), (True, 1)):
-            path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
-            check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
-            assert n_bytes < path.stat().st_size / (5000 * 64) < n_bytes + 0.1
+        check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
+        assert path.stat().st_size < 0.3 * fp32.stat().st_size
 
     def test_quantize_static_learns_its_ranges(self, tmp_path):
         """The range of an activation is the calibration's: what lies beyond it is clipped."""
@@ -3820,161 +3616,122 @@ class TestExport:
         assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization follows:
         dynamic = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
         check_close(dynamic(beyond), model(beyond).detach(), 0.05)
-        kinds, weights = export_graph(path)
-        assert kinds["QuantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
-        assert points == {"uint8"}  # activations
-        wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        for file, largest in ((path, (62, 63, 64)), (wide, (127,))):
-            assert max(np.abs(w).max() for w in int8_matrices(file).values()) in largest
-
-    def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
-        feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
-        path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
-        linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
-        assert len(int8_matrices(path)) == linears
-
-    def test_quantization_refuses(self, onnx_file, tmp_path):
-        ids = torch.ones(2, 5, dtype=torch.long)
-        for calibration in ([], [{"ids": ids}], [{"tokens": ids.float()}]):
-            with pytest.raises(ValueError, match="can't quantize .*model.onnx"):
-                export.quantize_static(onnx_file, tmp_path / "m.onnx", calibration)
-        (tmp_path / "garbage").write_bytes(b"no graph at all" * 9)
-        with pytest.raises(ValueError, match="can't quantize .*garbage"):
-            export.quantize_dynamic(tmp_path / "garbage", tmp_path / "m.onnx")
-        assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
 
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
         model = nn.Linear(2, 2)
-        for name, has in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True), ("bf16", True)):
+        for name in ("avx512_bf16", "amx_bf16", "bf16", "avx2"):
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
-            assert export.has_bf16() == has, name
-            with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
+            if name != "avx2":
                 assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
-            assert model.weight.dtype == torch.float32
+        with pytest.raises(ValueError, match="no bf16"):
+            export.to_bfloat16(model)
+        assert model.weight.dtype == torch.float32
 
     # ---- pruning
-
     def test_prune_unstructured_zeroes_the_smallest(self):
         """Of Linear and Conv weights, ranked over all layers; in a copy."""
         model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
         nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
-        old = torch.cat([model[i].weight.flatten() for i in (1, 2)]).clone()
+        before = copy.deepcopy(model.state_dict())
+        ranked = torch.cat([model[i].weight.flatten() for i in (1, 2)]).abs().sort().values
         for amount in (0, 0.25, 0.5, 1):
             pruned = export.prune_unstructured(model, amount)
-            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 2)])
-            threshold = old.abs().sort().values[: round(amount * 300)].max() if amount else 0
-            assert torch.equal(weights, old * (old.abs() > threshold)), amount
-            assert pruned.state_dict().keys() == model.state_dict().keys()
-            assert torch.equal(pruned[0].weight, model[0].weight)
-            assert not pruned[1].weight.requires_grad and pruned[2].weight.requires_grad
-        assert torch.equal(torch.cat([model[i].weight.flatten() for i in (1, 2)]), old)
-        for amount in (-0.1, 1.5):
-            with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
-                export.prune_unstructured(model, amount)
-        with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
-            export.prune_unstructured(nn.GELU(), 0.5)
+            threshold = ranked[round(amount * 300) - 1] if amount else 0
+            assert pruned.state_dict().keys() == before.keys()
+            for name, weight in pruned.state_dict().items():
+                stays = before[name].abs() > threshold if name in ("1.weight", "2.weight") else 1
+                assert torch.equal(weight, before[name] * stays), (amount, name)
+            assert [layer.weight.requires_grad for layer in pruned] == [True, False, True]
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
-    @BOTH
+    @pytest.mark.parametrize("keep", [2, 3])
     @pytest.mark.parametrize("prune", ["prune_heads", "prune_neurons"])
-    @pytest.mark.parametrize("keep", [1, 2, 3])
-    def test_pruned_models_equal_masked_ones(self, models, which, prune, keep):
-        model = models[which].eval()
-        module, writer, reader, width, n = "ffn", "0", "2", 1, 32
+    def test_pruned_models_equal_masked_ones(self, model, prune, keep):
+        reader, width, n, smaller_by = "ffn.2", 1, 32, 24 + 1 + 24
         if prune == "prune_heads":
-            module, writer, reader, width, n = "self_attention", "qkv_proj", "out_proj", 8, 3
-        scores = {f"{self.PLACES[which]}.{i}.{module}": torch.rand(n) for i in range(2)}
-        smaller = getattr(export, prune)(model, scores, keep)
-        gates = {}
-        for name, score in scores.items():
-            gate = (score >= score.sort().values[-keep]).float()
-            gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
-        tokens = export_tokens(5, 40)
-        masked = export_gated(model, gates)(tokens)
-        check_close(smaller(tokens), masked, 1e-6)
-        assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
-        for name in scores:
-            last = smaller.get_submodule(f"{name}.{reader}")
-            assert last.weight.shape == (24, width * keep) == (last.out_features, last.in_features)
-            first = smaller.get_submodule(f"{name}.{writer}")
-            rows = width * keep * (3 if prune == "prune_heads" else 1)
-            assert first.weight.shape == (rows, 24) == (first.out_features, first.in_features)
-            assert model.get_submodule(f"{name}.{reader}").in_features == width * n, "left whole"
-        for start in (model, smaller):
+            reader, width, n, smaller_by = "self_attention.out_proj", 8, 3, 8 * (3 * 25 + 24)
+        scores, masked, tokens = {}, copy.deepcopy(model).eval(), token_ids(5, 40)
+        for layer in ("encoder.layers.0", "encoder.layers.1"):
+            score = scores[f"{layer}.{reader.split('.')[0]}"] = torch.rand(n)
+            mask = score >= score.sort().values[-keep]
+            masked.get_submodule(f"{layer}.{reader}").weight.data *= mask.repeat_interleave(width)
+        smaller = getattr(export, prune)(model.eval(), scores, keep)
+        check_close(smaller(tokens), masked(tokens), 1e-6)
+        assert keep == n or (masked(tokens) - model(tokens)).abs().max() > 1e-4
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, smaller)]
+        assert sizes[0] - sizes[1] == 2 * (n - keep) * smaller_by
+        for start in (model, smaller):  # the model was left whole
             again = export.load_pruned(start, smaller.state_dict())
             assert torch.equal(again(tokens), smaller(tokens)) and not again.training
 
-    @BOTH
-    def test_head_importance_is_the_derivative_by_a_gate(self, models, which):
-        model = models[which].train()
-        batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-        found = export.head_importance(model, iter(batches))
-        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    def test_head_importance_is_the_derivative_by_a_gate(self, model):
+        batches = []
+        for b, t in ((4, 9), (3, 6)):
+            batches.append(((token_ids(b, t),), torch.randint(0, 2, (b,))))
+        found = export.head_importance(model.train(), iter(batches))
+        assert all(m.training and not m._forward_pre_hooks for m in model.modules())
         assert all(p.grad is None for p in model.parameters())
         examples = [pair for (x,), y in batches for pair in zip(x, y, strict=True)]
-        for i in range(2):
-            name = f"{self.PLACES[which]}.{i}.self_attention"
-            check_close(found[name], export_derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
+        for name in ("encoder.layers.0.self_attention", "encoder.layers.1.self_attention"):
+            check_close(found[name], derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
         assert not torch.allclose(squared[name], found[name])
 
     @torch.no_grad()
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_neuron_importance_of_a_net_that_is_called_twice(self, frozen):
+    def test_neuron_importance_of_a_net_that_is_called_twice(self):
         """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
-
-        def net() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
-
-        parts = {"net": net(), "unused": net(), "head": nn.Linear(6, 2)}
+        net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
+        parts = {"net": net, "unused": copy.deepcopy(net), "head": nn.Linear(6, 2)}
         model = ExportModule(lambda m, x: m.head(m.net(x + m.net(x))), **parts)
-        model.requires_grad_(not frozen)
+        model.requires_grad_(False)
         x, y = torch.randn(10, 6), torch.randint(2, (10,))
         found = export.neuron_importance(model, list(zip(x.split(5), y.split(5), strict=True)))
-        expected = export_derivative(model, "parts.net.3", 8, list(zip(x, y, strict=True)))
-        check_close(found["parts.net"], expected, 1e-6)
+        examples = list(zip(x, y, strict=True))
+        check_close(found["parts.net"], derivative(model, "parts.net.3", 8, examples), 1e-6)
         assert not found["parts.unused"].any()
         pruned = export.prune_neurons(model, found, keep=3)
         assert pruned.parts.net[0].out_features == 3 and pruned(x).shape == (10, 2)
-        assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
+        assert not any(p.requires_grad for p in pruned.parameters())  # stays frozen
 
-    def test_pruning_refuses_what_it_does_not_know(self, models):
-        model = models["own"]
-        heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
-        neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
-        for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
-            for keep in (0, n + 1):
-                with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
-                    prune(model, scores, keep)
-            for wrong in ({}, {name: torch.ones(5) for name in scores}):
-                with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
-                    prune(model, wrong, 2)
-        for importance in (export.head_importance, export.neuron_importance):
-            with pytest.raises(ValueError, match="GELU"):
-                importance(nn.GELU(), [])
-        with pytest.raises(ValueError, match="batches must hold at least one"):
-            export.head_importance(model, [])
-
-    def test_load_pruned_refuses_other_state_dicts(self, models):
-        model = models["own"]
+    def test_pruning_refuses(self, model):
+        """Attention that isn't plain, too, or that stands in two places."""
+        gelu, layers = nn.GELU(), ("encoder.layers.0", "encoder.layers.1")
+        linears = nn.Linear(8, 24, bias=False), nn.Linear(8, 8).requires_grad_(False)
+        plain, two = export.SelfAttention(*linears, 2), {"0": torch.ones(2)}
+        rows = [
+            ("amount must be in 0 .. 1, got -0.1", export.prune_unstructured, model, -0.1),
+            ("amount must be in 0 .. 1, got 1.5", export.prune_unstructured, model, 1.5),
+            ("GELU has no Linear or Conv", export.prune_unstructured, gelu, 0.5),
+            ("GELU", export.head_importance, gelu, []),
+            ("GELU", export.neuron_importance, gelu, []),
+            ("batches must hold at least one", export.head_importance, model, []),
+            ("two places", export.prune_heads, nn.Sequential(plain, plain), two, 1),
+        ]
+        for change in (
+            lambda x, mask: plain(1.5 * x, mask),
+            lambda x, mask: plain(x),
+            lambda x, mask: [plain(x, mask)],
+        ):
+            changed = nn.Sequential(copy.deepcopy(plain))
+            changed[0].forward = change
+            rows.append(("is not plain softmax", export.prune_heads, changed, two, 1))
         state = model.state_dict()
-        wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
+        wide = state | {"encoder.layers.1.ffn.0.weight": torch.ones(99, 24)}
         less = {name: p for name, p in state.items() if "out_proj" not in name}
         for wrong in (wide, less, {}):
-            with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
-                export.load_pruned(model, wrong)
-
-    def test_prune_heads_takes_plain_attention_alone(self):
-        scores = {"0": torch.ones(2)}
-        for change in ("scaled", "mask ignored", "tuple"):
-            with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportAttention(change)), scores, 1)
-        plain = ExportAttention()
-        with pytest.raises(ValueError, match="stands in two places"):
-            export.prune_heads(nn.Sequential(plain, plain), scores, 1)
-        (smaller,) = export.prune_heads(nn.Sequential(plain), scores, 1)
+            rows.append(("of a pruned EncoderClassifier", export.load_pruned, model, wrong))
+        for prune, part, n in (("heads", "self_attention", 3), ("neurons", "ffn", 32)):
+            prune = getattr(export, f"prune_{prune}")
+            scores = {f"{layer}.{part}": torch.ones(n) for layer in layers}
+            for keep in (0, n + 1):
+                rows.append((rf"layers.0.*1 .. {n}.*{keep}", prune, model, scores, keep))
+            for wrong in ({}, dict.fromkeys(scores, torch.ones(5))):
+                rows.append((f"of {n} scores, got 2, [05]$", prune, model, wrong, 2))
+        for words, function, *arguments in rows:
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
+        (smaller,) = export.prune_heads(nn.Sequential(plain), two, 1)
         assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
         assert smaller.training and smaller.qkv_proj.bias is None
 
@@ -3987,24 +3744,21 @@ class TestExport:
             (0, first, nn.Softmax(-1), last),
             (0, first, nn.ReLU(), nn.Dropout()),
             (0, nn.Dropout(), nn.ReLU(), last),
-            (0, first, nn.LayerNorm(6), last),
             (0, first, last),
         ):
             assert len(export.feed_forwards(nn.Sequential(*net))) == n, net
         net = nn.Sequential(first, nn.ReLU(), last)
-        smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
-        x = torch.randn(5, 4)
+        smaller, x = export.prune_neurons(net, {"": torch.arange(6.0)}, 2), torch.randn(5, 4)
         assert torch.equal(export.load_pruned(net, smaller.state_dict())(x), smaller(x))
 
     # ---- the evidence
-
     def test_benchmark_alternates_and_counts(self, monkeypatch):
         """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
-        def model(name: str, later: float):
-            def run(x: Tensor) -> None:
+        def model(name, later):
+            def run(x):
                 calls.append(name)
                 mine = calls.count(name)
                 now[0] += 9.0 if mine <= 3 or mine % 3 == 1 else later * len(x)
@@ -4032,18 +3786,16 @@ class TestExport:
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
         nn.init.zeros_(fast[1].weight)
         nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
-        labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
+        dev = [((x,), torch.ones(64).long())]  # which would make it the most accurate
         cases = {"first": [(x,)], "other": [(x[:1],)]}
         models = {"it": slow, "fast": fast}
-        out = tmp_path / "a/b"
-        report = export.export_all(models, x, [((x,), labels)], cases, [], out, seconds=0.01)
+        report = export.export_all(models, x, dev, cases, [], tmp_path / "a/b", seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        refused = report["refused"]
-        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(refused)
-        assert "capture Sequential" in refused["fast, ONNX"]
-        assert "ONNX int8, static" in refused  # without calibration
+        refused = set(report["refused"])
+        assert {"fast, torch.export", "fast, ONNX int8, dynamic", "ONNX int8, static"} <= refused
+        assert "capture Sequential" in report["refused"]["fast, ONNX"]
         for row in rows.values():
-            assert row["size_bytes"] == (out / row["file"]).stat().st_size
+            assert row["size_bytes"] == (tmp_path / "a/b" / row["file"]).stat().st_size
             assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
             assert row["p50_ms"] == row["latency"]["first"]["p50_ms"]
         agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
@@ -4052,30 +3804,23 @@ class TestExport:
         assert disagreeing["accuracy"] == 1 > rows["eager"]["accuracy"]
         assert disagreeing not in agreeing and rows["ONNX"] in agreeing
         assert slow.training and report["case"] == "first"
-        assert report["threads"] == torch.get_num_threads()
 
     # ---- the demo
-
-    @pytest.fixture(scope="class")
-    def demo(self, tmp_path_factory):
-        """A run of the demo in an empty folder, without a compiler and without a network."""
-        folder = tmp_path_factory.mktemp("export")
-        nowhere = "http://127.0.0.1:9"
-        without = {"PATH": str(folder), "http_proxy": nowhere, "https_proxy": nowhere}
-        arguments = "--seconds", "0.002", "--out", "run"
-        result = run_script("export.py", *arguments, cwd=folder, timeout=600, **without)
-        return folder / "run", result
-
-    def test_demo_reports_all_formats(self, demo):
-        out, result = demo
+    def test_demo_reports_all_formats_and_its_files_travel(self, tmp_path):
+        """In an empty folder, without a compiler and a network; then in a process of their own."""
+        without = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        without |= {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        arguments = ["export.py", "--seconds", "0.002", "--out", "run"]
+        result = run_script(*arguments, cwd=tmp_path, timeout=600, **without)
+        out = tmp_path / "run"
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
         assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
         formats = export.formats(nn.Identity(), None, None, "")
         expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
-        assert set(rows) | set(report["refused"]) == expected
-        assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
+        bf16 = {name for name in expected if "bf16" in name and not export.has_bf16()}
+        assert set(report["refused"]) == bf16 and set(rows) == expected - bf16
         for name, row in rows.items():
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
@@ -4087,34 +3832,26 @@ class TestExport:
         assert max(sizes["pruned, ONNX"], sizes["ONNX int8, dynamic"]) < 0.6 * sizes["ONNX"]
         assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
         assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
-        assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
+        assert not [p for p in out.iterdir() if p.suffix in (".part", ".data")]
         found = list(report["control_flow"].values())
         assert found == ["wrong, silently", "right", "refused"]  # trace, script, torch.export
-        whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
-        assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
+        assert not list(tmp_path.rglob("*onnxruntime*"))  # no telemetry
 
-    def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone, too."""
-        sentences = {
-            "the plot was superb": "positive",
-            "the plot was not superb": "negative",
-            "the script was dull but the music was not awful": "positive",
-            "the music was gripping but the cast was lifeless": "negative",
-        }
-        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(demo[0]), *sentences]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        answers = last_json(result)
-        weights = torch.load(demo[0] / "weights.pt", weights_only=True)
+        sentences = [
+            ("the plot was superb", 1),
+            ("the plot was not superb", 0),
+            ("the script was dull but the music was warm", 1),
+            ("the music was fresh but the cast was dull", 0),
+        ]
+        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(out)]
+        command += [text for text, _ in sentences]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         model = export.Classifier(len(export.WORDS)).eval()
-        model.load_state_dict(weights)
-        reference = torch.tensor(answers["trace"][0])
-        check_close(reference[-1], model(torch.zeros(1, 3, dtype=torch.long))[0].detach(), 1e-5)
-        assert len(answers) == 8
-        for name, (logits, labels) in answers.items():
-            assert labels[:-1] == list(sentences.values()), name
-            if "pruned" not in name:
-                tolerance = 0.3 if "." in name else 1e-5
-                check_close(torch.tensor(logits), reference, tolerance, name)
+        model.load_state_dict(torch.load(out / "weights.pt", weights_only=True))
+        ((inputs, labels),) = export.encode(sentences)
+        for tolerance, logits in zip((0.3, 1e-5, 1e-5, 1e-5), last_json(result), strict=True):
+            check_close(torch.tensor(logits), model(*inputs).detach(), tolerance)
+            assert torch.equal(torch.tensor(logits).argmax(1), labels)
 
 
 # -----------------------------------------------------------------------------
@@ -5487,7 +5224,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ),
     ],
     "export.py": [
-        ("if sum(m is child for child in places) > 1:", "if False:", "plain_attention"),
+        ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
         ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
         ("copy.deepcopy(model).eval()\n    with torch.no", "model.eval()\n    with torch.no", "equal_the"),
         ("(model).eval()\n    with torch.no", "(model)\n    with torch.no", "equal_the_model"),
@@ -5499,8 +5236,8 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("if name not in gates:", "if True:", "called_twice"),
         ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
         ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "refuse_by_name"),
-        ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
-        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
+        ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "round_as_by_hand"),
+        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "round_as_by_hand"),
         ("with LOADING:", "if True:", "changes_nothing"),
         (".view(3, H, -1)[:, kept]", ".view(3, H, -1)[:, : len(kept)]", "pruned_models"),
         ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "pruned_models"),
@@ -5508,7 +5245,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("draw.sample(list(runners), len(runners))", "list(runners)", "benchmark"),
         ("while rounds < 6 or", "while rounds < 2 or", "benchmark"),
         ('[row for row in rows if row["agreement"] >= min_agreement]', "rows", "recommends"),
-        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "at_home"),
+        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "demo"),
     ],
 }
 
