@@ -373,7 +373,7 @@ class Settings:
     seed: int = 0  # same seed and threads, same weights
     device: str = "auto"  # auto (cuda, then cpu), cuda, cpu or mps
     amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware has it
-    vocab_size: int = 600  # at most: 3 special tokens, 256 bytes, learned merges
+    vocab_size: int = 600  # at most: 3 special, 256 bytes, merges
     max_len: int = 32  # tokens of a sentence, with EOS
     d_model: int = 64  # width
     n_heads: int = 4  # divides d_model
@@ -383,15 +383,15 @@ class Settings:
     norm_first: bool = True  # pre-norm: a short warm-up is enough
     tied: bool = True  # one matrix for both embeddings and the output
     epochs: int = 5  # passes over the data
-    batch_tokens: int = 1024  # of the longer side, with padding, at most
+    batch_tokens: int = 1024  # of the longer side, padded, at most
     warmup: int = 100  # steps of rising learning rate
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
     weight_decay: float = 0.01  # of matrices
     clip: float = 1.0  # gradients are scaled down to this norm
     average: int = 2  # final weights: mean of the last epochs' ends (section 6.1)
-    save_every: int = 100  # steps between checkpoints
-    beam_size: int = 4  # hypotheses that beam search keeps
+    save_every: int = 100  # steps between checkpoints; 0: epochs alone
+    beam_size: int = 4  # hypotheses kept
     length_penalty: float = 0.6  # exponent of Wu et al., eq. 14; 0: none
 
 
@@ -705,7 +705,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
             if not math.isfinite(held_out):
                 raise FloatingPointError(f"the loss on the dev set is {held_out}")
             state["history"].append({"epoch": epoch + 1, "loss": loss.item(), "dev_loss": held_out})
-        if i == n_batches - 1 or (step + 1) % s.save_every == 0:
+        if i == n_batches - 1 or s.save_every and (step + 1) % s.save_every == 0:
             state |= {"step": step + 1, "average": average}
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(Path(s.out, "checkpoint.pt"), state)
