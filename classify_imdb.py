@@ -27,6 +27,7 @@ import csv
 import gzip
 import hashlib
 import html
+import http.client
 import io
 import json
 import logging
@@ -655,7 +656,7 @@ def find_imdb() -> Path:
                 with open(part, "ab" if response.status == 206 else "wb") as file:
                     with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
                         shutil.copyfileobj(response, rest)
-        except OSError as error:  # no network, no such file, broken off
+        except (OSError, http.client.HTTPException) as error:  # no network, no file, broken off
             problem = error
     have = part.stat().st_size
     if have < IMDB_SIZE:
@@ -732,8 +733,9 @@ def read_utf8(path: Path) -> str:
 
 
 def hold_out(reviews: list[Review], seed: int) -> tuple[list[Review], list[Review]]:
-    """(the rest, a tenth drawn at random)."""
-    held = set(random.Random(seed).sample(reviews, len(reviews) // 10))
+    """(the rest, a tenth of each class drawn at random)."""
+    drawn = random.Random(seed).sample(reviews, len(reviews))
+    held = set(sorted(drawn, key=lambda r: r.label)[5::10])
     return [r for r in reviews if r not in held], [r for r in reviews if r in held]
 
 
@@ -903,7 +905,7 @@ def predict(s: Settings) -> None:
     path = Path(s.out, "model.onnx")
     if not path.exists():
         raise ValueError(f"--predict: there is no {path} yet; train a model first")
-    run = export.onnx_runner(path.read_bytes())
+    run = export.load_artefact(path)  # ValueError if it is damaged
     names, max_len, tokens = (json.loads(run.metadata[key]) for key in ("labels", "max_len", "tokens"))
     tokenizer = Tokenizer([token.encode("latin-1") for token in tokens])
     lines = [s.predict]

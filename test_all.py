@@ -2745,7 +2745,7 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
             with pytest.raises(ValueError, match=name):
                 module.check_settings(module.Settings(**{name: least - 1}), alone)
         module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
-        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}):
+        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}, {"d_model": 30}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 module.check_settings(module.Settings(**wrong), two)
 
@@ -4158,7 +4158,7 @@ class TestClassifyImdb:
         assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
         found = [(corpus.labels[r.label], r.text) for r in corpus.train + corpus.test]
         assert sorted(found) == sorted(rows) and len(corpus.test) == 10
-        assert 0 < sum(r.label for r in corpus.test) < 10
+        assert sum(r.label for r in corpus.test) == 5  # a tenth of each class
         train, dev = imdb.split_dev(corpus)
         assert sorted(train + dev) == sorted(corpus.train) and len(dev) == 9
         with pytest.raises(ValueError, match="no unlabelled"):
@@ -4347,7 +4347,9 @@ class TestClassifyImdb:
         (explained,) = predict(text, "--explain")
         effects = [abs(effect) for _, effect in explained["explain"]]
         assert len(effects) == 4 and effects == sorted(effects, reverse=True)
-        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "a text")):
+        Path("broken").mkdir()
+        Path("broken/model.onnx").write_bytes(Path(out, "model.onnx").read_bytes()[:-999])
+        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "x"), ("broken", "x")):
             assert imdb.main(["--out", place, "--predict", what]) == 2
             assert capsys.readouterr().err.count("\n") == 1
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
