@@ -2741,7 +2741,7 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
         zeros = "lr warmup clip seed save_every dropout".split()
         alone, two = (module.Processes(0, world, CPU) for world in (1, 2))
         for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
-            module.check_settings(module.Settings(**{name: least}), alone)
+            module.check_settings(module.Settings(**{"n_heads": 1, name: least}), alone)
             with pytest.raises(ValueError, match=name):
                 module.check_settings(module.Settings(**{name: least - 1}), alone)
         module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
