@@ -4772,7 +4772,7 @@ class TestClassifyImdb:
 
         rows = [
             (part, "0 of 2 texts in test/neg"), (less, "1 of 2 texts in train/neg"),
-            ({}, "train"), ({"train.csv": many}, "test.csv"),
+            ({}, "does not exist"), ({"train.csv": many}, "test.csv"),
             (own(many + "c,z\n"), "'x', 'y', 'z'.*two"),
             (own(head + "a,x\n", head), r"labels \['x'\]"),
             (own(head + "a,x\n" * 9 + "a,y\n" * 10), "9 texts x"),
