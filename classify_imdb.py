@@ -836,13 +836,12 @@ def in_batches(examples: Examples, every: int = 1) -> list[tuple[tuple, Tensor]]
 
 
 def pruned_copy(model: ReviewClassifier, sample: list, examples: Examples, s: Settings) -> ReviewClassifier:
-    """A copy with the lower half of the layers (the upper ones do least: Sajjad et al., arXiv:2004.03844), a
-    quarter of their heads and of their neurons; sample tells which. Fine-tuning mends it: its targets lie
-    half-way between the labels and what the whole model says (distillation, arXiv:1503.02531)."""
+    """A copy with a quarter of the heads and an eighth of the neurons; sample tells which. Fine-tuning mends
+    it: its targets lie half-way between the labels and what the whole model says (distillation: Hinton et
+    al., arXiv:1503.02531). With a layer less it would be faster, and disagree with the model more often."""
     pruned = copy.deepcopy(model)
-    pruned.encoder.layers = pruned.encoder.layers[: max(1, s.n_layers // 2)]
     pruned = export.prune_heads(pruned, export.head_importance(pruned, sample), keep=max(1, s.n_heads // 4))
-    pruned = export.prune_neurons(pruned, export.neuron_importance(pruned, sample), keep=max(1, s.d_ff // 4))
+    pruned = export.prune_neurons(pruned, export.neuron_importance(pruned, sample), keep=max(1, s.d_ff // 8))
     lengths = [len(x) for x in examples.ids]
     steps = min(TUNING, math.ceil(len(lengths) / s.batch_size))
     optimizer = torch.optim.AdamW(pruned.parameters())
