@@ -3740,7 +3740,7 @@ few = script.load_corpus(script.Settings(data=""))
 for part in (few.train, few.test, few.unlabelled):
     del part[300:]
 script.load_corpus = lambda s: few
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
+script.BUCKETS = 10_007
 script.export_models = lambda *_: {{"exported": True}}
 script.write_page = lambda *_: None
 die = lambda *_, **__: os.kill(os.getpid(), 9)
@@ -3752,8 +3752,6 @@ script.exit_now(script.main(sys.argv[1:]))
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
-    """Serves data, most bytes a time; notes the Range headers in asked."""
-
     def do_GET(self):  # noqa: N802
         asked = self.headers.get("Range")
         self.asked.append(asked)
@@ -3765,7 +3763,6 @@ class BreakingServer(http.server.BaseHTTPRequestHandler):
 
 
 def imdb_corpus(n: int = 200) -> imdb.Corpus:
-    """n demo reviews to learn from, n to test on, n without a label."""
     pairs = enumerate(encoder.generate_reviews(3 * n, seed=5))
     reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
     rest = [imdb.Review(i, -1, r.text) for i, r in enumerate(reviews[2 * n :])]
@@ -3826,7 +3823,7 @@ class TestClassifyImdb:
         monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
     def test_ngram_ids_equal_a_loop(self):
-        tokens = torch.randint(0, 30, (4, 40))  # padding (0) and hidden words (1) too
+        tokens = torch.randint(0, 30, (4, 40))  # with padding and hidden words
         buckets = imdb.ngram_ids(tokens)
         for b, t, n in itertools.product(range(4), range(40), (1, 2, 3)):
             gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else [0]
@@ -3841,7 +3838,7 @@ class TestClassifyImdb:
         rng = random.Random(0)
         ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
         ids[0] = torch.tensor([imdb.BUCKETS])  # bucket 1
-        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's, too
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]
         folds = [rng.randrange(5) for _ in ids]
         odds, others = imdb.NgramOdds(), imdb.NgramOdds()
         odds.fit(imdb.Examples(ids, targets, folds))
@@ -3875,7 +3872,7 @@ class TestClassifyImdb:
                 odds = model.odds.without_fold[grams]
             x = model.encoder.embedding(tokens) * 4 + model.from_odds(odds[..., 0])
             x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-            starts = range(0, n + 2, 4)  # a token is there
+            starts = range(0, n + 2, 4)
             y = [model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts]
             y = torch.stack(y, 1) + positions[: len(starts)]
             for layer in model.encoder.layers:
@@ -4022,7 +4019,7 @@ class TestClassifyImdb:
         s, other_seed = imdb.Settings(seed=1), imdb.Settings(seed=2)
         for n in (1, 32, 33, 5000):
             lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-            one = -(-n // 32)  # steps of an epoch
+            one = -(-n // 32)  # epoch
             whole = list(imdb.batches(lengths, s, 0, 2 * one))
             other = list(imdb.batches(lengths, other_seed, 0, one))
             for epoch in (whole[:one], whole[one:], other):
@@ -4037,14 +4034,13 @@ class TestClassifyImdb:
         assert all(len(a & b) < 3 for a, b in itertools.combinations(epochs, 2))
 
     def test_dev_split_is_blocks_of_neighbours(self):
-        """Neighbours are in two splits at the blocks' ten edges alone."""
         for n in (12_500, 4000, 50):
             reviews = [imdb.Review(i, y, "") for y in (1, 0) for i in range(n)]
             train, dev = imdb.split_dev(imdb.Corpus("imdb", [], reviews, []))
             assert sorted(train + dev) == sorted(reviews)
             for label in (0, 1):
                 numbers = {r.number for r in dev if r.label == label}
-                edges = numbers ^ {i + 1 for i in numbers}
+                edges = numbers ^ {i + 1 for i in numbers}  # of blocks
                 assert len(numbers) == n // 10 and len(edges) == 10
         assert sorted(numbers) == [4, 14, 24, 34, 44]
 
@@ -4068,12 +4064,11 @@ class TestClassifyImdb:
             check_close(scores[i], logits[1] - logits[0], 1e-5)
 
     def test_explain_speaks_in_log_odds(self):
-        """A model counts one word: hiding it moves a sure answer by as much."""
         tokenizer = imdb.Tokenizer.train(imdb_corpus().train, 400)
         film = tokenizer.encode(["a film"], 99)[0][-1]
 
         def run(tokens: Tensor) -> Tensor:
-            there = (tokens == film).any(1).float()
+            there = (tokens == film).any(1).float()  # all that it counts
             return torch.stack((0 * there, 9 + 5 * there), 1)
 
         text = "a superb film, naïve хорошо don't and superb"
@@ -4288,7 +4283,6 @@ class TestClassifyImdb:
     @pytest.fixture(scope="class")
     @classmethod
     def own_run(cls, tmp_path_factory):
-        """A whole default run on rows of one's own."""
         folder = tmp_path_factory.mktemp("own")
         imdb_folder(folder, {"my.csv": imdb_csv(2300)[1]})
         sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80"
@@ -4307,7 +4301,7 @@ class TestClassifyImdb:
         assert 0 < report["train_seconds"] < report["total_seconds"]
         rows = {row["name"]: row for row in report["models"]}
         int8 = "ONNX int8, dynamic, embeddings"
-        assert {"eager", "ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
+        assert {"ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
         assert rows["ONNX"]["max_abs_diff"] <= 1e-5 and not rows.pop("eager")["file"]
         best = rows[report["recommended"]]
         near = [row["p50_ms"] for row in rows.values() if row["agreement"] >= 0.95]
@@ -4322,7 +4316,7 @@ class TestClassifyImdb:
     def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
         out = str(own_run[0] / "out/classify_imdb")
         monkeypatch.chdir(tmp_path)
-        long = "the plot was clever , " * 2000  # no file's name
+        long = "the plot was clever , " * 2000
         text, odd = "they call it dull", "a dull\x85film\u2028x"
         Path("texts.txt").write_text(f"\ufeff{text}\n\n  \n{odd}\n", encoding="utf-8")
         Path("utf16.txt").write_bytes("praise".encode("utf-16"))
@@ -4351,7 +4345,6 @@ class TestClassifyImdb:
         assert first.startswith(answer["label"]) and len(words) == 4
 
     def test_predict_streams(self, own_run):
-        """A line is answered before the next one comes, as by README's snippet."""
         folder, _ = own_run
         command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -4372,7 +4365,6 @@ class TestClassifyImdb:
         assert numbers == pytest.approx([*answer["probabilities"].values()], abs=1e-3)
 
     def test_killed_anywhere_gives_the_same_weights(self, imdb_ranks, tmp_path):
-        """kill -9 in each stage, then the same command."""
         arguments = ["--unlabelled", "--save-every", "0", *IMDB_SMALL]
         whole, out = tmp_path / "whole", tmp_path / "killed"
         imdb_ranks.run(1, *arguments, str(whole), code=imdb_few())
@@ -4408,7 +4400,7 @@ class TestClassifyImdb:
             imdb_ranks.run(world, *arguments, str(tmp_path / str(world)), code=imdb_few())
         arguments += [str(tmp_path / "3")]
         code = imdb_few("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
-        code = code.replace("step == 12", "step == 5")
+        code = code.replace("12 else", "5 else")
         first, second = imdb_ranks.attempt(2, *arguments, code=code)
         assert (first.returncode, second.returncode) == (1, -9)
         assert "Traceback" not in first.stderr
