@@ -618,6 +618,8 @@ def load_corpus(s: Settings) -> Corpus:
         reviews = [Review(i // 2, label, text) for i, (text, label) in pairs]
         unlabelled = [Review(i, -1, review.text) for i, review in enumerate(reviews[10_000:])]
         return Corpus("demo", ["negative", "positive"], reviews[:8000], reviews[8000:10_000], unlabelled)
+    if not path.exists():
+        raise ValueError(f"--data {path} does not exist")
     # A tarball is IMDB or a part of it, as is a folder below aclImdb, or as large as IMDB.
     sizes = {folder: len(list((path / folder).glob("*"))) for folder in PER_FOLDER}
     named = "aclImdb" in path.resolve().parts or (path / "aclImdb").is_dir()
