@@ -18,7 +18,6 @@ import functools
 import gzip
 import hashlib
 import http.server
-import importlib
 import io
 import itertools
 import json
@@ -1641,6 +1640,7 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     assert torch.equal(of_both, 3 * each[rank])  # 1 + 2: a loss a process
     assert gather(torch.tensor([rank, 7, -rank])).tolist() == [0, 7, 0, 1, 7, -1]
     losses_refuse("x", "2 to 3", gather, torch.ones(2 + rank, 3))
+    Path(folder, f"rank {rank}").touch()
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends the long way
 
@@ -1950,6 +1950,7 @@ class TestLosses:
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
+        assert len(list(tmp_path.glob("rank *"))) == 2
 
     @pytest.mark.parametrize("name", ["adamw", "muon", "adam", "sgd"])
     def test_parameter_groups_of_make_optimizers_decay(self, name):
@@ -2063,16 +2064,17 @@ class TestLosses:
 # processes of their own, with the variables that torchrun sets, and end as a script does.
 LAUNCHER = """
 import gc, importlib, json, os, signal, sys, time, traceback
-sys.path.insert(0, sys.argv[1])
+_, root, name, prepare = sys.argv
+sys.path.insert(0, root)
 import matplotlib.backends.backend_agg, matplotlib.pyplot, safetensors.torch, tqdm, tyro
 import torch, torch._dynamo, torch.distributed.checkpoint._fsspec_filesystem, torch.utils.serialization
-import pydoc_data.topics
 from pathlib import Path
-script = globals()[sys.argv[2]] = importlib.import_module(sys.argv[2])
+script = globals()[name] = importlib.import_module(name)
 RANK = 0
 matplotlib.pyplot.Figure.savefig = lambda *_, **__: None
 def run():
     script.exit_now(script.main(tyro.cli(script.Settings)))
+exec(prepare)
 gc.collect()
 gc.freeze()  # a rank's collections don't walk through torch, nor copy its pages
 for line in sys.stdin:
@@ -2086,7 +2088,8 @@ for line in sys.stdin:
             os.environ.update(job["env"])
             if job["world"] > 1:
                 os.environ.update(RANK=str(RANK), LOCAL_RANK=str(RANK), WORLD_SIZE=str(job["world"]))
-            sys.argv = [sys.argv[2] + ".py", *job["arguments"][RANK]]
+            sys.argv = [job["module"] + ".py", *job["arguments"][RANK]]
+            script = globals()[job["module"]]
             try:
                 exec(job["code"])
             except SystemExit as error:
@@ -2117,21 +2120,17 @@ def wait_until(condition, seconds: float, what) -> None:
 
 
 class Launcher:
-    """Runs a script on any number of ranks, one run at a time."""
+    """Runs a script on any number of ranks, one run at a time. prepare: code that runs once."""
 
-    def __init__(self, folder: Path, module: str):
+    def __init__(self, folder: Path, module: str, prepare: str = ""):
         (folder / "launcher.py").write_text(LAUNCHER)
         self.folder, self.module, self.pids, self.ranks = folder, module, [], []
         self.running = False
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(folder / "launcher.py"), str(ROOT), module],
-            env=env | {"OMP_NUM_THREADS": "1"},
-            cwd=folder,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        options = {"env": env | {"OMP_NUM_THREADS": "1"}, "cwd": folder, "text": True}
+        options |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        command = [sys.executable, str(folder / "launcher.py"), str(ROOT), module, prepare]
+        self.process = subprocess.Popen(command, **options)
 
     def start(self, world: int, *arguments: str, of_rank=None, code="run()", **environment) -> None:
         """of_rank: more arguments for a rank; None: this rank never starts. code: what each rank runs."""
@@ -2142,7 +2141,8 @@ class Launcher:
         self.ranks = [rank for rank in range(world) if of_rank.get(rank, []) is not None]
         for log in self.folder.glob("log.*"):
             log.unlink()
-        job = {"world": world, "ranks": self.ranks, "code": code, "log": str(self.folder / "log")}
+        job = {"module": self.module, "world": world, "ranks": self.ranks, "code": code}
+        job["log"] = str(self.folder / "log")
         job["arguments"] = [[*arguments, *(of_rank.get(rank) or [])] for rank in range(world)]
         job["env"] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -2169,11 +2169,11 @@ class Launcher:
         outputs = [(self.out(rank), self.out(rank, "err")) for rank in self.ranks]
         return [subprocess.CompletedProcess([], c, *o) for c, o in zip(codes, outputs, strict=True)]
 
-    def attempt(self, world: int, *arguments: str, **options) -> list[subprocess.CompletedProcess]:
+    def attempt(self, world: int, *arguments, **options) -> list[subprocess.CompletedProcess]:
         self.start(world, *arguments, **options)
         return self.wait()
 
-    def run(self, world: int, *arguments: str, **options) -> list[subprocess.CompletedProcess]:
+    def run(self, world: int, *arguments, **options) -> list[subprocess.CompletedProcess]:
         results = self.attempt(world, *arguments, **options)
         assert all(r.returncode == 0 for r in results), results
         return results
@@ -2186,23 +2186,20 @@ class Launcher:
         self.process.wait(20)
 
 
-def launcher_of(module: str, scope: str = "module", **options):
-    """A fixture: one launcher of a script for all tests."""
-
-    @pytest.fixture(scope=scope, **options)
-    def fixture(request, tmp_path_factory):
-        name = getattr(request, "param", module)
-        launcher = Launcher(tmp_path_factory.mktemp(name), name)
-        yield launcher
-        launcher.end()
-
-    return fixture
-
-
-ddp = launcher_of("train_ddp")
-fsdp = launcher_of("train_fsdp")
-trainer = launcher_of("", params=["train_ddp", "train_fsdp"])
-
+# 150 rows to learn, so that an epoch ends within a run, and 3 to look at: fewer than ranks. code = WHOLE
+# takes all, as a user's run does.
+PREPARE = """
+import functools, train_fsdp
+def few_rows(load):
+    return functools.cache(lambda n: [(x[-k:], y[-k:]) for k, (x, y) in zip((150, 3), load(n))])
+for script in (train_ddp, train_fsdp):
+    script.whole_manual = script.load_manual
+    script.load_manual = few_rows(script.load_manual)
+    script.load_manual(21)
+generate = train_ddp.generate
+train_ddp.generate = lambda model, prompt, _, device: generate(model, prompt, 30, device)
+"""
+WHOLE = "script.load_manual = script.whole_manual; run()"
 # Rows of the parameters divide neither by 4 nor all by 2, batches neither: every slice and part is uneven.
 TINY = "--steps 20 --batch-size 13 --max-len 21 --d-model 18 --n-heads 2 --n-layers 2 --warmup 3".split()
 TINY += "--lr 3e-3 --eval-every 10 --save-every 0 --timeout 40".split()
@@ -2212,21 +2209,51 @@ CPU = torch.device("cpu")
 SCRIPTS = [train_ddp, train_fsdp]
 
 
+class Trainer(Launcher):
+    """Of both scripts; use says which is meant."""
+
+    def use(self, module: str) -> "Trainer":
+        self.module, self.script = module, sys.modules[module]
+        self.exact = "--exact" * (module == "train_fsdp")
+        return self
+
+    def start(self, world: int, out: Path, arguments: str = "", **options) -> None:
+        super().start(world, *TINY, *arguments.split(), "--out", str(out), **options)
+
+    def settings(self, arguments: str = ""):
+        return tyro.cli(self.script.Settings, args=[*TINY, *arguments.split()])
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    trainer = Trainer(tmp_path_factory.mktemp("train"), "train_ddp", PREPARE)
+    yield trainer
+    trainer.end()
+
+
+@pytest.fixture(params=["train_ddp", "train_fsdp"])
+def trainer(request, both):
+    return both.use(request.param)
+
+
+@pytest.fixture
+def fsdp(both):
+    return both.use("train_fsdp")
+
+
 def saved(out: Path) -> list[Path]:
     """Checkpoints of either script, oldest first."""
     return sorted(p for p in out.glob("step_*") if not p.name.endswith((".part", ".damaged")))
 
 
-def newest_name(out: Path) -> str:
-    return max((path.name for path in saved(out)), default="")
+def newest_step(out: Path) -> int:
+    return max((int(path.name[5:13]) for path in saved(out)), default=0)
 
 
 def saved_state(out: Path) -> dict:
     """The numbers of the newest checkpoint, whichever script's."""
     newest = saved(out)[-1]
-    if newest.is_dir():
-        return json_of(newest / "manifest.json")
-    return torch.load(newest, weights_only=True)
+    return json_of(newest / "manifest.json") if newest.is_dir() else torch.load(newest, weights_only=True)
 
 
 def final_weights(out: Path) -> Tensor:
@@ -2241,64 +2268,67 @@ def distance_of_weights(a: Path, b: Path | Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def rows_of_steps(first: int, last: int, n: int, s) -> Tensor:
-    """(last - first, batch_size): an endless row of shuffles, cut into batches."""
-    epochs = range(last * s.batch_size // n + 1)
-    seeds = [torch.Generator().manual_seed(s.seed * 1_000_003 + epoch) for epoch in epochs]
-    rows = torch.cat([torch.randperm(n, generator=generator) for generator in seeds])
-    return rows[first * s.batch_size : last * s.batch_size].view(-1, s.batch_size)
+@functools.cache
+def manual(module) -> list[tuple[Tensor, Tensor]]:
+    return module.load_manual(21)
 
 
-def by_hand(module, s) -> tuple[Tensor, Tensor]:
-    """The same training as a plain loop over whole batches: the weights and the losses of the steps, which
-    all ways of splitting the batches must give."""
-    (inputs, targets), _ = module.load_manual(s.max_len)
+def few_rows(module) -> list[tuple[Tensor, Tensor]]:
+    return [(x[-k:], y[-k:]) for k, (x, y) in zip((150, 3), manual(module), strict=True)]
+
+
+def rows_of_steps(last: int, n: int, s) -> Tensor:
+    """(last, batch_size): an endless row of shuffles, cut into batches."""
+    seeds = [s.seed * 1_000_003 + epoch for epoch in range(last * s.batch_size // n + 1)]
+    rows = torch.cat([torch.randperm(n, generator=torch.Generator().manual_seed(i)) for i in seeds])
+    return rows[: last * s.batch_size].view(-1, s.batch_size)
+
+
+def loss_of(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(rows[0]).flatten(0, 1), rows[1].flatten())  # of real tokens
+
+
+def by_hand(module, s, n_steps: int = 0) -> tuple[Tensor, list[float]]:
+    """The same training as a plain loop over whole batches: the weights, and the steps' losses with the
+    held-out loss at the end. n_steps: only the first ones, of all rows."""
+    (inputs, targets), dev = manual(module) if n_steps else few_rows(module)
     torch.manual_seed(s.seed)
     model = module.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
     if module is train_fsdp:
         module.initialise(model, s.seed)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), lr=1.0)
-    losses = []
-    for step, rows in enumerate(rows_of_steps(0, s.steps, len(inputs), s)):
-        warm = (step + 1) / s.warmup if step < s.warmup else 1.0
-        half = math.pi * max(0, step - s.warmup) / (s.steps - s.warmup)
-        loss = F.cross_entropy(model(inputs[rows]).flatten(0, 1), targets[rows].flatten())  # of real tokens
+    groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim - 1)} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    losses, warmup = [], min(s.warmup, s.steps)
+    for step, rows in enumerate(rows_of_steps(n_steps or s.steps, len(inputs), s)):
+        factor = (step + 1) / warmup
+        if factor > 1:
+            factor = (1 + math.cos(math.pi * (step - warmup) / (s.steps - warmup))) / 2
+        loss = loss_of(model, (inputs[rows], targets[rows]))
         loss.backward()
         losses.append(loss.item())
-        nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = s.lr * warm * (1 + math.cos(half)) / 2
+            group["lr"] = s.lr * factor
         optimizer.step()
         optimizer.zero_grad()
     weights = torch.cat([value.detach().flatten() for value in model.state_dict().values()])
-    return weights, torch.tensor(losses, dtype=torch.float64)
+    return weights, [*losses, loss_of(model, dev).item()]
 
 
-def settings_of(module, *arguments: str):
-    return tyro.cli(module.Settings, args=[*arguments])
-
-
-def torchrun(script, *arguments: str, node=(), prefix=(), cwd: Path, **environment) -> subprocess.Popen:
-    """As a user starts it, with two processes; what it prints goes to cwd/agentN.log."""
-    node = node or ["--nproc_per_node=2", f"--master_port={free_port()}"]
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *node, str(script), *arguments]
-    log = open(cwd / f"agent{len(list(cwd.glob('agent*')))}.log", "w")  # closed with the process
+def torchrun(script, out: Path, arguments: str, node: str, **environment) -> subprocess.Popen:
+    """As a user starts it; what it prints goes to agent_....log in out's folder."""
+    if sys.platform != "linux":
+        pytest.skip("torchrun's workers are found below /proc")
+    command = [sys.executable, "-m", "torch.distributed.run", *node.split(), str(script)]
+    command += [*TINY, *arguments.split(), "--out", str(out)]
+    log = open(out.parent / f"agent_{time.monotonic()}.log", "w")  # closed with the process
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=log)
+    return subprocess.Popen(command, cwd=out.parent, env=env, stdout=log, stderr=log)
 
 
 def children(process: subprocess.Popen) -> list[int]:
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()] if path.exists() else []
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits for its parent's look doesn't."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def kill_with_children(agent: subprocess.Popen) -> None:
@@ -2309,24 +2339,7 @@ def kill_with_children(agent: subprocess.Popen) -> None:
     agent.wait()
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers below /proc")
-
-
-class EvilPickle:
-    """Pickled, it makes who unpickles it touch a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 class TestTraining:
-    """Both scripts: what is parametrized with `trainer` starts processes of one or the other."""
-
-    # ---- oracle: the model, the data, the schedule
-
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_gpt_equals_torch_layers(self, module):
         """Values and gradients of the whole model against nn.TransformerEncoder, in float64."""
@@ -2334,17 +2347,15 @@ class TestTraining:
         for p in model.parameters():
             nn.init.normal_(p, std=0.3)
         layer = nn.TransformerEncoderLayer(24, 3, 96, 0.0, "gelu", batch_first=True, norm_first=True)
-        oracle = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(24), enable_nested_tensor=False).double()
+        oracle = nn.TransformerEncoder(layer, 2, nn.LayerNorm(24), enable_nested_tensor=False).double()
         names = {"qkv_proj.": "self_attn.in_proj_", "out_proj.": "self_attn.out_proj."}
         names |= {"self_attention_norm.": "norm1.", "ffn_norm.": "norm2."}
         names |= {"ffn.0.": "linear1.", "ffn.2.": "linear2.", "blocks.": "layers."}
-        pairs, own = {}, dict(model.named_parameters())
+        own = dict(model.named_parameters())
         table, position = own.pop("embedding.weight"), own.pop("position.weight")
-        for name in own:
-            theirs = functools.reduce(lambda text, pair: text.replace(*pair), names.items(), name)
-            pairs[name] = oracle.get_parameter(theirs)
-            pairs[name].data = own[name].detach().clone()
-        assert len(pairs) == len(list(oracle.parameters()))
+        for ours, theirs in names.items():
+            own = {name.replace(ours, theirs): p for name, p in own.items()}
+        oracle.load_state_dict(own)
         tokens = torch.randint(256, (4, 17))
         mask = nn.Transformer.generate_square_subsequent_mask(17, dtype=torch.float64)
         x = (table[tokens] + position[:17]).detach()
@@ -2353,11 +2364,11 @@ class TestTraining:
         check_close(logits, expected, 1e-10, "logits")
         logits.square().sum().backward()
         expected.square().sum().backward()
-        for name, theirs in pairs.items():
-            check_close(own[name].grad, theirs.grad, 1e-10, name)
+        for name, p in oracle.named_parameters():
+            check_close(own[name].grad, p.grad, 1e-10, name)
 
     def test_initialise_depends_on_seed_and_name_alone(self):
-        """GPT-2's start weights in both scripts; train_fsdp.py's don't depend on the model around them."""
+        """GPT-2's start weights in both; train_fsdp.py's don't depend on the model around them."""
 
         def start(n_layers: int, seed: int, dtype=torch.float32) -> dict[str, Tensor]:
             model = train_fsdp.GPT(64, 4, n_layers, 128).to(dtype)
@@ -2381,21 +2392,21 @@ class TestTraining:
                 check_close(deeper[name] * (3 / 8**0.5 if deep else 1), p, 1e-6, name)
         assert not torch.equal(b["blocks.0.qkv_proj.weight"], b["blocks.1.qkv_proj.weight"])
 
-    @pytest.mark.parametrize("max_len", [7, 128])
-    def test_load_manual_has_every_byte_as_a_target_once(self, max_len):
+    def test_load_manual_has_every_byte_as_a_target_once(self):
         from pydoc_data.topics import topics
 
         texts = sorted(set(topics.values()))
-        train, dev = train_ddp.load_manual(max_len)
-        others = itertools.chain(*train_fsdp.load_manual(max_len))
+        train, dev = manual(train_ddp)
+        others = itertools.chain(*manual(train_fsdp))
         assert all(torch.equal(*pair) for pair in zip([*train, *dev], others, strict=True))
         learnt = [t for i, t in enumerate(texts) if i % 10 != 9]
         for (inputs, targets), expected in ((dev, texts[9::10]), (train, learnt)):
             real = targets != -100
-            assert inputs.shape == targets.shape == (len(inputs), max_len) and inputs.min() >= 0
+            assert inputs.shape == targets.shape == (len(inputs), 21) and inputs.min() >= 0
             assert bytes(targets[real].tolist()) == "".join(expected).encode()
-            assert torch.equal(inputs[:, 1:][real[:, 1:]], targets[:, :-1][real[:, 1:]]), "inputs lag by one"
-            assert (real[:, 1:] <= real[:, :-1]).all() and real[:, 0].all(), "the end alone is filled up"
+            later = real[:, 1:]
+            assert torch.equal(inputs[:, 1:][later], targets[:, :-1][later]), "inputs lag by one"
+            assert (later <= real[:, :-1]).all() and real[:, 0].all(), "the end alone is filled up"
             starts = torch.tensor([0, *(len(text.encode()) for text in expected[:-1])]).cumsum(0)
             assert (inputs[real][starts] == 10).all(), "a text starts from a line's end"
 
@@ -2407,116 +2418,77 @@ class TestTraining:
             targets[::7, 1:] = -100
             text = (torch.arange(n)[:, None].expand(n, 3), targets)
             s = module.Settings(batch_size=batch_size, accumulate=2, seed=5)
-            ranks = [module.micro_batches(text, 6, s, module.Processes(rank, 3, CPU)) for rank in range(3)]
-            steps = rows_of_steps(6, 12, n, s)
+            ranks = [module.micro_batches(text, 6, s, module.Processes(r, 3, CPU)) for r in range(3)]
+            steps = rows_of_steps(12, n, s)[6:]
             assert n < 40 or len(steps.unique(dim=0)) == 6
             for expected in steps:
                 parts = [next(rank) for rank in ranks for _ in range(2)]
+                assert all(len(x) for x, _, _ in parts)
                 rows = torch.cat([x[:, 0] for x, _, _ in parts])
-                assert torch.equal(rows.sort().values, expected.sort().values) and all(
-                    len(x) for x, _, _ in parts
-                )
+                assert torch.equal(rows.sort().values, expected.sort().values)
                 assert {n for _, _, n in parts} == {(targets[expected] != -100).sum().item()}
                 assert all(torch.equal(targets[x[:, 0]], y) for x, y, _ in parts)
 
-    @pytest.mark.parametrize("module", SCRIPTS)
-    def test_warmup_cosine(self, module):
-        table = ((0, 0, 5, 1), (10, 10, 10, 0), (99, 3, 10, 0), (1, 50, 4, 0.5))
-        table += ((0, 4, 9, 0.25), (6, 4, 8, 0.5))
-        for *arguments, rate in table:
-            assert module.warmup_cosine(*arguments) == pytest.approx(rate)
-
-    # ---- properties: the same weights, however the work is split
-
     def test_train_same_weights_however_the_batch_is_split(self, trainer, tmp_path):
-        """13 sequences of unequal length on 1 to 4 processes, accumulated, as HSDP, in float64; by hand."""
-        module = importlib.import_module(trainer.module)
-        arguments = [*TINY, "--dtype", "float64", "--seed", "3", "--clip", "0.4"]
-        (expected, by_step), losses = by_hand(module, settings_of(module, *arguments)), {}
-        runs = {"1": [], "1 accumulated": ["--accumulate", "4"], "2 accumulated": ["--accumulate", "2"]}
-        runs |= {"2": [], "3": [], "4": []}
-        if module is train_fsdp:
-            runs |= {"3": ["--exact"], "4, 2 x 2": ["--replicate", "2", "--accumulate", "2"]}
-            runs |= {"2, 2 x 1": ["--replicate", "2"], "2": ["--recompute"]}
+        """13 sequences of unequal length on 1 to 4 processes, clipped or not, in float64; by hand."""
+        runs = {"1": "0.4 --accumulate 4", "1 free": f"0 --warmup 50 {trainer.exact}"}
+        runs |= {"2": "0.4 --accumulate 2", "3": f"0.4 {trainer.exact}", "4": "0.4"}
+        if trainer.exact:  # train_fsdp.py
+            runs["2"] += " --recompute"
+            runs["4"] += " --replicate 2 --accumulate 2"
         for name, more in runs.items():
-            out, world = tmp_path / name.replace(" ", "_"), int(name[0])
-            trainer.run(world, *arguments, *more, "--out", str(out))
+            out, arguments = tmp_path / name, f"--steps 14 --dtype float64 --seed 3 --clip {more}"
+            trainer.run(int(name[0]), out, arguments)
+            expected, losses = by_hand(trainer.script, trainer.settings(arguments))
             assert distance_of_weights(out, expected) <= 1e-12, name
             report = json_of(out / "report.json")
-            assert report["processes"] == world and len(report["losses"]) == 20
-            dev_losses = [row["dev_loss"] for row in report["log"]]
-            losses[name] = torch.tensor(report["losses"] + dev_losses, dtype=torch.float64)
-            check_close(losses[name], losses["1"], 1e-12, "losses")
-        check_close(losses["1"][:-2], by_step, 1e-12, "losses")
+            assert report["processes"] == int(name[0])
+            found = [*report["losses"], report["dev_loss"]]
+            assert found == pytest.approx(losses, rel=1e-12), name
+            assert len(report["log"]) == 2, "two looks at the held-out text"
 
     def test_train_two_processes_are_bitwise_one_with_two_micro_batches(self, trainer, tmp_path):
-        """Float32, with dropout too: its masks belong to a part of the batch, not to a process. The held-out
-        loss is that of the final weights without dropout."""
-        arguments = [*TINY, "--dropout", "0.2", "--clip", "0.3"]
-        arguments += ["--exact"] * (trainer.module == "train_fsdp")
-        trainer.run(1, *arguments, "--accumulate", "2", "--out", str(tmp_path / "1x2"))
-        expected = final_weights(tmp_path / "1x2")
-        runs = {"2": []} | ({"recompute": ["--recompute"]} if trainer.module == "train_fsdp" else {})
-        for name, more in runs.items():
-            trainer.run(2, *arguments, *more, "--out", str(tmp_path / name))
-            assert torch.equal(final_weights(tmp_path / name), expected), name
-        trainer.run(1, *arguments, "--out", str(tmp_path / "1"))
-        assert distance_of_weights(tmp_path / "1", expected) > 1e-3, "other micro-batches, other dropout"
-        model, (_, (inputs, targets)) = train_ddp.GPT(18, 2, 2, 21), train_ddp.load_manual(21)
+        """With dropout too: its masks belong to a part of the batch; the held-out loss is without."""
+        arguments = f"--dropout 0.2 --clip 0.3 {trainer.exact}"
+        trainer.run(1, tmp_path / "1x2", f"{arguments} --accumulate 2")
+        trainer.run(1, tmp_path / "1", arguments)
+        trainer.run(2, tmp_path / "2", arguments + " --recompute" * (trainer.exact != ""))
+        assert distance_of_weights(tmp_path / "1x2", tmp_path / "2") == 0
+        assert distance_of_weights(tmp_path / "1", tmp_path / "2") > 1e-3, "other parts, other masks"
+        model = train_ddp.GPT(18, 2, 2, 21)
         model.load_state_dict(torch.load(tmp_path / "2/final.pt", weights_only=True))
-        with torch.no_grad():
-            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+        loss = loss_of(model, few_rows(train_ddp)[1]).item()
         assert json_of(tmp_path / "2/report.json")["dev_loss"] == pytest.approx(loss, rel=1e-5)
 
     def test_train_float32_and_mixed_precision(self, trainer, tmp_path):
-        """bf16 and scaled fp16 stay near float32 (a loss that wasn't unscaled before clipping wouldn't move
-        the same way); more ranks sum in another order."""
-        arguments, fsdp = [*TINY, "--clip", "0.3"], trainer.module == "train_fsdp"
-        trainer.run(1, *arguments, *["--exact"] * fsdp, "--out", str(tmp_path / "1"))
-        runs = {"3": [], "2 bf16": ["--amp", "bf16"], "2 fp16": ["--amp", "fp16"]}
-        runs |= {"4 x": ["--exact"], "4 r": ["--exact", "--replicate", "2"]} if fsdp else {}
-        for name, more in runs.items():
-            out = tmp_path / name.replace(" ", "_")
-            trainer.run(int(name[0]), *arguments, *more, "--out", str(out))
-            distance = distance_of_weights(out, tmp_path / "1")
-            assert final_weights(out).dtype == torch.float32
-            assert 5e-5 < distance < 0.02 if "16" in name else distance <= 1e-4, (name, distance)
-
-    def test_train_clip_0_is_no_clipping(self, trainer, tmp_path):
-        weights, exact = [], ["--exact"] * (trainer.module == "train_fsdp")
-        for clip in ("0", "1e9", "0.01"):
-            arguments = [*TINY, *exact, "--steps", "4", "--clip", clip, "--out", str(tmp_path / clip)]
-            trainer.run(1, *arguments)
-            weights.append(final_weights(tmp_path / clip))
-        assert torch.equal(*weights[:2]) and not torch.equal(*weights[1:])
+        """bf16 and scaled fp16 stay near float32; a loss that wasn't unscaled before clipping wouldn't."""
+        trainer.run(1, tmp_path / "off", "--clip 0.3")
+        for amp in ("bf16", "fp16"):
+            trainer.run(2, tmp_path / amp, f"--clip 0.3 --amp {amp}")
+            assert 5e-5 < distance_of_weights(tmp_path / amp, tmp_path / "off") < 0.02
+            assert final_weights(tmp_path / amp).dtype == torch.float32
 
     def test_train_gradients_travel_with_the_last_micro_batch_alone(self, trainer, tmp_path):
-        """Three micro-batches a step: counted where the gradients leave; each has dropout of its own, for the
-        largest seed too."""
+        """Of three a step. Until then DDP's ranks differ, and FSDP's slices have none."""
         code = """
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import FSDPModule
-sent, seeds, seed = [], [], torch.manual_seed
+seen, forward, seeds, seed = [], script.GPT.forward, [], torch.manual_seed
+def noted(self, tokens):
+    gradients = [p.grad for p in self.blocks.parameters() if p.grad is not None]
+    seen.append(sum(g.abs().sum().item() for g in gradients))
+    return forward(self, tokens)
+script.GPT.forward = noted
 torch.manual_seed = lambda number: seeds.append(number) or seed(number)
-if hasattr(script, "wrap"):
-    wrap = script.wrap
-    def hooked(*arguments):
-        parallel = wrap(*arguments)
-        parallel.register_comm_hook(None, lambda _, bucket: sent.append(1) or allreduce_hook(None, bucket))
-        return parallel
-    script.wrap = hooked
-else:
-    set_sync = FSDPModule.set_requires_gradient_sync
-    FSDPModule.set_requires_gradient_sync = lambda self, now: sent.extend([1] * now) or set_sync(self, now)
 script.main(tyro.cli(script.Settings))
-print(json.dumps([len(sent), [n for n in seeds if n > 2**32]]))  # not generate's seed, nor the model's
+print(json.dumps([seen[:12], [n for n in seeds if n > 2**32]]))  # not generate's seed, nor the model's
 """
-        arguments = [*TINY, "--steps", "4", "--accumulate", "3", "--seed", str(2**32 - 1)]
-        results = trainer.run(2, *arguments, "--out", str(tmp_path), code=code)
-        sent, seeds = zip(*(json.loads(r.stdout.splitlines()[-1]) for r in results), strict=True)
-        assert sent == (4, 4)
-        assert len(set(sum(seeds, []))) == 4 * 3 * 2, "dropout of its own in each part of each step"
-        assert {n // 4_096 // 1_000_003 for n in sum(seeds, [])} == {2**32 - 1}, "and no other seed's"
+        arguments = f"--steps 4 --accumulate 3 --seed {2**32 - 1}"
+        results = trainer.run(2, tmp_path, arguments, code=code)
+        (first, seeds), (second, more) = (json.loads(r.stdout.splitlines()[-1]) for r in results)
+        for i, (one, other) in enumerate(zip(first, second, strict=True)):
+            assert one == other == 0 if i % 3 == 0 or trainer.exact else one != other
+        seeds += more
+        assert len(set(seeds)) == 4 * 3 * 2, "dropout of its own in each part of each step"
+        assert {n // 4_096 // 1_000_003 for n in seeds} == {2**32 - 1}, "and no other seed's"
 
     def test_compile_saves_a_plain_state_dict(self, trainer, tmp_path):
         """torch's "eager" backend stands for the compiler; going on without --compile gives the same."""
@@ -2525,48 +2497,45 @@ compile = torch.nn.Module.compile
 torch.nn.Module.compile = lambda self: print("compiled") or compile(self, backend="eager")
 run()
 """
-        arguments, out = [*TINY, "--steps", "4", "--save-every", "2", "--out"], tmp_path / "compiled"
-        trainer.run(1, *arguments, str(tmp_path / "plain"))
-        assert "compiled" in trainer.run(2, *arguments, str(out), "--compile", code=code)[0].stdout
+        arguments, out = "--steps 4 --save-every 2 --n-layers 1", tmp_path / "compiled"
+        trainer.run(1, tmp_path / "plain", arguments)
+        first = trainer.run(2, out, f"{arguments} --compile", code=code)[0]
+        assert "compiled" in first.stdout
         assert distance_of_weights(out, tmp_path / "plain") < 1e-5
         state = torch.load(out / "final.pt", weights_only=True)
-        assert state.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        assert state.keys() == train_ddp.GPT(18, 2, 1, 21).state_dict().keys()
         (out / "final.pt").unlink()
         saved(out)[-1].rename(tmp_path / "removed")
-        assert "from_step=2" in trainer.run(1, *arguments, str(out))[0].stdout
+        assert "from_step=2" in trainer.run(1, out, arguments)[0].stdout
         assert distance_of_weights(out, tmp_path / "plain") < 1e-5
 
-    def test_wrap_data_parallel_where_there_are_gpus(self, monkeypatch):
-        monkeypatch.setattr(nn, "DataParallel", lambda model: "copies")
-        model, gpu = nn.Linear(2, 2), torch.device("cuda:0")
-        for device, asked, expected in ((gpu, True, "copies"), (gpu, False, model), (CPU, True, model)):
-            assert train_ddp.wrap(model, train_ddp.Processes(0, 1, device), asked) is expected
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def sharded(both, tmp_path_factory) -> Path:
+        """A run's folder, of two ranks; who changes something copies it."""
+        out = tmp_path_factory.mktemp("sharded")
+        both.use("train_fsdp").run(2, out, "--save-every 10")
+        return out
 
-    # ---- properties: shards
-
-    def test_shard_each_rank_holds_its_slices_and_no_more(self, fsdp, tmp_path):
+    def test_shard_each_rank_holds_its_slices_and_no_more(self, sharded, fsdp, tmp_path):
         """1/N of weights, gradients and moments, of a replica with HSDP, as the report counts them."""
+        fsdp.run(4, tmp_path, "--steps 2 --replicate 2")
         model = train_ddp.GPT(18, 2, 2, 21)
         n_all = sum(p.numel() for p in model.parameters())
-        for world, replicate in ((2, 1), (4, 2)):
-            out, shards = tmp_path / str(world), world // replicate
-            arguments = [*TINY, "--steps", "2", "--replicate", str(replicate), "--out", str(out)]
-            stdout = fsdp.run(world, *arguments)[0].stdout
+        for out, world in ((sharded, 2), (tmp_path, 4)):
             report = json_of(out / "report.json")
             assert report["n_parameters"] == n_all
-            all_of_it = {"weights": 4 * n_all, "gradients": 4 * n_all, "moments": 8 * n_all}
-            assert report["held"]["all"] == all_of_it
+            counts = {"all": n_all}
             for rank in range(world):
-                chunks = [p.chunk(shards) for p in model.parameters()]
-                n = sum(c[rank % shards].numel() for c in chunks if rank % shards < len(c))
-                held = report["held"][f"rank {rank}"]
-                assert held.pop("peak") > 50e6
-                assert held == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
-                assert n <= n_all / shards * 1.05 and f"rank {rank}   weights {4 * n / 2**20:,.3f}" in stdout
+                chunks = [p.chunk(2) for p in model.parameters()]
+                counts[f"rank {rank}"] = sum(c[rank % 2].numel() for c in chunks)
+                assert counts[f"rank {rank}"] <= n_all / 2 * 1.05
+            names = {"weights": 4, "gradients": 4, "moments": 8}
+            held = {who: {name: k * n for name, k in names.items()} for who, n in counts.items()}
+            assert report["held"] == held
 
-    def test_shard_gathers_one_block_at_a_time(self, fsdp):
-        """While a block computes it is whole, and the others are in slices; the whole model is never made.
-        129 held-out rows: the last forward has one, and a rank that counts nothing."""
+    def test_shard_gathers_one_block_at_a_time(self, fsdp, tmp_path):
+        """While a block computes it is whole, and the others are in slices; the whole model is never made."""
         code = """
 from torch.distributed.tensor import DTensor, Shard
 largest, randn = [], torch.randn
@@ -2582,21 +2551,19 @@ script.initialise(reference, 0)
 for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
     assert torch.equal(a.full_tensor(), b) and a.placements == (Shard(0),), name
 seen = []
+def whole(*_):
+    seen.append([not isinstance(b.qkv_proj.weight, DTensor) for b in model.blocks])
 for block in model.blocks:
-    block.ffn_norm.register_forward_hook(lambda *_: seen.append(
-        [not isinstance(b.qkv_proj.weight, DTensor) for b in model.blocks]))
+    block.ffn_norm.register_forward_hook(whole)
 model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
 assert seen == [[True, False, False], [False, True, False], [False, False, True]], seen
 assert all(isinstance(w, DTensor) and isinstance(w.grad, DTensor) for w in model.parameters())
 
-x, y = (part[-129:] for part in script.load_manual(8)[1])
-expected = script.F.cross_entropy(reference(x).flatten(0, 1), y.flatten()).item()
-assert abs(script.evaluate(model, (x, y), p) / expected - 1) < 1e-6 and model.training
-
 s.amp, dtypes = "bf16", set()
 model = script.sharded_model(s, p)
 model.blocks[1].ffn_norm.register_forward_hook(lambda m, *_: dtypes.add(m.weight.dtype))
-model(torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))).sum().backward()
+tokens = torch.randint(256, (2, 8), generator=torch.Generator().manual_seed(p.rank))
+model(tokens).sum().backward()
 grads = [w.grad.to_local() for w in model.parameters()]
 assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
 assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
@@ -2608,94 +2575,74 @@ for recompute in (False, True):
     model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
     assert len(calls) == 1 + recompute, "once in forward, once more in backward"
 """
-        for result in fsdp.run(2, code=code):
+        for result in fsdp.run(2, tmp_path, code=code):
             assert result.stderr == ""
 
-    # ---- properties: checkpoints
-
     def test_save_checkpoint_keeps_the_last_and_leaves_no_parts(self, tmp_path):
-        folder = tmp_path / "new/folder"
         for attempt in range(6):  # of one step: the names' order is that of their sha256
-            train_ddp.save_checkpoint(folder, 1, {"attempt": attempt})
-            assert train_ddp.load_checkpoint(folder) == {"attempt": attempt}
-        others = [folder / f"step_{name}.pt" for name in ("1", "00000009", "00000009.ab", "best")]
+            train_ddp.save_checkpoint(tmp_path, 1, {"attempt": attempt})
+            assert train_ddp.load_checkpoint(tmp_path) == {"attempt": attempt}
+        others = ("step_1.pt", "step_00000009.pt", "step_00000009.ab.pt", "step_best.pt")
         for other in others:
-            other.write_text("not ours")
+            (tmp_path / other).write_text("not ours")
         for step in (5, 50, 500, 5000):
             weights = torch.arange(1000.0) + step
-            path = train_ddp.save_checkpoint(folder, step, {"step": step, "weights": weights}, keep=2)
-        names = {p.name.split(".")[0] for p in set(folder.iterdir()) - set(others)}
-        assert names == {"step_00000500", "step_00005000"} and all(other.exists() for other in others)
-        loaded = train_ddp.load_checkpoint(folder)
-        assert path.exists() and loaded["step"] == 5000 and torch.equal(loaded["weights"], weights)
+            path = train_ddp.save_checkpoint(tmp_path, step, {"step": step, "w": weights}, keep=2)
+        ours = {p.name for p in tmp_path.iterdir()} - set(others)
+        assert {name[:13] for name in ours} == {"step_00000500", "step_00005000"}
+        assert len(os.listdir(tmp_path)) == 2 + len(others)
+        loaded = train_ddp.load_checkpoint(tmp_path)
+        assert path.exists() and loaded["step"] == 5000 and torch.equal(loaded["w"], weights)
         assert train_ddp.load_checkpoint(tmp_path / "nothing") is None
 
+    @pytest.mark.filterwarnings("ignore")
     def test_load_checkpoint_and_tensors_run_no_code(self, tmp_path):
         """Neither of a checkpoint, nor from .metadata, nor from an entry that it calls an object's."""
         import torch.distributed.checkpoint as dcp
 
-        evil = EvilPickle(tmp_path / "ran")
+        evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (tmp_path / "ran",))})()
         data = pickle.dumps({"step": evil}, protocol=2)
         (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
         with contextlib.suppress(Exception):
             train_ddp.load_checkpoint(tmp_path)
         assert not (tmp_path / "ran").exists()
         tensors = {"a": torch.zeros(3)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for what in (tensors, {"a": evil}):
-                dcp.save(what, checkpoint_id=tmp_path / "c")
-                if what is tensors:
-                    (tmp_path / "c/.metadata").write_bytes(pickle.dumps(evil))
-                (tmp_path / "ran").unlink(missing_ok=True)
-                with pytest.raises(OSError):
-                    train_fsdp.load_tensors(tmp_path / "c", tensors)
-                assert not (tmp_path / "ran").exists()
+        for what in (tensors, {"a": evil}):
+            dcp.save(what, checkpoint_id=tmp_path / "c")
+            if what is tensors:
+                (tmp_path / "c/.metadata").write_bytes(pickle.dumps(evil))
+            (tmp_path / "ran").unlink(missing_ok=True)
+            with pytest.raises(OSError):
+                train_fsdp.load_tensors(tmp_path / "c", tensors)
+            assert not (tmp_path / "ran").exists()
         for name in (b"load", b"os.system"):
             with pytest.raises(pickle.UnpicklingError):
-                train_fsdp.MetadataUnpickler(io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")).load()
+                file = io.BytesIO(b"\x80\x04ctorch\n" + name + b"\n.")
+                train_fsdp.MetadataUnpickler(file).load()
 
     def test_write_atomically_two_writers(self, tmp_path):
         """Readers see one writer's bytes or the other's, and nothing is left behind."""
-        path, stop = tmp_path / "file", time.monotonic() + 1
-        texts = [letter * 200_000 for letter in (b"a", b"b")]
-        path.write_bytes(texts[0])
+        path, texts = tmp_path / "file", [letter * 200_000 for letter in (b"a", b"b")]
 
-        def write(text: bytes) -> None:
-            while time.monotonic() < stop:
-                train_ddp.write_atomically(path, text)
+        def write_and_read(text: bytes) -> bytes:
+            train_ddp.write_atomically(path, text)
+            return path.read_bytes()
 
-        with ThreadPoolExecutor(2) as pool:
-            writers = [pool.submit(write, text) for text in texts]
-            while time.monotonic() < stop:
-                assert path.read_bytes() in texts
-        for writer in writers:
-            writer.result()
+        with ThreadPoolExecutor(3) as pool:
+            assert set(pool.map(write_and_read, texts * 100)) == set(texts)
         assert list(tmp_path.iterdir()) == [path]
 
-    def test_load_optimizer_whose_every_step_was_skipped(self):
-        """As fp16 may do to the first ones: AdamW has no state yet."""
-        optimizer = torch.optim.AdamW(nn.Linear(2, 1).parameters())
-        train_ddp.load_optimizer(optimizer, optimizer.state_dict(), train_ddp.Processes(0, 1, CPU))
-        assert all(not value.any() for state in optimizer.state.values() for value in state.values())
-
-    def test_evaluate_on_more_ranks_than_rows(self):
-        model = train_ddp.GPT(8, 2, 1, 4)
-        text = torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)
-        for rank, rows in ((0, 3), (5, 0)):
-            p = train_ddp.Processes(rank, 1, CPU)
-            assert (train_ddp.evaluate(model, text, contextlib.nullcontext(), p) > 0) == (rows > 0)
-
     def test_load_optimizer_after_a_change_of_device(self):
-        """What an unfused AdamW saved goes into a fused one, whose fp16 steps need it fused; and back."""
-        weights = []
+        """An unfused AdamW's state goes into a fused one, and back; at first it may be empty, as in fp16."""
+        weights, alone = [], train_ddp.Processes(0, 1, CPU)
         for kinds in itertools.product((False, True), repeat=2):
             torch.manual_seed(0)
             model, state = nn.Linear(3, 2), None
             for fused in kinds:
                 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-                if state:
-                    train_ddp.load_optimizer(optimizer, state, train_ddp.Processes(0, 1, CPU))
+                state = state or optimizer.state_dict()
+                train_ddp.load_optimizer(optimizer, state, alone)
+                assert state["state"] or not any(map(torch.any, optimizer.state[model.bias].values()))
                 scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
                 for _ in range(3):
                     optimizer.zero_grad()
@@ -2707,228 +2654,206 @@ for recompute in (False, True):
             weights.append(model.weight.detach())
             check_close(weights[-1], weights[0], 1e-6, str(kinds))
 
-    def test_load_tensors_on_any_number_of_ranks(self, fsdp, tmp_path):
-        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: the same digest of weights,
-        moments and step counts; the weights are those of final.pt."""
-        digest = """
-def digest(p, path, s):
-    import hashlib
-    model = script.sharded_model(s, p) if p else script.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len)
-    tensors = script.state_tensors(model, script.make_optimizer(model, s))
-    script.load_tensors(path, tensors, p)
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        sha.update(name.encode() + whole.numpy().tobytes())
-    return sha.hexdigest(), tensors
+    @pytest.mark.filterwarnings("ignore")  # "torch.distributed is disabled": so it is meant
+    def test_load_tensors_on_any_number_of_ranks(self, sharded, fsdp, tmp_path):
+        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: weights, moments, step counts."""
+        path, model = saved(sharded)[-1], train_fsdp.GPT(18, 2, 2, 21)
+        tensors = train_fsdp.state_tensors(model, train_fsdp.make_optimizer(model, fsdp.settings()))
+        train_fsdp.load_tensors(path, tensors)
+        code = f"""
+p, s = script.start_processes("cpu", 30), tyro.cli(script.Settings)
+model = script.sharded_model(s, p)
+tensors = script.state_tensors(model, script.make_optimizer(model, s))
+script.load_tensors(Path({str(path)!r}), tensors, p)
+whole = {{name: getattr(t, "full_tensor", t.clone)() for name, t in tensors.items()}}
+torch.save(whole, s.out + f"/{{p.rank}}.pt")
 """
-        arguments, out = [*TINY, "--save-every", "10", "--out", str(tmp_path)], tmp_path
-        fsdp.run(2, *arguments)
-        path = saved(out)[-1]
-        code = digest + "p = script.start_processes('cpu', 30)\n"
-        code += f"print(digest(p, Path({str(path)!r}), tyro.cli(script.Settings))[0])"
-        found = [fsdp.run(world, *arguments, code=code)[0].stdout.strip() for world in (2, 1, 4)]
-        found += [fsdp.run(4, *arguments, "--replicate", "2", code=code)[0].stdout.strip()]
-        scope = {"script": train_fsdp}
-        exec(digest, scope)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "torch.distributed is disabled": so it is meant
-            sha, tensors = scope["digest"](None, path, settings_of(train_fsdp, *arguments))
-        assert set(found) == {sha} and len(tensors) == 4 * len(train_fsdp.GPT(18, 2, 2, 21).state_dict())
+        for world, more in ((2, ""), (1, ""), (4, ""), (4, "--replicate 2")):
+            fsdp.run(world, tmp_path, more, code=code)
+            for rank in range(world):
+                found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+                assert found.keys() == tensors.keys()
+                assert all(torch.equal(found[name], value) for name, value in tensors.items())
         assert all(value == 20 for name, value in tensors.items() if name.endswith(".step"))
-        final = torch.load(out / "final.pt", weights_only=True)
-        table = safetensors.torch.load_file(out / "final.safetensors")
-        assert final.keys() == table.keys() == train_ddp.GPT(18, 2, 2, 21).state_dict().keys()
+        final = torch.load(sharded / "final.pt", weights_only=True)
+        table = safetensors.torch.load_file(sharded / "final.safetensors")
+        assert final.keys() == table.keys() == model.state_dict().keys()
         for name, value in final.items():
             assert torch.equal(value, tensors[f"model.{name}"]) and torch.equal(value, table[name])
-        files = set(json_of(path / "manifest.json")["files"])
-        assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-        assert {p.name for p in path.iterdir()} == files | {"manifest.json"}, "a checksum covers each"
 
-    def test_newest_checkpoint_is_an_undamaged_one(self, fsdp, tmp_path, capsys):
-        """Whatever the damage: it is said, and training goes on from the one before to the same end."""
-        arguments = [*TINY, "--save-every", "8", "--exact", "--out"]
-        fsdp.run(2, *arguments, str(tmp_path / "whole"))
-        (tmp_path / "whole/report.json").unlink()
-        files = {"missing": "__1_0.distcp", "truncated": "__1_0.distcp", "altered": "__0_0.distcp"}
-        files |= {"altered metadata": ".metadata"}
-        files |= {"altered manifest": "manifest.json", "missing manifest": "manifest.json"}
-        for damage, name in files.items():
-            out = tmp_path / damage
-            shutil.copytree(tmp_path / "whole", out)
-            newest = saved(out)[-1]
+    def test_newest_checkpoint_is_an_undamaged_one(self, sharded, tmp_path, capsys):
+        """Whatever the damage: it is said once, and the one before is taken, as long as there is one."""
+        files = {".metadata", "__0_0.distcp", "__1_0.distcp"}
+        assert set(json_of(saved(sharded)[-1] / "manifest.json")["files"]) == files, "a sum for each"
+        assert set(os.listdir(saved(sharded)[-1])) == files | {"manifest.json"}
+        damages = [("missing", "__1_0.distcp"), ("truncated", "__1_0.distcp")]
+        damages += [("altered", "__0_0.distcp"), ("altered", ".metadata")]
+        damages += [("altered", "manifest.json"), ("missing", "manifest.json")]
+        for damage, name in damages:
+            out = tmp_path / damage / name
+            shutil.copytree(sharded, out)
+            newest, before = reversed(saved(out))
             data = bytearray((newest / name).read_bytes())
-            data[len(data) // 2] ^= 4 * ("altered" in damage)
+            data[len(data) // 2] ^= 4 * (damage == "altered")
             (newest / name).write_bytes(data[:-1] if damage == "truncated" else data)
-            if "missing" in damage:
+            if damage == "missing":
                 (newest / name).unlink()
-            for said in (f"{newest} is damaged ({name} missing or altered)\n", ""):  # once
-                assert train_fsdp.newest_checkpoint(out)[0].name[:13] == "step_00000016"
+            for said in (f"{newest} is damaged ({name} missing or altered)\n", ""):
+                path, manifest = train_fsdp.newest_checkpoint(out)
+                assert path == before and manifest["step"] == 10
                 assert capsys.readouterr().err == said
-            assert newest.with_name(newest.name + ".damaged").is_dir()
-        assert "from_step=16" in fsdp.run(2, *arguments, str(tmp_path / "missing"))[0].stdout
-        for path in saved(tmp_path / "altered"):  # the last good ones: training begins anew
-            (path / ".metadata").write_bytes(b"")
-        assert "from_step=0" in fsdp.run(2, *arguments, str(tmp_path / "altered"))[0].stdout
-        for damage in ("missing", "altered"):
-            assert distance_of_weights(tmp_path / damage, tmp_path / "whole") == 0
-
-    def test_publish_needs_an_out_that_all_machines_see(self, fsdp, tmp_path):
-        """Each would write its slices on its own disk: no checkpoint could ever be read."""
-        fsdp.run(2, *TINY, "--steps", "2", "--out", str(tmp_path))
-        part = saved(tmp_path)[0].rename(tmp_path / "step_00000005.part")
-        (part / "__1_0.distcp").rename(tmp_path / "elsewhere")
-        with pytest.raises(OSError, match="__1_0.distcp"):
-            train_fsdp.publish(part, {}, 3)
-        (tmp_path / "elsewhere").rename(part / "__1_0.distcp")
+            (before / ".metadata").write_bytes(b"")
+            assert train_fsdp.newest_checkpoint(out) == (None, None)
+            capsys.readouterr()
+        part = shutil.copytree(saved(sharded)[0], tmp_path / "step_00000005.part")
         assert train_fsdp.publish(part, {}, 3).exists()
-
-    # ---- refusals
+        part = shutil.copytree(saved(sharded)[0], part)
+        (part / "__1_0.distcp").unlink()
+        with pytest.raises(OSError, match="__1_0.distcp"):  # on another machine's disk
+            train_fsdp.publish(part, {}, 3)
 
     def test_main_refuses_in_one_line(self, trainer, tmp_path):
-        """Two processes, of which one says it (both, where they haven't met); nothing is written. Then ranks
-        that disagree on a setting or on the text (a Python with another manual)."""
+        """One of two says it (both, where they haven't met); also where ranks were given other things."""
         (tmp_path / "file").write_text("not a folder")
-        refused = {"lr": ["--lr", "nan"], "file": ["--out", str(tmp_path / "file")]}
-        refused |= {"amp bf16 needs": ["--amp", "bf16", "--dtype", "float64"]}
+        refused = {"lr": "--lr nan", "file": "", "amp bf16 needs": "--amp bf16 --dtype float64"}
         if trainer.module == "train_ddp":
-            refused |= {"data_parallel": ["--data-parallel", "--amp", "bf16"]}
-            refused |= {"compiled": ["--data-parallel", "--compile"]}
+            refused |= {"data_parallel": "--data-parallel --amp bf16"}
+            refused |= {"compiled": "--data-parallel --compile"}
         else:
-            refused |= {"replicate": ["--replicate", "3"], "exact": ["--exact", "--amp", "bf16"]}
-        arguments = [*TINY, "--out", str(tmp_path / "out")]
-        for words, more in (refused | {"needs a GPU": ["--device", "cuda"]}).items():
-            results = trainer.attempt(2, *arguments, *more)
+            refused |= {"replicate": "--replicate 3", "exact": "--exact --amp bf16"}
+        for words, more in (refused | {"needs a GPU": "--device cuda"}).items():
+            results = trainer.attempt(2, tmp_path / ("out" if more else "file"), more)
             check_one_line_error(results[0], words)
             assert results[1].returncode == 2 and (words not in refused or results[1].stderr == "")
         assert not (tmp_path / "out").exists()
-        other = "pydoc_data.topics.topics = dict(list(pydoc_data.topics.topics.items())[: 20 + 20 * RANK])\n"
+        other = "load = script.load_manual\n"
+        other += "script.load_manual = lambda n: [(x[RANK:], y[RANK:]) for x, y in load(n)]\n"
         for words, more, code in (("save_every", ["--save-every", "7"], ""), ("text", [], other)):
-            results = trainer.attempt(2, *arguments, of_rank={1: more}, code=code + "run()")
+            options = {"of_rank": {1: more}, "code": code + "run()"}
+            results = trainer.attempt(2, tmp_path / "out", **options)
             check_one_line_error(results[1], "rank 1", words)
             assert results[0].returncode in (1, 2) and not (tmp_path / "out/final.pt").exists()
 
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_check_settings_takes_the_least_of_each_and_no_less(self, module):
         ones = "steps batch_size accumulate d_model n_heads n_layers eval_every keep timeout".split()
-        zeros = "lr warmup weight_decay clip seed save_every dropout".split()
+        zeros = "lr warmup clip seed save_every dropout".split()
         alone, two = (module.Processes(0, world, CPU) for world in (1, 2))
         for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
-            module.check_settings(module.Settings(**({"n_heads": 1} | {name: least})), alone)
+            module.check_settings(module.Settings(**{"n_heads": 1, name: least}), alone)
             with pytest.raises(ValueError, match=name):
                 module.check_settings(module.Settings(**{name: least - 1}), alone)
         module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
-        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}):
+        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}, {"d_model": 30}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 module.check_settings(module.Settings(**wrong), two)
 
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
-        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-        for name, lacking in zip(names, [*list(names)[1:], "none"], strict=True):  # set one by one
-            monkeypatch.setenv(name, names[name])
-            if lacking != "none":
-                with pytest.raises(KeyError, match=lacking):
-                    module.start_processes("cpu", 5.0)
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}
+        for name, lacking in zip(names, [*list(names)[1:], "MASTER_PORT"], strict=True):
+            monkeypatch.setenv(name, names[name])  # one by one
+            with pytest.raises((KeyError, ValueError), match=lacking):
+                module.start_processes("cpu", 5.0)
         restarts = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
         for name, value in (restarts | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
             module.start_processes("cpu", 5.0)
 
-    def test_start_processes_meet_again_after_a_restart(self, trainer):
+    def test_start_processes_meet_again_after_a_restart(self, trainer, tmp_path):
         """In the store that torchrun keeps, where the addresses of those that have ended still stand."""
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
         code = """
-time.sleep(2 * RANK)
+time.sleep(RANK)
 p = script.start_processes("cpu", 20)
 print(script.sum_over_ranks([1.0], p))
 """
         for attempt in ("0", "1"):
             environment["TORCHELASTIC_RESTART_COUNT"] = attempt
-            for result in trainer.run(2, code=code, **environment):
+            for result in trainer.run(2, tmp_path, code=code, **environment):
                 assert result.stdout == "[2.0]\n"
 
     def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
         """Other settings, another version's checkpoint, the other script's run; what may change may."""
-        run, out = [*TINY, "--steps", "4", "--out", str(tmp_path / "a")], tmp_path / "a"
-        trainer.run(2, *run)
+        out, own = tmp_path / "a", trainer.module
+        (other,) = {"train_ddp", "train_fsdp"} - {own}
+
+        def check_refused(module: str, arguments: str, *words: str) -> None:
+            results = trainer.use(module).attempt(2, out, arguments)
+            check_one_line_error(results[0], *words)
+            assert results[1].returncode == 2 and results[1].stderr == ""
+
+        trainer.run(2, out, "--steps 4")
         before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-        other = {"train_ddp": "train_fsdp.py", "train_fsdp": "train_ddp.py"}[trainer.module]
-        check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{other} here")
-        may = ["--save-every", "3", "--timeout", "39", "--keep", "1", "--eval-every", "7", "--compile"]
-        may += ["--replicate", "2", "--recompute"] * (trainer.module == "train_fsdp")
-        assert "this run is finished" in trainer.run(2, *run, *may)[0].stdout
-        check_one_line_error(trainer.attempt(2, *run, "--lr", "0.01")[0], "lr 0.003", "--out")
+        may = "--save-every 3 --timeout 39 --keep 1 --eval-every 7 --compile"
+        may += " --replicate 2 --recompute" * (own == "train_fsdp")
+        assert "this run is finished" in trainer.run(2, out, f"--steps 4 {may}")[0].stdout
+        check_refused(own, "--steps 4 --lr 0.01", "lr 0.003", "--out")
+        check_refused(other, "--steps 4", f"{other}.py here")
         assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
         (out / "report.json").unlink()
-        check_one_line_error(run_script(other, *run, cwd=tmp_path), f"{trainer.module}.py")
-        results = trainer.attempt(2, *run, "--steps", "5")
-        check_one_line_error(results[0], "steps 4", "--out")
-        assert results[1].returncode == 2 and results[1].stderr == ""
-        if trainer.module == "train_ddp":
-            train_ddp.save_checkpoint(tmp_path / "old", 10, {"step": 10, "model": {}})
-            (result,) = trainer.attempt(1, *TINY, "--out", str(tmp_path / "old"))
-            check_one_line_error(result, "another --out")
-
-    # ---- runs: going on, ending, failing
+        check_refused(other, "--steps 4", f"{own}.py")
+        check_refused(own, "--steps 5", "steps 4", "--out")
+        if own == "train_ddp":
+            out = tmp_path / "old"
+            out.mkdir()
+            train_ddp.save_checkpoint(out, 10, {"step": 10, "model": {}})
+            check_refused(own, "", "another --out")
 
     def test_main_goes_on_where_it_was_on_other_processes(self, trainer, tmp_path):
-        """Half on 2 processes, half on 1, 2, 3, 4, as HSDP, recomputed: the undisturbed run's weights; on 2
-        bitwise. A damaged newest checkpoint is passed over."""
-        arguments = [*TINY, "--dtype", "float64", "--save-every", "8", "--dropout", "0"]
-        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
-        runs = {"1": [], "2": [], "3": [], "4": []}
-        if trainer.module == "train_fsdp":
-            runs = {"1": ["--recompute"], "2": [], "4": [], "4 replicas": ["--replicate", "2"]}
+        """The undisturbed run's weights, on 2 bitwise. A damaged newest checkpoint is passed over."""
+        arguments, whole = "--dtype float64 --save-every 8", tmp_path / "whole"
+        trainer.run(2, whole, arguments)
+        runs = {"1": "", "2": "", "4": ""}
+        if trainer.exact:
+            runs = {"1": "--recompute", "2": "", "4": "--replicate 2"}
         for name, more in runs.items():
-            out = tmp_path / name.replace(" ", "_")
-            out.mkdir()
-            for path in saved(tmp_path / "whole"):
-                (shutil.copytree if path.is_dir() else shutil.copy)(path, out / path.name)
-            damaged = saved(out)[-1] / "__0_0.distcp" if saved(out)[-1].is_dir() else saved(out)[-1]
+            out = tmp_path / name
+            shutil.copytree(whole, out)
+            (out / "report.json").unlink()
+            damaged = saved(out)[-1]
+            damaged = damaged / "__0_0.distcp" if damaged.is_dir() else damaged
             data = bytearray(damaged.read_bytes())
             data[-2000] ^= 16
             damaged.write_bytes(data)
-            result = trainer.run(int(name[0]), *arguments, *more, "--out", str(out))[0]
+            result = trainer.run(int(name), out, f"{arguments} {more}")[0]
             assert "is damaged" in result.stderr and "from_step=16" in result.stdout
             assert len(list(out.glob("*.damaged"))) == 1, "so that it isn't reported again"
-            distance = distance_of_weights(out, tmp_path / "whole")
+            distance = distance_of_weights(out, whole)
             assert distance <= (0 if name == "2" else 1e-12), (name, distance)
-            curves = [json_of(o / "report.json")["losses"] for o in (out, tmp_path / "whole")]
-            check_close(*(torch.tensor(curve, dtype=torch.float64) for curve in curves), 1e-12, "losses")
+            one, other = (json_of(o / "report.json")["losses"] for o in (out, whole))
+            assert one == pytest.approx(other, rel=1e-12)
 
     def test_main_finished_means_that_all_is_there(self, trainer, tmp_path):
         """What is missing or damaged is made again; what is finished needs no lock, nor to write."""
-        out, arguments = tmp_path / "out", [*TINY, "--steps", "4", "--out", str(tmp_path / "out")]
-        first = last_json(trainer.run(1, *arguments)[0])
+        out = tmp_path / "out"
+        first = last_json(trainer.run(1, out, "--steps 4")[0])
         report, weights = json_of(out / "report.json"), final_weights(out)
         assert first["report"] == str(out / "report.json") and len(json.dumps(first)) < 300
         assert first["loss"] == report["losses"][-1] == report["loss"] and len(set(report["losses"])) == 4
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         assert rows == report["log"] and rows[-1]["dev_loss"] == report["dev_loss"] == first["dev_loss"]
-        (inputs, targets), _ = train_ddp.load_manual(21)
-        learnt = rows_of_steps(0, 4, len(inputs), settings_of(train_ddp, *arguments))
-        assert report["tokens"] == (targets[learnt] != -100).sum()
-        rate = report["tokens"] / report["train_seconds"]
-        assert report["tokens_per_second"] == round(rate) and rows[-1]["gradient_norm"] > 0
+        targets = few_rows(train_ddp)[0][1]
+        learnt = targets[rows_of_steps(4, len(targets), trainer.settings())]
+        assert report["tokens"] == (learnt != -100).sum() and rows[-1]["gradient_norm"] > 0
+        assert report["tokens_per_second"] == round(report["tokens"] / report["train_seconds"])
         (out / "final.pt").unlink()
-        trainer.run(1, *arguments)
+        trainer.run(1, out, "--steps 4")
         assert torch.equal(final_weights(out), weights)
         (out / "report.json").write_text((out / "report.json").read_text()[:-9])
-        trainer.run(1, *arguments)
+        trainer.run(1, out, "--steps 4")
         assert json_of(out / "report.json")["losses"] == report["losses"]
         lock = train_ddp.lock_out(out)
         out.chmod(0o500)
-        (again,) = trainer.run(1, *arguments)
+        (again,) = trainer.run(1, out, "--steps 4")
         out.chmod(0o700)
         assert "this run is finished" in again.stdout and last_json(again) == first
         lock.close()
 
     def test_train_a_step_that_diverges_ends_the_run(self, trainer, tmp_path):
-        """An inf gradient is never applied nor saved: the run goes on from before. In fp16 that step is
-        skipped. A last step that diverges leaves no final.pt."""
+        """An inf gradient is never applied nor saved: the run goes on from before; fp16 skips that step."""
         code = """
 cross_entropy, steps = torch.nn.functional.cross_entropy, [0]
 def explode(logits, *rest, **options):
@@ -2942,60 +2867,40 @@ def explode(logits, *rest, **options):
 script.F.cross_entropy = explode
 run()
 """
-        for clip in ("1", "0"):
-            arguments = [*TINY, "--save-every", "2", "--clip", clip, "--out", str(tmp_path / clip)]
-            results = trainer.attempt(2, *arguments, code=code)
-            assert [r.returncode for r in results] == [1, 1], results
-            assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == ""
-            assert "norm" in results[0].stderr and "step 8" in results[0].stderr
-            assert saved_state(tmp_path / clip)["step"] == 8
-        assert "from_step=8" in trainer.run(2, *arguments)[0].stdout
-        assert final_weights(tmp_path / "0").isfinite().all()
-        results = trainer.attempt(2, *TINY, "--out", str(tmp_path / "loss"), code=code, LOSS="1")
-        assert [r.returncode for r in results] == [1, 1] and "loss is inf at step 8" in results[0].stderr
-        trainer.run(2, *TINY, "--amp", "fp16", "--out", str(tmp_path / "fp16"), code=code)
-        assert final_weights(tmp_path / "fp16").isfinite().all()
-        assert saved_state(tmp_path / "fp16")["scaler"]["_growth_tracker"] == 11
-        arguments = "--steps 1 --warmup 0 --lr 1e30 --clip 0".split()
-        (result,) = trainer.attempt(1, *TINY, *arguments, "--out", str(tmp_path / "last"))
-        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "--lr" in result.stderr
-        assert not (tmp_path / "last/final.pt").exists() and not saved(tmp_path / "last")
 
-    BROKEN = """
-def broken(*arguments, batches=script.micro_batches):
-    for _, batch in zip(range(4), batches(*arguments)): yield batch
-    {}["no such row"]
-if RANK == 1: script.micro_batches = broken
-"""
-    ONE_LOSS = "if RANK == 1: script.F.cross_entropy = lambda *a, **k: torch.zeros(2) @ torch.zeros(3)"
-    FAILURES = {  # a user's own errors: (what goes wrong, what the traceback says, on which ranks)
-        "a wrong shape": ("script.Block.forward = lambda self, x: x[..., :-1]", "RuntimeError", (0, 1)),
-        "a loss on one rank": (ONE_LOSS, "RuntimeError", (1,)),
-        "a data set on one rank": (BROKEN, "KeyError: 'no such row'", (1,)),
-    }
+        def check_ends(world: int, out: Path, arguments: str, *words: str, **options) -> None:
+            results = trainer.attempt(world, out, arguments, **options)
+            assert [r.returncode for r in results] == [1] * world, results
+            assert len(results[0].stderr.splitlines()) == 1 and results[-1].stderr in ("", results[0].stderr)
+            assert all(word in results[0].stderr for word in words) and not (out / "final.pt").exists()
 
-    @pytest.mark.parametrize("failure", FAILURES)
-    def test_explain_leaves_a_user_s_error_its_traceback(self, failure, trainer, tmp_path):
-        """The rank that has it shows it; the others end too, within the time limit, as a process is lost."""
-        code, said, ranks = self.FAILURES[failure]
-        start = time.monotonic()
-        results = trainer.attempt(2, *TINY, "--timeout", "20", "--out", str(tmp_path), code=code + "\nrun()")
-        assert time.monotonic() - start < 60
-        for rank, result in enumerate(results):
-            assert result.returncode == 1, results
-            assert ("Traceback" in result.stderr and said in result.stderr) == (rank in ranks), result.stderr
-            assert rank in ranks or f"rank {rank} can't reach the other" in result.stderr, result.stderr
+        out, fp16 = tmp_path / "0", tmp_path / "fp16"
+        check_ends(2, out, "--save-every 2 --clip 0", "norm", "step 8", code=code)
+        assert saved_state(out)["step"] == 8
+        assert "from_step=8" in trainer.run(2, out, "--save-every 2 --clip 0")[0].stdout
+        assert final_weights(out).isfinite().all()
+        check_ends(2, tmp_path / "loss", "", "loss is inf at step 8", code=code, LOSS="1")
+        trainer.run(2, fp16, "--amp fp16", code=code)
+        assert final_weights(fp16).isfinite().all()
+        assert saved_state(fp16)["scaler"]["_growth_tracker"] == 11
+        check_ends(1, tmp_path / "last", "--steps 1 --warmup 0 --lr 1e30 --clip 0", "--lr")
+        assert not saved(tmp_path / "last")
 
-    @pytest.mark.parametrize("module", SCRIPTS)
-    def test_explain_alone_there_is_nobody_to_lose(self, module, capsys, monkeypatch):
-        monkeypatch.delenv("RANK", raising=False)
-        assert module.explain(RuntimeError("gloo/transport/tcp: no interface"), None, training=False) == 1
-        assert "can't reach" not in capsys.readouterr().err
+    def test_explain_leaves_a_user_s_error_its_traceback(self, trainer, tmp_path):
+        """The rank that has it shows it; the others end too. Alone there is nobody to lose."""
+        alone = "def fails(*_): raise RuntimeError('gloo/transport/tcp')\nscript.train = fails"
+        shape = "script.Block.forward = lambda self, x: x[..., :-1]"
+        loss = "if RANK == 1: script.F.cross_entropy = lambda *_, **k: torch.zeros(2) @ torch.zeros(3)"
+        for code, world, guilty in ((alone, 1, [0]), (shape, 2, [0, 1]), (loss, 2, [1])):
+            results = trainer.attempt(world, tmp_path, "--timeout 20", code=code + "\nrun()")
+            for rank, result in enumerate(results):
+                assert result.returncode == 1, results
+                assert ("\nRuntimeError" in result.stderr) == (rank in guilty), results
+                assert (f"rank {rank} can't reach" in result.stderr) == (rank not in guilty), results
 
     def test_explain_a_lost_process(self, trainer, tmp_path):
         """One that is killed, one that halts, one that never comes."""
-        arguments = [*TINY, "--steps", "5000", "--eval-every", "3", "--out", str(tmp_path), "--timeout"]
-        for number, timeout in ((signal.SIGKILL, "60"), (signal.SIGSTOP, "4")):
+        for number, timeout in ((signal.SIGKILL, 60), (signal.SIGSTOP, 3)):
             code = f"""
 check = script.check_finite
 def ends(what, value, step):
@@ -3005,64 +2910,59 @@ def ends(what, value, step):
 script.check_finite = ends
 run()
 """
-            trainer.start(3, *arguments, timeout, code=code)
+            trainer.start(3, tmp_path, f"--steps 5000 --eval-every 3 --timeout {timeout}", code=code)
             trainer.wait_until(lambda: all("can't reach" in trainer.out(rank, "err") for rank in (0, 2)))
             trainer.kill([1])  # in case it is only halted
             results = trainer.wait()
             assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
-            for rank in (0, 2):
-                assert f"rank {rank} can't reach the other processes" in results[rank].stderr
-                assert "Traceback" not in results[rank].stderr
-        trainer.start(2, *TINY, "--timeout", "3", "--out", str(tmp_path / "b"), of_rank={1: None})
+            assert not any("Traceback" in r.stderr for r in results)
+        trainer.start(2, tmp_path / "b", "--timeout 2", of_rank={1: None})
         (result,) = trainer.wait(60)
         assert result.returncode == 1 and "rank 0 can't reach the other processes" in result.stderr
 
     def test_on_rank_0_may_take_longer_than_the_timeout(self, trainer, tmp_path):
-        """A slow disk kills no job: neither while rank 0 saves, nor at the end, nor another rank's slices."""
+        """A slow disk kills no job: neither while rank 0 saves nor while another one writes its slices."""
         code = """
 replace = os.replace
-def slow(*arguments):
-    time.sleep(3)
-    return replace(*arguments)
+def slow(source, target):
+    time.sleep(3 * target.name.startswith(("step", "manifest")))
+    return replace(source, target)
 os.replace = slow
 if RANK == 1 and hasattr(script, "dcp"):
     save = script.dcp.save
     script.dcp.save = lambda *a, **k: time.sleep(3) or save(*a, **k)
 run()
 """
-        arguments = [*TINY, "--steps", "4", "--timeout", "2", "--out", str(tmp_path)]
-        assert last_json(trainer.run(2, *arguments, code=code)[0])["loss"] > 0
+        results = trainer.run(2, tmp_path, "--steps 4 --timeout 2", code=code)
+        assert last_json(results[0])["loss"] > 0
 
     def test_save_checkpoint_on_a_full_disk_ends_the_run(self, trainer, tmp_path):
-        """A rank may write no file above 10 kB: a sentence, the older checkpoint stays, nothing half written
-        does, and the same command goes on."""
-        limited = {"train_ddp": 0, "train_fsdp": 1}[trainer.module]
-        code = f"""
+        """A rank may write no file above 10 kB: the older checkpoint stays, nothing half written does."""
+        code = """
 import resource
 save = script.save_checkpoint
 def limited(folder, step, *rest):
-    if step == 20 and RANK == {limited}:
+    if step == 20 and RANK == (script is train_fsdp):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     return save(folder, step, *rest)
 script.save_checkpoint = limited
 run()
 """
-        arguments = [*TINY, "--save-every", "10", "--out", str(tmp_path)]
-        results = trainer.attempt(2, *arguments, code=code)
+        results = trainer.attempt(2, tmp_path, "--save-every 10", code=code)
         assert [r.returncode for r in results] == [1, 1], results
         assert len(results[0].stderr.splitlines()) == 1 and results[1].stderr == "", results
         assert trainer.module == "train_ddp" or "rank 1" in results[0].stderr
         assert [path.name[:13] for path in saved(tmp_path)] == ["step_00000010"]
         assert not list(tmp_path.glob("*.part"))
         (tmp_path / "tmpx.part").mkdir()  # of a process killed earlier
-        assert "from_step=10" in trainer.run(2, *arguments)[0].stdout
+        assert "from_step=10" in trainer.run(2, tmp_path, "--save-every 10")[0].stdout
         assert not list(tmp_path.glob("*.part"))
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_save_checkpoint_survives_kill_9_at_random_moments(self, trainer, world, tmp_path):
         """Of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
-        arguments = [*TINY, "--steps", "40", "--save-every", "1", "--keep", "2", "--dropout", "0.1"]
-        trainer.run(world, *arguments, "--save-every", "0", "--out", str(tmp_path / "whole"))
+        arguments = "--steps 24 --keep 2 --dropout 0.1 --save-every"
+        trainer.run(world, tmp_path / "whole", f"{arguments} 0")
         out, rng, kills = tmp_path / "killed", random.Random(KILL_SEED), 0
         print(f"KILL_SEED={KILL_SEED}")
         in_a_save = """
@@ -3073,184 +2973,147 @@ def die(*arguments):
 os.replace = die
 run()
 """
-        for attempt in range(2 * KILLS + 2):
-            if kills == KILLS:
-                break
+        for attempt in itertools.count():
             code = in_a_save.replace("SAVES", str(rng.randint(2, 9))) if attempt % 2 else "run()"
-            before = newest_name(out)
-            trainer.start(world, *arguments, "--out", str(out), code=code)
+            before = newest_step(out)
+            trainer.start(world, out, f"{arguments} 1", code=code)
             if attempt % 2 == 0:
-                trainer.wait_until(lambda before=before: newest_name(out) != before)
+                trainer.wait_until(lambda before=before: newest_step(out) != before)
                 time.sleep(rng.random() * 0.1)
                 with contextlib.suppress(ProcessLookupError):
                     trainer.kill(range(world) if attempt % 4 else [world - 1])
             results = trainer.wait()
-            killed = any(r.returncode == -signal.SIGKILL for r in results)
-            assert killed or all(r.returncode == 0 for r in results), results
-            kills += killed
+            kills += any(r.returncode == -signal.SIGKILL for r in results)
+            if kills == KILLS:
+                break
             if (out / "report.json").exists():
                 shutil.rmtree(out)
-        assert kills == KILLS, results
-        assert "from_step=" in trainer.run(world, *arguments, "--out", str(out))[0].stdout
-        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        assert "from_step=" in trainer.run(world, out, f"{arguments} 1")[0].stdout
+        assert distance_of_weights(out, tmp_path / "whole") == 0
         assert not list(out.glob("*.part")) and len(saved(out)) == 2
 
-    @pytest.mark.parametrize(
-        "world, who, name", [(1, [0], "SIGHUP"), (2, [1], "SIGTERM"), (2, [0, 1], "SIGINT")]
-    )
-    def test_signals_stop_all_ranks_at_one_step(self, trainer, world, who, name, tmp_path):
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_signals_stop_all_ranks_at_one_step(self, trainer, world, tmp_path):
         """Saved, with the scaler; the same command goes on to the same end."""
-        number = getattr(signal, name)
-        arguments = [*TINY, *"--steps 40 --amp fp16 --dropout 0.1".split()]
-        trainer.run(world, *arguments, "--out", str(tmp_path / "whole"))
-        out = tmp_path / "stopped"
-        trainer.start(world, *arguments, "--out", str(out))
+        arguments, whole, out = "--steps 40 --amp fp16 --dropout 0.1", tmp_path / "a", tmp_path / "b"
+        trainer.run(world, whole, arguments)
+        trainer.start(world, out, arguments)
         trainer.wait_until(lambda: (out / "log.jsonl").exists())
-        trainer.kill(who, number)
+        trainer.kill([world - 1], signal.SIGTERM)
         results = trainer.wait()
-        assert [r.returncode for r in results] == [128 + number] * world, results
+        assert [r.returncode for r in results] == [128 + signal.SIGTERM] * world, results
         assert len(saved(out)) == 1 and not (out / "final.pt").exists()
         assert "the same command goes on" in results[0].stderr
         assert all(r.stderr == "" for r in results[1:]), "one line an event"
         state = saved_state(out)
         assert 10 <= state["step"] < 40 and state["scaler"]["_growth_tracker"] > 0
-        result = trainer.run(world, *arguments, "--out", str(out))[0]
+        result = trainer.run(world, out, arguments)[0]
         assert f"from_step={state['step']}" in result.stdout
-        assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
-        assert saved_state(out)["scaler"] == saved_state(tmp_path / "whole")["scaler"]
+        assert distance_of_weights(out, whole) == 0
+        assert saved_state(out)["scaler"] == saved_state(whole)["scaler"]
 
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_signals_are_noted_and_given_back(self, module):
-        before = signal.getsignal(signal.SIGTERM)
-        for world in (1, 2):
-            signals = module.Signals(module.Processes(0, world, CPU))
-            assert not signals.received()
-            signal.raise_signal(signal.SIGTERM)
-            assert signals.received() and signals.noted == [signal.SIGTERM]
-            alone = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends it at once
-            assert alone == (world == 1)
-            signals.restore()
-            assert signal.getsignal(signal.SIGTERM) == before
-        if hasattr(signal, "SIGHUP"):  # under nohup
-            hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signals = module.Signals(module.Processes(0, 1, CPU))
-            assert signal.signal(signal.SIGHUP, hang_up) == signal.SIG_IGN
-            signals.restore()
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        before = [signal.getsignal(number) for number in numbers]
+        signals = module.Signals(module.Processes(0, 2, CPU))
+        assert not signals.received()
+        for number in numbers * 2:
+            signal.raise_signal(number)
+        assert signals.received() and signals.noted == numbers * 2
+        signals.restore()
+        assert [signal.getsignal(number) for number in numbers] == before
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        alone = module.Signals(module.Processes(0, 1, CPU))
+        signal.raise_signal(signal.SIGHUP)
+        assert not alone.received()
+        signal.raise_signal(signal.SIGTERM)  # a second one would end it at once:
+        assert alone.received() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        alone.restore()
+        signal.signal(signal.SIGHUP, before[2])
+
+    def test_signals_orphans_leave(self, trainer, tmp_path):
+        """Their torchrun, here a process between, is killed after a checkpoint; the same command goes on."""
+        code = """
+check = script.check_finite
+def kills(what, value, step):
+    if step == 5 and what == "loss":  # once
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(0.5)
+    check(what, value, step)
+script.check_finite = kills
+if os.fork():
+    signal.pause()
+run()
+"""
+        results = trainer.attempt(1, tmp_path, "--save-every 5", code=code, TORCHELASTIC_RUN_ID="1")
+        assert results[0].returncode == -signal.SIGKILL
+        trainer.wait_until(lambda: "lost the torchrun" in trainer.out(0, "err"))
+        assert "from_step=5" in trainer.run(1, tmp_path, "--save-every 5")[0].stdout
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
         """A second start on the same OUT waits a while, then says so; the first one's work stays."""
-        arguments = [*TINY, "--steps", "4", "--out", str(tmp_path)]
-        lock = importlib.import_module(trainer.module).lock_out(tmp_path)
+        lock = trainer.script.lock_out(tmp_path)
         code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
-        results = trainer.attempt(2, *arguments, code=code)
+        results = trainer.attempt(2, tmp_path, "--steps 4", code=code)
         check_one_line_error(results[0], "is in use by another run")
         assert results[1].returncode == 2 and results[1].stderr == ""
-        trainer.start(1, *arguments)
+        trainer.start(1, tmp_path, "--steps 4")
         time.sleep(1)
         lock.close()
         assert trainer.wait()[0].returncode == 0, "it has waited"
 
-    # ---- runs: as a user starts them
-
-    @linux
     def test_main_under_torchrun_survives_a_killed_worker(self, trainer, tmp_path):
-        """Alone in an empty folder, with a short warm-up; no orphan is left. Then torchrun itself is killed:
-        its workers leave, and the same command goes on."""
+        """Alone in an empty folder, with a short warm-up; no orphan is left."""
         script = shutil.copy(ROOT / f"{trainer.module}.py", tmp_path)
-        arguments = [*TINY, "--steps", "150", "--save-every", "5", "--eval-every", "75", "--warmup", "200"]
-        trainer.run(2, *arguments, "--out", str(tmp_path / "whole"))
-        for name, restarts in (("worker", ["--max-restarts=3"]), ("torchrun", [])):
-            out, logs = tmp_path / name, len(list(tmp_path.glob("agent*")))
-            node = ["--nproc_per_node=2", f"--master_port={free_port()}", *restarts]
-            agent = torchrun(script, *arguments, "--out", name, node=node, cwd=tmp_path)
-            wait_until(lambda out=out: newest_name(out), 60, "a checkpoint")
-            workers = children(agent)
-            os.kill(workers[1] if restarts else agent.pid, signal.SIGKILL)
-            if not restarts:
-                agent.wait()
-                wait_until(lambda ids=workers: not any(map(is_alive, ids)), 10, "the orphans to leave")
-                assert not (out / "final.pt").exists()
-                agent = torchrun(script, *arguments, "--out", name, cwd=tmp_path)
-            assert agent.wait(120) == 0, (tmp_path / f"agent{logs}.log").read_text()
-            log = "".join(path.read_text() for path in sorted(tmp_path.glob("agent*"))[logs:])
-            assert log.count("processes=2") == 2 and log.count("from_step=0") == 1, "once by each start"
-            assert log.count("can't reach the other processes") <= 1, "the second attempt met at once"
-            assert not any(is_alive(pid) for pid in workers), "no orphans"
-            assert torch.equal(final_weights(out), final_weights(tmp_path / "whole"))
+        arguments = "--steps 100 --save-every 5 --eval-every 50 --warmup 200"
+        trainer.run(2, tmp_path / "whole", arguments, code=WHOLE)
+        out, node = tmp_path / "out", f"--nproc_per_node=2 --master_port={free_port()} --max-restarts=3"
+        agent = torchrun(script, out, arguments, node)
+        wait_until(lambda: newest_step(out), 60, "a checkpoint")
+        os.kill(children(agent)[1], signal.SIGKILL)
+        code, log = agent.wait(120), next(tmp_path.glob("agent*")).read_text()
+        assert code == 0 and log.count("processes=2") == 2 and log.count("from_step=0") == 1, log
+        assert log.count("can't reach the other processes") <= 1, "the second attempt met at once"
+        assert distance_of_weights(out, tmp_path / "whole") == 0
 
-    @linux
-    def test_main_elastic_on_one_node_and_on_two_again(self, ddp, tmp_path):
-        """The node that doesn't host the rendezvous comes, is killed and comes back; the loss curve stays."""
-        arguments = [*TINY, *"--dtype float64 --steps 100000 --save-every 20 --eval-every 9999".split()]
-        node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test".split()
-        node += ["--rdzv_endpoint=127.0.0.1:" + str(free_port())]
-        node += ["--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"]
-        out, agents = tmp_path / "elastic", []
-        options = {"node": node, "cwd": tmp_path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    def test_main_elastic_on_one_node_and_on_two(self, both, tmp_path):
+        """The node that doesn't host the rendezvous comes and is killed; the loss curve stays."""
+        arguments = "--dtype float64 --steps 100000 --save-every 5 --eval-every 9999"
+        node = "--nnodes=1:2 --nproc_per_node=1 --max-restarts=9 --rdzv_backend=c10d --rdzv_id=test"
+        node += f" --rdzv_endpoint=127.0.0.1:{free_port()} --rdzv_conf=keep_alive_interval=1,"
+        node += "keep_alive_max_attempt=3,last_call_timeout=1"
+        script, out, agents = tmp_path / "slow.py", tmp_path / "elastic", []
+        script.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_ddp, tyro
+wait = train_ddp.warmup_cosine
+train_ddp.warmup_cosine = lambda *arguments: time.sleep(0.05) or wait(*arguments)
+train_ddp.exit_now(train_ddp.main(tyro.cli(train_ddp.Settings)))
+""")
 
         def starts(processes: int) -> int:
-            return sum(log.read_text().count(f"processes={processes} ") for log in tmp_path.glob("agent*"))
+            logs = [log.read_text() for log in tmp_path.glob("agent*")]
+            return sum(log.count(f"processes={processes} ") for log in logs)
 
+        store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         try:
-            for processes, n_starts in ((1, 1), (2, 1), (1, 2), (2, 2)):
-                if n_starts == 2 and processes == 1:
-                    kill_with_children(agents[1])
+            for processes, n_starts in ((1, 1), (2, 1), (1, 2)):
+                if n_starts == 1:
+                    agents.append(torchrun(script, out, arguments, node, **store))
                 else:
-                    agents.append(torchrun(ROOT / "train_ddp.py", *arguments, "--out", str(out), **options))
+                    kill_with_children(agents[1])
                 wait_until(lambda n=n_starts, p=processes: starts(p) == n, 60, f"{processes} node(s)")
-                reached = int(newest_name(out)[5:13] or 0) + 20
-                wait_until(lambda r=reached: int(newest_name(out)[5:13] or 0) > r, 60, "steps")
+                reached = newest_step(out) + 5
+                wait_until(lambda r=reached: newest_step(out) > r, 60, "steps")
         finally:
             for agent in agents:
                 kill_with_children(agent)
         curve = train_ddp.load_checkpoint(out)["losses"]
-        ddp.start(1, *arguments, "--out", str(tmp_path / "whole"))
-        ddp.wait_until(lambda: int(newest_name(tmp_path / "whole")[5:13] or 0) >= len(curve))
-        ddp.kill([0])
-        ddp.wait()
-        undisturbed = train_ddp.load_checkpoint(tmp_path / "whole")["losses"][: len(curve)]
-        curves = (torch.tensor(losses, dtype=torch.float64) for losses in (curve, undisturbed))
-        check_close(*curves, 1e-5, "loss curve")
-
-    def test_main_on_two_hosts(self, tmp_path):
-        """Two network namespaces, a virtual cable, two processes in each: the same weights as by hand."""
-        if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
-            pytest.skip("two hosts are simulated with `ip netns`: needs Linux, root and iproute2")
-        tag = os.getpid() % 10_000
-        hosts = [(f"nsA{tag}", f"vA{tag}", "10.77.0.1"), (f"nsB{tag}", f"vB{tag}", "10.77.0.2")]
-        arguments, agents = [*TINY, "--dtype", "float64", "--out", str(tmp_path / "out")], []
-
-        def ip(*words: str) -> None:
-            done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=20)
-            if done.returncode:
-                pytest.skip(f"two hosts can't be simulated: ip {' '.join(words)}: {done.stderr.strip()}")
-
-        try:
-            for name, _, _ in hosts:
-                ip("netns", "add", name)
-            ip("link", "add", hosts[0][1], "type", "veth", "peer", "name", hosts[1][1])
-            for name, cable, address in hosts:
-                ip("link", "set", cable, "netns", name)
-                ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
-                for device in ("lo", cable):
-                    ip("-n", name, "link", "set", device, "up")
-            for i, (name, cable, address) in enumerate(hosts):
-                node = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=1"]
-                node += ["--rdzv_endpoint=10.77.0.1:29511", f"--rdzv-conf=is_host={1 - i}"]
-                node += [f"--local-addr={address}"]
-                options = {"prefix": ["ip", "netns", "exec", name], "cwd": tmp_path}
-                command = (ROOT / "train_ddp.py", *arguments)
-                agents.append(torchrun(*command, node=node, GLOO_SOCKET_IFNAME=cable, **options))
-            codes = [agent.wait(90) for agent in agents]
-            assert codes == [0, 0], [(tmp_path / f"agent{i}.log").read_text()[-2000:] for i in (0, 1)]
-        finally:
-            for agent in agents:
-                kill_with_children(agent)
-            for name, _, _ in hosts:
-                subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=20)
-        expected, _ = by_hand(train_ddp, settings_of(train_ddp, *arguments))
-        assert distance_of_weights(tmp_path / "out", expected) <= 1e-12
-        assert json_of(tmp_path / "out/report.json")["processes"] == 4
+        s = both.use("train_ddp").settings(arguments)
+        _, undisturbed = by_hand(train_ddp, s, len(curve))
+        assert curve == pytest.approx(undisturbed[:-1], rel=1e-5)
 
 
 # -----------------------------------------------------------------------------
@@ -3877,7 +3740,7 @@ few = script.load_corpus(script.Settings(data=""))
 for part in (few.train, few.test, few.unlabelled):
     del part[300:]
 script.load_corpus = lambda s: few
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
+script.BUCKETS = 10_007
 script.export_models = lambda *_: {{"exported": True}}
 script.write_page = lambda *_: None
 die = lambda *_, **__: os.kill(os.getpid(), 9)
@@ -3889,8 +3752,6 @@ script.exit_now(script.main(sys.argv[1:]))
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
-    """Serves data, most bytes a time; notes the Range headers in asked."""
-
     def do_GET(self):  # noqa: N802
         asked = self.headers.get("Range")
         self.asked.append(asked)
@@ -3902,7 +3763,6 @@ class BreakingServer(http.server.BaseHTTPRequestHandler):
 
 
 def imdb_corpus(n: int = 200) -> imdb.Corpus:
-    """n demo reviews to learn from, n to test on, n without a label."""
     pairs = enumerate(encoder.generate_reviews(3 * n, seed=5))
     reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
     rest = [imdb.Review(i, -1, r.text) for i, r in enumerate(reviews[2 * n :])]
@@ -3963,7 +3823,7 @@ class TestClassifyImdb:
         monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
     def test_ngram_ids_equal_a_loop(self):
-        tokens = torch.randint(0, 30, (4, 40))  # padding (0) and hidden words (1) too
+        tokens = torch.randint(0, 30, (4, 40))  # with padding and hidden words
         buckets = imdb.ngram_ids(tokens)
         for b, t, n in itertools.product(range(4), range(40), (1, 2, 3)):
             gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else [0]
@@ -3978,7 +3838,7 @@ class TestClassifyImdb:
         rng = random.Random(0)
         ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
         ids[0] = torch.tensor([imdb.BUCKETS])  # bucket 1
-        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's, too
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]
         folds = [rng.randrange(5) for _ in ids]
         odds, others = imdb.NgramOdds(), imdb.NgramOdds()
         odds.fit(imdb.Examples(ids, targets, folds))
@@ -4012,7 +3872,7 @@ class TestClassifyImdb:
                 odds = model.odds.without_fold[grams]
             x = model.encoder.embedding(tokens) * 4 + model.from_odds(odds[..., 0])
             x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-            starts = range(0, n + 2, 4)  # a token is there
+            starts = range(0, n + 2, 4)
             y = [model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts]
             y = torch.stack(y, 1) + positions[: len(starts)]
             for layer in model.encoder.layers:
@@ -4080,7 +3940,7 @@ class TestClassifyImdb:
         assert row["dev_loss"] == round(loss, 4) and run.seconds > 0
 
     def test_pruned_copy_is_taught_half_by_the_model(self, tmp_path, monkeypatch):
-        sizes = dict(d_model=16, n_heads=8, n_layers=5, d_ff=24)
+        sizes = dict(d_model=16, n_heads=8, d_ff=24)
         model, examples, *_, s = imdb_training(tmp_path, **sizes)
         learnt, hidden_loss = [], imdb.hidden_loss
 
@@ -4093,12 +3953,11 @@ class TestClassifyImdb:
         pruned = imdb.pruned_copy(model.eval(), sample, examples, s)
         assert sorted(learnt) == pytest.approx([0] * 100 + [1] * 100, abs=1e-6)
         sizes = [x.shape for x in pruned.encoder.layers.parameters() if x.ndim > 1]
-        assert sizes == 2 * [(12, 16), (16, 4), (6, 16), (16, 6)]
+        assert sizes == [(12, 16), (16, 4), (3, 16), (16, 3)]
 
     def test_finish_numbers_and_page_by_hand(self, tmp_path, monkeypatch):
         model, examples, dev, run, s = imdb_training(tmp_path)
         corpus = imdb_corpus(300)
-        corpus.labels = ["<i>", "&"]
         corpus.test = [r._replace(text=f"{r.text} <script>") for r in corpus.test]
         linear = torch.rand(300)
         run.teacher = {"test": linear.tolist()}
@@ -4124,8 +3983,7 @@ class TestClassifyImdb:
         given = [float(x) for x in re.findall(r"given (\d.*?)%", page)]
         right = 100 * torch.where(labels == 1, p, 1 - p).sort().values[:20]
         assert given == pytest.approx(right.tolist(), abs=0.06)
-        assert "<script" not in page and "<i>" not in page
-        assert "&lt;script&gt;" in page
+        assert "<script" not in page and "&lt;script&gt;" in page
         weights, words = imdb.attention_of(model, tokenizer, "a superb film")
         assert len(words) == weights.size(-1) and "".join(words) == "a superb film"
 
@@ -4133,9 +3991,8 @@ class TestClassifyImdb:
         texts = [r.text.upper() + "<br />" for r in imdb_corpus().train]
         reviews = [imdb.Review(0, 0, text) for text in texts]
         tokenizer = imdb.Tokenizer.train(reviews, 400)
-        assert 300 < tokenizer.vocab_size <= 400
         merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
-        assert merged == merged.lower() and b"<" not in merged
+        assert merged and merged == merged.lower() and b"<" not in merged
         odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0]]
         for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
             assert ids.dtype == torch.long and all(2 <= i < 400 for i in ids)
@@ -4149,9 +4006,8 @@ class TestClassifyImdb:
             head = max_len // 2 if max_len < n else n
             tail = whole[n - min(max_len, n) + head :]
             assert torch.equal(short, torch.cat((whole[:head], tail)))
-        a, b = whole[:2].tolist()
-        padded = imdb.pad([whole[:2], whole[:0], whole[:1]])
-        assert padded.tolist() == [[a, b], [0, 0], [a, 0]]
+        padded = imdb.pad([torch.tensor(x) for x in ([3, 4], [], [5])])
+        assert padded.tolist() == [[3, 4], [0, 0], [5, 0]]
         assert imdb.pad([whole[:0]]).tolist() == [[0]]
         numbers = [(0, i) for i in range(50)] + [(1, i) for i in range(10)]
         reviews = [imdb.Review(i, label, "") for label, i in numbers]
@@ -4163,7 +4019,7 @@ class TestClassifyImdb:
         s, other_seed = imdb.Settings(seed=1), imdb.Settings(seed=2)
         for n in (1, 32, 33, 5000):
             lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-            one = -(-n // 32)  # steps of an epoch
+            one = -(-n // 32)  # epoch
             whole = list(imdb.batches(lengths, s, 0, 2 * one))
             other = list(imdb.batches(lengths, other_seed, 0, one))
             for epoch in (whole[:one], whole[one:], other):
@@ -4178,14 +4034,13 @@ class TestClassifyImdb:
         assert all(len(a & b) < 3 for a, b in itertools.combinations(epochs, 2))
 
     def test_dev_split_is_blocks_of_neighbours(self):
-        """Neighbours are in two splits at the blocks' ten edges alone."""
         for n in (12_500, 4000, 50):
             reviews = [imdb.Review(i, y, "") for y in (1, 0) for i in range(n)]
             train, dev = imdb.split_dev(imdb.Corpus("imdb", [], reviews, []))
             assert sorted(train + dev) == sorted(reviews)
             for label in (0, 1):
                 numbers = {r.number for r in dev if r.label == label}
-                edges = numbers ^ {i + 1 for i in numbers}
+                edges = numbers ^ {i + 1 for i in numbers}  # of blocks
                 assert len(numbers) == n // 10 and len(edges) == 10
         assert sorted(numbers) == [4, 14, 24, 34, 44]
 
@@ -4209,12 +4064,11 @@ class TestClassifyImdb:
             check_close(scores[i], logits[1] - logits[0], 1e-5)
 
     def test_explain_speaks_in_log_odds(self):
-        """A model counts one word: hiding it moves a sure answer by as much."""
         tokenizer = imdb.Tokenizer.train(imdb_corpus().train, 400)
         film = tokenizer.encode(["a film"], 99)[0][-1]
 
         def run(tokens: Tensor) -> Tensor:
-            there = (tokens == film).any(1).float()
+            there = (tokens == film).any(1).float()  # all that it counts
             return torch.stack((0 * there, 9 + 5 * there), 1)
 
         text = "a superb film, naïve хорошо don't and superb"
@@ -4262,7 +4116,7 @@ class TestClassifyImdb:
 
         rows = [
             (part, "0 of 2 texts in test/neg"), (less, "1 of 2 texts in train/neg"),
-            ({}, "train"), ({"train.csv": many}, "test.csv"),
+            ({}, "does not exist"), ({"train.csv": many}, "test.csv"),
             (own(many + "c,z\n"), "'x', 'y', 'z'.*two"),
             (own(head + "a,x\n", head), r"labels \['x'\]"),
             (own(head + "a,x\n" * 9 + "a,y\n" * 10), "9 texts x"),
@@ -4295,7 +4149,7 @@ class TestClassifyImdb:
         assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
         found = [(corpus.labels[r.label], r.text) for r in corpus.train + corpus.test]
         assert sorted(found) == sorted(rows) and len(corpus.test) == 10
-        assert 0 < sum(r.label for r in corpus.test) < 10
+        assert sum(r.label for r in corpus.test) == 5  # a tenth of each class
         train, dev = imdb.split_dev(corpus)
         assert sorted(train + dev) == sorted(corpus.train) and len(dev) == 9
         with pytest.raises(ValueError, match="no unlabelled"):
@@ -4307,8 +4161,7 @@ class TestClassifyImdb:
         odd = {"train/no/.x.txt": "", "train/x.txt": "", "train/yes/0.txt": "\ufeffmark"}
         own = imdb.read_own(imdb_folder(tmp_path / "own", files | odd))
         assert (len(own.train), len(own.test)) == (60, 10)
-        assert own.labels == ["no", "yes"] and own.train[30].text == "mark"
-        assert own.test[5] == (0, 1, "test/yes")
+        assert own.train[30] == (0, 1, "mark") and own.test[5] == (0, 1, "test/yes")
 
     def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch):
         data = random.Random(0).randbytes(1_000_000)
@@ -4430,7 +4283,6 @@ class TestClassifyImdb:
     @pytest.fixture(scope="class")
     @classmethod
     def own_run(cls, tmp_path_factory):
-        """A whole default run on rows of one's own."""
         folder = tmp_path_factory.mktemp("own")
         imdb_folder(folder, {"my.csv": imdb_csv(2300)[1]})
         sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80"
@@ -4441,15 +4293,15 @@ class TestClassifyImdb:
     def test_own_texts_work_whole(self, own_run):
         folder, result = own_run
         out = folder / "out/classify_imdb"
-        summary, report = last_json(result), json_of(out / "report.json")
-        assert summary.pop("report") == "out/classify_imdb/report.json"
+        summary = last_json(result)
+        report = json_of(folder / summary.pop("report"))
         assert summary.items() <= report.items() and "drawn at random" in result.stdout
         assert report["dataset"] == "own" and report["test_accuracy"] >= 0.6
         assert report["n_counted"] == 2_097_144 and report["gemm_gflops"] > 0
         assert 0 < report["train_seconds"] < report["total_seconds"]
         rows = {row["name"]: row for row in report["models"]}
         int8 = "ONNX int8, dynamic, embeddings"
-        assert {"eager", "ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
+        assert {"ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
         assert rows["ONNX"]["max_abs_diff"] <= 1e-5 and not rows.pop("eager")["file"]
         best = rows[report["recommended"]]
         near = [row["p50_ms"] for row in rows.values() if row["agreement"] >= 0.95]
@@ -4464,7 +4316,7 @@ class TestClassifyImdb:
     def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
         out = str(own_run[0] / "out/classify_imdb")
         monkeypatch.chdir(tmp_path)
-        long = "the plot was clever , " * 2000  # no file's name
+        long = "the plot was clever , " * 2000
         text, odd = "they call it dull", "a dull\x85film\u2028x"
         Path("texts.txt").write_text(f"\ufeff{text}\n\n  \n{odd}\n", encoding="utf-8")
         Path("utf16.txt").write_bytes("praise".encode("utf-16"))
@@ -4484,7 +4336,9 @@ class TestClassifyImdb:
         (explained,) = predict(text, "--explain")
         effects = [abs(effect) for _, effect in explained["explain"]]
         assert len(effects) == 4 and effects == sorted(effects, reverse=True)
-        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "a text")):
+        Path("broken").mkdir()
+        Path("broken/model.onnx").write_bytes(Path(out, "model.onnx").read_bytes()[:-999])
+        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "x"), ("broken", "x")):
             assert imdb.main(["--out", place, "--predict", what]) == 2
             assert capsys.readouterr().err.count("\n") == 1
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
@@ -4493,7 +4347,6 @@ class TestClassifyImdb:
         assert first.startswith(answer["label"]) and len(words) == 4
 
     def test_predict_streams(self, own_run):
-        """A line is answered before the next one comes, as by README's snippet."""
         folder, _ = own_run
         command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -4514,7 +4367,6 @@ class TestClassifyImdb:
         assert numbers == pytest.approx([*answer["probabilities"].values()], abs=1e-3)
 
     def test_killed_anywhere_gives_the_same_weights(self, imdb_ranks, tmp_path):
-        """kill -9 in each stage, then the same command."""
         arguments = ["--unlabelled", "--save-every", "0", *IMDB_SMALL]
         whole, out = tmp_path / "whole", tmp_path / "killed"
         imdb_ranks.run(1, *arguments, str(whole), code=imdb_few())
@@ -4537,8 +4389,7 @@ class TestClassifyImdb:
         first, second = json_of(whole / "report.json"), json_of(out / "report.json")
         for row, same in zip(first["history"], second["history"], strict=True):
             assert row | {"seconds": 0} == same | {"seconds": 0}
-        for name in ("with_linear_test_accuracy", "linear_test_accuracy"):
-            assert first[name] == second[name]
+        assert first["with_linear_test_accuracy"] == second["with_linear_test_accuracy"]
         assert last_json(done)["test_accuracy"] == first["test_accuracy"]
         assert first["dataset"] == "demo" and "IMDB WAS NOT FOUND" in done.stdout
         assert DEADLINE > second["total_seconds"] > other["run"]["total_seconds"] > 0
@@ -4551,7 +4402,7 @@ class TestClassifyImdb:
             imdb_ranks.run(world, *arguments, str(tmp_path / str(world)), code=imdb_few())
         arguments += [str(tmp_path / "3")]
         code = imdb_few("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
-        code = code.replace("step == 12", "step == 5")
+        code = code.replace("12 else", "5 else")
         first, second = imdb_ranks.attempt(2, *arguments, code=code)
         assert (first.returncode, second.returncode) == (1, -9)
         assert "Traceback" not in first.stderr
@@ -4581,13 +4432,12 @@ class TestClassifyImdb:
 
     def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
         corpus, given, learnt = imdb_corpus(), [], []
-        corpus.unlabelled = imdb_corpus(210).unlabelled
-        opinions = torch.rand(210).tolist()
+        corpus.unlabelled.pop()
+        opinions = torch.rand(199).tolist()
 
         def linear_model(_, labels):
             learnt.extend(labels)
-            by_size = {200: [0.5] * 200, 210: opinions}
-            return lambda part: by_size[len(part)], 0
+            return lambda part: opinions if len(part) == 199 else [0.5] * 200, 0
 
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
         monkeypatch.setattr(imdb, "train", lambda *rest: given.extend(rest))
@@ -4598,9 +4448,8 @@ class TestClassifyImdb:
         model, examples, dev, run, *_ = given
         train_set, dev_set = imdb.split_dev(corpus)
         true = [r.label for r in train_set]
-        assert examples.targets == learnt + opinions
-        assert run.teacher["test"] == [0.5] * 200
-        assert dev.targets == [r.label for r in dev_set] and len(examples.ids) == 390
+        assert examples.targets == learnt + opinions and run.teacher["test"][0] == 0.5
+        assert dev.targets == [r.label for r in dev_set] and len(examples.ids) == 379
         assert sorted(learnt) == sorted(true) and sum(np.array(learnt) == true) < 130
         odds = imdb.NgramOdds()
         odds.fit(examples)
@@ -5049,92 +4898,48 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("rows = -alpha[y] * focus", "rows = -alpha[0] * focus", "focal"),
         ("(1 - alpha) * (~positive)", "alpha * (~positive)", "focal"),
         ("F.pairwise_distance(x1, x2, eps=0)", "(x1 - x2).square().sum(1).sqrt()", "extremes"),
-        (
-            "F.pairwise_distance(x1, x2, eps=0)).square()",
-            "F.pairwise_distance(x1, x2, eps=0).square())",
-            "oracle",
-        ),
+        ("(x1, x2, eps=0)).square()", "(x1, x2, eps=0).square())", "oracle"),
         ("F.normalize(a, dim=1)", "(a / a.square().sum(1, keepdim=True).sqrt())", "extremes"),
-        (
-            "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
-            "similarity(z, z, temperature)",
-            "oracle",
-        ),
+        (".masked_fill(itself, -math.inf)  # (2N, 2N)", "", "oracle"),
         ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "oracle"),
-        (
-            "d.masked_fill(~positive, -math.inf).amax(1)",
-            "d.masked_fill(positive, -math.inf).amax(1)",
-            "oracle",
-        ),
-        (
-            "torch.expm1(n * math.log(beta)) / (beta - 1)",
-            "torch.expm1(math.log(beta)) / (beta - 1)",
-            "balanced",
-        ),
+        ("d.masked_fill(~positive, -math.inf)", "d.masked_fill(positive, -math.inf)", "oracle"),
+        ("torch.expm1(n * math.log(beta)) /", "torch.expm1(math.log(beta)) /", "balanced"),
         ("((-s).exp() * losses + s).sum() / 2", "((-s).exp() * losses + 2 * s).sum() / 2", "uncertainty"),
         ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
-        (
-            "torch.distributed.nn.functional.all_gather(x)",
-            "torch.distributed.nn.functional.all_gather(x.detach())",
-            "two_processes",
-        ),
-        (
-            'if p.ndim < 2], "weight_decay": 0.0',
-            'if p.ndim < 2], "weight_decay": weight_decay',
-            "parameter_groups",
-        ),
+        ("nn.functional.all_gather(x)", "nn.functional.all_gather(x.detach())", "two_processes"),
+        ('< 2], "weight_decay": 0.0', '< 2], "weight_decay": weight_decay', "parameter_groups"),
         ("best = max(rates", "best = min(rates", "tune"),
         ('by_metric(evaluate, models[lr], "dev")', 'by_metric(evaluate, models[lr], "test")', "dev_alone"),
         ("limit = t.ppf(1 - 0.025 / n_tests", "limit = 0 * t.ppf(1 - 0.025 / n_tests", "judge"),
     ],
     "train_ddp.py": [
-        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("s.clip or math.inf", "s.clip or 1.0", "same_weights"),
         ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
         ("manual_seed(s.seed * 1_000_003 + epoch)", "manual_seed(s.seed)", "micro_batches"),
         ("whole[micro * p.world + p.rank ::", "whole[micro ::", "same_weights or micro_batches"),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
         ("is_causal=True", "is_causal=False", "torch_layers"),
         ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
-        (
-            "[loss / n_tokens, signals.received()], p)",
-            "[loss / n_tokens, 0], p); stopped = signals.received()",
-            "signals_stop",
-        ),
+        ("signals.received()], p)", "0], p); stopped = signals.received()", "signals_stop"),
         ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
-        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("p.parent = os.getppid() if", "p.parent = 0 if", "orphans"),
         ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
-        (
-            "broadcast_object_list(answer, group=processes.files)",
-            "broadcast_object_list(answer)",
-            "longer_than",
-        ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
+        ("object_list(answer, group=processes.files)", "object_list(answer)", "longer_than"),
+        ('env["TORCHELASTIC_RESTART_COUNT"]', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
-        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
-        ("more = p.world > 1 and micro < s.accumulate - 1", "more = False", "travel"),
-        ("micro < s.accumulate - 1", "micro > 0", "same_weights"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "same_weights"),
+        ("grad_sync = micro == s.accumulate - 1", "grad_sync = True", "travel"),
+        ("grad_sync = micro == s.accumulate - 1", "grad_sync = micro == 0", "same_weights"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
-        (
-            "(targets[whole] != -100).sum().item()",
-            "(targets[whole[p.rank :: p.world]] != -100).sum().item() * p.world",
-            "same_weights or micro_batches",
-        ),
+        ("(targets[whole] !=", "p.world * (targets[whole[p.rank :: p.world]] !=", "same_weights or micro"),
         ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
         ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "goes_on"),
-        (
-            "for old in finished_checkpoints(folder)[:-keep]:",
-            'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
-            "keeps_the_last",
-        ),
+        ("finished_checkpoints(folder)[:-keep]", 'sorted(folder.glob("*.pt"))[:-keep]', "keeps_the_last"),
         ("torch.arange(len(inputs))[p.rank :: p.world]", "torch.arange(len(inputs))", "same_weights"),
-        (
-            'map_location="cpu", weights_only=True',
-            'map_location="cpu", weights_only=False',
-            "run_no_code",
-        ),
+        ('location="cpu", weights_only=True', 'location="cpu", weights_only=False', "run_no_code"),
     ],
     "classify_imdb.py": [
         ("(tokens != PAD).unfold(1, WINDOW, STRIDE).any(-1)", "tokens[:, 2:-2:4] != PAD", "written_out"),
@@ -5160,7 +4965,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
         ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
-        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("keep=max(1, s.n_heads // 4)", "keep=s.n_heads", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
         ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "finish"),
         ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
@@ -5170,56 +4975,32 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('ddp.check_finite("gradient\'s norm", norm.item(), run.step)', "pass", "not_finite"),
     ],
     "train_fsdp.py": [
-        ("s.clip or math.inf", "s.clip or 1.0", "clip_0"),
+        ("s.clip or math.inf", "s.clip or 1.0", "same_weights"),
         ("row + [-100] *", "row + [10] *", "same_weights or every_byte"),
         ("manual_seed(s.seed * 1_000_003 + epoch)", "manual_seed(s.seed)", "micro_batches"),
         ("whole[micro * p.world + p.rank ::", "whole[micro ::", "same_weights or micro_batches"),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
         ("is_causal=True", "is_causal=False", "torch_layers"),
-        (
-            "[loss / n_tokens, signals.received()], p)",
-            "[loss / n_tokens, 0], p); stopped = signals.received()",
-            "signals_stop",
-        ),
+        ("signals.received()], p)", "0], p); stopped = signals.received()", "signals_stop"),
         ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
-        ("p.parent = os.getppid()", "pass", "under_torchrun"),
+        ("p.parent = os.getppid() if", "p.parent = 0 if", "orphans"),
         ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
-        (
-            "broadcast_object_list(answer, group=processes.files)",
-            "broadcast_object_list(answer)",
-            "longer_than",
-        ),
-        ('env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"', '"0"', "meet_again"),
+        ("object_list(answer, group=processes.files)", "object_list(answer)", "longer_than"),
+        ('env["TORCHELASTIC_RESTART_COUNT"]', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
-        ("warmup = min(warmup, total)", "warmup = warmup", "warmup_cosine"),
+        ("warmup = min(warmup, total)", "warmup = warmup", "same_weights"),
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
         ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
-        (
-            "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
-            "model.set_requires_gradient_sync(micro == 0)",
-            "same_weights",
-        ),
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(micro == 0)", "same_weights"),
         ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
-        (".clamp(max=1.0))", "  )", "clip_0"),
+        (".clamp(max=1.0))", "  )", "same_weights"),
         ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
-        (
-            'if sha256_of(path, wrong)["manifest.json"] == path.suffix[1:]:',
-            'if sha256_of(path, wrong)["manifest.json"]:',
-            "newest_checkpoint",
-        ),
-        (
-            'if found[name] != manifest["files"][name]]',
-            "if not found[name]]",
-            "newest_checkpoint",
-        ),
-        (
-            'raise pickle.UnpicklingError(f".metadata',
-            'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
-            "run_no_code",
-        ),
+        ('(path / "manifest.json") == path.suffix[1:]', '(path / "manifest.json")', "newest_checkpoint"),
+        ("if sha256_of(path / name) != sha]", "if not sha256_of(path / name)]", "newest_checkpoint"),
+        ("raise pickle.UnpicklingError(", "return super().find_class(module, name) #(", "run_no_code"),
     ],
     "export.py": [
         ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),

@@ -8,11 +8,10 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
     torchrun --nproc_per_node=8 train_ddp.py   # DDP: gloo on CPU, nccl on GPU (which nobody has run yet)
     torchrun --nproc_per_node=8 train_ddp.py --amp bf16 --compile --batch-size 256 --max-len 1024 \\
         --d-model 1024 --n-heads 16 --n-layers 12 --lr 6e-4                          # keeps 8 GPUs busy
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_ddp.py
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
 they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
-process, which torchrun reports as SIGABRT. Slurm, nodes that come and go: README.
+process, which torchrun reports as SIGABRT. Several machines, also such as come and go, Slurm: README.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
@@ -28,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -81,8 +80,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     local_rank = 0
     if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
         p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-    if "TORCHELASTIC_RUN_ID" in env:
-        p.parent = os.getppid()
+    p.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in env else 0
     backend = "gloo"
     if p.device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -93,18 +91,15 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         backend = "cpu:gloo,cuda:nccl"  # gradients by nccl, numbers and flags from CPU to CPU
     if p.world == 1:
         return p
+    one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
-    is_host = p.rank == 0 and not torchruns_store
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun's store keeps the addresses of workers that died (torch 2.13): each attempt gets its own
-    # prefix. Not so on several nodes, which count attempts differently: there each has a new store.
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    store = dist.PrefixStore(attempt, store)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    if one_store:  # it keeps the addresses of workers that died (torch 2.13)
+        store = dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
     p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     return p
@@ -150,10 +145,9 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        names = ["SIGINT", "SIGTERM"]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-            names.append("SIGHUP")
-        self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {n: signal.signal(n, self.note) for n in noted}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)
@@ -167,8 +161,8 @@ class Signals:
         return bool(self.noted)
 
     def restore(self) -> None:
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def exit_now(code: int):
@@ -198,9 +192,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256.pt; then all but the newest keep are deleted. Returns its path.
-    state: tensors, numbers, strings, lists and dicts alone, so that it loads with weights_only=True.
-    On a full disk: OSError, and the older ones stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+    state: tensors, numbers, strings, lists, dicts alone. OSError on a full disk; the older ones stay."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = folder / f"step_{step:08}.{hashlib.sha256(buffer.getvalue()).hexdigest()}.pt"
@@ -244,9 +236,8 @@ class Settings:
     dropout: float = 0.0  # fraction of features dropped
     lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak; then a cosine down to 0
-    weight_decay: float = 0.1  # on matrices; none on norms and biases
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
-    dtype: Literal["float32", "float64"] = "float32"  # of the weights; float64 to compare runs exactly
+    dtype: Literal["float32", "float64"] = "float32"  # of the weights
     amp: Literal["off", "bf16", "fp16"] = "off"  # bf16 where the hardware has it; fp16 on older GPUs
     compile: bool = False  # torch.compile: pays on a GPU, after a minute
     eval_every: int = 100  # steps between two looks at the held-out text
@@ -270,8 +261,7 @@ def wrap(model: nn.Module, p: Processes, data_parallel: bool = False) -> nn.Modu
     every GPU in every step, all logits come back to the first one, and it can't leave the machine."""
     if p.world == 1:
         return nn.DataParallel(model) if data_parallel and p.device.type == "cuda" else model
-    device_ids = [p.device.index] if p.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch.optim.Optimizer:
@@ -279,7 +269,7 @@ def make_optimizer(model: nn.Module, s: Settings, device: torch.device) -> torch
     Unfused on CPU: there the fused one rounds differently at different places of a tensor."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
@@ -295,20 +285,17 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
     """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
-    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
-    exactly where it stopped, on any number of processes."""
+    Batches are cut from an endless row of shuffles, which the seed alone decides."""
     inputs, targets = text
     epoch, done = divmod(step * s.batch_size, len(inputs))
     rows = torch.empty(0, dtype=torch.long)
     while True:
-        while len(rows) < done + s.batch_size:
+        while len(rows) < s.batch_size:
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
-            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
+            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)[done:]))
             epoch += 1
-        end = done + s.batch_size
-        whole = rows[done:end]  # (batch_size,)
-        rows = rows[end:]
-        done = 0
+            done = 0
+        whole, rows = rows.tensor_split([s.batch_size])  # (batch_size,) and the rest
         n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
             mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
@@ -325,9 +312,8 @@ def check_finite(what: str, value: float, step: int) -> None:
 
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints. Stop after a signal.
-    All randomness of a step (batch, dropout) is a function of seed and step, and so is the learning rate:
-    a checkpoint that knows the step needs no generator's, sampler's or scheduler's state to go on exactly."""
+    """From step run["step"] to the last, with checkpoints. Stop after a signal. Seed and step decide batch,
+    dropout and learning rate: no generator's, sampler's or scheduler's state needs saving."""
     from tqdm import tqdm
 
     parallel = wrap(model, p, s.data_parallel)
@@ -344,16 +330,13 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         n_tokens = n_next  # of all ranks and micro-batches
         loss_sum = torch.zeros((), device=p.device)
         for micro in range(s.accumulate):
-            part = micro * p.world + p.rank
-            torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            # Gradients travel with the last micro-batch alone; DDP decides that in forward.
-            more = p.world > 1 and micro < s.accumulate - 1
-            with parallel.no_sync() if more else nullcontext():
-                with autocast:
-                    logits = parallel(x)  # (B, T, V)
-                logits = logits.to(getattr(torch, s.dtype))
-                loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
-                scaler.scale(share_of_mean(loss, n_tokens, p.world)).backward()
+            torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + micro * p.world + p.rank)  # dropout
+            # DDP's no_sync, as forward asks for it: gradients travel with the last micro-batch alone.
+            parallel.require_backward_grad_sync = micro == s.accumulate - 1
+            with autocast:
+                logits = parallel(x).to(getattr(torch, s.dtype))  # (B, T, V)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
+            scaler.scale(share_of_mean(loss, n_tokens, p.world)).backward()
             loss_sum = loss_sum + loss.detach()
             x, y, n_next = next(batches)  # made and sent while a GPU is still busy with backward
         scaler.unscale_(optimizer)  # before clipping, or it would clip scaled gradients
@@ -401,8 +384,7 @@ def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes)
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    shown = {name: f"{x:.3f}" if isinstance(x, float) else x for name, x in row.items()}
-    print("  ".join(f"{name} {x}" for name, x in shown.items()), flush=True)
+    print("  ".join(f"{name} {x:.6g}" for name, x in row.items() if x is not None), flush=True)
 
 
 @torch.no_grad()
@@ -504,7 +486,7 @@ def generate(model: GPT, prompt: str, n_bytes: int, device: torch.device, temper
 
 def check_settings(s: Settings, p: Processes) -> None:
     """ValueError for settings that make no sense."""
-    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
+    may_be_0 = ("dropout", "lr", "warmup", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
         below = 2**32 if name == "seed" else math.inf
@@ -542,8 +524,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) 
 
 
 def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process.
-    ValueError if another run has it for longer than patience (seconds)."""
+    """Hold out while this process lives: keep what is returned. ValueError if another run has it."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
@@ -574,11 +555,9 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
         run = load_checkpoint(out) or new
         if list(out.glob("step_*/manifest.json")):
             raise ValueError(f"{out} holds a run of train_fsdp.py; give another --out")
-    wrong = differences(run.get("settings", {}), settings)
-    if wrong:
+    if wrong := differences(run.get("settings", {}), settings):
         raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
-    kept["model"] = run.pop("model", None)
-    kept["optimizer"] = run.pop("optimizer", None)
+    kept.update({name: run.pop(name, None) for name in ("model", "optimizer")})
     return run
 
 
@@ -597,8 +576,7 @@ def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
 
 
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
-    """Print what ended this process: a sentence where there is advice to give, else a traceback.
-    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    """Print what ended this process: advice where there is some, else a traceback. Returns the exit code."""
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
@@ -626,14 +604,12 @@ def main(s: Settings) -> int:
         text, dev = load_manual(s.max_len)
         digest = hashlib.sha256(text[1].numpy().tobytes()).hexdigest()[:16]
         settings = asdict(s) | {"text": digest, "script": "train_ddp.py"}
-        wrong = differences(on_rank_0(lambda: settings, p), settings)
-        if wrong:
+        if wrong := differences(on_rank_0(lambda: settings, p), settings):
             raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
         kept = {}  # rank 0's own: OUT's lock, and tensors that are sent as tensors later
         run = on_rank_0(partial(open_run, Path(s.out), settings, kept), p)
         if p.rank == 0:
-            shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
-            print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+            print(f"{settings} processes={p.world} device={p.device} from_step={run['step']}", flush=True)
         if not run.get("finished"):
             torch.manual_seed(s.seed)
             model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))

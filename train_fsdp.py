@@ -14,9 +14,9 @@ an --out that all of them see. Lost processes and elastic runs: as in train_ddp.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
-- FSDP2 where it doesn't: 16/N bytes a weight, and a block in one piece. Three times the weights a step.
-- HSDP on several machines: slices within one, where links are fast; gradients alone travel between them.
-- CPU offload (CPUOffloadPolicy) where 16/N is too much: slices and AdamW live in the host's memory.
+- FSDP2 where it doesn't: 16/N bytes a weight, and one block whole. Three times the weights a step.
+- HSDP on several machines: slices within one, where links are fast; gradients travel between them.
+- CPUOffloadPolicy where 16/N is too much: slices and AdamW live in the host's memory.
 
 FSDP: Zhao et al. 2023, arXiv:2304.11277. ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -70,16 +69,11 @@ def make_mesh(replicate: int, device: torch.device, timeout: float) -> DeviceMes
 
 def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = False) -> None:
     """Each rank of mesh (or of its dimension "shard") keeps a slice of every parameter, cut in dimension 0.
-
     A block is a unit: its weights are gathered before its forward and dropped after it, gathered again
-    for its backward; then its gradients are averaged over the ranks and each rank keeps its slice. So a
-    rank holds 1/N of all, and one block whole (ZeRO-3; reshard_after_forward=False is ZeRO-2). What is
-    in no block (embeddings, last norm) stays whole from forward to the end of backward. On a GPU
-    the next block is gathered while this one computes; gloo overlaps nothing.
-
-    amp: gather and compute in bf16 or fp16 (norms too: unlike autocast, a policy goes by module).
-    Slices, averages of gradients and AdamW stay in float32.
-    """
+    for its backward; then its gradients are averaged over the ranks and each rank keeps its slice (ZeRO-3;
+    reshard_after_forward=False is ZeRO-2). What is in no block (embeddings, last norm) stays whole
+    until the end of backward. NCCL gathers the next block while this one computes; gloo doesn't.
+    amp: gather and compute in bf16 or fp16 (norms too); slices, averages and AdamW stay in float32."""
     policy = MixedPrecisionPolicy(AMP[amp], None if amp == "off" else torch.float32)
     for block in model.blocks:
         if compile:
@@ -124,23 +118,16 @@ def make_optimizer(model: nn.Module, s: "Settings") -> torch.optim.Optimizer:
     """AdamW on the slices. Fused rounds differently at a slice's end, so not with --exact."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=not s.exact)
 
 
 def memory_held(model: nn.Module, optimizer: torch.optim.Optimizer, p: "Processes") -> list[dict]:
-    """For each rank: bytes kept between steps, counted from its tensors, and the most it had."""
+    """For each rank: bytes that it keeps between steps, counted from its tensors."""
     moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
     gradients = [weight.grad for weight in model.parameters()]
     kinds = {"weights": list(model.parameters()), "gradients": gradients, "moments": moments}
     held = {kind: sum(t.to_local().nbytes for t in tensors) for kind, tensors in kinds.items()}
-    if p.device.type == "cuda":
-        held["peak"] = torch.cuda.max_memory_allocated()
-    else:
-        import resource  # not on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        held["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # RSS
     of_ranks = [{}] * p.world
     dist.all_gather_object(of_ranks, held, group=p.files)
     return of_ranks
@@ -186,8 +173,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     local_rank = 0
     if "RANK" in env or "WORLD_SIZE" in env:  # a KeyError here: start with torchrun
         p.rank, p.world, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
-    if "TORCHELASTIC_RUN_ID" in env:
-        p.parent = os.getppid()
+    p.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in env else 0
     backend = "gloo"
     if p.device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -199,18 +185,15 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     if p.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return p
+    one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
     one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    torchruns_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if torchruns_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
-    is_host = p.rank == 0 and not torchruns_store
-    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), p.world, is_host, limit)
-    # torchrun's store keeps the addresses of workers that died (torch 2.13): each attempt gets its own
-    # prefix. Not so on several nodes, which count attempts differently: there each has a new store.
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
-    store = dist.PrefixStore(attempt, store)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    if one_store:  # it keeps the addresses of workers that died (torch 2.13)
+        store = dist.PrefixStore(env["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=p.rank, world_size=p.world, timeout=limit)
     p.files = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     return p
@@ -249,10 +232,9 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        names = ["SIGINT", "SIGTERM"]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
-            names.append("SIGHUP")
-        self.before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.before = {n: signal.signal(n, self.note) for n in noted}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)
@@ -266,8 +248,8 @@ class Signals:
         return bool(self.noted)
 
     def restore(self) -> None:
-        for name, handler in self.before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def exit_now(code: int):
@@ -297,8 +279,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors that a step changes, by name: the weights, and AdamW's moments and step counts.
-    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. AdamW makes
-    its moments in its first step; before that they are made here, to be loaded into."""
+    Sharded or whole, the names are the same: what a sharded model saved, a plain one loads. Before
+    AdamW's first step its moments are made here, to be loaded into."""
     tensors = {}
     for name, weight in model.named_parameters():
         tensors[f"model.{name}"] = weight.detach()
@@ -314,8 +296,8 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Processes, keep: int = 3) -> Path:
     """Write FOLDER/step_00000050.SHA256; then all but the newest keep are deleted. Every rank comes here.
-    Each rank writes its slices below step_00000050.part, to which publish gives its name: killed at
-    any moment, it's there whole or not at all. OSError on a full disk; the older ones stay."""
+    Slices are written below step_00000050.part, to which publish gives its name: killed at any moment,
+    it's there whole or not at all. OSError on a full disk; the older ones stay."""
     part = folder / f"step_{step:08}.part"
     try:
         with dcp_errors(part):
@@ -328,9 +310,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict, run: dict, p: Proces
 
 def publish(part: Path, run: dict, keep: int) -> Path:
     """For rank 0: add manifest.json, with run and the sha256 of each file; name the folder after its own.
-    OSError where a rank's files aren't here: another machine's disk isn't this one."""
+    OSError where a rank's files are on another machine's disk."""
     needed = {entry.relative_path for entry in PlainReader(part).read_metadata().storage_data.values()}
-    files = sha256_of(part, [".metadata", *needed])
+    files = {name: sha256_of(part / name) for name in (".metadata", *needed)}
     if "" in files.values():
         raise OSError(f"{part} lacks some of {sorted(needed)}: all machines must see the same --out")
     manifest = json.dumps(run | {"files": files}).encode()
@@ -347,29 +329,22 @@ def finished_checkpoints(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("step_*")) if len(path.suffix) == 65]  # a dot and a sha256
 
 
-def sha256_of(folder: Path, names: list[str]) -> dict[str, str]:
-    """name -> sha256 of that file in hexadecimal, "" where there is none. A thread a file."""
-
-    def hashed(name: str) -> str:
-        if not (folder / name).is_file():
-            return ""
-        with open(folder / name, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(hashed, names), strict=True))
+def sha256_of(path: Path) -> str:
+    """sha256 of a file in hexadecimal; "" where there is none."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
     """For rank 0: the newest undamaged checkpoint and its manifest; (None, None) if there is none.
-    torch.load and dcp.load take altered bytes silently, so every file is hashed before any is loaded.
-    Damaged ones are reported and renamed to .damaged, so that the next newest is taken."""
+    dcp.load takes altered bytes silently, so every file is hashed before any is loaded. Damaged ones
+    are reported and renamed to .damaged, so that the next newest is taken."""
     for path in reversed(finished_checkpoints(folder)):
         wrong = ["manifest.json"]
-        if sha256_of(path, wrong)["manifest.json"] == path.suffix[1:]:
+        if sha256_of(path / "manifest.json") == path.suffix[1:]:
             manifest = json.loads((path / "manifest.json").read_bytes())
-            found = sha256_of(path, list(manifest["files"]))
-            wrong = [name for name in found if found[name] != manifest["files"][name]]
+            wrong = [name for name, sha in manifest["files"].items() if sha256_of(path / name) != sha]
             if not wrong:
                 return path, manifest
         print(f"{path} is damaged ({', '.join(wrong)} missing or altered)", file=sys.stderr, flush=True)
@@ -379,8 +354,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], p: Processes | None = None) -> None:
     """Read a checkpoint into these tensors, in place: each rank its slices, on any number of ranks.
-    p = None: one process without torch.distributed and with a plain model.
-    Checks no sums: newest_checkpoint does. Runs no code from a file."""
+    p = None: one process without a group, a plain model. Checks no sums; runs no code from a file."""
     with dcp_errors(path):
         reader = PlainReader(path)
         dcp.load(tensors, storage_reader=reader, process_group=p.files if p else None, no_dist=p is None)
@@ -394,7 +368,7 @@ class PlainReader(dcp.FileSystemReader):
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that dcp writes for tensors; for other objects dcp.load would unpickle more."""
+    """Knows the classes that dcp writes for tensors; for others dcp.load would unpickle more."""
 
     CLASSES = (
         "metadata.Metadata metadata.MetadataIndex metadata.TensorStorageMetadata metadata.TensorProperties "
@@ -439,9 +413,8 @@ class Settings:
     dropout: float = 0.0  # fraction of features dropped
     lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak; then a cosine down to 0
-    weight_decay: float = 0.1  # on matrices; none on norms and biases
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
-    dtype: Literal["float32", "float64"] = "float32"  # of the weights; float64 to compare runs exactly
+    dtype: Literal["float32", "float64"] = "float32"  # of the weights
     amp: Literal["off", "bf16", "fp16"] = "off"  # bf16 where the hardware has it; fp16 on older GPUs
     compile: bool = False  # torch.compile: pays on a GPU, after a minute
     eval_every: int = 100  # steps between two looks at the held-out text
@@ -449,7 +422,7 @@ class Settings:
     keep: int = 3  # checkpoints kept; older ones are deleted
     timeout: float = 120.0  # seconds a step may wait for another process
     replicate: int = 1  # HSDP: so many replicas, each sharded over processes / replicate
-    recompute: bool = False  # activation checkpointing: blocks run twice, only their inputs are kept
+    recompute: bool = False  # activation checkpointing: only blocks' inputs are kept
     exact: bool = False  # 2 processes bitwise as 1 with accumulate 2: slower clipping and AdamW
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one, else cpu
     out: str = "out/train_fsdp"  # checkpoints, final weights, log.jsonl and report.json go here
@@ -472,20 +445,17 @@ def warmup_cosine(step: int, warmup: int, total: int) -> float:
 
 def micro_batches(text: tuple[Tensor, Tensor], step: int, s: Settings, p: Processes):
     """This rank's inputs and targets (B, T) from step on, with the tokens of the step's whole batch.
-    Batches are cut from an endless row of shuffles, a function of the seed alone: a run goes on
-    exactly where it stopped, on any number of processes."""
+    Batches are cut from an endless row of shuffles, which the seed alone decides."""
     inputs, targets = text
     epoch, done = divmod(step * s.batch_size, len(inputs))
     rows = torch.empty(0, dtype=torch.long)
     while True:
-        while len(rows) < done + s.batch_size:
+        while len(rows) < s.batch_size:
             generator = torch.Generator().manual_seed(s.seed * 1_000_003 + epoch)
-            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)))
+            rows = torch.cat((rows, torch.randperm(len(inputs), generator=generator)[done:]))
             epoch += 1
-        end = done + s.batch_size
-        whole = rows[done:end]  # (batch_size,)
-        rows = rows[end:]
-        done = 0
+            done = 0
+        whole, rows = rows.tensor_split([s.batch_size])  # (batch_size,) and the rest
         n_tokens = (targets[whole] != -100).sum().item()
         for micro in range(s.accumulate):
             mine = whole[micro * p.world + p.rank :: p.world * s.accumulate]
@@ -502,9 +472,8 @@ def check_finite(what: str, value: float, step: int) -> None:
 
 
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
-    """From step run["step"] to the last, with checkpoints. Stop after a signal.
-    run: what a manifest holds. All randomness of a step (batch, dropout) is a function of seed and
-    step, and so is the learning rate: no generator's, sampler's or scheduler's state needs saving."""
+    """From step run["step"] to the last, with checkpoints. Stop after a signal. Seed and step decide batch,
+    dropout and learning rate: no generator's, sampler's or scheduler's state needs saving."""
     from tqdm import tqdm
 
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
@@ -520,14 +489,13 @@ def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: 
         n_tokens = n_next  # of all ranks and micro-batches
         loss_sum = torch.zeros((), device=p.device)
         for micro in range(s.accumulate):
-            part = micro * p.world + p.rank
-            torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + part)  # dropout
-            # Gradients are averaged and sliced after the last micro-batch alone. Until then each rank
-            # sums whole ones: more memory, less traffic. Without this line it is the other way round.
+            torch.manual_seed((s.seed * 1_000_003 + step) * 4_096 + micro * p.world + p.rank)  # dropout
+            # Gradients are averaged and sliced after the last micro-batch alone; until then each rank
+            # sums whole ones: more memory, less traffic.
             model.set_requires_gradient_sync(micro == s.accumulate - 1)
             logits = model(x).to(getattr(torch, s.dtype))  # (B, T, V)
             loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")  # ()
-            # The mean of the step's tokens, wherever they are; world undoes the averaging over ranks.
+            # The mean of the step's tokens on all ranks; world undoes the averaging over ranks.
             scaler.scale(loss * (p.world / n_tokens)).backward()
             loss_sum = loss_sum + loss.detach()
             x, y, n_next = next(batches)  # made and sent while a GPU is still busy with backward
@@ -577,8 +545,7 @@ def log(run: dict, dev_loss: float, norm: float, bar, s: Settings, p: Processes)
     run["log"].append(row)
     Path(s.out, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run["log"]))
     bar.clear()
-    shown = {name: f"{x:.3f}" if isinstance(x, float) else x for name, x in row.items()}
-    print("  ".join(f"{name} {x}" for name, x in shown.items()), flush=True)
+    print("  ".join(f"{name} {x:.6g}" for name, x in row.items() if x is not None), flush=True)
 
 
 @torch.no_grad()
@@ -661,7 +628,8 @@ class GPT(nn.Module):
 def sharded_model(s: Settings, p: Processes) -> GPT:
     """On the meta device it has shapes and no memory; then each rank makes room for its slices."""
     with torch.device("meta"):
-        model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout).to(getattr(torch, s.dtype))
+        model = GPT(s.d_model, s.n_heads, s.n_layers, s.max_len, s.dropout)
+    model.to(getattr(torch, s.dtype))
     shard(model, make_mesh(s.replicate, p.device, s.timeout), s.amp, s.compile)
     model.to_empty(device=p.device)
     initialise(model, s.seed)
@@ -675,7 +643,7 @@ def sharded_model(s: Settings, p: Processes) -> GPT:
 
 def check_settings(s: Settings, p: Processes) -> None:
     """ValueError for settings that make no sense."""
-    may_be_0 = ("dropout", "lr", "warmup", "weight_decay", "clip", "save_every", "seed")
+    may_be_0 = ("dropout", "lr", "warmup", "clip", "save_every", "seed")
     for name, value in asdict(s).items():
         least = 0 if name in may_be_0 else 1
         below = 2**32 if name == "seed" else math.inf
@@ -698,8 +666,7 @@ def differences(there: dict, here: dict) -> str:
 
 
 def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process.
-    ValueError if another run has it for longer than patience (seconds)."""
+    """Hold out while this process lives: keep what is returned. ValueError if another run has it."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
@@ -714,8 +681,8 @@ def lock_out(out: Path, patience: float = 10.0):
 
 
 def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
-    """For rank 0: the newest checkpoint's path, or None, and the state of the run in OUT, or of a new one;
-    the report, if that run is finished. kept gets OUT's lock. ValueError for another run."""
+    """For rank 0: the newest checkpoint's path, or None, and the state of OUT's run, or of a new one; the
+    report, if it is finished. kept gets OUT's lock. ValueError for another run."""
     settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE}
     path = run = None
     if (out / "final.pt").exists() and (out / "report.json").exists():
@@ -738,17 +705,17 @@ def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
 
 
 def full_weights(model: nn.Module, p: Processes) -> dict[str, Tensor]:
-    """The plain model's state dict, on rank 0's CPU; {} on the others. Gathered tensor by tensor."""
+    """The plain model's state dict, on rank 0's CPU; {} on the others."""
     weights = {}
     for name, value in model.state_dict().items():
-        whole = value.full_tensor()  # every rank has to come here
+        whole = value.full_tensor()  # gathered one by one; every rank has to come here
         if p.rank == 0:
             weights[name] = whole.cpu()
     return weights
 
 
 def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> dict:
-    """For rank 0, after the last step: the weights, a table, then report.json: the run is finished."""
+    """For rank 0, after the last step: the weights, a table; with report.json the run is finished."""
     import safetensors.torch
 
     buffer = io.BytesIO()
@@ -758,7 +725,7 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
     size = sum(weight.nbytes for weight in weights.values())
     held = {"all": {"weights": size, "gradients": size, "moments": 2 * size}}
     held |= {f"rank {rank}": of_rank for rank, of_rank in enumerate(run["held"])}
-    print("MiB held between steps, and peak RSS (GPU: peak of its memory)")
+    print("MiB held between steps")
     for who, row in held.items():
         print(f"{who:9}" + "".join(f"{kind} {size / 2**20:,.3f}  " for kind, size in row.items()))
     report = run | run["log"][-1] | {"finished": True, "held": held, "processes": p.world}
@@ -770,8 +737,7 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
 
 
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
-    """Print what ended this process: a sentence where there is advice to give, else a traceback.
-    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    """Print what ended this process: advice where there is some, else a traceback. Returns the exit code."""
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
@@ -805,8 +771,7 @@ def main(s: Settings) -> int:
         kept = []  # rank 0 keeps OUT's lock
         path, run = on_rank_0(partial(open_run, Path(s.out), settings, kept), p)
         if p.rank == 0:
-            shown = settings | {"processes": p.world, "device": p.device, "from_step": run["step"]}
-            print(" ".join(f"{name}={value}" for name, value in shown.items()), flush=True)
+            print(f"{settings} processes={p.world} device={p.device} from_step={run['step']}", flush=True)
         if not run.get("finished"):
             model = sharded_model(s, p)
             optimizer = make_optimizer(model, s)
