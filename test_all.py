@@ -3131,7 +3131,7 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
         code = """
 time.sleep(RANK)
-p = script.start_processes("cpu", 20)
+p = script.start_processes("cpu", 8)
 print(script.sum_over_ranks([1.0], p))
 """
         for attempt in ("0", "1"):
@@ -3410,9 +3410,9 @@ if os.fork():
     signal.pause()
 run()
 """
-        results = trainer.attempt(1, tmp_path, "--save-every 5", code=code, TORCHELASTIC_RUN_ID="1")
-        assert results[0].returncode == -signal.SIGKILL
-        trainer.wait_until(lambda: "lost the torchrun" in trainer.out(0, "err"))
+        trainer.attempt(1, tmp_path, "--save-every 5", code=code, TORCHELASTIC_RUN_ID="1")
+        trainer.wait_until(lambda: trainer.out(0, "err") or (tmp_path / "final.pt").exists())
+        assert "lost the torchrun" in trainer.out(0, "err")
         assert "from_step=5" in trainer.run(1, tmp_path, "--save-every 5")[0].stdout
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
