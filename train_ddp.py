@@ -11,7 +11,7 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
 they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
-process, which torchrun reports as SIGABRT. Several machines, also such as come and go, Slurm: README.
+process, which torchrun reports as SIGABRT. Several machines, nodes that come and go, Slurm: README.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
