@@ -163,7 +163,7 @@ class TestAttention:
 
     @every_way
     def test_all_ways_agree_with_torch(self, way):
-        """Values and gradients, over random sizes, masks, strides and dtypes."""
+        """Values and gradients, random sizes, masks, strides and dtypes."""
         draw = random.Random(1)
         for _ in range(300):
             batch = draw.choice([(), (4,), (2, 1, 2), (draw.randint(1, 3), draw.randint(1, 3))])
