@@ -3672,6 +3672,7 @@ class TestExport:
         """Without compiler and network; then in a process of their own."""
         without = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
         without |= {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        (tmp_path / "cache").mkdir()  # where onnxruntime would write an id
         arguments = ["export.py", "--seconds", "0.002", "--out", "run"]
         result = run_script(*arguments, cwd=tmp_path, timeout=600, **without)
         out = tmp_path / "run"
