@@ -1339,11 +1339,13 @@ class TestTransformer:
         for amp, chosen in (("auto", native), ("bf16", True), ("off", False)):
             assert transformer.use_bf16(amp, torch.device("cpu")) == chosen
 
-    def test_train_steps_written_out(self, tmp_path):
+    @pytest.mark.parametrize("average", [2, 9])
+    def test_train_steps_written_out(self, average, tmp_path):
         """The final weights are the mean over the last epochs' ends."""
         pairs = pairs_of_ids()
         s = transformer.Settings(epochs=4, batch_tokens=100, warmup=7, lr_scale=3.0)
-        s.seed, s.d_model, s.clip, s.save_every, s.out = 5, 12, 0.1, 0, str(tmp_path)
+        s.seed, s.d_model, s.clip, s.save_every, s.average = 5, 12, 0.1, 0, average
+        s.out = str(tmp_path)
         # float64: in float32 Adam makes steps of rounding errors
         model = tiny_transformer(dropout=0.2)
         expected = copy.deepcopy(model)
@@ -1372,7 +1374,7 @@ class TestTransformer:
             row = state["history"][epoch]
             assert row["epoch"] == epoch + 1 and row["dev_loss"] == pytest.approx(dev_loss)
         assert state["step"] == step > 12
-        check_close(weights_of(model), (ends[2] + ends[3]) / 2, 1e-6)
+        check_close(weights_of(model), torch.stack(ends[-average:]).mean(0), 1e-6)
 
     def test_main_goes_on_bit_for_bit_after_kill_9(self, half_trained, tmp_path):
         """While a checkpoint is saved; and after a gradient that isn't finite."""
