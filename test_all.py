@@ -1462,7 +1462,7 @@ class TestTransformer:
         assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
 
     def test_demo_gets_every_number_right(self, tmp_path, capsys):
-        """Alone in a folder, on a terminal that knows ASCII alone."""
+        """Alone in a folder, on a terminal of ASCII."""
         shutil.copy(ROOT / "transformer.py", tmp_path)
         options = {"cwd": tmp_path, "folder": tmp_path, "PYTHONIOENCODING": "ascii"}
         result = run_script("transformer.py", **options)
