@@ -1204,8 +1204,8 @@ class TestTransformer:
             assert mean == pytest.approx(np.mean([row.get(key, 0) for row in greedy]))
         greedy, beam = ([row["log_prob"] for row in rows] for rows in (greedy, beam))
         gains = np.array(beam) - np.array(greedy)
-        assert reports[0]["search_gains"] == (gains > 1e-3).sum() > 0
-        assert reports[0]["search_errors"] == (gains < -1e-3).sum() > 0
+        assert reports[0]["search_gains"] == (gains > 1e-3).sum()
+        assert reports[0]["search_errors"] == (gains < -1e-3).sum()
 
     # ---- data
     def test_numbers_in_words_and_number_corpus(self):
@@ -2599,8 +2599,6 @@ for recompute in (False, True):
     @pytest.mark.filterwarnings("ignore")
     def test_load_checkpoint_and_tensors_run_no_code(self, tmp_path):
         """Neither of a checkpoint, nor from .metadata, nor from an entry that it calls an object's."""
-        import torch.distributed.checkpoint as dcp
-
         evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (tmp_path / "ran",))})()
         data = pickle.dumps({"step": evil}, protocol=2)
         (tmp_path / f"step_00000001.{hashlib.sha256(data).hexdigest()}.pt").write_bytes(data)
@@ -2609,7 +2607,7 @@ for recompute in (False, True):
         assert not (tmp_path / "ran").exists()
         tensors = {"a": torch.zeros(3)}
         for what in (tensors, {"a": evil}):
-            dcp.save(what, checkpoint_id=tmp_path / "c")
+            train_fsdp.dcp.save(what, checkpoint_id=tmp_path / "c")
             if what is tensors:
                 (tmp_path / "c/.metadata").write_bytes(pickle.dumps(evil))
             (tmp_path / "ran").unlink(missing_ok=True)
@@ -2751,16 +2749,19 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
 
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_start_processes_names_what_the_environment_lacks(self, module, monkeypatch):
-        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         for name, lacking in zip(names, [*list(names)[1:], "MASTER_PORT"], strict=True):
             monkeypatch.setenv(name, names[name])  # one by one
             with pytest.raises((KeyError, ValueError), match=lacking):
                 module.start_processes("cpu", 5.0)
-        restarts = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
-        for name, value in (restarts | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        names = {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "MASTER_PORT": "1"}
+        for name, value in (names | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
             module.start_processes("cpu", 5.0)
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")  # goes on to look for the others
+        with pytest.raises(torch.distributed.DistError):
+            module.start_processes("cpu", 0.5)
 
     def test_start_processes_meet_again_after_a_restart(self, trainer, tmp_path):
         """In the store that torchrun keeps, where the addresses of those that have ended still stand."""
@@ -2768,7 +2769,7 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
         code = """
 time.sleep(RANK)
-p = script.start_processes("cpu", 20)
+p = script.start_processes("cpu", 8)
 print(script.sum_over_ranks([1.0], p))
 """
         for attempt in ("0", "1"):
@@ -3016,7 +3017,8 @@ run()
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_signals_are_noted_and_given_back(self, module):
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = [signal.getsignal(number) for number in numbers]
+        before = [signal.SIG_IGN, signal.SIG_DFL, signal.SIG_DFL]  # as a shell's background job has them
+        given = list(map(signal.signal, numbers, before))
         signals = module.Signals(module.Processes(0, 2, CPU))
         assert not signals.received()
         for number in numbers * 2:
@@ -3031,7 +3033,7 @@ run()
         signal.raise_signal(signal.SIGTERM)  # a second one would end it at once:
         assert alone.received() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         alone.restore()
-        signal.signal(signal.SIGHUP, before[2])
+        list(map(signal.signal, numbers, given))
 
     def test_signals_orphans_leave(self, trainer, tmp_path):
         """Their torchrun, here a process between, is killed after a checkpoint; the same command goes on."""
@@ -3047,9 +3049,9 @@ if os.fork():
     signal.pause()
 run()
 """
-        results = trainer.attempt(1, tmp_path, "--save-every 5", code=code, TORCHELASTIC_RUN_ID="1")
-        assert results[0].returncode == -signal.SIGKILL
-        trainer.wait_until(lambda: "lost the torchrun" in trainer.out(0, "err"))
+        trainer.attempt(1, tmp_path, "--save-every 5", code=code, TORCHELASTIC_RUN_ID="1")
+        trainer.wait_until(lambda: trainer.out(0, "err") or (tmp_path / "final.pt").exists())
+        assert "lost the torchrun" in trainer.out(0, "err")
         assert "from_step=5" in trainer.run(1, tmp_path, "--save-every 5")[0].stdout
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):

@@ -11,7 +11,7 @@ the final weights after 60 kill -9 at random moments were bit for bit those of u
 
 The same command goes on where it stopped. When a process is lost, gloo (CPU) raises an error in the others:
 they say so and exit with code 1. NCCL (GPU) raises nothing: after --timeout its watchdog thread aborts the
-process, which torchrun reports as SIGABRT. Several machines, also such as come and go, Slurm: README.
+process, which torchrun reports as SIGABRT. Several machines, nodes that come and go, Slurm: README.
 
 DDP: Li et al. 2020, arXiv:2006.15704. GPT: Radford et al. 2019.
 """
@@ -92,8 +92,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     if p.world == 1:
         return p
     one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
-    one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and env.get("GROUP_WORLD_SIZE", "1") != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
@@ -145,9 +144,10 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {n: signal.signal(n, self.note) for n in noted}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+            numbers.append(signal.SIGHUP)
+        self.before = {n: signal.signal(n, self.note) for n in numbers}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)

@@ -186,8 +186,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return p
     one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
-    one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and env.get("GROUP_WORLD_SIZE", "1") != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
@@ -232,9 +231,10 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {n: signal.signal(n, self.note) for n in noted}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+            numbers.append(signal.SIGHUP)
+        self.before = {n: signal.signal(n, self.note) for n in numbers}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)
