@@ -1143,8 +1143,8 @@ class TestTransformer:
         texts = map(transformer.english_number, range(41_000, 541_000, 41_700))
         src = transformer.pad([tokenizer.encode(text, 32) for text in texts], model)
         cases, lengths, cut_off = [(model, src)], set(), 0
-        for norm_first in (False, True):
-            cases.append((tiny_transformer(norm_first, dropout=0.5), sentences(n=12)))
+        for norm in (False, True):
+            cases.append((tiny_transformer(norm, dropout=0.5), sentences(n=12)))
         searches = ((1, 0.6), (2, 0.0), (4, 1.5))
         for (model, src), (size, penalty) in itertools.product(cases, searches):
             model.train().encoder.eval()
@@ -1339,11 +1339,12 @@ class TestTransformer:
         for amp, chosen in (("auto", native), ("bf16", True), ("off", False)):
             assert transformer.use_bf16(amp, torch.device("cpu")) == chosen
 
-    def test_train_steps_written_out(self, tmp_path):
+    @pytest.mark.parametrize("average", [2, 9])
+    def test_train_steps_written_out(self, average, tmp_path):
         """The final weights are the mean over the last epochs' ends."""
         pairs = pairs_of_ids()
-        s = transformer.Settings(epochs=4, batch_tokens=100, warmup=7, lr_scale=3.0)
-        s.seed, s.d_model, s.clip, s.save_every, s.out = 5, 12, 0.1, 0, str(tmp_path)
+        s = transformer.Settings(out=str(tmp_path), epochs=4, batch_tokens=100, warmup=7, seed=5)
+        s.average, s.lr_scale, s.d_model, s.clip, s.save_every = average, 3.0, 12, 0.1, 0
         # float64: in float32 Adam makes steps of rounding errors
         model = tiny_transformer(dropout=0.2)
         expected = copy.deepcopy(model)
@@ -1372,7 +1373,7 @@ class TestTransformer:
             row = state["history"][epoch]
             assert row["epoch"] == epoch + 1 and row["dev_loss"] == pytest.approx(dev_loss)
         assert state["step"] == step > 12
-        check_close(weights_of(model), (ends[2] + ends[3]) / 2, 1e-6)
+        check_close(weights_of(model), torch.stack(ends[-average:]).mean(0), 1e-6)
 
     def test_main_goes_on_bit_for_bit_after_kill_9(self, half_trained, tmp_path):
         """While a checkpoint is saved; and after a gradient that isn't finite."""
@@ -1461,7 +1462,7 @@ class TestTransformer:
         assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
 
     def test_demo_gets_every_number_right(self, tmp_path, capsys):
-        """Alone in a folder, on a terminal that knows ASCII alone."""
+        """Alone in a folder, on a terminal of ASCII."""
         shutil.copy(ROOT / "transformer.py", tmp_path)
         options = {"cwd": tmp_path, "folder": tmp_path, "PYTHONIOENCODING": "ascii"}
         result = run_script("transformer.py", **options)
@@ -3563,9 +3564,8 @@ class TestExport:
 
     def test_pruning_refuses(self, model):
         """Attention that isn't plain, too, or that stands in two places."""
-        gelu = nn.GELU()
         linears = nn.Linear(8, 24, bias=False), nn.Linear(8, 8).requires_grad_(False)
-        plain, two = export.SelfAttention(*linears, 2), {"0": torch.ones(2)}
+        plain, two, gelu = export.SelfAttention(*linears, 2), {"0": torch.ones(2)}, nn.GELU()
         rows = [
             ("amount must.*got -0.1", export.prune_unstructured, model, -0.1),
             ("amount must.*got 1.5", export.prune_unstructured, model, 1.5),
@@ -3674,12 +3674,12 @@ class TestExport:
         """Without compiler and network; then in a process of their own."""
         without = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
         without |= {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        (tmp_path / "cache").mkdir()  # where onnxruntime would write an id
         arguments = ["export.py", "--seconds", "0.002", "--out", "run"]
         result = run_script(*arguments, cwd=tmp_path, timeout=600, **without)
         out = tmp_path / "run"
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
-        assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
         formats = export.formats(nn.Identity(), None, None, "")
         expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
