@@ -2862,8 +2862,7 @@ run()
 """
         arguments, out = "--steps 4 --save-every 2 --n-layers 1", tmp_path / "compiled"
         trainer.run(1, tmp_path / "plain", arguments)
-        first = trainer.run(2, out, f"{arguments} --compile", code=code)[0]
-        assert "compiled" in first.stdout
+        assert "compiled" in trainer.run(2, out, f"{arguments} --compile", code=code)[0].stdout
         assert distance_of_weights(out, tmp_path / "plain") < 1e-5
         state = torch.load(out / "final.pt", weights_only=True)
         assert state.keys() == train_ddp.GPT(18, 2, 1, 21).state_dict().keys()
@@ -3130,14 +3129,14 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         environment = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
         code = """
-time.sleep(RANK)
+time.sleep(0.3 * RANK)
 p = script.start_processes("cpu", 8)
 print(script.sum_over_ranks([1.0], p))
 """
-        for attempt in ("0", "1"):
+        for attempt in "01234":
             environment["TORCHELASTIC_RESTART_COUNT"] = attempt
-            for result in trainer.run(2, tmp_path, code=code, **environment):
-                assert result.stdout == "[2.0]\n"
+            for result in trainer.run(3, tmp_path, code=code, **environment):
+                assert result.stdout == "[3.0]\n"
 
     def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
         """Other settings, another version's checkpoint, the other script's run; what may change may."""
@@ -3379,14 +3378,14 @@ run()
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_signals_are_noted_and_given_back(self, module):
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = [signal.getsignal(number) for number in numbers]
+        before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
         signals = module.Signals(module.Processes(0, 2, CPU))
         assert not signals.received()
         for number in numbers * 2:
             signal.raise_signal(number)
         assert signals.received() and signals.noted == numbers * 2
         signals.restore()
-        assert [signal.getsignal(number) for number in numbers] == before
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_DFL}
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
         alone = module.Signals(module.Processes(0, 1, CPU))
         signal.raise_signal(signal.SIGHUP)
@@ -3394,7 +3393,8 @@ run()
         signal.raise_signal(signal.SIGTERM)  # a second one would end it at once:
         assert alone.received() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         alone.restore()
-        signal.signal(signal.SIGHUP, before[2])
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
     def test_signals_orphans_leave(self, trainer, tmp_path):
         """Their torchrun, here a process between, is killed after a checkpoint; the same command goes on."""
