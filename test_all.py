@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import html.parser
 import http.server
 import io
 import itertools
@@ -134,143 +133,120 @@ def last_json(result) -> dict:
 # -----------------------------------------------------------------------------
 # attention.py
 
-ATTENTION_WAYS = [
-    attention.attention_loop,
-    lambda *inputs: attention.scaled_dot_product_attention(*inputs)[0],
-    lambda *inputs: attention.blockwise_attention(*inputs, block_size=3),
-    attention.fused_attention,
-]
-ATTENTION_EVERY_WAY = pytest.mark.parametrize(
-    "way",
-    ATTENTION_WAYS,
-    ids=["loop", "scaled_dot_product_attention", "blockwise_attention", "fused_attention"],
-)
-ATTENTION_FUSED_OR_NOT = pytest.mark.parametrize("fused", [False, True])
+
+def results(function, inputs, *others) -> list[Tensor]:
+    """Value of function(*inputs, *others), and the gradient of each input."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = function(*leaves, *others)
+    weights = 1 + torch.arange(value.numel()).view(value.shape) % 7  # of a scalar: 1
+    return [value.detach(), *torch.autograd.grad((weights * value).sum(), leaves)]
 
 
-class AttentionCall(nn.Module):
-    """Causal attention of a fixed kind: tracing and export take tensors alone."""
+def check_all_close(actual, expected, tolerance: float) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        check_close(a, b, tolerance)
 
-    def __init__(self, fused: bool, cross: bool):
-        super().__init__()
-        kv_dim = 10 if cross else None
-        self.attention = attention.MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
 
-    def forward(self, query: Tensor, context: Tensor | None = None, mask: Tensor | None = None):
-        return self.attention(query, context, mask, causal=True)
+TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
+MultiHeadAttention = attention.MultiHeadAttention
 
 
 class TestAttention:
-    # ---- the four ways against torch
+    ways = {
+        "attention_loop": attention.attention_loop,
+        "scaled_dot_product_attention": attention.WAYS["written out"],
+        "blockwise_attention": functools.partial(attention.blockwise_attention, block_size=3),
+        "fused_attention": attention.fused_attention,
+    }
+    every_way = pytest.mark.parametrize("way", ways.values(), ids=ways)
+    fused_or_not = pytest.mark.parametrize("fused", [False, True])
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_agree_with_torch(self, way):
         """Values and gradients, over random sizes, masks, strides and dtypes."""
         draw = random.Random(1)
-        for case in range(300):
+        for _ in range(300):
             batch = draw.choice([(), (4,), (2, 1, 2), (draw.randint(1, 3), draw.randint(1, 3))])
             tq, tk = draw.randint(1, 8), draw.randint(1, 9)
             tk = draw.choice([tq, tk, tk])  # the fused form takes torch's own triangle where Tq = Tk
             d, dv = draw.choice([1, 3, 4, 8]), draw.choice([1, 4, 5, 8])
-            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
+            dtype, tolerance = draw.choice(TOLERANCES)
             sizes = (d, tq), (d, tk), (dv, tk)
             inputs = [torch.randn(*batch, *size, dtype=dtype).mT for size in sizes]
             if draw.random() < 0.5:
                 inputs = [x.contiguous() for x in inputs]
-            inputs = [x.requires_grad_() for x in inputs]
-
-            mask = None
             causal = draw.random() < 0.5
             allowed = torch.ones(*batch, tq, tk).tril(tk - tq if causal else tk).bool()
+            mask = None
             if draw.random() < 0.9:  # of any shape that broadcasts
                 shape = [draw.choice([1, n]) for n in allowed.shape]
                 mask = torch.rand(shape[draw.randint(0, len(shape)) :]) < 0.67
                 allowed &= mask
-            exact = [x.detach().double().requires_grad_() for x in inputs]
-            expected = F.scaled_dot_product_attention(*exact, attn_mask=allowed)
-            towards = torch.randn_like(expected)
-            wanted = torch.autograd.grad(expected, exact, towards)
+            exact = [x.double() for x in inputs]
+            expected = results(F.scaled_dot_product_attention, exact, allowed)
+            found = results(way, inputs, mask, causal)
+            check_all_close(found, [x.to(dtype) for x in expected], tolerance)
+            assert not found[0][~allowed.any(dim=-1)].any()
 
-            what = f"case {case}: {causal=} {mask=} {batch=} {tq=} {tk=} {d=} {dv=}"
-            output = way(*inputs, mask, causal)
-            assert output.dtype == dtype and not output[~allowed.any(dim=-1)].any(), what
-            check_close(output.double(), expected, tolerance, what)
-            gradients = torch.autograd.grad(output, inputs, towards.to(dtype))
-            for got, want in zip(gradients, wanted, strict=True):
-                check_close(got.double(), want, tolerance, what)
-
-    @ATTENTION_EVERY_WAY
+    @every_way
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
     def test_nothing_to_attend_to(self, way):
         """No keys, no queries, rows that a mask empties: 0, and finite gradients."""
         q, k, v = torch.randn(2, 3, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 5)
         assert torch.equal(way(q, k, v), torch.zeros(2, 3, 5))
         assert way(q[:, :0], q, q).shape == (2, 0, 4)
-        inputs = [torch.randn(2, 3, 4).requires_grad_() for _ in range(3)]
-        output = way(*inputs, torch.zeros(3, 3, dtype=torch.bool), False)
-        assert torch.equal(output, torch.zeros(2, 3, 4))
         with torch.autograd.detect_anomaly():  # no NaN on the way, either
-            gradients = torch.autograd.grad(output.sum(), inputs)
-        assert not any(gradient.any() for gradient in gradients)
+            found = results(way, torch.randn(3, 2, 3, 4), torch.zeros(3, 3).bool(), False)
+        assert found[0].shape == (2, 3, 4) and not any(x.any() for x in found)
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_large_logits_stay_finite(self, way):
-        q = torch.tensor([[1e4], [-1e4]], requires_grad=True)
-        k = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-        v = torch.tensor([[1.0], [2.0], [4.0]], requires_grad=True)
-        output = way(q, k, v)  # D = 1: the logits are q k
+        q = torch.tensor([[1e4], [-1e4]])
+        k = torch.tensor([[1.0], [-1.0], [0.5]])
+        v = torch.tensor([[1.0], [2.0], [4.0]])
+        output, *gradients = results(way, [q, k, v])  # D = 1: the logits are q k
         assert output.tolist() == [[1.0], [2.0]]  # each query sees its best key alone
-        gradients = torch.autograd.grad(output.sum(), (q, k, v))
-        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert all(x.isfinite().all() for x in gradients)
         only_the_worst = torch.tensor([[False, True, False], [True, False, False]])
         assert way(q, k, v, only_the_worst).tolist() == [[2.0], [1.0]]
         assert way(q[:1], -k[:2] - 5, v[:2]).tolist() == [[2.0]]  # all scores are far below 0
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, way, dtype):
-        inputs = [torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3)]
+        q, k, v = (torch.randn(1, 2, 9, 64).to(dtype) for _ in range(3))
         mask = torch.rand(9, 9) < 0.5
-        exact = F.scaled_dot_product_attention(*(x.double() for x in inputs), mask)
-        check_close(way(*inputs, mask, False).double(), exact, 2e-2)
-        q = 30 * inputs[0]
-        assert (q @ q.mT).isinf().any() or dtype == torch.bfloat16  # unless q is scaled first
-        large = [x.detach().requires_grad_() for x in (q, q, inputs[2])]
-        output = way(*large, mask, False)
-        assert output.dtype == dtype and output.isfinite().all()
-        gradients = torch.autograd.grad(output.float().sum(), large)
-        assert all(gradient.isfinite().all() for gradient in gradients)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+        check_close(way(q, k, v, mask, False).double(), exact, 2e-2)
+        for x in results(way, [30 * q, 30 * q, v], mask, False):  # q q' overflows in float16
+            assert x.dtype == dtype and x.isfinite().all()
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_follow_their_input(self, way):
         """Not the default device or dtype, wherever they make a tensor."""
         q, k = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 7, 4)
-        for causal in (False, True):
-            expected = way(q, k, k, None, causal)
-            torch.set_default_dtype(torch.float64)
-            try:
-                with torch.device("meta"):
-                    output = way(q, k, k, None, causal)
-            finally:
-                torch.set_default_dtype(torch.float32)
-            check_close(output, expected, 1e-6)
+        expected = way(q, k, k, None, True)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                output = way(q, k, k, None, True)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        check_close(output, expected, 1e-6)
 
     def test_second_derivatives(self):
         """Right where there are some, refused by the blockwise form."""
-        module = attention.MultiHeadAttention(6, 2, fused=False).double()
-        x = torch.randn(1, 3, 6, dtype=torch.float64).requires_grad_()
-        for part in (0, 1):  # output, weights
-            call = lambda x, part=part: module.forward_with_weights(x, causal=True)[part]  # noqa: E731
-            assert torch.autograd.gradcheck(call, x)
-            assert torch.autograd.gradgradcheck(call, x)
-        output = attention.blockwise_attention(x, x, x)
+        module = MultiHeadAttention(6, 2, fused=False).double()
+        x = torch.randn(1, 3, 6).double().requires_grad_()
+        call = functools.partial(module.forward_with_weights, causal=True)
+        assert torch.autograd.gradcheck(call, x)
+        assert torch.autograd.gradgradcheck(call, x)
+        output = attention.blockwise_attention(x, x, x, block_size=1)
         with pytest.raises(RuntimeError, match="second derivative"):
             torch.autograd.grad(output.sum(), x, create_graph=True)
 
-    # ---- blockwise
-
     @pytest.mark.skipif(sys.platform != "linux", reason="reads its peak memory below /proc")
-    def test_blockwise_memory(self, tmp_path):
+    def test_blockwise_memory(self):
         """T = 4096, forward and backward: under 32 MB; written out it takes 150."""
         code = """
 import torch, attention
@@ -282,32 +258,18 @@ before = peak("blockwise", 200)  # loads the libraries, starts the autograd thre
 print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
 """
         command = [sys.executable, "-c", code]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        found = subprocess.check_output(command, cwd=tmp_path, env=environment, timeout=240)
-        blockwise, written_out = map(float, found.split())
-        assert blockwise < 32 and written_out > 150, (blockwise, written_out)
-
-    def test_blockwise_takes_any_block_size(self):
-        q, k = torch.randn(5, 4), torch.randn(7, 4)
-        expected = attention.attention_loop(q, k, k, causal=True)
-        for block_size in (1, 2, 5, 7, 100):
-            output = attention.blockwise_attention(q, k, k, None, True, block_size)
-            check_close(output, expected, 1e-6)
+        blockwise, written_out = subprocess.check_output(command, cwd=ROOT, timeout=240).split()
+        assert float(blockwise) < 32 and float(written_out) > 150, (blockwise, written_out)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_blockwise_sums_in_float32(self, dtype):
         """As of the same numbers in float32, to the last bit; under autocast, too."""
-        inputs = [torch.randn(t, 8).to(dtype).requires_grad_() for t in (300, 400, 400)]
-        wide = [x.detach().float().requires_grad_() for x in inputs]
-        expected = attention.blockwise_attention(*wide, block_size=7)
-        wanted = torch.autograd.grad(expected.sum(), wide)
+        blockwise = functools.partial(attention.blockwise_attention, block_size=7)
+        inputs = [torch.randn(t, 8).to(dtype) for t in (50, 70, 70)]
+        expected = results(blockwise, [x.float() for x in inputs])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = attention.blockwise_attention(*inputs, block_size=7)
-            gradients = torch.autograd.grad(output.sum(), inputs)
-        for got, want in zip((output, *gradients), (expected, *wanted), strict=True):
-            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
-
-    # ---- masks
+            found = results(blockwise, inputs)
+        check_all_close(found, [x.to(dtype) for x in expected], 0.0)
 
     def test_causal_mask(self):
         x, o = True, False
@@ -321,35 +283,30 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         padding = attention.padding_mask([0, 2, 3])
         assert padding.tolist() == [[[[o, o, o]]], [[[x, x, o]]], [[[x, x, x]]]]
         assert attention.padding_mask([1], max_len=3).tolist() == [[[[x, o, o]]]]
-        assert attention.padding_mask(torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1, 0)
+        assert attention.padding_mask(torch.zeros(0).long()).shape == (0, 1, 1, 0)
         for kind in ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32"):
             lengths = np.array([0, 2, 3], dtype=kind)
             for given in (lengths, torch.from_numpy(lengths)):
                 assert torch.equal(attention.padding_mask(given), padding), kind
 
-    # ---- MultiHeadAttention
-
     def test_multi_head_attention_agrees_with_torch(self):
-        """Values, weights, gradients of inputs and parameters; with kv_dim, without bias."""
+        """Values, weights, gradients of inputs and of parameters."""
         draw = random.Random(2)
-        for case in range(300):
+        for _ in range(300):
             heads, b, tq, tk = (draw.randint(1, n) for n in (3, 3, 6, 7))
             c = heads * draw.choice([1, 4, 5])
-            cross, bias = draw.random() < 0.5, draw.random() < 0.5
-            kv_dim = draw.choice([None, 6, 7]) if cross else None
-            dtype, tolerance = draw.choice([(torch.float64, 1e-10), (torch.float32, 2e-5)])
-            sizes = {"bias": bias, "kdim": kv_dim, "vdim": kv_dim, "dtype": dtype}
-            theirs = nn.MultiheadAttention(c, heads, batch_first=True, **sizes)
-            for parameter in theirs.parameters():
-                if parameter.dim() == 1:  # biases of 0 would hide a mix-up
-                    nn.init.normal_(parameter)
-            ours = attention.MultiHeadAttention.from_torch(theirs)
+            kv_dim = draw.choice([None, None, c, 6, 7])  # None: self-attention
+            dtype, tolerance = draw.choice(TOLERANCES)
+            sizes = {"bias": draw.random() < 0.5, "kdim": kv_dim, "vdim": kv_dim}
+            theirs = nn.MultiheadAttention(c, heads, batch_first=True, dtype=dtype, **sizes)
+            for p in theirs.parameters():
+                nn.init.normal_(p, std=0.3)  # biases of 0 would hide a mix-up
+            ours = MultiHeadAttention.from_torch(theirs)
             ours.fused = draw.random() < 0.5
-
             inputs = [torch.randn(b, tq, c, dtype=dtype, requires_grad=True)]
-            if cross:
-                inputs.append(torch.randn(b, tk, kv_dim or c, dtype=dtype, requires_grad=True))
-            source = inputs[-1]
+            if kv_dim:
+                inputs.append(torch.randn(b, tk, kv_dim, dtype=dtype, requires_grad=True))
+            x, source = inputs[0], inputs[-1]
             tk = source.size(1)
             causal = draw.random() < 0.4 and tk >= tq
             future = ~attention.causal_mask(tq, tk) if causal else None
@@ -358,32 +315,27 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             mask = ~hidden[:, None, None, :] if hidden.any() else None
 
             call = {"attn_mask": future, "average_attn_weights": False}
-            expected, expected_weights = theirs(inputs[0], source, source, hidden, **call)
-            arguments = {"mask": mask, "causal": causal}
-            output, weights = ours.forward_with_weights(*inputs, **arguments)
-            what = f"case {case}: {heads=} {c=} {tq=} {tk=} {cross=} {causal=} {bias=} {kv_dim=}"
-            check_close(output, expected, tolerance, what)
-            check_close(weights, expected_weights, tolerance, what)
-            assert torch.equal(output, ours(*inputs, **arguments)), what
-
-            towards = torch.randn_like(output)
-            gradients = torch.autograd.grad(output, [*inputs, *ours.parameters()], towards)
-            wanted = torch.autograd.grad(expected, [*inputs, *theirs.parameters()], towards)
-            for parameter, gradient in zip(theirs.parameters(), wanted[len(inputs) :], strict=True):
-                parameter.data = gradient
-            named = attention.MultiHeadAttention.from_torch(theirs)  # so that they have our names
-            wanted = [*wanted[: len(inputs)], *named.parameters()]
-            for got, want in zip(gradients, wanted, strict=True):
-                check_close(got, want.detach(), tolerance, what)
+            expected = theirs(x, source, source, hidden, **call)
+            found = ours.forward_with_weights(*inputs, mask=mask, causal=causal)
+            check_all_close(found, expected, tolerance)
+            assert torch.equal(found[0], ours(*inputs, mask=mask, causal=causal))
+            given = [*inputs, *ours.parameters()]
+            gradients = torch.autograd.grad(found[0].square().sum(), given)
+            given = [*inputs, *theirs.parameters()]
+            wanted = torch.autograd.grad(expected[0].square().sum(), given)
+            for p, gradient in zip(given, wanted, strict=True):
+                p.data = gradient
+            named = MultiHeadAttention.from_torch(theirs)  # so that they have our names
+            check_all_close(gradients, [*inputs, *named.parameters()], tolerance)
 
     def test_from_torch_keeps_everything(self):
         source = nn.MultiheadAttention(12, 3, dropout=0.3, dtype=torch.float64).eval()
         source.in_proj_weight.requires_grad_(False)
         source.out_proj.bias.requires_grad_(False)
         with torch.no_grad():  # grad mode has no say in it
-            ours = attention.MultiHeadAttention.from_torch(source)
+            ours = MultiHeadAttention.from_torch(source)
         assert not ours.training and ours.dropout == 0.3 and ours.n_heads == 3
-        assert attention.MultiHeadAttention.from_torch(source.train()).training
+        assert MultiHeadAttention.from_torch(source.train()).training
         frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
         assert frozen == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.bias"}
         assert {p.dtype for p in ours.parameters()} == {torch.float64}
@@ -392,84 +344,77 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         assert not any((q == 7).any() for q in ours.parameters()), "copies"
 
     def test_multi_head_attention_starts_as_glorot_says(self):
-        module = attention.MultiHeadAttention(24, 4, kv_dim=10)
+        module = MultiHeadAttention(24, 4, kv_dim=10)
         for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
             limit = math.sqrt(6 / (24 + projection.in_features))
             assert 0.9 * limit < projection.weight.abs().max() <= limit
             assert not projection.bias.any()
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_padding_and_empty_rows(self, fused):
-        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
+        module = MultiHeadAttention(12, 3, fused=fused).double()
         nn.init.normal_(module.out_proj.bias)
-        x = torch.randn(3, 6, 12, dtype=torch.float64).requires_grad_()
+        x = torch.randn(3, 6, 12).double().requires_grad_()
         mask = attention.padding_mask([4, 0, 6])
         output, weights = module.forward_with_weights(x, mask=mask)
-        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0, "a query without keys")
+        check_close(output[1], module.out_proj.bias.expand(6, 12), 0.0)
         assert (weights[1] == 0).all()
         output.sum().backward()
-        assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
-        altered = x.detach().clone()
-        altered[0, 4:] = 1e3
-        check_close(module(altered, mask=mask)[0, :4], output[0, :4], 0.0, "what is padded")
-        longer = F.pad(x.detach()[:1], (0, 0, 0, 5))
+        assert all(p.grad.isfinite().all() for p in (x, *module.parameters()))
+        longer = F.pad(x[:1, :4], (0, 0, 0, 7), value=1e3)
         longer = module(longer, mask=attention.padding_mask([4], 11))
-        check_close(longer[0, :4], output[0, :4], 1e-12, "more padding")
-        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12, "alone, without padding")
+        check_close(longer[0, :4], output[0, :4], 1e-12)
+        check_close(module(x[:1, :4])[0], output[0, :4], 1e-12)
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_causality(self, fused):
         """A later token moves no earlier output; it moves its own and the later ones."""
-        module = attention.MultiHeadAttention(12, 3, fused=fused)
+        module = MultiHeadAttention(12, 3, fused=fused)
         x = torch.randn(3, 6, 12)
         altered = x + (torch.arange(6) == 4)[:, None]
         difference = module(altered, causal=True) - module(x, causal=True)
         moved = difference.abs().amax(dim=(0, 2))
         assert (moved[:4] == 0).all() and (moved[4:] > 1e-6).all()
 
-    @ATTENTION_FUSED_OR_NOT
-    @pytest.mark.parametrize("causal", [False, True])
-    def test_dropout_only_in_training(self, fused, causal):
-        module = attention.MultiHeadAttention(8, 2, dropout=0.5, fused=fused)
-        plain = attention.MultiHeadAttention(8, 2)
-        plain.load_state_dict(module.state_dict())
+    @fused_or_not
+    def test_dropout_only_in_training(self, fused):
+        module = MultiHeadAttention(8, 2, dropout=0.5, fused=fused).eval()
         x = torch.randn(2, 7, 8)
-        expected, expected_weights = plain.forward_with_weights(x, causal=causal)
-        check_close(module.eval()(x, causal=causal), expected, 1e-6)
-        module.train()
-        torch.manual_seed(1)
-        first, weights = module.forward_with_weights(x, causal=causal)
-        torch.manual_seed(1)
-        assert torch.equal(first, module(x, causal=causal))
-        assert not torch.equal(first, module(x, causal=causal))
-        check_close(weights, expected_weights, 1e-6, "weights are those before dropout")
-        mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
-        assert (mean - expected).abs().max() < 0.15, "unbiased: what is kept is scaled up"
+        for causal in (False, True):
+            expected, expected_weights = module.eval().forward_with_weights(x, causal=causal)
+            assert torch.equal(module(x, causal=causal), expected)
+            module.train()
+            torch.manual_seed(1)
+            first, weights = module.forward_with_weights(x, causal=causal)
+            check_close(weights, expected_weights, 1e-6)
+            torch.manual_seed(1)
+            assert torch.equal(first, module(x, causal=causal))
+            assert not torch.equal(first, module(x, causal=causal))
+            mean = sum(module(x, causal=causal) for _ in range(2000)) / 2000
+            assert (mean - expected).abs().max() < 0.15  # unbiased
 
-    @ATTENTION_FUSED_OR_NOT
+    @fused_or_not
     def test_forward_cached_equals_one_shot(self, fused):
         """Values and gradients, in pieces of any size, after left padding."""
-        module = attention.MultiHeadAttention(12, 3, fused=fused).double()
-        x = torch.randn(2, 9, 12, dtype=torch.float64).requires_grad_()
-        mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+        module = MultiHeadAttention(12, 3, fused=fused).double()
+        x = torch.randn(2, 9, 12).double()
+        mask = torch.ones(2, 1, 1, 9).bool()
         mask[0, ..., :2] = False
-        expected = module(x, mask=mask, causal=True)
-        (wanted,) = torch.autograd.grad(expected.sum(), x, retain_graph=True)
-        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
-            cache = attention.KVCache()
-            outputs = []
-            seen = 0
-            for piece in x.split(pieces, dim=1):
-                seen += piece.size(1)
+
+        def in_pieces(x, *pieces):
+            cache, outputs = attention.KVCache(), []
+            for piece, seen in zip(x.split(pieces, 1), itertools.accumulate(pieces), strict=True):
                 outputs.append(module.forward_cached(piece, cache, mask[..., :seen]))
             assert cache.k.shape == cache.v.shape == (2, 3, 9, 4)
-            output = torch.cat(outputs, dim=1)
-            check_close(output, expected, 1e-12, str(pieces))
-            check_close(torch.autograd.grad(output.sum(), x)[0], wanted, 1e-12, str(pieces))
+            return torch.cat(outputs, dim=1)
+
+        expected = results(module, [x], None, mask, True)
+        for pieces in ([1] * 9, [4, 1, 3, 1], [9]):
+            check_all_close(results(in_pieces, [x], *pieces), expected, 1e-12)
 
     def test_forward_cached_survives_what_it_refuses(self):
         """A wrong mask or batch leaves the tokens that were there."""
-        module = attention.MultiHeadAttention(12, 3)
+        module = MultiHeadAttention(12, 3)
         cache, x = attention.KVCache(), torch.randn(2, 4, 12)
         module.forward_cached(x[:, :3], cache)
         for query, mask in ((x, torch.ones(4)), (x, torch.ones(2).bool()), (x[:1], None)):
@@ -478,11 +423,11 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             assert cache.k.shape == cache.v.shape == (2, 3, 3, 4)
         check_close(module.forward_cached(x[:, 3:], cache), module(x, causal=True)[:, 3:], 1e-6)
 
-    # ---- refusals: what would be silently wrong
-
-    def test_refused(self):
-        mha, theirs = attention.MultiHeadAttention, nn.MultiheadAttention
+    def test_attention_refuses_what_would_be_silently_wrong(self):
+        mha, theirs = MultiHeadAttention, nn.MultiheadAttention
+        plot, page = attention.plot_attention, attention.attention_html
         x, row = torch.randn(2, 5, 8), torch.randn(5, 8)
+        tokens = "ab", "ab", os.devnull
         for words, function, *arguments in (
             ("lengths.*max_len=4.*5", attention.padding_mask, [2, 5], 4),
             ("lengths.*-1", attention.padding_mask, [-1, 2]),
@@ -499,87 +444,79 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
             ("vdim", mha.from_torch, theirs(12, 3, kdim=4, vdim=6)),
             ("bias_kv", mha.from_torch, theirs(8, 2, add_bias_kv=True)),
             ("zero", mha.from_torch, theirs(8, 2, add_zero_attn=True)),
+            ("weights.*1, 2, 3", plot, torch.rand(1, 2, 3), *tokens),
+            ("weights.*1, 3, 2", page, torch.rand(1, 3, 2), *tokens),
+            ("weights.*2, 2", plot, torch.rand(2, 2), *tokens),
+            ("weights.*1.02", page, torch.full((1, 2, 2), 1.02), *tokens),
+            ("weights.*-0.5", plot, torch.full((1, 2, 2), -0.5), *tokens),
+            ("weights.*nan", page, torch.full((1, 2, 2), math.nan), *tokens),
         ):
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
 
-    @ATTENTION_EVERY_WAY
+    @every_way
     def test_all_ways_refuse_what_does_not_fit(self, way):
         """Masks that would enlarge the output, or hold numbers; more values than keys."""
         q, k, v = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.randn(2, 1, 9, 4)
+        mask = torch.ones(5, 7).bool()
         for shape in ((7, 5), (5, 6), (2, 7), (1, 2, 1, 5, 7), (2, 3, 5, 7)):
             with pytest.raises((RuntimeError, IndexError)):
-                way(q, k, k, torch.ones(shape, dtype=torch.bool))
-        for dtype in (torch.float32, torch.int64):
+                way(q, k, k, torch.ones(shape).bool())
+        for numbers in (mask.float(), mask.long()):
             with pytest.raises(ValueError, match="mask.*boolean"):
-                way(q, k, k, torch.ones(5, 7, dtype=dtype))
+                way(q, k, k, numbers)
         for values in (v, v[:, :, :6]):
             with pytest.raises((RuntimeError, IndexError)):
-                way(q, k, values, torch.ones(5, 7, dtype=torch.bool))
-
-    # ---- it leaves Python
+                way(q, k, values, mask)
 
     @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
     @pytest.mark.parametrize("how", ["trace", "script", "export"])
-    def test_multi_head_attention_leaves_python(self, how):
+    @pytest.mark.parametrize("kv_dim", [None, 10])
+    @pytest.mark.parametrize("masked", [False, True])
+    @fused_or_not
+    def test_multi_head_attention_leaves_python(self, fused, masked, kv_dim, how):
         """The same outputs, at sizes that were not there then."""
 
-        def example(b: int, tq: int, tk: int) -> dict[str, Tensor]:
+        def example(b, tq, tk):
             given = {"query": torch.randn(b, tq, 12)}
-            if cross:
-                given["context"] = torch.randn(b, tk, 10)
+            if kv_dim:
+                given["context"] = torch.randn(b, tk, kv_dim)
             if masked:
-                given["mask"] = torch.rand(b, 1, 1, tk if cross else tq) < 0.7
+                given["mask"] = torch.rand(b, 1, 1, tk if kv_dim else tq) < 0.7
             return given
 
-        for fused, cross, masked in itertools.product([True, False], repeat=3):
-            module = AttentionCall(fused, cross)
-            given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
-            if how == "trace":
-                converted = torch.jit.trace(module, example_kwarg_inputs=given)
-            elif how == "script":
-                converted = torch.jit.script(module)
-            else:
-                free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
-                free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
-                converted = torch.export.export(module, (), given, dynamic_shapes=free).module()
-            for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
-                given = example(*sizes)
-                check_close(converted(**given), module(**given), 1e-6, f"{fused=} {masked=} {sizes}")
+        module = MultiHeadAttention(12, 3, kv_dim=kv_dim, fused=fused)
+        given = example(2, 5, 5 if how == "trace" else 7)  # a trace mustn't rely on Tq = Tk
+        causal = {"causal": True}
+        if how == "trace":  # it takes tensors alone
+            module.forward = functools.partial(module.forward, **causal)
+            converted, causal = torch.jit.trace(module, example_kwarg_inputs=given), {}
+        elif how == "script":
+            converted = torch.jit.script(module)
+        else:
+            free = {"query": (0, 1), "context": (0, 1), "mask": (0, 3)}
+            free = {name: dict.fromkeys(free[name], torch.export.Dim.AUTO) for name in given}
+            free["causal"] = None
+            program = torch.export.export(module, (), given | causal, dynamic_shapes=free)
+            converted = program.module()
+        for sizes in ((2, 5, 7), (3, 4, 9), (1, 8, 6), (2, 6, 6)):
+            given = example(*sizes)
+            check_close(converted(**given, **causal), module(**given, causal=True), 1e-6)
 
     @pytest.mark.filterwarnings("ignore")
     def test_fused_attention_traced_fits_other_lengths(self):
         q, k = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 7, 8)
         attend = lambda q, k: attention.fused_attention(q, k, k, causal=True)  # noqa: E731
-        traced = torch.jit.trace(attend, (q, q))
-        for queries in (q, q[:, :, :2]):
-            check_close(traced(queries, k), attend(queries, k), 1e-6)
-
-    # ---- pictures
+        check_close(torch.jit.trace(attend, (q, q))(q, k), attend(q, k), 1e-6)
 
     @pytest.mark.filterwarnings("error")
-    @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)])
-    def test_plot_attention(self, shape, tmp_path):
-        """Any tokens and sizes."""
+    def test_plot_attention_of_any_tokens_and_sizes(self, tmp_path):
         tokens = ["a", "$\\frac$", "<b>", "two\nlines", "word" * 9, "$"] * 200
-        weights = torch.rand(shape).softmax(dim=-1)
-        queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
-        path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
-        assert path.read_bytes().startswith(b"\x89PNG") and os.listdir(tmp_path) == ["a.png"]
-
-    def test_pictures_refuse_what_is_no_weights(self, tmp_path):
-        for words, weights in (
-            ("1, 2, 3", torch.rand(1, 2, 3)),
-            ("1, 3, 2", torch.rand(1, 3, 2)),
-            ("2, 2", torch.rand(2, 2)),
-            ("1.02", torch.full((1, 2, 2), 1.02)),
-            ("-0.5", torch.full((1, 2, 2), -0.5)),
-            ("nan", torch.full((1, 2, 2), math.nan)),
-        ):
-            for draw in (attention.plot_attention, attention.attention_html):
-                with pytest.raises(ValueError, match=f"(?s)weights.*{words}"):
-                    draw(weights, "ab", "ab", tmp_path / "x")
-        assert not list(tmp_path.iterdir())
+        for shape in ((2, 5, 7), (3, 4, 6, 6), (1, 1, 1), (1, 1, 700, 600)):
+            weights = torch.rand(shape).softmax(dim=-1)
+            queries, keys = tokens[: shape[-2]], tokens[: shape[-1]]
+            path = attention.plot_attention(weights, queries, keys, tmp_path / "a.png")
+            assert path.read_bytes()[:4] == b"\x89PNG"
 
     def test_attention_html(self, tmp_path):
         """Self-contained; no token gets out of its place; 0 alone is masked."""
@@ -587,28 +524,17 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         keys = ["<!--", "&amp;", "x"]
         weights = torch.rand(2, 3, 5, 3).softmax(dim=-1)
         weights[0, 0, 0] = torch.tensor([1.005, 1e-7, 0.0])  # as bfloat16 may round them
-        page = attention.attention_html(weights, queries, keys, tmp_path / "a.html").read_text("utf-8")
-        assert not re.findall(r"https?:|src=|url\(|import ", page)
-        assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
+        path = attention.attention_html(weights, queries, keys, tmp_path / "a.html")
+        page = path.read_text("utf-8")
+        assert not re.findall(r"https?:|src=|url\(|import |<!--", page)
+        assert page.count("<script") == page.count("</script>") == 2
         data = json.loads(re.search(r'<script id="data".*?>(.*?)</script>', page, re.S)[1])
         assert data["queries"] == queries and data["keys"] == keys
         stored = torch.tensor(data["weights"])
         assert stored[0, 0, 0].tolist() == [10_000, 1, 0]
         check_close(stored / 10_000, weights.clamp(max=1), 1e-4)
 
-    # ---- the demo
-
-    def test_induction_batch(self):
-        """The answer is the word that followed the asked one, at its place."""
-        seen = attention.N_SEEN
-        batch = [tensor.tolist() for tensor in attention.induction_batch(300)]
-        for row, places, answers in zip(*batch, strict=True):
-            first, asked = row[:seen], row[seen:]
-            assert len(set(first)) == seen and sorted(asked) == sorted(first[:-1])
-            assert places == [first.index(word) + 1 for word in asked]
-            assert answers == [first[place] for place in places]
-
-    def test_demo_alone_in_an_empty_folder(self, tmp_path):
+    def test_attention_demo_alone_in_an_empty_folder(self, tmp_path):
         shutil.copy(ROOT / "attention.py", tmp_path)
         environment = {"HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
         arguments = "attention.py", "--max-len", "1024", "--seed", "3"
@@ -621,8 +547,7 @@ print(peak("blockwise", 4096) - before, peak("written out", 4096) - before)
         kept = {(row["T"], row["way"]): row["MB"] for row in report["scaling"]}
         grows = {way: kept[1024, way] / kept[512, way] for way in attention.WAYS}
         assert grows["written out"] > 3 and grows["blockwise"] < 2.1 and grows["fused"] < 2.1
-        names = sorted(os.listdir(tmp_path / "out/attention"))
-        assert names == ["heads.html", "heads.png", "report.json"]
+        assert {"heads.html", "heads.png"} < set(os.listdir(tmp_path / "out/attention"))
 
 
 # -----------------------------------------------------------------------------
@@ -640,161 +565,124 @@ def encoder_classifier(**given) -> encoder.EncoderClassifier:
     return encoder.EncoderClassifier(encoder_small(**given)).eval()
 
 
-def encoder_config(rng: random.Random) -> encoder.EncoderConfig:
-    """A small random config; dropout is 0, so that training mode can be compared."""
+def encoder_case(seed: int):
+    """A small random config, and (4, T) ids with padding after lengths from 1 to T."""
+    rng = random.Random(seed)
     n_heads = rng.choice([1, 2, 3, 4])
-    return encoder.EncoderConfig(
-        vocab_size=rng.randint(5, 50),
-        max_len=rng.randint(12, 40),
+    config = encoder_small(
         d_model=n_heads * rng.randint(1, 6),
         n_heads=n_heads,
         n_layers=rng.randint(1, 3),
-        d_ff=rng.randint(1, 40),
-        dropout=0.0,
+        dropout=0.0,  # so that training mode can be compared
         norm_first=rng.random() < 0.5,
         activation=rng.choice(["relu", "gelu"]),
-        n_classes=rng.randint(1, 5),
         pad_id=rng.choice([0, 3]),
         pool=rng.choice(ENCODER_POOLS),
     )
-
-
-def encoder_tokens(rng: random.Random, config: encoder.EncoderConfig) -> Tensor:
-    """(4, T) ids with padding after lengths from 1 to T."""
-    T = rng.randint(2, config.max_len)
-    tokens = torch.randint(0, config.vocab_size - 1, (4, T))
+    tokens = torch.randint(0, 29, (4, rng.randint(2, 12)))
     tokens += tokens >= config.pad_id  # any id but pad_id
     for row in tokens:
-        row[rng.randint(1, T) :] = config.pad_id
-    return tokens
+        row[rng.randint(1, len(row)) :] = config.pad_id
+    return config, tokens
 
 
-def encoder_torch_layer(config: encoder.EncoderConfig, **given) -> nn.TransformerEncoderLayer:
+def encoder_torch_layer(config, **given) -> nn.TransformerEncoderLayer:
     """torch's layer with random parameters: a zero bias would hide a forgotten one."""
-    choices = {"dropout": 0.0, "activation": config.activation, "norm_first": config.norm_first}
+    given = {"dropout": 0.0, "activation": config.activation} | given
     sizes = config.d_model, config.n_heads, config.d_ff
-    layer = nn.TransformerEncoderLayer(*sizes, batch_first=True, **(choices | given))
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter)
+    choices = {"batch_first": True, "norm_first": config.norm_first}
+    layer = nn.TransformerEncoderLayer(*sizes, **choices, **given)
+    for p in layer.parameters():
+        nn.init.normal_(p)
     return layer
 
 
 class TestEncoder:
-    # ---- oracles
-
-    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-    def test_encoder_layer_equals_torch(self, dtype, tolerance):
+    def test_encoder_layer_equals_torch(self):
         """Values, gradients of the input and of every parameter, with padding."""
-        for seed in range(30):
-            rng = random.Random(seed)
-            config = encoder_config(rng)
-            eps = rng.choice([1e-5, 1e-2])
-            theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=eps)
+        for seed in range(60):
+            config, tokens = encoder_case(seed)
+            dtype, tolerance = TOLERANCES[seed % 2]
+            theirs = encoder_torch_layer(config, dtype=dtype, layer_norm_eps=0.01)
             ours = encoder.EncoderLayer.from_torch(theirs)
-            x = torch.randn(3, rng.randint(1, 9), config.d_model, dtype=dtype, requires_grad=True)
-            mask = torch.rand(x.shape[:2]) < 0.7
-            mask[:, 0] = True
+            mask = tokens != config.pad_id
+            x = torch.randn(*mask.shape, config.d_model, dtype=dtype, requires_grad=True)
             output = ours(x, mask[:, None, None, :])
             expected = theirs(x, src_key_padding_mask=~mask)
-            check_close(output, expected, tolerance, "output")
-            towards = torch.randn_like(x)
-            gradients = torch.autograd.grad(output, [x, *ours.parameters()], towards)
-            wanted = torch.autograd.grad(expected, [x, *theirs.parameters()], towards)
-            for parameter, gradient in zip(theirs.parameters(), wanted[1:], strict=True):
-                parameter.data = gradient
+            check_close(output, expected, tolerance)
+            found = torch.autograd.grad(output.sin().sum(), [x, *ours.parameters()])
+            given = [x, *theirs.parameters()]
+            wanted = torch.autograd.grad(expected.sin().sum(), given)
+            for p, gradient in zip(given, wanted, strict=True):
+                p.data = gradient
             named = encoder.EncoderLayer.from_torch(theirs)  # so that they have our names
-            for got, want in zip(gradients, [wanted[0], *named.parameters()], strict=True):
-                check_close(got, want.detach(), tolerance, "gradient")
+            check_all_close(found, [x, *named.parameters()], tolerance)
 
     def test_encoder_stack_equals_torch(self):
-        """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm, none in post-norm."""
+        """embedding * sqrt(C) + positions, the layers; a final norm in pre-norm alone."""
         for seed in range(20):
-            rng = random.Random(seed)
-            config = encoder_config(rng)
+            config, tokens = encoder_case(seed)
             ours = encoder.Encoder(config).double()
             theirs = [encoder_torch_layer(config).double() for _ in range(config.n_layers)]
             ours.layers = nn.ModuleList(map(encoder.EncoderLayer.from_torch, theirs))
-            tokens = encoder_tokens(rng, config)
             mask = tokens != config.pad_id
-            positions = encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
-            x = ours.embedding.weight[tokens] * math.sqrt(config.d_model) + positions
-            for layer in theirs:
+            x = ours.embedding.weight[tokens] * math.sqrt(config.d_model)
+            x = x + encoder.sinusoidal_positional_encoding(tokens.size(1), config.d_model)
+            output, weights = ours.forward_with_weights(tokens)
+            for layer, found in zip(theirs, weights, strict=True):
+                seen = layer.norm1(x) if config.norm_first else x
+                call = {"key_padding_mask": ~mask, "average_attn_weights": False}
+                check_close(found, layer.self_attn(seen, seen, seen, **call)[1], 1e-10)
                 x = layer(x, src_key_padding_mask=~mask)
             if config.norm_first:
-                nn.init.normal_(ours.final_norm.weight)
-                nn.init.normal_(ours.final_norm.bias)
-                x = F.layer_norm(x, x.shape[-1:], ours.final_norm.weight, ours.final_norm.bias)
-            check_close(ours(tokens)[mask], x[mask], 1e-10)
+                x = F.layer_norm(x, x.shape[-1:])
+            check_close(output[mask], x[mask], 1e-10)
+            assert torch.equal(output, ours(tokens))
 
     def test_self_attention_equals_attention_py(self):
         """Values, weights and gradients; a row without keys, too."""
-        short = encoder.SelfAttention(12, 3).double()
-        long = attention.MultiHeadAttention(12, 3).double()
-        packed = zip(short.qkv_proj.weight.chunk(3), short.qkv_proj.bias.chunk(3), strict=True)
-        for module, (weight, bias) in zip((long.q_proj, long.k_proj, long.v_proj), packed, strict=True):
-            module.load_state_dict({"weight": weight, "bias": bias})
-        long.out_proj.load_state_dict(short.out_proj.state_dict())
-        x = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
+        theirs = nn.MultiheadAttention(12, 3)
+        long, short = MultiHeadAttention.from_torch(theirs), encoder.SelfAttention(12, 3)
+        short.qkv_proj.weight, short.qkv_proj.bias = theirs.in_proj_weight, theirs.in_proj_bias
+        short.out_proj = theirs.out_proj
+        long, short, x = long.double(), short.double(), torch.randn(5, 7, 12).double()
         padding = attention.padding_mask([7, 4, 1, 0, 6])  # (5, 1, 1, 7)
         for mask in (None, padding, torch.rand(7, 7) < 0.5, torch.rand(5, 3, 7, 7) < 0.5):
-            expected, weights = long.forward_with_weights(x, mask=mask)
-            output = short(x, mask)
-            check_close(output, expected, 1e-12)
-            check_close(short.weights(x, mask), weights, 1e-12)
-            gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (output, expected)]
-            check_close(*gradients, 1e-12)
+            found = *results(short, [x], mask), short.weights(x, mask)
+            weights = long.forward_with_weights(x, None, mask)[1]
+            check_all_close(found, [*results(long, [x], None, mask), weights], 1e-12)
 
     def test_sinusoidal_positional_encoding_equals_the_formula(self):
         for d_model in (1, 2, 5, 8, 17):
             table = encoder.sinusoidal_positional_encoding(30, d_model)
             assert table.shape == (30, d_model) and table.dtype == torch.float32
             for t, i in itertools.product(range(30), range(d_model)):
-                angle = t / 10000 ** (2 * (i // 2) / d_model)
-                assert abs(table[t, i].item() - (math.cos if i % 2 else math.sin)(angle)) < 1e-7
+                angle = t / 10000 ** (2 * (i // 2) / d_model) + i % 2 * math.pi / 2
+                assert abs(table[t, i].item() - math.sin(angle)) < 1e-7
         far = encoder.sinusoidal_positional_encoding(100_001, 4)[100_000]
-        assert abs(far[0].item() - math.sin(100_000)) < 1e-7  # float32 angles are 4e-3 off here
+        assert abs(far[0].item() - math.sin(100_000)) < 1e-7  # float32: 4e-3 off
 
     @pytest.mark.parametrize("pool", ENCODER_POOLS)
     def test_pool_tokens_equals_its_loops(self, pool):
-        x = torch.randn(5, 7, 4, dtype=torch.float64) - 3  # below 0: padding's 0 would show in a max
+        x = torch.randn(5, 7, 4).double() - 3  # below 0: padding's 0 would show in a max
         mask = torch.rand(5, 7) < 0.6
-        mask[0] = False
-        mask[1] = True
-        seen = x.masked_fill(~mask[:, :, None], math.nan)  # what stands at padding counts for nothing
+        mask[:2] = torch.tensor([[False], [True]])
+        seen = x.masked_fill(~mask[:, :, None], math.nan)  # it counts for nothing
         for row, result in enumerate(encoder.pool_tokens(seen, mask, pool)):
             real = x[row, mask[row]] if mask[row].any() else torch.zeros(1, 4).double()
-            largest = torch.stack([real[:, i].max() for i in range(4)])
-            expected = {
-                "mean": sum(real) / len(real),
-                "max": largest,
-                "mean+max": torch.cat((sum(real) / len(real), largest)),
-                "first": x[row, 0] * mask[row, 0],
-            }
-            check_close(result, expected[pool], 1e-12, pool)
-        assert torch.autograd.gradcheck(encoder.pool_tokens, (x.requires_grad_(), mask, pool))
-
-    # ---- properties
-
-    def test_forward_with_weights_are_those_of_forward(self):
-        for seed in range(6):
-            rng = random.Random(seed)
-            config = encoder_config(rng)
-            model = encoder.Encoder(config)
-            tokens = encoder_tokens(rng, config)
-            used = []
-            for layer in model.layers:
-                layer.self_attention.register_forward_hook(lambda m, xs, _, w=used: w.append(m.weights(*xs)))
-            expected = model(tokens)
-            output, weights = model.forward_with_weights(tokens)
-            assert torch.equal(output, expected)
-            assert torch.equal(weights, torch.stack(used[: config.n_layers]))  # (L, B, H, T, T)
+            expected = {"mean": sum(real) / len(real), "max": real.max(dim=0).values}
+            expected["mean+max"] = torch.cat((expected["mean"], expected["max"]))
+            expected["first"] = x[row, 0] * mask[row, 0]
+            check_close(result, expected[pool], 1e-12)
+        given = x.requires_grad_(), mask, pool
+        assert torch.autograd.gradcheck(encoder.pool_tokens, given)
 
     def test_from_torch_keeps_what_the_layer_has(self):
         """Activation, dropout, mode, dtypes, and what is frozen."""
         x = torch.randn(2, 3, 16)
         for activation in (nn.ReLU(), nn.GELU(), F.relu, F.gelu):
-            layer = encoder_torch_layer(encoder_small(), activation=activation, dropout=0.25).eval()
-            layer.linear1.requires_grad_(False)
+            layer = encoder_torch_layer(encoder_small(), activation=activation, dropout=0.25)
+            layer.eval().linear1.requires_grad_(False)
             ours = encoder.EncoderLayer.from_torch(layer)
             check_close(ours(x), layer(x), 1e-5)
             frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
@@ -802,41 +690,30 @@ class TestEncoder:
             assert ours.dropout.p == 0.25 and not ours.training
         layer.bfloat16().train().norm1.float()
         ours = encoder.EncoderLayer.from_torch(layer)
-        assert ours.training and ours.self_attention_norm.weight.dtype == torch.float32
-        assert ours.ffn_norm.weight.dtype == ours.self_attention.qkv_proj.bias.dtype == torch.bfloat16
+        dtypes = ours.self_attention_norm.bias.dtype, ours.ffn_norm.bias.dtype
+        assert ours.training and dtypes == (torch.float32, torch.bfloat16)
         ours.ffn[0].weight.data.zero_()
-        assert layer.linear1.weight.any(), "copies: the original stays as it is"
+        assert layer.linear1.weight.any(), "copies"
 
     def test_encoder_padding_and_batch_invariance(self):
-        """More padding, other rows, other ids under the mask change nothing."""
+        """More padding, other rows, ids under the mask change nothing."""
         for seed in range(30):
-            rng = random.Random(seed)
-            config = encoder_config(rng)
+            config, tokens = encoder_case(seed)
             model = encoder.EncoderClassifier(config).double().eval()
-            tokens = encoder_tokens(rng, config)
             logits = model(tokens)
-            assert logits.shape == (4, config.n_classes)
             for row, length in enumerate((tokens != config.pad_id).sum(1).tolist()):
                 alone = model(tokens[row : row + 1, :length])
-                check_close(alone, logits[row : row + 1], 1e-12, "alone, unpadded")
-            longer = F.pad(tokens, (0, config.max_len - tokens.size(1)), value=config.pad_id)
-            check_close(model(longer), logits, 1e-12, "more padding")
+                check_close(alone, logits[row : row + 1], 1e-12)
+            longer = F.pad(tokens, (0, 12 - tokens.size(1)), value=config.pad_id)
+            check_close(model(longer.int()), logits, 1e-12)
             mask = torch.rand(tokens.shape) < 0.7  # holes in the middle, too
-            noise = torch.where(mask, tokens, torch.randint(0, config.vocab_size, tokens.shape))
-            check_close(model(noise, mask), model(tokens, mask), 1e-12, "whatever stands under the mask")
-
-    @pytest.mark.parametrize("pool", ENCODER_POOLS)
-    def test_pool_tokens_of_padding_alone_is_0(self, pool):
-        """So the logits are the head's bias; and gradients are finite."""
-        model = encoder_classifier(pool=pool)
-        logits = model(torch.tensor([[0, 0, 0], [5, 6, 0]]))
-        assert torch.equal(logits[0], model.head.bias)
-        logits.square().sum().backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters())
+            noise = torch.where(mask, tokens, torch.randint(0, 30, tokens.shape))
+            check_close(model(noise, mask), model(tokens, mask), 1e-12)
+            check_close(model(tokens, mask & False), model.head.bias.expand(4, 2), 0.0)
 
     @pytest.mark.parametrize("norm_first", [True, False])
     def test_encoder_dropout_in_training_alone(self, norm_first):
-        """On embeddings, each sub-layer's output (the residual stays) and the pooled vector."""
+        """On embeddings, each sub-layer's output and the pooled vector."""
         model = encoder_classifier(dropout=1 - 1e-9, norm_first=norm_first)
         tokens = torch.randint(1, 20, (3, 6))
         nothing = model.head.bias.expand(3, -1)
@@ -860,7 +737,7 @@ class TestEncoder:
 
     def test_encoder_starts_with_words_as_large_as_positions(self):
         embed = encoder.Encoder(encoder.EncoderConfig(500)).eval().embed
-        words = embed(torch.arange(500)[:, None])[0] - embed(torch.zeros(500, 1).long())[0]
+        words = embed(torch.arange(500)[:, None])[0].diff(dim=0)
         assert 1.2 < words.std() < 1.6  # sqrt(2): a difference of two
 
     def test_encoder_config_defaults(self):
@@ -868,41 +745,39 @@ class TestEncoder:
         defaults = 9, 512, 128, 4, 2, 512, 0.1, True, "gelu", 2, 0, "mean"
         assert dataclasses.astuple(encoder.EncoderConfig(9)) == defaults
 
-    @pytest.mark.parametrize("assign", [False, True])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_encoder_from_the_meta_device(self, assign, dtype):
-        """All is right once weights are loaded, positions too, whatever the default dtype is."""
+    def test_encoder_from_the_meta_device(self, dtype):
+        """All is right once weights are loaded, whatever the default dtype is."""
         tokens = torch.randint(1, 20, (3, 6))
         torch.set_default_dtype(dtype)
         try:
             source = encoder_classifier()
             with torch.device("meta"):
-                model = encoder_classifier()
+                assigned, copied = encoder_classifier(), encoder_classifier()
         finally:
             torch.set_default_dtype(torch.float32)
-        if not assign:
-            model.to_empty(device="cpu")  # leaves old memory there
-            for tensor in (*model.parameters(), *model.buffers()):
-                nn.init.constant_(tensor, math.nan)
-        model.load_state_dict(source.state_dict(), assign=assign)
-        logits = model(tokens)
-        assert torch.equal(logits, source(tokens))
-        assert logits.dtype == dtype and logits.isfinite().all()
+        copied.to_empty(device="cpu")  # leaves old memory there
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            nn.init.constant_(tensor, math.nan)
+        copied.load_state_dict(source.state_dict())
+        assigned.load_state_dict(source.state_dict(), assign=True)
+        for model in (assigned, copied):
+            logits = model(tokens)
+            assert torch.equal(logits, source(tokens))
+            assert logits.dtype == dtype and logits.isfinite().all()
 
     def test_self_attention_weights_in_float16(self):
         model = encoder.SelfAttention(64, 1).half()
-        nn.init.zeros_(model.qkv_proj.bias)
         model.qkv_proj.weight.data = torch.eye(64).repeat(3, 1).half() * 8
         weights = model.weights(torch.full((1, 3, 64), 8.0).half())
-        check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144 overflows
+        check_close(weights.float(), torch.full((1, 1, 3, 3), 1 / 3), 1e-3)  # q k' = 262,144
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize("norm_first, pool", [(True, "mean+max"), (False, "first"), (True, "max")])
-    def test_encoder_leaves_python_at_other_sizes(self, norm_first, pool):
-        model = encoder_classifier(norm_first=norm_first, pool=pool)
+    @pytest.mark.parametrize("pool", ["mean+max", "first", "max"])
+    def test_encoder_leaves_python_at_other_sizes(self, pool):
+        model = encoder_classifier(norm_first=pool != "first", pool=pool)
         example, other = torch.randint(1, 30, (3, 9)), torch.randint(1, 30, (5, 12))
-        other[1, 4:] = 0
-        other[2] = 0
+        other[1, 4:] = other[2] = 0
         free = {"tokens": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", max=12)}}
         for made in (
             torch.jit.script(model),
@@ -912,11 +787,11 @@ class TestEncoder:
         ):
             check_close(made(other), model(other), 1e-6)
 
-    # ---- refusals
-
-    def test_encoder_config_and_from_torch_refuse(self):
+    def test_encoder_refuses_what_would_be_silently_wrong(self):
         theirs = functools.partial(nn.TransformerEncoderLayer, 8, 2, 16)
         ours = encoder.EncoderLayer.from_torch
+        model, tokens = encoder_classifier(), torch.ones(2, 12).long()
+        weights = model.encoder.forward_with_weights
         for words, make in (
             ("n_heads.*d_model=9.*2", lambda: encoder_small(d_model=9)),
             ("n_heads.*0", lambda: encoder_small(n_heads=0)),
@@ -926,31 +801,23 @@ class TestEncoder:
             ("bias", lambda: ours(theirs(batch_first=True, bias=False))),
             ("activation", lambda: ours(theirs(batch_first=True, activation=F.silu))),
             ("activation", lambda: ours(theirs(activation=nn.GELU(approximate="tanh")))),
+            ("max_len=12.*13", lambda: model(torch.ones(2, 13).long())),
+            ("mask must be", lambda: model(tokens, tokens[:, :1] > 0)),  # would broadcast
+            ("mask must be", lambda: model(tokens, tokens[:1] > 0)),
+            ("mask must be", lambda: model(tokens, torch.ones(2, 12, 12) > 0)),
+            ("boolean", lambda: weights(tokens, tokens.float())),  # would be added
+            ("boolean", lambda: weights(tokens, tokens)),
         ):
             with pytest.raises(ValueError, match=words):
                 make()
 
-    def test_encoder_refuses_masks_and_lengths(self):
-        model, tokens = encoder_classifier(), torch.ones(2, 13, dtype=torch.long)
-        with pytest.raises(ValueError, match="max_len=12.*13"):
-            model(tokens)
-        tokens = tokens[:, :12]  # max_len itself fits
-        check_close(model(tokens.int()), model(tokens), 0)
-        for shape in ((2, 1), (1, 12), (2, 12, 12)):  # would broadcast
-            with pytest.raises(ValueError, match="mask must be"):
-                model(tokens, torch.ones(shape, dtype=torch.bool))
-        for dtype in (torch.float32, torch.long, torch.uint8):  # would be added to the scores
-            with pytest.raises(ValueError, match="mask must be boolean"):
-                model.encoder.forward_with_weights(tokens, torch.ones(2, 12, dtype=dtype))
-
-    # ---- demo
-
     def test_generate_reviews_are_twins(self):
-        reviews = encoder.generate_reviews(4000, seed=5)
-        assert reviews == encoder.generate_reviews(4000, seed=5) != encoder.generate_reviews(4000, seed=6)
-        assert len({text for text, _ in reviews}) == 4000, "so no sentence is in two splits"
-        for (positive, one), (negative, zero) in zip(reviews[::2], reviews[1::2], strict=True):
-            assert (one, zero) == (1, 0) and sorted(positive.split()) == sorted(negative.split())
+        make = encoder.generate_reviews
+        reviews = make(4000, 5)
+        assert reviews == make(4000, 5) != make(4000, 6)
+        assert len(dict(reviews)) == 4000, "so no sentence is in two splits"
+        for (text, label), (twin, other) in zip(reviews[::2], reviews[1::2], strict=True):
+            assert label > other and sorted(text.split()) == sorted(twin.split())
 
     def test_main_that_diverges_ends_in_a_sentence(self, tmp_path):
         with pytest.raises(SystemExit, match="--lr"):
@@ -958,15 +825,13 @@ class TestEncoder:
         assert not list(tmp_path.iterdir())
 
     def test_encoder_demo_alone_in_an_empty_folder(self, tmp_path):
-        """On a terminal that knows ASCII only."""
         shutil.copy(ROOT / "encoder.py", tmp_path)
         result = run_script("encoder.py", cwd=tmp_path, folder=tmp_path, PYTHONIOENCODING="ascii")
         summary = last_json(result)
         assert summary["encoder"] >= 0.99 and len(result.stdout.splitlines()[-1]) < 300
         for name in ("bag of words", "encoder without positions"):
             assert abs(summary[name] - 0.5) < 0.02
-        report = json_of(tmp_path / summary["report"])
-        assert {row["model"]: row["accuracy"] for row in report["rows"]}.items() <= summary.items()
+        assert len(json_of(tmp_path / summary["report"])["rows"]) == 3
         assert (tmp_path / "out/encoder/head.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -974,8 +839,8 @@ class TestEncoder:
 # transformer.py
 
 
-def transformer_tiny(norm_first=True, **changes):
-    """A small model with large random weights, in biases and norms too: everything matters."""
+def tiny_transformer(norm_first=True, **changes):
+    """Large random weights in all its parts: everything matters."""
     sizes = {"vocab_size": 11, "max_len": 24, "d_model": 12, "n_heads": 3, "n_layers": 2}
     sizes |= {"d_ff": 20, "dropout": 0.0, "tied": False, "norm_first": norm_first} | changes
     model = transformer.Transformer(transformer.TransformerConfig(**sizes))
@@ -984,22 +849,27 @@ def transformer_tiny(norm_first=True, **changes):
     return model.double()
 
 
-def transformer_sentences(n=6, longest=9):
-    """Rows of random tokens with EOS, padded on the right; the first is the longest."""
-    lengths = [longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()]
-    rows = [F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2) for length in lengths]
+def sentences(n=6, longest=9):
+    """Random tokens with EOS, padded on the right; the first is the longest."""
+    rows = []
+    for length in (longest, *torch.randint(2, longest + 1, (n - 1,)).tolist()):
+        rows.append(F.pad(torch.randint(3, 11, (length - 1,)), (0, 1), value=2))
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-TRANSFORMER_NAMES = {  # torch's: ours
-    "coder.layers": "coder", "coder.norm": "coder_norm", "linear1": "ffn.0", "linear2": "ffn.2",
-    "self_attn": "self_attention", "multihead_attn": "cross_attention",
-    "norm1": "self_attention_norm", "norm3": "ffn_norm",
-}  # fmt: skip
+def gradient_of(model, logits):
+    model.zero_grad()
+    logits.sin().sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def transformer_by_torch(model, src, tgt):
-    """Logits by nn.Transformer, as a function of the model's parameters."""
+def logits_by_torch(model, src, tgt):
+    """By nn.Transformer, as a function of the model's parameters."""
+    pairs = {  # torch's: ours
+        "linear1": "ffn.0", "linear2": "ffn.2", "coder.layers": "coder", "coder.norm": "coder_norm",
+        "norm1": "self_attention_norm", "norm3": "ffn_norm",
+        "self_attn": "self_attention", "multihead_attn": "cross_attention",
+    }  # fmt: skip
     c = model.config
     sizes = (c.d_model, c.n_heads, c.n_layers, c.n_layers, c.d_ff, 0.0)
     theirs = nn.Transformer(*sizes, batch_first=True, norm_first=c.norm_first)
@@ -1007,80 +877,75 @@ def transformer_by_torch(model, src, tgt):
         theirs.encoder.norm = theirs.decoder.norm = None
     weights = {}
     for name, _ in theirs.named_parameters():
-        ours = name.replace("norm2", "ffn_norm" if "encoder" in name else "cross_attention_norm")
-        for their, our in TRANSFORMER_NAMES.items():
+        second = "ffn_norm" if "encoder" in name else "cross_attention_norm"
+        ours = name.replace("norm2", second)
+        for their, our in pairs.items():
             ours = ours.replace(their, our)
         parts = [ours.replace("in_proj_", f"{x}_proj.") for x in "qkv"]  # torch joins three
-        parts = parts if "in_proj_" in ours else [ours]
-        weights[name] = torch.cat([model.get_parameter(part) for part in parts])
-    embedded, positions = [], transformer.sinusoidal_positional_encoding(24, c.d_model)
-    for embedding, tokens in ((model.src_embedding, src), (model.tgt_embedding, tgt)):
-        embedded.append(embedding(tokens) * c.d_model**0.5 + positions[: tokens.size(1)])
-    masks = {"src_key_padding_mask": src == 0, "memory_key_padding_mask": src == 0}
+        weights[name] = torch.cat([model.get_parameter(part) for part in dict.fromkeys(parts)])
+    waves = transformer.sinusoidal_positional_encoding(24, c.d_model)
+    x = model.src_embedding(src) * c.d_model**0.5 + waves[: src.size(1)]
+    y = model.tgt_embedding(tgt) * c.d_model**0.5 + waves[: tgt.size(1)]
+    masks = dict.fromkeys(("src_key_padding_mask", "memory_key_padding_mask"), src == 0)
     masks["tgt_mask"] = torch.ones(tgt.size(1), tgt.size(1)).triu(1).bool()
-    hidden = torch.func.functional_call(theirs, weights, tuple(embedded), masks)
+    hidden = torch.func.functional_call(theirs, weights, (x, y), masks)
     return F.linear(hidden, model.output.weight)
 
 
 @torch.no_grad()
-def transformer_by_lists(model, src, max_len, beam_size, length_penalty):
-    """Beam search of one row after the other, without cache. Frozen hypotheses compete by
-    log-probability, only the end divides. Tokens (B, T), scores (B,)."""
-    found = []
+def beams_by_lists(model, src, max_len, size, penalty):
+    """Row after row, without cache. Only the end divides log-probabilities."""
+    found, scores = [], []
     for row in src:
-        beams = [([1], 0.0)]
+        beams = [(0.0, [1])]
         for _ in range(max_len):
-            candidates = []
-            for tokens, log_prob in beams:
-                if tokens[-1] == 2:
-                    candidates.append((tokens, log_prob))
-                    continue
-                logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
-                following = enumerate(logits.log_softmax(-1).tolist())
-                candidates += [([*tokens, i], log_prob + x) for i, x in following]
-            beams = sorted(candidates, key=lambda beam: -beam[1])[:beam_size]
-        divided = [x / ((4 + len(tokens)) / 6) ** length_penalty for tokens, x in beams]
-        best = divided.index(max(divided))
-        found.append((torch.tensor(beams[best][0][1:]), divided[best]))
-    rows, scores = zip(*found, strict=True)
-    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return rows, torch.tensor(scores, dtype=torch.float64)
+            candidates = [beam for beam in beams if beam[1][-1] == 2]
+            for log_prob, tokens in beams:
+                if tokens[-1] != 2:
+                    logits = model(row[None, row != 0], torch.tensor([tokens]))[0, -1]
+                    following = enumerate(logits.log_softmax(-1).tolist())
+                    candidates += [(log_prob + x, [*tokens, i]) for i, x in following]
+            beams = sorted(candidates, reverse=True)[:size]
+        score, tokens = max((x / ((4 + len(t)) / 6) ** penalty, t) for x, t in beams)
+        found.append(torch.tensor(tokens[1:]))
+        scores.append(score)
+    found = nn.utils.rnn.pad_sequence(found, batch_first=True)
+    return found, torch.tensor(scores, dtype=torch.float64)
 
 
 TRANSFORMER_SMALL = {
-    "epochs": 3, "d_model": 16, "d_ff": 16, "n_layers": 1, "dropout": 0.2, "save_every": 3,
-    "vocab_size": 400, "batch_tokens": 400, "amp": "off", "device": "cpu",
+    "epochs": 5, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.05, "save_every": 8,
+    "vocab_size": 400, "batch_tokens": 400, "warmup": 20, "lr_scale": 1.0, "amp": "off",
 }  # fmt: skip
 
 TRANSFORMER_KILLED = """
-import os, signal, sys, torch, transformer
-corpus, name, n = transformer.number_corpus, sys.argv[1], int(sys.argv[2])
-transformer.number_corpus = lambda seed: corpus(seed, 300, 20, 10)
-owner = os if name == "replace" else torch.nn.utils
-original, calls = getattr(owner, name), iter(range(1, n))
-
-def killed(*args, **kwargs):  # by kill -9, at the n-th call
-    if next(calls, None) is None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-
-setattr(owner, name, killed)
-transformer.main(transformer.parse(sys.argv[3:]))
+import json, os, signal, sys, transformer
+corpus = transformer.number_corpus(0, 500, 30, 20)
+transformer.number_corpus = lambda seed: corpus
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+transformer.main(transformer.Settings(**json.loads(sys.argv[1])))
 """
 
 
 def transformer_run(out, corpus=None, **changes):
-    """The script's work in this process. Returns the report and the weights that it left."""
-    corpus = corpus or transformer.number_corpus(0, 300, 20, 10)
+    """In this process. Returns the report, and the model and tokenizer left."""
+    corpus = corpus or transformer.number_corpus(0, 500, 30, 20)
     s = transformer.Settings(**(TRANSFORMER_SMALL | {"out": str(out)} | changes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "number_corpus", lambda seed: corpus)
         transformer.main(s)
-    return json_of(out / "report.json"), transformer.load(out / "model.pt")["model"]
+    return json_of(out / "report.json"), *transformer_saved(out)
 
 
-def transformer_stop(out, **changes):
-    """A stopped run's exit status. (An exception that is kept would keep the lock.)"""
+def transformer_saved(out):
+    saved = transformer.load(out / "model.pt")
+    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model.double(), transformer.Tokenizer(saved["vocabulary"])
+
+
+def exit_status(out, **changes):
+    """Of a run that stops. (An exception that is kept would keep the lock.)"""
     try:
         transformer_run(out, **changes)
     except SystemExit as stop:
@@ -1088,200 +953,145 @@ def transformer_stop(out, **changes):
     raise AssertionError("it ran to its end")
 
 
-def transformer_equal(state, other):
-    return all(torch.equal(state[name], other[name]) for name in state)
+def weights_of(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-def transformer_saved(out):
-    """The model and the tokenizer that a run left."""
-    saved = transformer.load(out / "model.pt")
-    model = transformer.Transformer(transformer.TransformerConfig(**saved["config"]))
-    model.load_state_dict(saved["model"])
-    return model, transformer.Tokenizer(saved["vocabulary"])
+def pairs_of_ids():
+    rows = [row[row > 0].tolist() for row in sentences(80)]
+    return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def transformer_pairs():
-    """40 pairs of ids, below 400."""
-    pairs = transformer.number_corpus(1, 40, 2, 2).train
-    tokenizer = transformer.Tokenizer.train([text for pair in pairs for text in pair], 400)
-    return [[tokenizer.encode(text, 32) for text in pair] for pair in pairs]
-
-
-def transformer_multi30k(folder, **changes):
-    """Files in Multi30k's layout, 12 lines each; changes: other texts."""
-    folder.mkdir()
+def multi30k_files(folder, changes=()):
+    """Files in Multi30k's layout, 12 lines each, or what changes has."""
     lines = {"de": "ein mann mit 7 $$ am\x0btag {}\r\n", "en": "a man with 7 $$ a day {}\r\n"}
-    for part, (language, line) in itertools.product(transformer.MULTI30K, lines.items()):
-        text = "\ufeff" + "".join(line.format(i % 4) for i in range(12))
-        text = changes.get(f"{part}_{language}", text)
-        if text is not None:
-            (folder / f"{part}.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    for part, language in itertools.product(transformer.MULTI30K, lines):
+        text = "\ufeff" + "".join(lines[language].format(i % 4) for i in range(12))
+        data = {f"{part}.{language}": gzip.compress(text.encode())} | dict(changes)
+        (folder / f"{part}.{language}.gz").write_bytes(data[f"{part}.{language}"])
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def transformer_half_trained(tmp_path_factory):
-    """A model after two short epochs: unsure, so that greedy, beam and penalties differ."""
+def half_trained(tmp_path_factory):
+    """Folder, report, model (unsure: greedy and beam differ), tokenizer."""
     torch.set_num_threads(1)  # the test's fixtures come later
-    out, corpus = tmp_path_factory.mktemp("half"), transformer.number_corpus(3, 2500, 20, 40)
-    changes = {"d_model": 32, "d_ff": 64, "dropout": 0.0, "epochs": 2, "average": 1, "seed": 1}
-    changes |= {"vocab_size": 450, "batch_tokens": 512, "warmup": 60, "lr_scale": 1.0}
-    report, _ = transformer_run(out, corpus, **changes)
-    assert report["history"][1]["dev_loss"] < report["history"][0]["dev_loss"]
-    model, tokenizer = transformer_saved(out)
-    return model.double(), tokenizer, corpus
-
-
-@pytest.fixture(scope="module")
-def transformer_undisturbed(tmp_path_factory):
-    """A small run without interruption: its folder, report and weights."""
-    torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("undisturbed")
+    out = tmp_path_factory.mktemp("trained")
     return out, *transformer_run(out)
-
-
-@pytest.fixture(scope="module")
-def transformer_demo(tmp_path_factory):
-    """The default run, alone in a folder, on a terminal that knows ASCII alone."""
-    folder = tmp_path_factory.mktemp("demo")
-    shutil.copy(ROOT / "transformer.py", folder)
-    return folder, run_script("transformer.py", cwd=folder, folder=folder, PYTHONIOENCODING="ascii")
 
 
 class TestTransformer:
     # ---- the model
-
     @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
     @pytest.mark.parametrize("norm_first", [False, True])
-    @pytest.mark.parametrize("d_model, n_heads", [(12, 3), (15, 5), (16, 1)])
-    def test_transformer_equals_torch(self, norm_first, d_model, n_heads):
-        """Values, and the gradient of every parameter."""
-        model = transformer_tiny(norm_first, d_model=d_model, n_heads=n_heads)
-        src = transformer_sentences()
-        tgt = F.pad(transformer_sentences(longest=7), (1, 0), value=1)
+    @pytest.mark.parametrize("d_model", [12, 15])
+    def test_transformer_equals_torch(self, norm_first, d_model):
+        model, src = tiny_transformer(norm_first, d_model=d_model), sentences()
+        tgt = F.pad(sentences(longest=7), (1, 0), value=1)
         real = (tgt != 0)[..., None]
-        logits, expected = model(src, tgt) * real, transformer_by_torch(model, src, tgt) * real
+        logits, expected = model(src, tgt) * real, logits_by_torch(model, src, tgt) * real
         check_close(logits, expected, 1e-10)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        upstream = torch.randn_like(logits)
-        ours, theirs = (torch.autograd.grad(x, parameters, upstream) for x in (logits, expected))
-        for name, actual, other in zip(names, ours, theirs, strict=True):
-            check_close(actual, other, 1e-9, name)
+        ours, theirs = (gradient_of(model, x) for x in (logits, expected))
+        check_close(ours, theirs, 1e-10)
 
     def test_transformer_parameter_counts(self):
-        for changes, expected in (
-            ({}, 63_082_496),
-            ({"d_model": 1024, "n_heads": 16, "d_ff": 4096}, 214_245_376),
-            ({"tied": False}, 63_082_496 + 2 * 37_000 * 512),
-            ({"norm_first": True}, 63_082_496 + 2 * 2 * 512),  # the two final norms
+        paper = 63_082_496
+        for n_parameters, changes in (
+            (paper, {}),
+            (214_245_376, {"d_model": 1024, "n_heads": 16, "d_ff": 4096}),
+            (paper + 2 * 37_000 * 512, {"tied": False}),
+            (paper + 2 * 2 * 512, {"norm_first": True}),  # the two final norms
         ):
             with torch.device("meta"):
                 model = transformer.Transformer(transformer.TransformerConfig(**changes))
-            assert sum(p.numel() for p in model.parameters()) == expected
+            assert sum(p.numel() for p in model.parameters()) == n_parameters
 
-    def test_transformer_tying_and_initial_scale(self):
-        for tied in (True, False):
-            config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=tied)
-            model = transformer.Transformer(config)
-            matrices = [model.src_embedding.weight, model.tgt_embedding.weight, model.output.weight]
-            assert len({id(m) for m in matrices}) == (1 if tied else 3)
-            for matrix in matrices:
-                assert matrix.std().item() == pytest.approx(1 / 8, rel=0.05)  # 1 / sqrt(d_model)
-            for layer in (model.encoder[0], model.decoder[0]):
-                linear = layer.self_attention.q_proj
-                assert linear.weight.abs().max().item() == pytest.approx((6 / 128) ** 0.5, rel=0.01)
-                assert linear.bias.abs().max() == 0
+    def test_transformer_initial_scale(self):
+        config = transformer.TransformerConfig(300, 9, 64, 4, 1, 64, tied=False)
+        model = transformer.Transformer(config)
+        for matrix in (model.src_embedding, model.tgt_embedding, model.output):
+            assert abs(matrix.weight.std() - 64**-0.5) < 0.005
+        for layer in (model.encoder[0], model.decoder[0]):
+            linear = layer.self_attention.q_proj
+            assert abs(linear.weight.abs().max() - (6 / 128) ** 0.5) < 0.002
+            assert linear.bias.abs().max() == 0
 
-    def test_sinusoidal_positional_encoding_is_the_formula(self):
-        table = transformer.sinusoidal_positional_encoding(50, 7)
-        for position, i in itertools.product((0, 1, 49), range(7)):
-            angle = position / 10_000 ** (2 * (i // 2) / 7)
-            expected = math.cos(angle) if i % 2 else math.sin(angle)
-            assert table[position, i].item() == pytest.approx(expected, abs=1e-6)
-        assert table.dtype == torch.float32 and table.shape == (50, 7)
+    def test_sinusoidal_positional_encoding(self):
+        t, i = torch.arange(50)[:, None], torch.arange(7)
+        angles = t / 10_000 ** (2 * (i // 2) / 7)
+        expected = torch.where(i % 2 == 0, angles.sin(), angles.cos())
+        check_close(transformer.sinusoidal_positional_encoding(50, 7), expected, 1e-5)
 
-    def test_transformer_made_on_meta_is_right_once_it_is_loaded(self):
-        model, src = transformer_tiny().float(), transformer_sentences()
+    def test_transformer_made_on_meta_is_right(self):
+        model, src = tiny_transformer().float(), sentences()
         with torch.device("meta"):
             other = transformer.Transformer(model.config)
         other.to_empty(device="cpu").load_state_dict(model.state_dict())
         assert torch.equal(other(src, src), model(src, src))
 
-    def test_attention_equals_torch_and_is_0_where_nothing_is_seen(self):
-        q, k, v = torch.randn(3, 2, 5, 4, dtype=torch.float64).requires_grad_().unbind()
+    def test_attention_is_torchs_and_0_where_nothing_is_seen(self):
+        q, v = torch.randn(2, 2, 5, 4, dtype=torch.float64)
         mask = torch.rand(2, 5, 5) < 0.5
         mask[0, 2] = False
-        output, weights = transformer.attention(q, k, v, mask)
-        assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        check_close(output, expected, 1e-12)
-        low = (60 * q, -60 * q, v)  # what is seen scores below any fill
-        expected = F.scaled_dot_product_attention(*low, attn_mask=mask)
-        check_close(transformer.attention(*low, mask)[0], expected, 1e-12)
+        for scale in (1, 60):  # at 60 what is seen scores below any fill
+            inputs = (scale * q, -scale * q, v)
+            output, weights = transformer.attention(*inputs, mask)
+            assert (output[0, 2] == 0).all() and (weights[~mask] == 0).all()
+            expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            check_close(output, expected, 1e-12)
         big = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
         assert transformer.attention(big, big, big, mask.new_ones(4, 4))[0].isfinite().all()
-        model = transformer_tiny()
-        loss = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long()).sum()  # only padding
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+        model = tiny_transformer()
+        logits = model(torch.zeros(2, 4).long(), torch.ones(2, 3).long())  # only padding
+        assert gradient_of(model, logits).isfinite().all()
 
-    def test_transformer_no_look_ahead(self):
-        model, src = transformer_tiny(), transformer_sentences()
+    def test_transformer_no_look_ahead_and_padding_changes_nothing(self):
+        """Nor do the other sentences of the batch."""
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 8))
         changed = tgt.clone()
         changed[:, 4] = 3 + (tgt[:, 4] - 2) % 8
         before, after = model(src, tgt), model(src, changed)
         assert torch.equal(before[:, :4], after[:, :4])
-        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # and every later one does see it
-
-    def test_transformer_padding_changes_nothing(self):
-        """Nor do the other sentences of the batch."""
-        model, src = transformer_tiny(), transformer_sentences()
-        tgt = torch.randint(3, 11, (6, 5))
-        together = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :5]
+        assert (before[:, 4:] != after[:, 4:]).any(-1).all()  # later ones see it
+        padded = model(F.pad(src, (0, 5)), F.pad(tgt, (0, 3)))[:, :8]
         for i in range(6):
             alone = model(src[i : i + 1, src[i] != 0], tgt[i : i + 1])
-            check_close(alone[0], together[i], 1e-12)
+            check_close(alone[0], padded[i], 1e-12)
 
     def test_decode_cache_gives_the_same_logits(self):
-        """It projects the memory only once: NaN there in later calls changes nothing."""
-        model, src = transformer_tiny(), transformer_sentences()
+        """The memory is projected once: NaN there, later, changes nothing."""
+        model, src = tiny_transformer(), sentences()
         tgt = torch.randint(3, 11, (6, 10))
         memory, mask = model.encode(src)
         expected, cache, pieces = model.decode(tgt, memory, mask), {}, []
         for piece in tgt.split((1, 3, 1, 4, 1), dim=1):
             pieces.append(model.decode(piece, memory, mask, cache))
             memory = memory * math.nan
-            with pytest.raises(ValueError, match="max_len=24"):  # what is refused leaves it as it was
+            with pytest.raises(ValueError, match="max_len"):  # the cache stays
                 model.decode(torch.ones(6, 24).long(), memory, mask, cache)
         check_close(torch.cat(pieces, dim=1), expected, 1e-12)
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    def test_decoder_layer_under_activation_checkpointing(self, reentrant):
+    def test_decoder_layer_under_checkpointing(self):
         """Every gradient as without, the encoder's too."""
-        model, src = transformer_tiny(), transformer_sentences()
-        parameters = dict(model.named_parameters())
-        expected = torch.autograd.grad(model(src, src).sin().sum(), [*parameters.values()])
+        model, src = tiny_transformer(), sentences()
+        expected = gradient_of(model, model(src, src))
+        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)
         for layer in (*model.encoder, *model.decoder):
-            checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward)
-            layer.forward = functools.partial(checkpoint, use_reentrant=reentrant)
-        model(src, src).sin().sum().backward()
-        for (name, p), grad in zip(parameters.items(), expected, strict=True):
-            check_close(p.grad, grad, 1e-12, name)
+            layer.forward = functools.partial(checkpoint, layer.forward)
+        check_close(gradient_of(model, model(src, src)), expected, 1e-12)
 
     @pytest.mark.parametrize("norm_first", [False, True])
     def test_transformer_drops_at_every_sublayer(self, norm_first):
         """At 1, pre-norm layers return their input, post-norm ones its norms."""
-        model = transformer_tiny(norm_first, dropout=1.0)
+        model = tiny_transformer(norm_first, dropout=1.0)
         x, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 1, 1, 5).bool()
         for layer in (*model.encoder, *model.decoder):
             decodes = hasattr(layer, "cross_attention")
             y = layer(x, mask, x, mask)[0] if decodes else layer(x, mask)
-            norms = [module for module in layer.children() if isinstance(module, nn.LayerNorm)]
-            assert len(norms) == 2 + decodes
-            expected = x if norm_first else functools.reduce(lambda y, norm: norm(y), norms, x)
-            check_close(y, expected, 1e-12)
-        assert (model.encode(transformer_sentences())[0].std(0) < 1e-9).all()
+            norms = [part for part in layer.children() if isinstance(part, nn.LayerNorm)]
+            check_close(y, x if norm_first else nn.Sequential(*norms)(x), 1e-12)
+        assert (model.encode(sentences())[0].std(0) < 1e-9).all()
 
     def test_label_smoothed_loss_is_the_formula(self):
         logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
@@ -1291,248 +1101,220 @@ class TestTransformer:
         log_p = logits.log_softmax(-1)
         rows = -0.8 * log_p.gather(-1, targets[..., None])[..., 0] - 0.2 * log_p.mean(-1)
         expected = rows[real].mean()
-        poisoned = logits.detach().masked_fill(~real[..., None], math.nan).requires_grad_()
+        poisoned = logits.detach().masked_fill(~real[..., None], math.nan)
+        poisoned.requires_grad_()
         loss = transformer.label_smoothed_loss(poisoned, targets, pad_id=0, smoothing=0.2)
         check_close(loss, expected, 1e-12)
-        expected_grad = torch.autograd.grad(expected, logits)[0]
-        check_close(torch.autograd.grad(loss, poisoned)[0], expected_grad, 1e-12)
-        half = logits.bfloat16()
-        low = transformer.label_smoothed_loss(half, targets, 0)
-        check_close(low, transformer.label_smoothed_loss(half.float(), targets, 0, 0.1), 1e-6)
+        loss.backward()
+        expected.backward()
+        check_close(poisoned.grad, logits.grad, 1e-12)
 
-    def test_noam_lr_rises_in_a_line_and_falls_with_the_root(self):
+    def test_noam_lr_is_the_formula(self):
         peak = (512 * 4000) ** -0.5
-        for step, expected in ((1, peak / 4000), (3000, peak * 3 / 4), (4000, peak), (16_000, peak / 2)):
-            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(expected)
+        for step, part in ((1, 1 / 4000), (3000, 3 / 4), (4000, 1), (16_000, 1 / 2)):
+            assert transformer.noam_lr(step, 512, 4000) == pytest.approx(part * peak)
+
+    def test_transformer_refuses(self):
+        bad = ("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1)
+        for name, value in bad:
+            with pytest.raises(ValueError, match=name):
+                transformer.TransformerConfig(**{name: value})
+        model, src, tgt = tiny_transformer(), *torch.ones(2, 2, 4).long()
+        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 4, 11)  # max_len
+        memory, mask = model.encode(src)
+        loss = functools.partial(transformer.label_smoothed_loss, memory, tgt, 0)
+        for words, function, *inputs in (
+            ("tokens", model, src[0], tgt),
+            ("tokens", model, src, tgt.float()),
+            ("batch", model, src, tgt[:1]),
+            ("max_len", model, src.repeat(1, 7), tgt),
+            ("memory_mask", model.decode, src, memory, mask[:, :, :, :-1]),
+            ("memory_mask", model.decode, src, memory, mask.long()),
+            ("smoothing", loss, 1.0),
+            ("smoothing", loss, -0.1),
+        ):
+            with pytest.raises(ValueError, match=words):
+                function(*inputs)
 
     # ---- search
-
-    @pytest.mark.parametrize("beam_size, penalty", [(1, 0.0), (2, 0.0), (4, 0.6), (5, 1.5)])
-    def test_greedy_decode_and_beam_search_equal_lists(self, transformer_half_trained, beam_size, penalty):
-        """In batches, with a model that trains, whose modes stay as they are."""
-        model, tokenizer, corpus = transformer_half_trained
-        src = transformer.pad([tokenizer.encode(source, 32) for source, _ in corpus.test[:12]], model)
+    def test_greedy_decode_and_beam_search_equal_lists(self, half_trained):
+        """With a model that trains, whose modes stay."""
+        _, _, model, tokenizer = half_trained
+        texts = map(transformer.english_number, range(41_000, 541_000, 41_700))
+        src = transformer.pad([tokenizer.encode(text, 32) for text in texts], model)
         cases, lengths, cut_off = [(model, src)], set(), 0
         for norm_first in (False, True):
-            cases.append((transformer_tiny(norm_first, dropout=0.5), transformer_sentences(n=12)))
-        for model, src in cases:
-            model.encoder.eval()
+            cases.append((tiny_transformer(norm_first, dropout=0.5), sentences(n=12)))
+        searches = ((1, 0.6), (2, 0.0), (4, 1.5))
+        for (model, src), (size, penalty) in itertools.product(cases, searches):
+            model.train().encoder.eval()
             modes = [module.training for module in model.modules()]
-            tokens, scores = transformer.beam_search(model, src, 7, beam_size, penalty)
-            greedy = transformer.greedy_decode(model, src, 7)
+            found = transformer.beam_search(model, src, 6, size, penalty)
+            greedy = transformer.greedy_decode(model, src, 6)
             assert modes == [module.training for module in model.modules()]
-            expected = transformer_by_lists(model.eval(), src, 7, beam_size, penalty)
-            assert torch.equal(tokens, expected[0]) and tokens.dtype == torch.int64
-            check_close(scores, expected[1], 1e-10)
-            assert beam_size > 1 or torch.equal(greedy, tokens)
-            lengths |= set((tokens != 0).sum(1).tolist())
-            cut_off += (tokens[:, -1] > 2).sum()
+            expected = beams_by_lists(model.eval(), src, 6, size, penalty)
+            for actual, wanted in zip(found, expected, strict=True):
+                check_close(actual, wanted, 1e-10)
+            assert size > 1 or torch.equal(greedy, found[0])
+            lengths |= set((found[0] != 0).sum(1).tolist())
+            cut_off += (found[0][:, -1] > 2).sum()
         assert len(lengths) > 4 and cut_off > 0  # both kinds were there
 
-    @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
-    def test_beam_search_of_full_width_equals_brute_force(self, penalty):
+    def test_beam_search_of_full_width_equals_brute_force(self):
         """4^4 lists leave nothing out."""
-        for _ in range(2):
-            model = transformer_tiny(vocab_size=4, n_layers=1)
-            src = torch.tensor([[3, 3, 2], [3, 2, 0]])
-            tokens, scores = transformer.beam_search(model, src, 4, 4**4, penalty)
-            expected = transformer_by_lists(model, src, 4, 4**4, penalty)
-            assert torch.equal(tokens, expected[0])
-            check_close(scores, expected[1], 1e-10)
+        src = torch.tensor([[3, 3, 2], [3, 2, 0]])
+        for penalty in (0.0, 0.6, 2.0):
+            model = tiny_transformer(vocab_size=4, n_layers=1)
+            found = transformer.beam_search(model, src, 4, 4**4, penalty)
+            expected = beams_by_lists(model, src, 4, 4**4, penalty)
+            for actual, wanted in zip(found, expected, strict=True):
+                check_close(actual, wanted, 1e-10)
 
-    def test_beam_search_of_no_sentence_and_of_a_bf16_model(self):
-        model, none = transformer_tiny().bfloat16().eval(), torch.zeros(0, 4).long()
+    def test_beam_search_of_nothing_and_in_bf16(self):
+        model, none = tiny_transformer().bfloat16().eval(), torch.zeros(0, 4).long()
         tokens, scores = transformer.beam_search(model, none, 5)
-        assert transformer.greedy_decode(model, none, 5).shape == tokens.shape == (0, 0)
-        assert scores.shape == (0,)
-        src = transformer_sentences()
+        greedy = transformer.greedy_decode(model, none, 5)
+        assert greedy.shape == tokens.shape == (0, 0) and scores.shape == (0,)
+        src = sentences()
         scores = transformer.beam_search(model, src, 1, 2, 0.0)[1]  # in float32
-        logits = model(src, torch.ones(6, 1).long())[:, 0].detach()
-        check_close(scores, logits.float().log_softmax(-1).amax(-1), 1e-6)
+        logits = model(src, torch.ones(6, 1).long())[:, 0].detach().float()
+        check_close(scores, logits.log_softmax(-1).amax(-1), 1e-6)
 
-    def test_translate_loses_no_text_and_sees_no_reference(self, transformer_half_trained, capsys):
-        model, tokenizer, corpus = transformer_half_trained
-        sources = [source for source, _ in corpus.test]
-        texts = ["", *map(transformer.english_number, range(70)), *sources, "  "]
-        first, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
-        assert first == last == {"text": "", "log_prob": 0.0, "n_tokens": 0, "finished": True}
+    def test_translate_loses_no_text_and_sees_no_reference(self, half_trained, capsys):
+        _, _, model, tokenizer = half_trained
+        texts = map(transformer.english_number, range(100_000, 1_000_000, 13_007))
+        texts = ["", *texts, "  "]
+        empty, *rows, last = transformer.translate(model, tokenizer, texts, 4, 1.0)
+        assert empty == last == {"text": "", "log_prob": 0, "n_tokens": 0, "finished": True}
         for text, row in zip(texts[1:-1], rows, strict=True):
             src = transformer.pad([tokenizer.encode(text, 32)], model)
             found, score = transformer.beam_search(model, src, 32, 4, 1.0)
             n, log_prob = found.shape[1], row.pop("log_prob")  # undivided
             assert log_prob / ((5 + n) / 6) == pytest.approx(score.item())
-            assert row["finished"] == (found[0, -1] == 2) and row["n_tokens"] == n
-            assert row["text"] == tokenizer.decode(found[0].tolist())
-        tables = []
+            text = tokenizer.decode(found[0].tolist())
+            assert row == {"text": text, "n_tokens": n, "finished": found[0, -1] == 2}
+        texts, s, reports = texts[1:-1], transformer.Settings(), []
         for target in ("eins", "tausend und"):
-            poisoned = corpus._replace(test=[(source, target) for source in sources[:9]])
-            report = transformer.evaluate(model, tokenizer, poisoned, transformer.Settings())
-            tables.append([row | {"exact_match": 0} for row in report["searches"].values()])
-        assert tables[0] == tables[1] and "9 of 9 aren't" in capsys.readouterr().out
-        greedy, beam = (transformer.translate(model, tokenizer, sources[:9], k, 0.0) for k in (1, 4))
-        for key in ("log_prob", "n_tokens", "finished"):
-            mean = statistics.fmean(row[key] for row in greedy)
-            assert report["searches"]["greedy"][key] == pytest.approx(mean)
-        gains = [b["log_prob"] - g["log_prob"] for b, g in zip(beam, greedy, strict=True)]
-        assert report["search_gains"] == sum(gain > 1e-3 for gain in gains)
-        assert report["search_errors"] == sum(gain < -1e-3 for gain in gains)
-
-    # ---- bad input
-
-    def test_transformer_refuses(self):
-        bad = (("n_heads", 5), ("vocab_size", 2), ("eos_id", 1), ("pad_id", -1), ("bos_id", 37_000))
-        for name, value in bad:
-            with pytest.raises(ValueError, match=name):
-                transformer.TransformerConfig(**{name: value})
-        model, src, tgt = transformer_tiny(), torch.ones(2, 4).long(), torch.ones(2, 3).long()
-        assert model(src.repeat(1, 6).int(), tgt.int()).shape == (2, 3, 11)  # exactly max_len
-        for inputs, words in (
-            ((src[0], tgt), "tokens"),
-            ((src.float(), tgt), "tokens"),
-            ((src, tgt[0]), "tokens|batch"),
-            ((src, tgt[:1]), "batch"),
-            ((src.repeat(1, 7), tgt), "max_len"),
-        ):
-            with pytest.raises(ValueError, match=words):
-                model(*inputs)
-        memory, mask = model.encode(src)
-        for wrong in (mask[:, 0, 0], mask[:, :, :, :-1], mask.long(), mask[:1]):
-            with pytest.raises(ValueError, match="memory_mask"):
-                model.decode(src, memory, wrong)
-        for smoothing in (1.0, -0.1, math.nan):
-            with pytest.raises(ValueError, match="smoothing"):
-                transformer.label_smoothed_loss(torch.randn(2, 3, 11), tgt, 0, smoothing)
+            corpus = transformer.Corpus("numbers", [], [], [(text, target) for text in texts])
+            reports.append(transformer.evaluate(model, tokenizer, corpus, s))
+        assert reports[0] == reports[1] and "70 of 70 aren't" in capsys.readouterr().out
+        greedy = transformer.translate(model, tokenizer, texts, 1, 0.0)
+        beam = transformer.translate(model, tokenizer, texts, 4, 0.0)
+        for key, mean in reports[0]["searches"]["greedy"].items():
+            assert mean == pytest.approx(np.mean([row.get(key, 0) for row in greedy]))
+        greedy, beam = ([row["log_prob"] for row in rows] for rows in (greedy, beam))
+        gains = np.array(beam) - np.array(greedy)
+        assert reports[0]["search_gains"] == (gains > 1e-3).sum()
+        assert reports[0]["search_errors"] == (gains < -1e-3).sum()
 
     # ---- data
-
-    def test_numbers_in_words(self):
+    def test_numbers_in_words_and_number_corpus(self):
         for n, english, german in (
-            (30, "thirty", "dreißig"),
             (101, "one hundred and one", "einhundert eins"),
             (742, "seven hundred and forty-two", "siebenhundert zwei und vierzig"),
             (1_001, "one thousand and one", "ein tausend eins"),
-            (1_100, "one thousand one hundred", "ein tausend einhundert"),
+            (30_100, "thirty thousand one hundred", "dreißig tausend einhundert"),
             (41_000, "forty-one thousand", "ein und vierzig tausend"),
         ):
             assert transformer.english_number(n) == english
             assert transformer.german_number(n) == german
-
-    def test_number_corpus_parts_share_nothing(self):
         corpus = transformer.number_corpus(0)
         parts = corpus[1:]
         assert [len(part) for part in parts] == [8_000, 500, 1_000]
-        for side in (0, 1):
+        for side in (0, 1):  # they share nothing
             assert len({pair[side] for part in parts for pair in part}) == 9_500
-        short = [statistics.fmean(len(pair[0].split()) < 5 for pair in part) for part in parts]
-        assert min(short) > 0.05 and max(short) - min(short) < 0.05  # each part has short ones
+        for part in parts:  # short ones, too
+            assert 0.2 < sum(len(pair[0].split()) < 5 for pair in part) / len(part) < 0.3
 
     def test_tokenizer_keeps_every_text(self):
         tokenizer = transformer.Tokenizer.train(["ONE", "two one"] * 9, 262)
-        assert tokenizer.encode("ONE one", 9) == [261, 261, 2] and tokenizer.vocab_size == 262
+        assert tokenizer.encode("ONE one", 3) == [261, 261, 2]
         assert transformer.Tokenizer.train(["one"], 259).vocab_size == 259
         for text in ("forty-two thousand", "Größe, 東京 🦊!", "  a  b ", "", "\x00\x7f"):
             ids = tokenizer.encode(text, 99)
             assert ids[-1] == 2 and all(3 <= i < 262 for i in ids[:-1])
             assert tokenizer.decode([1, *ids, 0, 0]) == text.strip().lower()
-        assert len(tokenizer.encode("abc", 5)) == 5
-        with pytest.raises(ValueError, match="max_len=4: 'abc'"):
-            tokenizer.encode("abc", 4)
+        with pytest.raises(ValueError, match="max_len=2: 'one one'"):
+            tokenizer.encode("one one", 2)
 
-    def test_token_batches_are_full_and_hold_each_sentence_once(self):
+    def test_token_batches_are_full_and_complete(self):
         rng = random.Random(0)
         lengths = [rng.randint(1, 30) for _ in range(500)] + [1000]
-        batches, other = (transformer.token_batches(lengths, 120, seed) for seed in ("0 0", "0 1"))
+        batches = transformer.token_batches(lengths, 120, "0 0")
         assert sorted(i for batch in batches for i in batch) == list(range(501))
-        sizes = [len(batch) * max(lengths[i] for i in batch) for batch in batches]
+        sizes = [len(batch) * lengths[batch[-1]] for batch in batches]
         assert [size for size in sizes if size > 120] == [1000]
-        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < sum(lengths) / 120 * 1.3
-        first = [lengths[batch[0]] for batch in batches]
-        assert first != sorted(first)  # in no order
-        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in batches}
+        assert sum(sizes) < 1.06 * sum(lengths) and len(batches) < 1.3 * sum(lengths) / 120
+        longest = [lengths[batch[-1]] for batch in batches]
+        assert longest != sorted(longest)  # in no order
+        other = transformer.token_batches(lengths, 120, "0 1")
         assert len(other) == len(batches)  # train counts on it
-        assert [len(batch) for batch in transformer.token_batches([10] * 24, 120, "")] == [12, 12]
+        assert set(map(frozenset, other)) != set(map(frozenset, batches))
+        assert list(map(len, transformer.token_batches([10] * 24, 120, ""))) == [12, 12]
 
-    def test_lines_of_ends_lines_as_people_do(self):
-        text = "one\u2028two\r\nthree\x0b\x85four \rfive\n\nsix"
-        for encoding in ("utf-8", "utf-8-sig"):
-            lines = transformer.lines_of(text.encode(encoding))
-            assert lines == ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
-        assert transformer.lines_of(b"") == [] and transformer.lines_of(b"a\n") == ["a"]
-
-    def test_multi30k_corpus_refuses_damaged_files(self, tmp_path, monkeypatch):
-        folder = transformer_multi30k(tmp_path / "good")  # with byte-order marks and CR LF
+    def test_lines_of_and_multi30k_corpus(self, tmp_path, monkeypatch):
+        """Lines end as people mean it; damaged files are refused."""
+        data = "\ufeffone\u2028two\r\nthree\x0b\x85four \rfive\n\nsix".encode()
+        lines = ["one\u2028two", "three\x0b\x85four", "five", "", "six"]
+        assert transformer.lines_of(data) == lines
+        official = os.environ.get("MULTI30K_DATA")
+        assert not official or transformer.multi30k_corpus(official).name == "multi30k"
+        folder = multi30k_files(tmp_path)
         corpus = transformer.multi30k_corpus(folder)
         assert corpus.name == "own" and [len(part) for part in corpus[1:]] == [12] * 3
         assert corpus.train[7] == ("ein mann mit 7 $$ am\x0btag 3", "a man with 7 $$ a day 3")
         german, english = zip(*corpus.train, strict=True)
         sha256 = hashlib.sha256("\n".join(german + english).encode()).hexdigest()
         known = dict.fromkeys(transformer.MULTI30K, (12, sha256))
+        monkeypatch.setattr(transformer, "MULTI30K", known | {"val": (13, sha256)})
+        assert transformer.multi30k_corpus(folder).name == "own"
         monkeypatch.setattr(transformer, "MULTI30K", known)
         assert transformer.multi30k_corpus(folder) == corpus._replace(name="multi30k")
-        for i, (changes, words) in enumerate((
-            ({"val_en": None}, "val.en"),
-            ({"train_en": "a dog\n" * 11}, "train: 12 German lines, 11 English"),
-            ({"train_de": "", "train_en": ""}, "train: 0 German"),
-            ({"test_2016_flickr_de": "ein hund\n" * 12}, "flickr.* altered"),
-        )):  # fmt: skip
+        pack, whole = gzip.compress, (tmp_path / "train.de.gz").read_bytes()
+        for words, changes in (
+            ("train: 12 German lines, 11 English", {"train.en": pack(b"a dog\n" * 11)}),
+            ("val: 0 German", {"val.de": pack(b""), "val.en": pack(b"")}),
+            ("flickr.* altered", {"test_2016_flickr.de": pack(b"ein hund\n" * 12)}),
+            ("train.de.gz", {"train.de": whole[:-20]}),
+            ("train.de.gz", {"train.de": whole[:40] + b"?" + whole[41:]}),
+            ("train.de.gz", {"train.de": b"junk"}),
+            ("train.de.gz", {"train.de": pack("straße\n".encode("latin1") * 12)}),
+        ):
+            multi30k_files(tmp_path, changes)
             with pytest.raises(ValueError, match=words):
-                transformer.multi30k_corpus(transformer_multi30k(tmp_path / str(i), **changes))
-        for part in known:
-            monkeypatch.setattr(transformer, "MULTI30K", known | {part: (13, sha256)})
-            assert transformer.multi30k_corpus(folder).name == "own"
-        path = Path(folder, "train.de.gz")
-        whole = path.read_bytes()
-        latin1 = gzip.compress("ein mann auf der straße\n".encode("latin1") * 12)
-        for damaged in (whole[:-20], whole[:40] + bytes([whole[40] ^ 255]) + whole[41:], b"junk", latin1):
-            path.write_bytes(damaged)
-            with pytest.raises(ValueError, match="train.de.gz"):
                 transformer.multi30k_corpus(folder)
-
-    @pytest.mark.skipif("MULTI30K_DATA" not in os.environ, reason="MULTI30K_DATA is not set")
-    def test_multi30k_corpus_of_the_official_files(self):
-        corpus = transformer.multi30k_corpus(os.environ["MULTI30K_DATA"])
-        assert corpus.name == "multi30k" and len(corpus.test) == 1_000
 
     def test_read_lines_downloads_once(self, tmp_path, monkeypatch):
         there, cache = tmp_path / "train.de.gz", tmp_path / "new/cache"
         monkeypatch.setattr(transformer, "MULTI30K_URL", f"{tmp_path.as_uri()}/")
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         good = gzip.compress(b"ein mann auf der wiese\n" * 3)
-        for wrong in (None, b"<html>", good[:-10], b"", gzip.compress(b"")):
-            if wrong is not None:
-                there.write_bytes(wrong)
+        for wrong in (b"<html>", good[:-10], b"", gzip.compress(b"")):
+            there.write_bytes(wrong)
             with pytest.raises(ValueError, match="train.de.gz.*--data"):
                 transformer.read_lines("train.de", "")
         there.write_bytes(good)
         for _ in range(2):  # the second time, from the cache
             assert transformer.read_lines("train.de", "") == ["ein mann auf der wiese"] * 3
             there.unlink(missing_ok=True)
-        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # of the cache, all is known
+        monkeypatch.setattr(transformer, "MULTI30K", {"train": (4, "0")})  # known, of the cache
         (cache / "multi30k/train.en.gz").write_bytes(good)
         with pytest.raises(ValueError, match="train.* altered"):
             transformer.multi30k_corpus("")
 
-    # ---- files
-
+    # ---- files and training
     def test_save_and_load_refuse(self, tmp_path, monkeypatch):
         path, weight = tmp_path / "x.pt", torch.arange(1000.0)
-        content = {"model": {"weight": weight}, "vocabulary": [b"a", b"\xff"]}
+        content = {"model": {"weight": weight}}
         transformer.save(path, content)
-        loaded = transformer.load(path)
-        assert torch.equal(loaded["model"]["weight"], weight)
-        assert loaded["vocabulary"] == content["vocabulary"]
         whole = path.read_bytes()
         place = whole.index(weight[500:510].numpy().tobytes())
-        for damaged in (whole[:-100], whole[:place] + b"\x01" + whole[place + 1 :], b"", b"junk" * 50):
+        changed = whole[:place] + b"\x01" + whole[place + 1 :]
+        for damaged in (changed, whole[:-100], b"", b"junk" * 50):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match="x.pt"):
                 transformer.load(path)
-
-        class Code:
-            def __reduce__(self):
-                return (os.mkdir, (str(tmp_path / "was run"),))
-
-        transformer.save(path, {"model": {}, "code": Code()})
+        transformer.save(path, content | {"code": os.mkdir})
         with pytest.raises(pickle.UnpicklingError):
             transformer.load(path)
         path.write_bytes(whole)
@@ -1543,10 +1325,8 @@ class TestTransformer:
             transformer.save(path, content)
         assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
-    # ---- training
-
-    def test_batch_loss_is_the_mean_over_all_target_tokens(self):
-        model, pairs = transformer_tiny(vocab_size=400, max_len=32), transformer_pairs()
+    def test_batch_loss_and_use_bf16(self):
+        model, pairs = tiny_transformer(), pairs_of_ids()
         rows, options = [], {"label_smoothing": 0.1, "reduction": "none"}
         for source, target in pairs:
             logits = model(torch.tensor([source]), torch.tensor([[1, *target[:-1]]]))[0]
@@ -1555,149 +1335,119 @@ class TestTransformer:
         check_close(together, torch.cat(rows).mean(), 1e-10)
         low = transformer.batch_loss(model.float(), pairs, 0.1, bf16=True)
         assert low.dtype == torch.float32 and 1e-6 < abs(low - together) < 0.1
-
-    def test_use_bf16_where_it_is_native(self):
-        chosen = [transformer.use_bf16(amp, torch.device("cpu")) for amp in ("auto", "bf16", "off")]
-        assert chosen == [torch.cpu.get_capabilities().get("avx512_bf16", False), True, False]
+        native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        for amp, chosen in (("auto", native), ("bf16", True), ("off", False)):
+            assert transformer.use_bf16(amp, torch.device("cpu")) == chosen
 
     def test_train_steps_written_out(self, tmp_path):
-        """AdamW at Noam's rate on clipped gradients, decay of matrices alone, every pair once an epoch;
-        the final weights are the mean over the last epochs' ends."""
-        pairs = transformer_pairs()
-        s = transformer.Settings(amp="off", epochs=4, average=2, batch_tokens=100, clip=0.1, seed=5)
-        s.d_model, s.warmup, s.lr_scale, s.weight_decay, s.out = 12, 7, 3.0, 0.2, str(tmp_path)
+        """The final weights are the mean over the last epochs' ends."""
+        pairs = pairs_of_ids()
+        s = transformer.Settings(epochs=4, batch_tokens=100, warmup=7, lr_scale=3.0)
+        s.seed, s.d_model, s.clip, s.save_every, s.out = 5, 12, 0.1, 0, str(tmp_path)
         # float64: in float32 Adam makes steps of rounding errors
-        model = transformer_tiny(vocab_size=400, max_len=32, dropout=0.2)
+        model = tiny_transformer(dropout=0.2)
         expected = copy.deepcopy(model)
         state = {"step": 0, "seconds": 0.0, "history": [], "average": {}}
         transformer.train(s, model, pairs, pairs[:9], state)
-
-        names = dict(expected.named_parameters())
-        vectors = [p for name, p in names.items() if "norm" in name or name.endswith("bias")]
+        matrices = [p for p in expected.parameters() if p.dim() == 2]
+        vectors = [p for p in expected.parameters() if p.dim() == 1]
         optimizer = torch.optim.AdamW(vectors, betas=(0.9, 0.98), eps=1e-9, weight_decay=0.0)
-        matrices = [p for name, p in names.items() if "norm" not in name and name.endswith("weight")]
-        optimizer.add_param_group({"params": matrices, "weight_decay": 0.2})
+        optimizer.add_param_group({"params": matrices, "weight_decay": 0.01})
         lengths = [max(map(len, pair)) for pair in pairs]
-        step, ends, dev_losses = 0, [], []
+        step, ends = 0, []
         for epoch in range(4):
             for batch in transformer.token_batches(lengths, 100, f"5 {epoch}"):
                 torch.manual_seed(5 * 1_000_003 + step)  # dropout
                 step += 1
                 optimizer.zero_grad()
-                transformer.batch_loss(expected, [pairs[i] for i in batch], 0.1, False).backward()
+                batch = [pairs[i] for i in batch]
+                transformer.batch_loss(expected, batch, 0.1, False).backward()
                 assert nn.utils.clip_grad_norm_(expected.parameters(), 0.1) > 0.1
                 for group in optimizer.param_groups:
                     group["lr"] = 3.0 * transformer.noam_lr(step, 12, 7)
                 optimizer.step()
-            ends.append({name: p.detach().clone() for name, p in names.items()})
+            ends.append(weights_of(expected))
             with transformer.evaluating(expected):
-                dev_losses.append(transformer.batch_loss(expected, pairs[:9], 0.0, False).item())
+                dev_loss = transformer.batch_loss(expected, pairs[:9], 0.0, False).item()
+            row = state["history"][epoch]
+            assert row["epoch"] == epoch + 1 and row["dev_loss"] == pytest.approx(dev_loss)
         assert state["step"] == step > 12
-        assert [row["epoch"] for row in state["history"]] == [1, 2, 3, 4]
-        assert [row["dev_loss"] for row in state["history"]] == pytest.approx(dev_losses, abs=1e-6)
-        for name, p in model.named_parameters():
-            check_close(p, (ends[2][name] + ends[3][name]) / 2, 1e-6, name)
+        check_close(weights_of(model), (ends[2] + ends[3]) / 2, 1e-6)
 
-    def test_main_goes_on_bit_for_bit_after_kill_9(self, transformer_undisturbed, tmp_path):
-        """And after a gradient that isn't finite. In the 5th step, 2 after a checkpoint; there again;
-        while another checkpoint is saved."""
-        batch_loss, factors = transformer.batch_loss, iter([1.0] * 4 + [math.inf])
+    def test_main_goes_on_bit_for_bit_after_kill_9(self, half_trained, tmp_path):
+        """While a checkpoint is saved; and after a gradient that isn't finite."""
+        loss, factors = transformer.batch_loss, iter([1.0] * 9 + [math.inf])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transformer, "batch_loss", lambda *given: batch_loss(*given) * next(factors))
-            stop = transformer_stop(tmp_path)
-        assert "step 5" in stop and "--lr-scale" in stop
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in TRANSFORMER_SMALL.items()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        for place, reached in ((["clip_grad_norm_", "2"], 3), (["replace", "2"], 6)):
-            command = [sys.executable, "-c", TRANSFORMER_KILLED, *place, "--out", str(tmp_path), *flags]
-            killed = subprocess.run(command, env=environment, capture_output=True, timeout=120)
-            assert killed.returncode == -signal.SIGKILL, (killed.returncode, killed.stderr)
-            assert transformer.load(tmp_path / "checkpoint.pt")["step"] == reached
-        assert not (tmp_path / "model.pt").exists()
-        report, weights = transformer_run(tmp_path)
-        _, expected, expected_weights = transformer_undisturbed
-        assert expected["steps"] > 12 and transformer_equal(expected_weights, weights)
-        for key in ("steps", "history", "searches"):
-            assert report[key] == expected[key]
-
-    @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
-    def test_main_saves_nothing_that_is_not_finite(self, tmp_path, lr_scale, save_every):
-        """One step, after which a weight or the loss isn't."""
-        changes = {"batch_tokens": 10**6, "epochs": 1, "lr_scale": lr_scale, "save_every": save_every}
-        assert "--lr-scale" in transformer_stop(tmp_path, **changes)
-        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-    def test_main_of_a_finished_run_evaluates_again(self, transformer_undisturbed, tmp_path, capsys):
-        """Without its lock; not with settings that may not change, nor on other sentences."""
-        _, expected, expected_weights = transformer_undisturbed
-        out = shutil.copytree(transformer_undisturbed[0], tmp_path / "copy")
-        lock = transformer.lock_out(out)
-        report, weights = transformer_run(out, save_every=50, beam_size=2)
+            patch.setattr(transformer, "batch_loss", lambda *given: loss(*given) * next(factors))
+            stop = exit_status(tmp_path)
+        assert "step 10" in stop and "--lr-scale" in stop
+        given = json.dumps(TRANSFORMER_SMALL | {"out": str(tmp_path)})
+        command = [sys.executable, "-c", TRANSFORMER_KILLED, given]
+        killed = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert transformer.load(tmp_path / "checkpoint.pt")["step"] == 8
+        _, expected, undisturbed, _ = half_trained
+        lock = None
+        for changes in ({}, {"save_every": 50, "beam_size": 2}):  # then it evaluates again
+            report, model, _ = transformer_run(tmp_path, **changes)
+            assert torch.equal(weights_of(undisturbed), weights_of(model))
+            assert report["history"] == expected["history"] and report["steps"] > 20
+            lock = lock or transformer.lock_out(tmp_path)  # a finished run needs none
         assert list(report["searches"])[1] == "beam 2, penalty 0"
-        assert report["history"] == expected["history"] and transformer_equal(expected_weights, weights)
-        corpus = transformer.number_corpus(0, 300, 20, 10)
-        for changes, words in (
-            ({"lr_scale": 0.7}, "lr_scale=0.4, not 0.7"),
-            ({"corpus": corpus._replace(train=corpus.train[1:])}, "sentences"),
-        ):
-            assert transformer_stop(out, **changes) == 2
-            assert words in capsys.readouterr().err
         lock.close()
 
-    def test_main_ends_in_a_sentence_where_there_is_advice(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize("lr_scale, save_every", [(1e38, 1), (math.nan, 3), (1e35, 3)])
+    def test_main_saves_only_what_is_finite(self, tmp_path, lr_scale, save_every):
+        """One step, after which a weight or the loss isn't."""
+        changes = {"lr_scale": lr_scale, "save_every": save_every, "batch_tokens": 10**6}
+        assert "--lr-scale" in exit_status(tmp_path, **changes, epochs=1)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+    def test_main_ends_in_a_sentence(self, half_trained, tmp_path, monkeypatch, capsys):
+        """Where there is advice."""
         (tmp_path / "file").touch()
+        other = transformer.number_corpus(1, 500, 30, 20)
         lock = transformer.lock_out(tmp_path)
         monkeypatch.setattr(transformer.lock_out, "__defaults__", (0.2,))
-        for changes, words in (
-            ({"out": tmp_path}, "in use"),
-            ({"out": tmp_path / "file/below"}, "file"),
-            ({"seed": 2**43}, "--seed"),
-            ({"seed": -1}, "--seed"),
-            ({"translate": "one", "out": tmp_path / "none"}, "model.pt"),
-            ({"max_len": 3}, "max_len=3"),
-            ({"d_model": 18}, "n_heads"),
+        for words, changes in (
+            ("in use", {"out": tmp_path}),
+            ("file", {"out": tmp_path / "file/below"}),
+            ("--seed", {"seed": 2**43}),
+            ("--seed", {"seed": -1}),
+            ("model.pt", {"translate": "one"}),
+            ("max_len=3", {"max_len": 3}),
+            ("n_heads", {"d_model": 18}),
+            ("lr_scale=1.0, not 0.7", {"out": half_trained[0], "lr_scale": 0.7}),
+            ("sentences", {"corpus": other, "out": half_trained[0]}),
         ):
-            code = transformer_stop(**({"out": tmp_path / "new"} | changes))
+            code = exit_status(**({"out": tmp_path / "new"} | changes))
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and words in lines[0], lines
         lock.close()
+        errors = [ZeroDivisionError(), OSError("full"), KeyboardInterrupt()]
 
-        errors = [KeyboardInterrupt(), OSError("full")]
-
-        def fail(*_):
-            raise errors.pop(0)
+        def fail(s, model, pairs, dev, state):
+            assert (len(pairs), len(dev)) == (500, 30)  # no test sentence
+            raise errors.pop()
 
         monkeypatch.setattr(transformer, "train", fail)
-        for words in ("130", "full"):
-            assert words in str(transformer_stop(tmp_path / words))
-        monkeypatch.setattr(transformer, "train", lambda *_: 1 / 0)  # of the code: a traceback
-        with pytest.raises(ZeroDivisionError):
+        assert exit_status(tmp_path) == 130 and "full" in exit_status(tmp_path)
+        with pytest.raises(ZeroDivisionError):  # of the code: a traceback
             transformer_run(tmp_path)
 
-    def test_prepare_trains_on_no_test_sentence(self, tmp_path, monkeypatch):
-        corpus = transformer.Corpus("numbers", [("one", "eins")] * 4, [("two", "zwei")], [("six", "sechs")])
-        monkeypatch.setattr(transformer, "number_corpus", lambda seed: corpus)
-        _, tokenizer, train, dev, _, lock = transformer.prepare(transformer.Settings(out=str(tmp_path)))
-        assert [tokenizer.decode(side) for side in (*train[3], *dev[0])] == ["one", "eins", "two", "zwei"]
-        lock.close()
-
     # ---- the command line and the demo
-
     def test_parse_lets_a_flag_override_its_preset(self):
         assert transformer.parse([]) == transformer.Settings()
-        for preset in (["--preset", "multi30k"], ["--preset=multi30k"]):
-            s = transformer.parse([*preset, "--epochs", "3", "--no-tied", "--length-penalty", "-1"])
-            assert (s.epochs, s.dropout, s.tied, s.length_penalty, s.translate) == (3, 0.3, False, -1.0, None)
-            assert s.out != transformer.Settings().out
-        assert transformer.parse(["--translate", ""]).translate == ""
+        flags = ["--preset=multi30k", "--epochs", "3", "--no-tied", "--length-penalty", "-1"]
+        s = transformer.parse(flags)
+        assert (s.epochs, s.dropout, s.tied, s.length_penalty) == (3, 0.3, False, -1.0)
+        assert s.translate is None and s.out != transformer.Settings().out
 
     def test_main_of_a_corpus_of_ones_own(self, tmp_path, capsys, monkeypatch):
-        """From files to BLEU and --translate, on sentences that can be learned by heart. Their
-        $ signs are no formulas in the picture, their vertical tab ends no line."""
-        monkeypatch.setenv("MULTI30K_DATA", transformer_multi30k(tmp_path / "data"))
+        """From files to BLEU, picture ($ is no formula) and --translate."""
+        monkeypatch.setenv("MULTI30K_DATA", multi30k_files(tmp_path))
         s = transformer.parse(["--preset", "multi30k", "--out", str(tmp_path / "out")])
-        changes = {"epochs": 30, "d_model": 32, "d_ff": 32, "n_layers": 1, "dropout": 0.0, "vocab_size": 400}
-        s = dataclasses.replace(s, **changes, warmup=40, amp="off", device="cpu")
+        s = dataclasses.replace(s, **TRANSFORMER_SMALL | {"epochs": 30, "dropout": 0.0})
         transformer.main(s)
         report = json_of(tmp_path / "out/report.json")
         assert report["dataset"] == "own" and report["measure"] == "bleu"
@@ -1710,45 +1460,42 @@ class TestTransformer:
         assert [row["source"] for row in rows] == ["EIN MANN mit\u2028dem", "", "ein mann"]
         assert rows[0]["text"].startswith("a man") and rows[1]["text"] == ""
 
-    def test_demo_gets_every_number_right(self, transformer_demo):
-        folder, result = transformer_demo
-        summary, out = last_json(result), folder / "out" / "transformer"
-        report = json_of(folder / summary["report"])
+    def test_demo_gets_every_number_right(self, tmp_path, capsys):
+        """Alone in a folder, on a terminal that knows ASCII alone."""
+        shutil.copy(ROOT / "transformer.py", tmp_path)
+        options = {"cwd": tmp_path, "folder": tmp_path, "PYTHONIOENCODING": "ascii"}
+        result = run_script("transformer.py", **options)
+        summary, out = last_json(result), tmp_path / "out/transformer"
+        report = json_of(tmp_path / summary["report"])
         assert len(result.stdout.strip().splitlines()[-1]) < 300
-        assert report["dataset"] == "numbers" and min(summary["beam"], summary["greedy"]) >= 0.99
-        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG" and not list(out.glob("*.part"))
-        greedy, beam, _ = report["searches"].values()
-        assert beam["log_prob"] >= greedy["log_prob"] - 1e-4 and greedy["finished"] > 0.99
-
-    def test_demo_swaps_tens_and_units(self, transformer_demo):
-        """In its cross-attention, "zwei und vierzig" looks at "two" before it looks at "forty"."""
-        model, tokenizer = transformer_saved(transformer_demo[0] / "out/transformer")
-        right = []
+        assert report["dataset"] == "numbers"
+        assert min(summary["beam"], summary["greedy"]) >= 0.99
+        assert (out / "alignment.png").read_bytes()[:4] == b"\x89PNG"
+        assert not list(out.glob("*.part"))
+        text = "Three hundred and forty-two thousand"
+        transformer.main(transformer.Settings(out=str(out), translate=text))
+        row = json.loads(capsys.readouterr().out)
+        assert row.pop("text") == "dreihundert zwei und vierzig tausend"
+        assert -3 < row.pop("log_prob") < 0
+        assert row == {"source": text, "n_tokens": 6, "finished": True}
+        model, tokenizer = transformer_saved(out)
+        right = []  # "zwei und vierzig" looks at "two" before it looks at "forty"
         for n in range(517_022, 517_100):
             source = tokenizer.encode(transformer.english_number(n), 32)
             target = tokenizer.encode(transformer.german_number(n), 32)
             src, tgt = torch.tensor([source]), torch.tensor([[1, *target[:-1]]])
-            weights = transformer.cross_attention_weights(model, src, tgt)
-            assert weights.shape == (1, 4, len(target), len(source))
-            check_close(weights.sum(-1), torch.ones(weights.shape[:-1]), 1e-5)
-            looked_at = weights[0].mean(0).argmax(-1)  # (Tt,)
-            if n % 10 > 1:
-                right.append(looked_at[-4] > looked_at[-2])  # ... units und tens EOS
+            weights = transformer.cross_attention_weights(model, src, tgt)  # (1, H, Tt, Ts)
+            looked_at = weights[0].mean(0).argmax(-1)
+            right += [looked_at[-4] > looked_at[-2]] * (n % 10 > 1)  # units und tens EOS
+        check_close(weights.sum(-1), torch.ones(1, 4, tgt.size(1)).double(), 1e-5)
         assert sum(right) / len(right) > 0.9
-
-    def test_demo_translates(self, transformer_demo):
-        text = "Three hundred and forty-two thousand"
-        row = last_json(run_script("transformer.py", "--translate", text, cwd=transformer_demo[0]))
-        assert row["text"] == "dreihundert zwei und vierzig tausend" and row["finished"] is True
-        assert row["source"] == text and row["n_tokens"] == 6 and -3 < row["log_prob"] < 0
 
 
 # -----------------------------------------------------------------------------
-# losses.py: a table of losses, oracles and kinds of inputs drives most of the class
+# losses.py: a table of losses and oracles drives most of the class
 
-
-def losses_smoothed(z, y, smoothing=0.1, **options):
-    return F.cross_entropy(z, y, label_smoothing=smoothing, **options)
+losses_smoothed = functools.partial(F.cross_entropy, label_smoothing=0.1)
+losses_triplet = functools.partial(F.triplet_margin_loss, eps=0)
 
 
 def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
@@ -1762,8 +1509,8 @@ def losses_focal(z, y, gamma=2.0, alpha=None, reduction="mean"):
 
 def losses_binary_focal(z, y, gamma=2.0, alpha=0.25, reduction="mean"):
     """A sigmoid of z is a softmax over 0 and z."""
-    weights = None if alpha is None else torch.tensor([1 - alpha, alpha], dtype=z.dtype)
-    return losses_focal(torch.stack((0 * z, z), 1), y.long(), gamma, weights, reduction)
+    alpha = None if alpha is None else torch.tensor([1 - alpha, alpha], dtype=z.dtype)
+    return losses_focal(torch.stack((0 * z, z), 1), y.long(), gamma, alpha, reduction)
 
 
 def losses_ordinal(z, y):
@@ -1787,26 +1534,18 @@ def losses_info_nce(query, keys, temperature=0.07):
 
 def losses_supcon(z, y, temperature=0.1):
     """Khosla et al., eq. 2, as loops over anchors and positives."""
-    scores, rows = (F.cosine_similarity(z[:, None], z, dim=-1) / temperature).exp(), []
+    e = (F.cosine_similarity(z[:, None], z, dim=-1) / temperature).exp()
+    rows = []
     for i in range(len(z)):
         others = [j for j in range(len(z)) if j != i]
-        shares = [scores[i, j] / scores[i, others].sum() for j in others if y[j] == y[i]]
+        shares = [e[i, j] / e[i, others].sum() for j in others if y[j] == y[i]]
         if shares:
             rows.append(-torch.stack(shares).log().mean())
     return torch.stack(rows).mean()
 
 
-def losses_nt_xent(z1, z2, temperature=0.5):
-    return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), temperature)
-
-
-def losses_hinge(near, far, margin):
-    gaps = near - far
-    return (F.softplus(gaps) if margin == "soft" else F.relu(gaps + margin)).mean()
-
-
-def losses_triplet(anchor, positive, negative, margin=1.0):
-    return losses_hinge((anchor - positive).norm(dim=1), (anchor - negative).norm(dim=1), margin)
+def losses_nt_xent(z1, z2):
+    return losses_supcon(torch.cat((z1, z2)), torch.arange(len(z1)).repeat(2), 0.5)
 
 
 def losses_mined(z, y, margin=0.2, mining="hard"):
@@ -1821,31 +1560,33 @@ def losses_mined(z, y, margin=0.2, mining="hard"):
             pairs += [(x, min(n for n in far if n > x))] if max(far) > x else []
         if mining == "all":
             pairs += itertools.product(near, far)
-    return losses_hinge(*(torch.stack(side) for side in zip(*pairs, strict=True)), margin)
+    gaps = torch.stack([near - far for near, far in pairs])
+    return (F.softplus(gaps) if margin == "soft" else F.relu(gaps + margin)).mean()
 
 
 def losses_sample(kind: str, n: int) -> tuple[list, list]:
     """Inputs, and targets."""
-    y = torch.randint(5 if kind == "logits" else 3, (n,))
     if kind == "logits":
+        y = torch.randint(5, (n,))
         y[::4] = -100
         return [3 * torch.randn(n, 5).double()], [y]
     if kind == "labels":
+        y = torch.randint(3, (n,))
         y[:4] = torch.tensor([0, 0, 1, 99])  # a triplet, and a class of one sample
         return [torch.randn(n, 3).double()], [y]
-    inputs, bits = list(torch.randn(3, n, 4).double()), [torch.arange(n) % 2]
-    kinds = {"bits": ([inputs[0][:, 0]], bits), "same": (inputs[:2], bits)}
-    return (kinds | {"two": (inputs[:2], []), "three": (inputs, [])})[kind]
+    a, b, c = torch.randn(3, n, 4).double()
+    bits = [torch.arange(n) % 2]
+    kinds = {"bits": ([a[:, 0]], bits), "same": ([a, b], bits)}
+    return (kinds | {"two": ([a, b], []), "three": ([a, b, c], [])})[kind]
 
 
-LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7], dtype=torch.float64)
+LOSSES_WEIGHT = torch.tensor([0.2, 1.0, 0.5, 2.0, 0.7]).double()
+LOSSES_MINING = ("hard", "semihard", "all")
 
 
-def losses_table():
+def losses_table() -> dict:
     """name: (loss, its oracle, kind of inputs)"""
-    supcon, triplet = losses.supervised_contrastive_loss, losses.triplet_loss
-    table = {}
-    for name, kind, loss, oracle, options in (
+    rows = [
         ("smoothing", "logits", losses.label_smoothing_cross_entropy, losses_smoothed, {}),
         ("focal", "logits", losses.focal_loss, losses_focal, {}),
         ("alpha", "logits", losses.focal_loss, losses_focal, {"alpha": LOSSES_WEIGHT}),
@@ -1855,272 +1596,207 @@ def losses_table():
         ("far", "same", losses.contrastive_loss, losses_contrastive, {"margin": 3.0}),
         ("info_nce", "two", losses.info_nce_loss, losses_info_nce, {}),
         ("nt_xent", "two", losses.nt_xent_loss, losses_nt_xent, {}),
-        ("supcon", "labels", supcon, losses_supcon, {}),
-        ("supcon_warm", "labels", supcon, losses_supcon, {"temperature": 0.2}),
-        ("triplet", "three", triplet, losses_triplet, {}),
-        ("soft", "three", triplet, losses_triplet, {"margin": "soft"}),
-    ):
-        pair = (functools.partial(f, **options) for f in (loss, oracle))
-        table[name] = (*pair, kind)
-    for mining in ("hard", "semihard", "all"):
-        for options in ({}, {"margin": 0.0}, {"margin": 1.5}, {"margin": "soft"}):
-            pair = (losses.batch_hard_triplet_loss, losses_mined)
-            pair = (functools.partial(f, mining=mining, **options) for f in pair)
-            table[f"{mining}_{options.get('margin')}"] = (*pair, "labels")
+        ("supcon", "labels", losses.supervised_contrastive_loss, losses_supcon, {}),
+        ("triplet", "three", losses.triplet_loss, losses_triplet, {}),
+        ("near", "three", losses.triplet_loss, losses_triplet, {"margin": 0.3}),
+    ]
+    mined = "labels", losses.batch_hard_triplet_loss, losses_mined
+    for mining, margin in itertools.product(LOSSES_MINING, (0.2, 0.0, 1.5, "soft")):
+        options = {"mining": mining, "margin": margin}
+        rows.append((f"{mining}_{margin}", *mined, options))
+    table = {}
+    for name, kind, *pair, options in rows:
+        table[name] = *(functools.partial(f, **options) for f in pair), kind
     return table
 
 
 LOSSES = losses_table()
-LOSSES_ON_LOGITS = [name for name, row in LOSSES.items() if row[2] == "logits"]
-LOSSES_ON_LABELS = [name for name, row in LOSSES.items() if row[2] == "labels"]
-
-
-def losses_results(loss, inputs: list, targets: list) -> list[Tensor]:
-    """Value, and the gradient of each input."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    value = loss(*leaves, *targets)
-    return [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
-
-
-def losses_check(loss, oracle, inputs: list, targets: list) -> None:
-    results = (losses_results(f, inputs, targets) for f in (loss, oracle))
-    for actual, expected in zip(*results, strict=True):
-        check_close(actual, expected, 1e-10)
 
 
 def losses_refuse(name: str, given, loss, *arguments, **options) -> None:
-    """With a ValueError that tells both."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"{name}.*" + re.escape(str(given))):
         loss(*arguments, **options)
-    assert name in str(error.value) and str(given) in str(error.value), error.value
-
-
-def losses_gather_inputs():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
-    return model, torch.randn(2, 8, 5, dtype=torch.float64)
 
 
 def losses_gather_worker(rank: int, folder: str) -> None:
-    """One of two processes with half of the batch: writes what it found."""
+    """One of two processes, with half of the batch."""
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
-    model, batch = losses_gather_inputs()
-    z1, z2 = (losses.gather_batch(model(x[4 * rank :][:4])) for x in batch)
-    loss = losses.nt_xent_loss(z1, z2)
-    loss.backward()
-    a, weight = torch.ones(2, 3, requires_grad=True), torch.arange(12.0).view(4, 3)
-    (losses.gather_batch(a) * weight * (rank + 1)).sum().backward()  # each has its own loss
-    labels = losses.gather_batch(torch.tensor([rank, 7, -rank]))
-    losses_refuse("x", "2 to 3", losses.gather_batch, torch.ones(2 + rank, 3))
-    gradients = [p.grad for p in model.parameters()]
-    torch.save([loss.detach(), labels, a.grad, gradients], f"{folder}/{rank}.pt")
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    batch, weights = torch.randn(2, 8, 5).double(), [*model.parameters()]
+    gather = losses.gather_batch  # at first without a process group
+    expected = losses.nt_xent_loss(*(gather(model(x)) for x in batch))
+    wanted = torch.autograd.grad(expected, weights)
+    where = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **where)
+    loss = losses.nt_xent_loss(*(gather(model(x[4 * rank :][:4])) for x in batch))
+    check_close(loss, expected, 1e-12)
+    found = torch.autograd.grad(loss, weights)
+    for gradient in found:
+        torch.distributed.all_reduce(gradient.div_(2))  # the mean, as DDP does
+    check_all_close(found, wanted, 1e-12)
+    _, of_both = results(lambda x: (rank + 1) * gather(x), [torch.ones(2, 3)])
+    each = 1 + torch.arange(12.0).view(2, 2, 3) % 7  # the gradient in results
+    assert torch.equal(of_both, 3 * each[rank])  # 1 + 2: a loss a process
+    assert gather(torch.tensor([rank, 7, -rank])).tolist() == [0, 7, 0, 1, 7, -1]
+    losses_refuse("x", "2 to 3", gather, torch.ones(2 + rank, 3))
+    Path(folder, f"rank {rank}").touch()
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends the long way (TORCH: T1)
+    os._exit(0)  # gloo's threads may abort a process that ends the long way
 
 
 class TestLosses:
-    # Oracles
+    every_loss = pytest.mark.parametrize("name", LOSSES)
+    on_logits = pytest.mark.parametrize("name", ["smoothing", "focal", "alpha", "ordinal"])
+    reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 
-    @pytest.mark.parametrize("name", LOSSES)
+    @every_loss
     def test_loss_equals_its_oracle(self, name):
-        """Values, gradients, gradcheck, and new tensors on its inputs' device."""
+        """Values, gradients, other orders, gradcheck, its inputs' device."""
         loss, oracle, kind = LOSSES[name]
         for n in (6, 9, 12):
             inputs, targets = losses_sample(kind, n)
-            losses_check(loss, oracle, inputs, targets)
+            found = results(loss, inputs, *targets)
+            check_all_close(found, results(oracle, inputs, *targets), 1e-10)
+            order = torch.randperm(n)
+            expected = [found[0], *(x[order] for x in found[1:])]
+            given = [x[order] for x in inputs], *(y[order] for y in targets)
+            check_all_close(results(loss, *given), expected, 1e-12)
         leaves = [x.requires_grad_() for x in inputs]
         assert torch.autograd.gradcheck(lambda *x: loss(*x, *targets), leaves, atol=1e-7)
         with torch.device("meta"):
             assert loss(*inputs, *targets).device.type == "cpu"
 
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @reductions
     @pytest.mark.parametrize("weighted", [False, True])
-    @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
-    def test_label_smoothing_cross_entropy_equals_torch(self, smoothing, weighted, reduction):
-        for shape, k in (((17,), 5), ((3, 4), 2), ((2, 3, 2), 7), ((4,), 1)):
-            for ignore_index in (-1, 0) if k > 1 else (-1,):  # a class, too: a pad id
-                logits = 3 * torch.randn(shape[0], k, *shape[1:]).double()
-                y = torch.randint(k, shape)
-                y.view(-1)[0] = k - 1
-                y.view(-1)[1::4] = ignore_index
-                weight = torch.rand(k).double() if weighted else None
-                options = {"smoothing": smoothing, "ignore_index": ignore_index, "weight": weight}
-                pair = (losses.label_smoothing_cross_entropy, losses_smoothed)
-                pair = (functools.partial(f, **options, reduction=reduction) for f in pair)
-                losses_check(*pair, [logits], [y])
+    def test_label_smoothing_cross_entropy_equals_torch(self, weighted, reduction):
+        sizes = ((17,), 5, -1), ((3, 4), 2, -1), ((2, 3, 2), 7, 0), ((4,), 1, -1)
+        for smoothing, (shape, k, ignored) in itertools.product((0.0, 0.7), sizes):
+            logits = 3 * torch.randn(shape[0], k, *shape[1:]).double()
+            y = torch.randint(k, shape)
+            y.view(-1)[0] = k - 1
+            y.view(-1)[1::4] = ignored  # 0, a class, too: a pad id
+            weight = torch.rand(k).double() if weighted else None
+            given = y, smoothing, ignored, weight, reduction
+            found = results(losses.label_smoothing_cross_entropy, [logits], *given)
+            given = y, weight, None, ignored, None, reduction, smoothing
+            check_all_close(found, results(F.cross_entropy, [logits], *given), 1e-10)
 
-    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @reductions
     def test_focal_losses_equal_their_formulas(self, reduction):
-        def check(loss, oracle, inputs, y, gamma, alpha):
-            options = {"gamma": gamma, "alpha": alpha, "reduction": reduction}
-            pair = (functools.partial(f, **options) for f in (loss, oracle))
-            losses_check(*pair, inputs, [y])
+        (z,), (y,) = losses_sample("logits", 17)
+        for gamma, alpha in itertools.product((0.0, 0.5, 3.5), (None, LOSSES_WEIGHT)):
+            found = results(losses.focal_loss, [z], y, gamma, alpha, -100, reduction)
+            wanted = results(losses_focal, [z], y, gamma, alpha, reduction)
+            check_all_close(found, wanted, 1e-10)
+        z, y = torch.randn(6, 4).double(), torch.randint(2, (6, 4))
+        kinds = (torch.int64, torch.bool, torch.float64, torch.uint16)
+        options = ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0))
+        for dtype, (gamma, alpha) in zip(kinds, options, strict=True):
+            given = y.to(dtype), gamma, alpha, reduction
+            found = results(losses.binary_focal_loss, [z], *given)
+            check_all_close(found, results(losses_binary_focal, [z], *given), 1e-10)
 
-        inputs, (y,) = losses_sample("logits", 17)
-        for gamma, alpha in itertools.product((0.0, 0.5, 1.0, 3.5), (None, LOSSES_WEIGHT)):
-            check(losses.focal_loss, losses_focal, inputs, y, gamma, alpha)
-        z, bits = torch.randn(6, 4).double(), torch.randint(2, (6, 4))
-        for gamma, alpha in ((2.0, 0.25), (0.5, 0.9), (1.0, None), (0.0, 0.0), (2.0, 1.0)):
-            for dtype in (torch.int64, torch.bool, torch.float64, torch.uint16):
-                y = bits.to(dtype)
-                check(losses.binary_focal_loss, losses_binary_focal, [z], y, gamma, alpha)
-
-    # Properties
-
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_permutation_of_rows(self, name):
-        """Duplicates tie for the hardest: their gradients are shared."""
+    @every_loss
+    def test_loss_in_half_precision_and_at_extremes(self, name):
+        """Half precision is computed in float32, under autocast, too."""
         loss, _, kind = LOSSES[name]
-        inputs, targets = losses_sample(kind, 12)
-        for x in inputs:
-            x[8] = x[1]
-        if kind == "labels":
-            targets[0][8:10] = torch.tensor([0, 1])
-            inputs[0][9] = inputs[0][0]
-        order = torch.randperm(12)
-        value, *gradients = losses_results(loss, inputs, targets)
-        permuted = losses_results(loss, [x[order] for x in inputs], [y[order] for y in targets])
-        expected = [value, *(gradient[order] for gradient in gradients)]
-        for actual, other in zip(permuted, expected, strict=True):
-            check_close(actual, other, 1e-12)
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_in_half_precision(self, name, dtype):
-        """Computed, and returned, in float32, under autocast too."""
-        loss, _, kind = LOSSES[name]
-        inputs, targets = losses_sample(kind, 8)
-        inputs = [(100 * x).to(dtype) for x in inputs]
-        value, *gradients = losses_results(loss, inputs, targets)
-        expected = loss(*(x.float() for x in inputs), *targets)
-        check_close(value, expected, 1e-6)
-        for gradient in gradients:
-            assert gradient.dtype == dtype and gradient.isfinite().all()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            check_close(loss(*(x.float() for x in inputs), *targets), expected, 1e-6)
-
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_loss_at_extremes(self, name):
-        """Rows of 1e4, 1e-20 and 0, and equal rows, in float32 as in float64."""
-        loss, _, kind = LOSSES[name]
-        inputs, targets = losses_sample(kind, 12)
+        inputs, targets = losses_sample(kind, 30)
+        for dtype in (torch.float16, torch.bfloat16):
+            given = [(100 * x).to(dtype) for x in inputs]
+            wide = [x.float() for x in given]
+            value, *gradients = results(loss, given, *targets)
+            assert all(x.dtype == dtype and x.isfinite().all() for x in gradients)
+            check_close(value, loss(*wide, *targets), 1e-6)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                check_close(loss(*wide, *targets), value, 1e-6)
         for x in inputs:
             x[:3] = 1e4 * x[:3].sign()
             x[3:6] *= 1e-20
             x[6:10] = 0.0
         for dtype in (torch.float64, torch.float32):
-            results = losses_results(loss, [x.to(dtype) for x in inputs], targets)
-            assert all(result.isfinite().all() and result.dtype == dtype for result in results)
-            if "semihard" not in name:  # there rounding decides which triplets exist
-                check_close(results[0].double(), loss(*inputs, *targets), 1e-6)
+            found = results(loss, [x.to(dtype) for x in inputs], *targets)
+            assert all(x.isfinite().all() and x.dtype == dtype for x in found)
+            if "semihard" not in name:  # rounding decides which triplets exist
+                check_close(found[0].double(), loss(*inputs, *targets), 1e-6)
 
-    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    @on_logits
     def test_loss_ignored_rows_change_nothing(self, name):
         loss = LOSSES[name][0]
         logits, y = 3 * torch.randn(17, 5).double(), torch.arange(17) % 5
-        value, gradient = losses_results(loss, [logits], [y])
+        value, gradient = results(loss, [logits], y)
         ignored = F.pad(y, (0, 2), value=-100)
         for junk in (0.0, 1e4, math.inf, math.nan):
             more = F.pad(logits, (0, 0, 0, 2), value=junk)
-            value_more, gradient_more = losses_results(loss, [more], [ignored])
-            assert torch.equal(value_more, value)
-            assert torch.equal(gradient_more, F.pad(gradient, (0, 0, 0, 2)))
+            found = results(loss, [more], ignored)
+            check_all_close(found, [value, F.pad(gradient, (0, 0, 0, 2))], 0.0)
         rows = loss(more, ignored, reduction="none")
         assert rows.shape == (19,) and (rows[-2:] == 0).all()
-        check_close(loss(more, ignored, reduction="sum"), rows.sum(), 1e-12)
         for other in (-1, 3, 99):  # the caller's choice, a class's id too
             marked = y.masked_fill(y == 3, other)
             expected = loss(logits[y != 3], y[y != 3])
-            check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
-        volume = loss(logits[:16].view(2, 8, 5).mT, y[:16].view(2, 8), reduction="none")
-        check_close(volume, rows[:16].view(2, 8), 1e-12)
+            found = loss(logits, marked, ignore_index=other)
+            check_close(found, expected, 1e-12)
+        volume = logits[:16].view(2, 8, 5).mT, y[:16].view(2, 8)
+        check_close(loss(*volume, reduction="none"), rows[:16].view(2, 8), 1e-12)
         for dtype in (torch.uint8, torch.uint16, torch.int32):
             assert torch.equal(loss(logits, y.to(dtype)), value)
 
-    @pytest.mark.parametrize("name", LOSSES_ON_LOGITS)
+    @on_logits
     def test_loss_over_no_rows_and_of_certainty_is_0(self, name):
-        """And of rows of weight 0. Certain: all logits but the target's are -inf."""
+        """And of weight 0. Certain: all logits but the target's are -inf."""
         loss = LOSSES[name][0]
-        certain = torch.where(torch.eye(2, 5).bool(), 1.0, -math.inf)
-        cases = [(certain, torch.arange(2))]
-        for n in (0, 4):
-            cases.append((torch.full((n, 5), math.nan), torch.full((n,), -100)))
+        cases = [(torch.full((n, 5), math.nan), torch.full((n,), -100)) for n in (0, 4)]
+        cases.append((torch.eye(5).log(), torch.arange(5)))
         if name == "smoothing":
             weight = torch.tensor([0.0, 1, 1, 1, 1])
             loss = functools.partial(loss, smoothing=0.0, weight=weight)
             cases.append((torch.randn(4, 5), torch.zeros(4).long()))
         for (logits, y), reduction in itertools.product(cases, ("mean", "sum")):
             reduced = functools.partial(loss, reduction=reduction)
-            value, gradient = losses_results(reduced, [logits], [y])
-            assert value == 0 and (gradient == 0).all()
+            assert not any(x.any() for x in results(reduced, [logits], y))
+
+    @pytest.mark.parametrize("name", ["supcon", "hard_0.2", "semihard_0.2", "all_soft"])
+    def test_loss_without_pairs_or_triplets_is_0(self, name):
+        loss, z = LOSSES[name][0], torch.randn(4, 3)
+        cases = (z, [0, 1, 2, 3]), (z, [0, 0, 0, 0]), (0 * z, [0, 0, 1, 1])
+        n = {"supcon": 1, "semihard_0.2": 3}.get(name, 2)  # semihard: no negative is farther
+        for z, y in cases[:n]:
+            assert not any(x.any() for x in results(loss, [z], torch.tensor(y)))
+            assert loss(z, torch.tensor(y).to(torch.uint16)) == 0
 
     @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0, 5.0])
     def test_focal_losses_at_p_1_have_finite_gradients(self, gamma):
         """p rounds to 1 from a logit gap of 37 (float64), 17 (float32)."""
-        softmax = functools.partial(losses.focal_loss, gamma=gamma)
-        sigmoid = functools.partial(losses.binary_focal_loss, gamma=gamma)
+        focal, binary = losses.focal_loss, losses.binary_focal_loss
+        gaps, y = torch.tensor([0, 5, 17, 40, 1e3, 1e4] * 2), torch.arange(12) // 6
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            z, y = torch.zeros(12, 2, dtype=dtype), torch.arange(12) % 2
-            z[:, 0] = torch.tensor([0, 5, 17, 40, 1e3, 1e4]).repeat_interleave(2)
-            for loss, x in ((softmax, z), (sigmoid, z[:, 0])):
-                assert all(result.isfinite().all() for result in losses_results(loss, [x], [y]))
+            z = gaps.to(dtype)
+            found = results(focal, [F.pad(z[:, None], (0, 1))], y, gamma)
+            found += results(binary, [z], y, gamma)
+            assert all(x.isfinite().all() for x in found)
         z, y = torch.tensor([[30.0, 0.0]]).double(), torch.tensor([0])
         expected = math.exp(-30 * gamma) * F.cross_entropy(z, y)
-        assert softmax(z, y) / expected == pytest.approx(1, abs=1e-6)
-
-    @pytest.mark.parametrize("name", LOSSES_ON_LABELS)
-    def test_batch_without_pairs_or_triplets_is_0(self, name):
-        loss, z, zeros = LOSSES[name][0], torch.randn(4, 3), torch.zeros(4).long()
-        cases = [(z, torch.arange(4))]
-        if "supcon" not in name:  # where every anchor has positives
-            cases.append((z, zeros))
-        if "semihard" in name:  # among ties no negative is farther
-            cases.append((0 * z, torch.arange(4) % 2))
-        for inputs, y in cases:
-            value, gradient = losses_results(loss, [inputs], [y])
-            assert value == 0 and (gradient == 0).all()
-        assert loss(z, torch.tensor([0, 0, 1, 1]).to(torch.uint16)).isfinite()
-
-    def test_batch_hard_triplet_loss_of_near_duplicates(self):
-        """Beyond 25 rows cdist goes by matrix products, which lose such distances."""
-        z, y = 100 + 1e-4 * torch.randn(60, 8), torch.arange(60) % 3
-        for mining in ("hard", "semihard", "all"):
-            loss = functools.partial(losses.batch_hard_triplet_loss, margin=0.0, mining=mining)
-            assert loss(z, y).item() == pytest.approx(loss(z.double(), y).item(), rel=1e-3, abs=1e-9)
+        assert focal(z, y, gamma) / expected == pytest.approx(1, abs=1e-6)
 
     def test_has_collapsed_where_the_loss_is_the_margin(self):
         point, y = torch.randn(1, 5).expand(8, 5), torch.arange(8) % 2
-        assert losses.has_collapsed(point) and losses.has_collapsed(torch.zeros(2, 2).bfloat16())
-        for mining, margin in itertools.product(("hard", "all"), (0.2, "soft")):
-            loss = losses.batch_hard_triplet_loss(point, y, margin, mining).item()
-            assert loss == pytest.approx(0.6931472 if margin == "soft" else 0.2, abs=1e-6)
-        spread = torch.randn(8, 5)
+        mined = losses.batch_hard_triplet_loss
+        found = mined(point, y), mined(point, y, 0.3, "all"), mined(point, y, "soft")
+        found = *found, losses.triplet_loss(point, point, point, "soft")
+        assert torch.stack(found).tolist() == pytest.approx([0.2, 0.3, 0.6931472, 0.6931472])
+        spread, collapsed = torch.randn(8, 5), losses.has_collapsed
         spread = spread / torch.pdist(spread).mean()
-        for threshold, given in ((0.01, ()), (0.5, (0.5,))):
-            assert losses.has_collapsed(0.9 * threshold * spread, *given)
-            assert not losses.has_collapsed(1.1 * threshold * spread, *given)
-
-    def test_ordinal_loss_far_mistakes_cost_more(self):
-        wrong, zeros = 5.0 * torch.eye(5).double(), torch.zeros(5).long()
-        costs = losses.ordinal_loss(wrong, zeros, reduction="none")
-        _, gradient = losses_results(losses.ordinal_loss, [wrong], [zeros])
-        assert (costs.diff() > 0.5).all() and (gradient[:, 0].diff() < 0).all()
-        for k in (2, 5, 50):  # at the start it costs about the same whatever K
-            assert 0.5 < losses.ordinal_loss(torch.zeros(k, k), torch.arange(k)) < 0.7
-        # a proper score: under a truth q the least expected cost is at q
-        q = torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
-        z = q.log().requires_grad_()
-        expected = q @ losses.ordinal_loss(z.expand(4, 4), torch.arange(4), reduction="none")
-        assert torch.autograd.grad(expected, z)[0].abs().max() < 1e-12
+        assert collapsed(point) and collapsed(torch.zeros(2, 2).bfloat16())
+        assert collapsed(0.009 * spread) and not collapsed(0.011 * spread)
+        assert collapsed(0.4 * spread, 0.5) and not collapsed(0.6 * spread, 0.5)
 
     def test_check_loss_refutes(self):
-        """Each planted bug fails its claims, and no other; the loss itself passes all."""
+        """Each bug fails its claims, and no other."""
         y = torch.arange(5).repeat(4)
         best = 50.0 * F.one_hot(y, 5)
         loss = functools.partial(losses.ordinal_loss, targets=y)
-        start = loss(0 * best)
+        check, start = losses.check_loss, loss(0 * best)
         for bug, expected in (
             (loss, []),
             (lambda z: loss(z) - 5, ["negative", "0 at best", "scale"]),
@@ -2129,42 +1805,36 @@ class TestLosses:
             (lambda z: losses.ordinal_loss(z, 4 - y), ["0 at best", "downhill"]),
             (lambda z: loss(z) * loss(z).detach(), ["gradcheck"]),
             (lambda z: 2 * loss(z).detach() - loss(z), ["small step", "downhill", "gradcheck"]),
-            (lambda z: 1e4 * loss(z), ["scale"]),
             (lambda z: 10.5 / start * loss(z), ["scale"]),
             (lambda z: 0.15 / start * loss(z), []),
             (lambda z: 0.08 / start * loss(z), ["scale"]),
             (lambda z: losses_ordinal(z, y), ["float64", "float32", "float16", "bfloat16"]),
         ):
-            holds = losses.check_loss(bug, 0 * best, best)
+            holds = check(bug, 0 * best, best)
             failed = [claim for claim, held in holds.items() if not held]
-            words = zip(failed, expected, strict=True)
-            assert all(word in claim for claim, word in words), failed
-        cross_entropy = functools.partial(F.cross_entropy, target=y)
-        limits = {"same": (loss, loss, best / 30), "other": (loss, cross_entropy, best / 30)}
-        holds = losses.check_loss(loss, 0 * best, best, limits)
-        assert [claim for claim in holds if not holds[claim]] == ["limit: other"]
-        assert "limit: same" in holds and all(type(held) is bool for held in holds.values())
-
-    def test_check_loss_takes_embedding_losses(self):
-        y = torch.arange(12) % 3
+            for claim, word in zip(failed, expected, strict=True):
+                assert word in claim
+        other = functools.partial(F.cross_entropy, target=y)
+        limits = {"same": (loss, loss, best / 30), "other": (loss, other, best / 30)}
+        holds = check(loss, 0 * best, best, limits)
+        assert holds["limit: same"] is True and holds["limit: other"] is False
+        y = torch.arange(12) % 3  # embeddings
         best = F.one_hot(y, 3).double()
-        loss = functools.partial(losses.batch_hard_triplet_loss, labels=y, margin=0.2)
-        assert all(losses.check_loss(loss, torch.randn(12, 3), best).values())
-        collapsed = losses.check_loss(loss, torch.randn(12, 3), 0 * best)
+        loss = functools.partial(losses.batch_hard_triplet_loss, labels=y)
+        assert all(check(loss, torch.randn(12, 3), best).values())
+        collapsed = check(loss, torch.randn(12, 3), 0 * best)
         assert not collapsed["lower bound: about 0 at best"]
-
-    # Refusals
 
     def test_losses_refuse_what_would_be_silently_wrong(self):
         z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
         bits, one, nan, inf = y.clamp(max=1), z[:1], math.nan, math.inf
-        smoothing, mined = losses.label_smoothing_cross_entropy, losses.batch_hard_triplet_loss
-        focal, binary = losses.focal_loss, losses.binary_focal_loss
+        smoothing, focal = losses.label_smoothing_cross_entropy, losses.focal_loss
+        binary, mined = losses.binary_focal_loss, losses.batch_hard_triplet_loss
         contrastive, triplet = losses.contrastive_loss, losses.triplet_loss
-        supcon, refuse = losses.supervised_contrastive_loss, losses_refuse
+        balanced, refuse = losses.class_balanced_weights, losses_refuse
         for loss in (smoothing, focal, losses.ordinal_loss):
-            for bad in (3, -1):
-                refuse("targets", bad, loss, z, torch.tensor([0, 1, 2, 0, 1, bad]))
+            refuse("targets", 3, loss, z, y + 1)
+            refuse("targets", -1, loss, z, y - 1)
             refuse("targets", (5,), loss, z, y[:5])
             for dtype in (torch.float32, torch.bool, torch.complex64):
                 refuse("targets", dtype, loss, z, y.to(dtype))
@@ -2184,31 +1854,27 @@ class TestLosses:
             refuse("alpha", bad, losses.GradNorm, 2, bad)
         for bad in (-0.1, 1.1, nan):
             refuse("alpha", bad, binary, z[:, 0], bits, 2.0, bad)
-            refuse("beta", bad, losses.class_balanced_weights, [1, 1], bad)
+            refuse("beta", bad, balanced, [1, 1], bad)
         refuse("targets", 2, binary, z[:, 0], y)
-        refuse("targets", 0.5, binary, z[:, 0], bits * 0.5)
         refuse("targets", (6,), binary, z[:, :1], bits)
         for bad in (0.0, -1.0, nan, inf):
             refuse("temperature", bad, losses.info_nce_loss, z, z, bad)
-        for pair in ((one, one), (z, z[:5]), (z[0], z[0])):
-            refuse("z1, z2", tuple(pair[1].shape), losses.nt_xent_loss, *pair)
-            refuse("query, keys", tuple(pair[1].shape), losses.info_nce_loss, *pair)
-        for loss in (supcon, mined):
+        for a, b in ((one, one), (z, z[:5]), (z[0], z[0])):
+            refuse("z1, z2", tuple(b.shape), losses.nt_xent_loss, a, b)
+            refuse("query, keys", tuple(b.shape), losses.info_nce_loss, a, b)
+        for loss in (losses.supervised_contrastive_loss, mined):
             refuse("labels", (1,), loss, z, y[:1])
             refuse("labels", torch.float32, loss, z, y.float())
             refuse("z", (1, 6, 3), loss, z[None], y)
             refuse("z", (1, 3), loss, one, y[:1])
-        assert contrastive(one, one, bits[:1]) == 0.5 and triplet(one, one, one) == 1
-        refuse("negative", (1, 3), triplet, z, z, one)
+        assert contrastive(one, one, bits[:1]) / 0.5 == triplet(one, one, one) == 1
         refuse("anchor", (0, 3), triplet, z[:0], z[:0], z[:0])
-        refuse("x1", (0, 3), contrastive, z[:0], z[:0], bits[:0])
-        refuse("same", 2, contrastive, z, z, y)
         refuse("same", (6, 1), contrastive, z, z, bits[:, None])
         refuse("mining", "easy", mined, z, y, mining="easy")
         refuse("z", (1, 3), losses.has_collapsed, one)
         w = torch.ones(3, requires_grad=True)
         for bad in ([3, 0], [], [[2, 2]], 3):
-            refuse("counts", bad, losses.class_balanced_weights, torch.tensor(bad))
+            refuse("counts", bad, balanced, torch.tensor(bad))
         for n in (3, 1):
             refuse("losses", (n,), losses.UncertaintyWeighting(2), w[:n])
             refuse("losses", (n,), losses.GradNorm(2), w[:n], w)
@@ -2216,135 +1882,109 @@ class TestLosses:
         refuse("name", "lion", losses.make_optimizers, "lion", [w], [], 0.1, 0.1)
         refuse("n_seeds", 1, losses.main, losses.Settings(n_seeds=1))
 
-    # Weighting
-
     def test_class_balanced_weights_by_hand(self):
-        counts = torch.tensor([1000, 50, 1]).double()
+        counts, balanced = torch.tensor([1000, 50, 1.0]).double(), losses.class_balanced_weights
         for beta in (0.0, 0.9, 0.999, 1 - 1e-9, 1.0):
-            effective = [sum(beta**j for j in range(int(n))) for n in counts]
+            effective = [sum(beta**j for j in range(n)) for n in (1000, 50, 1)]
             shares = 1 / torch.tensor(effective, dtype=torch.float64)
             expected = 3 * shares / shares.sum()
-            check_close(losses.class_balanced_weights(counts, beta), expected, 1e-10)
+            check_close(balanced(counts, beta), expected, 1e-10)
         for given in ([1000, 50, 1], counts.to(torch.uint16)):
-            check_close(losses.class_balanced_weights(given, 1.0), expected.float(), 1e-6)
-        assert losses.class_balanced_weights(torch.tensor([7, 7]), 0.5).tolist() == [1, 1]
+            check_close(balanced(given, 1.0), expected.float(), 1e-6)
 
     def test_uncertainty_weighting_reaches_the_analytic_optimum(self):
-        """At s_i = log L_i the gradient is 0, and every task pulls with weight 1 / (2 L_i)."""
+        """At s_i = log L_i, every task pulls with weight 1 / (2 L_i)."""
         weighting = losses.UncertaintyWeighting(2).double()
-        tasks = torch.tensor([1.25, 125.0], dtype=torch.float64, requires_grad=True)
+        tasks = torch.tensor([1.25, 125.0]).double()
         assert weighting(tasks) == 126.25 / 2  # s = 0: half the sum
-        weighting.log_variances.data = tasks.detach().log()
-        total = weighting(tasks)
-        of_s, of_tasks = torch.autograd.grad(total, (weighting.log_variances, tasks))
-        assert total.item() == pytest.approx((1 + math.log(1.25) + 1 + math.log(125)) / 2)
-        check_close(of_s, torch.zeros(2).double(), 1e-12)
-        check_close(of_tasks, 0.5 / tasks.detach(), 1e-12)
+        weighting.log_variances.data = tasks.log()
+        total, of_tasks = results(weighting, [tasks])
+        assert total.item() == pytest.approx(1 + math.log(1.25 * 125) / 2)
+        check_close(of_tasks, 0.5 / tasks, 1e-12)
+        weighting(tasks).backward()
+        check_close(weighting.log_variances.grad, 0 * tasks, 1e-12)
 
     def test_gradnorm_by_hand(self):
-        """Linear tasks with gradient norms 3 and 4: d w_i / d s_j = w_i (delta_ij - w_j / 2)."""
-        gradnorm = losses.GradNorm(2).double()
-        w = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        """Gradient norms 3 and 4: d w_i / d s_j = w_i (delta_ij - w_j / 2)."""
+        w = torch.ones(2).double().requires_grad_()
         tasks = torch.stack((3 * w[0], 4 * w[1]))
-        half_way = torch.stack((3 * w[0] - 1.5, 4 * w[1]))
-
-        def check(tasks, of_weights, total, alpha=1.5):
-            gradnorm.alpha = alpha
-            value = gradnorm(tasks, w)
-            of_w, of_s = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
-            assert value.item() == pytest.approx(total)
-            expected = gradnorm.weights() * torch.tensor([3, 4])
-            assert of_w.tolist() == pytest.approx(expected.tolist())
-            assert of_s.tolist() == pytest.approx([of_weights, -of_weights])
-
+        half_way = tasks - torch.tensor([1.5, 0.0])
+        gradnorm = losses.GradNorm(2).double()
         assert gradnorm.alpha == 1.5
-        check(tasks, -3.5, 7.0)  # G = 3, 4, targets 3.5: signs -, +: -1.5 - 2
-        check(half_way, 3.5, 5.5)  # r = 2/3, 4/3: targets 1.9, 5.4: signs +, -
-        check(half_way, -3.5, 5.5, alpha=0.0)  # progress plays no part
-        gradnorm.log_weights.data = torch.tensor([3.0, 1.0]).double().log()  # weights 1.5, 0.5
-        check(half_way, 2.625, 4.25, alpha=1.0)  # G = 4.5, 2, targets 2.2, 4.3: 1.125 + 1.5
-        with torch.no_grad():  # a validation's losses: the weighted sum alone
-            assert gradnorm(torch.tensor([2.0, 3.0]).double(), w).item() == pytest.approx(4.5)
+        for later, alpha, weights, total, of_weights in (
+            (tasks, 1.5, (1, 1), 7.0, -3.5),  # G = 3, 4, targets 3.5: -1.5 - 2
+            (half_way, 1.5, (1, 1), 5.5, 3.5),  # r = 2/3, 4/3: targets 1.9, 5.4
+            (half_way, 0.0, (1, 1), 5.5, -3.5),  # progress plays no part
+            (half_way, 1.0, (1.5, 0.5), 4.25, 2.625),  # targets 2.2, 4.3
+        ):
+            gradnorm.alpha = alpha
+            gradnorm.log_weights.data = torch.tensor(weights).double().log()
+            value = gradnorm(later, w)
+            assert value.item() == pytest.approx(total)
+            given = w, gradnorm.log_weights
+            of_w, of_s = torch.autograd.grad(value, given, retain_graph=True)
+            assert of_w.tolist() == pytest.approx([3 * weights[0], 4 * weights[1]])
+            assert of_s.tolist() == pytest.approx([of_weights, -of_weights])
+        with torch.no_grad():  # in validation: the weighted sum alone
+            assert gradnorm(2 * w, w).item() == pytest.approx(4.0)
 
     def test_gradnorm_of_losses_that_reached_0_and_of_several_weights(self):
         for n in (1, 2):
             gradnorm, w = losses.GradNorm(n), torch.ones(n, requires_grad=True)
             gradnorm(2 * w, w)
-            for later in (torch.zeros(n), -torch.ones(n), torch.tensor([0.0, 1.0][:n])):
+            for later in (torch.zeros(n), -torch.ones(n), torch.arange(n)):
                 total = gradnorm(later * w, w)
                 gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
-                assert total == later.sum() and gradient.isfinite().all(), later
+                assert total == later.sum() and gradient.isfinite().all()
             copied = losses.GradNorm(n)
             copied.load_state_dict(gradnorm.state_dict())
             copied(3 * w, w)
-            assert torch.equal(copied.first_losses, torch.full((n,), 2.0))
-        a, b = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10, of a alone 3 and 10
+            assert copied.first_losses.tolist() == [2.0] * n
+        a, b = (torch.ones(1).double().requires_grad_() for _ in range(2))
+        tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10
         for shared in ([a, b], iter([b, a])):
             gradnorm = losses.GradNorm(2).double()
-            total = gradnorm(tasks, shared)
-            gradient = torch.autograd.grad(total, gradnorm.log_weights, retain_graph=True)[0]
-            assert gradient.tolist() == pytest.approx([-7.5, 7.5])  # -5 / 2 - 10 / 2
+            gradnorm(tasks, shared).backward(retain_graph=True)
+            found = gradnorm.log_weights.grad.tolist()
+            assert found == pytest.approx([-7.5, 7.5])  # -5 / 2 - 10 / 2
 
     def test_gather_batch_nt_xent_on_two_processes_is_one(self, tmp_path):
         torch.multiprocessing.spawn(losses_gather_worker, args=(str(tmp_path),), nprocs=2)
-        model, batch = losses_gather_inputs()
-        expected = losses.nt_xent_loss(*(losses.gather_batch(model(x)) for x in batch))
-        expected.backward()
-        ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-        for rank, (loss, labels, summed, _) in enumerate(ranks):
-            check_close(loss, expected.detach(), 1e-12)
-            assert labels.tolist() == [0, 7, 0, 1, 7, -1]
-            assert torch.equal(summed, 3 * torch.arange(12.0).view(2, 2, 3)[rank])  # 1 + 2
-        for p, *gradients in zip(model.parameters(), ranks[0][3], ranks[1][3], strict=True):
-            check_close(sum(gradients) / 2, p.grad, 1e-12)
-
-    # Optimization strategies
-
-    def test_parameter_groups_decay_matrices_alone(self):
-        layers = (nn.Embedding(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv1d(2, 3, 2))
-        model = nn.Sequential(*layers)
-        model[1].weight.requires_grad_(False)
-        decayed, free = losses.parameter_groups(model.parameters(), 0.1)
-        assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-        assert [tuple(p.shape) for p in decayed["params"]] == [(3, 4), (3, 2, 2)]
-        assert [len(p) for p in free["params"]] == [4, 4, 4, 3]
+        assert len(list(tmp_path.glob("rank *"))) == 2
 
     @pytest.mark.parametrize("name", ["adamw", "muon", "adam", "sgd"])
-    def test_make_optimizers_decay(self, name):
-        """Gradient 0: AdamW, Muon shrink by lr * decay; Adam, SGD step along decay * w."""
-        shapes = ((3, 3), (2, 3), (3,))
-        hidden, head, bias = (nn.Parameter(torch.full(shape, 2.0)) for shape in shapes)
-        optimizers = losses.make_optimizers(name, iter([hidden]), iter([head, bias]), 0.1, 0.1)
-        for p in (hidden, head, bias):
+    def test_parameter_groups_of_make_optimizers_decay(self, name):
+        """AdamW and Muon shrink by lr * decay; Adam and SGD step along decay * w."""
+        shapes = ((3, 3), (2, 3), (2, 3, 2), (3,), ())
+        parameters = [nn.Parameter(torch.full(shape, 2.0)) for shape in shapes]
+        for p in parameters:
             p.grad = torch.zeros_like(p)
+        hidden, *others = parameters
+        others.append(nn.Parameter(torch.ones(3, 3), requires_grad=False))
+        optimizers = losses.make_optimizers(name, iter([hidden]), iter(others), 0.1, 0.1)
         for optimizer in optimizers:
             optimizer.step()
-        expected = 1.9 if name == "adam" else 1.98
-        for p, left in ((hidden, expected), (head, expected), (bias, 2.0)):
-            check_close(p.detach(), torch.full_like(p, left), 1e-4)
-        kinds = [type(optimizer).__name__ for optimizer in optimizers]
-        first = optimizers[0].param_groups[0]
-        if name == "muon":
-            assert kinds == ["Muon", "AdamW"] and len(first["params"]) == 1
-            assert first["adjust_lr_fn"] == "match_rms_adamw"
-        else:
-            assert [kind.lower() for kind in kinds] == [name]
-            assert first.get("momentum", 0.9) == 0.9
+        for p in parameters:
+            expected = 2.0 if p.dim() < 2 else 1.9 if name == "adam" else 1.98
+            check_close(p.detach(), torch.full_like(p, expected), 1e-4)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        assert sum(len(group["params"]) for group in groups) == 5  # none is frozen
+        kinds = [type(optimizer).__name__.lower() for optimizer in optimizers]
+        assert kinds == (["muon", "adamw"] if name == "muon" else [name])
+        assert name != "sgd" or groups[0]["momentum"] == 0.9
+        assert name != "muon" or groups[0]["adjust_lr_fn"] == "match_rms_adamw"
 
     def test_warmup_cosine_by_hand(self):
         factors = [losses.warmup_cosine(step, 2, 5) for step in range(7)]
         assert factors == pytest.approx([0.5, 1, 1, 0.75, 0.25, 0, 0])
         assert [losses.warmup_cosine(step, 9, 2) for step in range(3)] == [0.5, 1.0, 0.0]
 
-    # The demo
-
     def test_calibration_error_and_best_temperature_by_hand(self):
         p = torch.tensor([[0.95, 0.05], [0.91, 0.09], [0.4, 0.6], [0.62, 0.38], [1.0, 0.0]])
-        y = torch.tensor([0, 1, 1, 1, 0])
         # of 15 bins: 0.95 and 1.0 share the last, 0.6 and 0.62 another
         expected = 0.4 * 0.11 + 0.4 * (1 - 0.975) + 0.2 * 0.91
-        assert losses.calibration_error(p, y) == pytest.approx(expected, abs=1e-6)
+        found = losses.calibration_error(p, torch.tensor([0, 1, 1, 1, 0]))
+        assert found == pytest.approx(expected, abs=1e-6)
         truth = torch.randn(20_000, 4)
         drawn = truth.softmax(1).multinomial(1)[:, 0]
         assert losses.best_temperature(3 * truth, drawn) == pytest.approx(3, rel=0.1)
@@ -2352,39 +1992,38 @@ class TestLosses:
     def test_digits_parts_share_no_image(self):
         sets = losses.digits(losses.Settings(n_seeds=3), 957, 240)
         for data in sets:
-            assert [len(data[part][1]) for part in ("train", "dev", "test")] == [957, 240, 600]
+            assert [len(y) for _, y in data.values()] == [957, 240, 600]
             assert len(torch.cat([x for x, _ in data.values()]).unique(dim=0)) == 1797
-            assert torch.equal(data["test"][0], sets[0]["test"][0])  # one for all seeds
+            assert torch.equal(data["test"][0], sets[0]["test"][0])
         assert not torch.equal(sets[0]["train"][1], sets[1]["train"][1])
 
     def test_judge_by_hand(self):
         """A constant difference of noisy rows is found, noise is not."""
         values = {"base": [0.5, 0.9, 0.1, 0.7, 0.3], "up": [0.61, 1.0, 0.2, 0.79, 0.4]}
         values["noise"] = [0.6, 0.8, 0.2, 0.6, 0.4]
-        rows = {name: {"values": {"accuracy": row, "NLL": row}} for name, row in values.items()}
+        rows = {name: {"values": {"accuracy": x, "NLL": x}} for name, x in values.items()}
         sentence = losses.judge(rows)
-        assert "up" in sentence and "noise" not in sentence and "difference" not in rows["base"]
+        assert "up" in sentence and "noise" not in sentence
         mean, error, verdict = rows["up"]["difference"]["accuracy"]
         assert mean == pytest.approx(0.1) and verdict == "better"
-        assert error == pytest.approx(statistics.stdev([0.11, 0.1, 0.1, 0.09, 0.1]) / 5**0.5)
+        assert error == pytest.approx(0.0070711 / 5**0.5, abs=1e-6)
         assert rows["up"]["difference"]["NLL"][2] == "worse"
 
     def test_tune_takes_the_rate_that_is_best_on_dev(self):
-        """On average, not for seed 1. The test counts for nothing; an edge is told."""
+        """On average. The test counts for nothing; an edge is told."""
         s = losses.Settings(n_seeds=2)
         dev = {0.1: (0.0, 0.2), 0.2: (1.0, 0.3), 0.3: (0.2, 0.9)}
 
         def evaluate(lr, k, part):
-            score = dev[lr][k] if part == "dev" else 10 * lr
-            return {"score": score, "other": -dev[lr][k]}
+            return {"score": dev[lr][k] if part == "dev" else 10 * lr}
 
         for rates in ((0.1, 0.2, 0.3), (0.2, 0.3), (0.1, 0.2)):
             models, row = losses.tune(lambda lr, k: lr, evaluate, "score", s, rates)
             assert models == [0.2, 0.2] and row["rate"] == 0.2
             assert row["at_edge"] == (len(rates) == 2)
-            assert row["values"]["score"] == [2.0, 2.0] and row["dev"][0.2]["score"] == 0.65
+            assert row["values"]["score"] == [2, 2] and row["dev"][0.2]["score"] == 0.65
 
-    @pytest.mark.parametrize("name", ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"])
+    @pytest.mark.parametrize("name", "smoothing imbalance embeddings tasks optimizers".split())
     def test_demo_learning_rate_comes_from_dev_alone(self, name, monkeypatch):
         """Nonsense as test labels changes the values alone."""
         digits, s = losses.digits, losses.Settings(n_seeds=2, steps=4)
@@ -2394,12 +2033,15 @@ class TestLosses:
         assert name != "optimizers" or len(found) == 8  # schedules do something
 
         def with_nonsense(*arguments):
-            return [d | {"test": (d["test"][0], (d["test"][1] + 1) % 10)} for d in digits(*arguments)]
+            sets = digits(*arguments)
+            for data in sets:
+                data["test"] = data["test"][0], (data["test"][1] + 1) % 10
+            return sets
 
         monkeypatch.setattr(losses, "digits", with_nonsense)
-        for name, row in demo(s).items():
-            assert row["rate"] == honest[name]["rate"] and row["dev"] == honest[name]["dev"]
-            assert row["values"] != honest[name]["values"]
+        for row, other in zip(honest.values(), demo(s).values(), strict=True):
+            assert row["rate"] == other["rate"] and row["dev"] == other["dev"]
+            assert row["values"] != other["values"]
 
     def test_demo_script(self, tmp_path):
         flags = "--steps 2 --n-seeds 2 --out here".split()
@@ -2407,17 +2049,12 @@ class TestLosses:
         summary = last_json(result)
         assert len(result.stdout.strip().splitlines()[-1]) < 300
         report = json_of(tmp_path / summary["report"])
-        assert list(report["tables"]) == ["smoothing", "imbalance", "embeddings", "tasks", "optimizers"]
         assert all(report["checklist"].values()) and len(report["checklist"]) == 11
-        edges = 0
-        for title, rows in report["tables"].items():
-            assert report["conclusions"][title] in result.stdout
-            for name, row in rows.items():
-                assert name in result.stdout
-                assert all(math.isfinite(sum(values)) for values in row["values"].values())
-                edges += row["at_edge"]
-        assert summary["rates_on_an_edge"] == edges and report["settings"]["n_seeds"] == 2
-        assert (tmp_path / "here" / "losses.png").read_bytes()[:4] == b"\x89PNG"
+        rows = [row for table in report["tables"].values() for row in table.values()]
+        assert len(rows) == 4 + 5 + 7 + 4 + 8
+        assert len(re.findall("NaN|Infinity", json.dumps(report))) == 0
+        assert summary["rates_on_an_edge"] == sum(row["at_edge"] for row in rows)
+        assert (tmp_path / "here/losses.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # -----------------------------------------------------------------------------
@@ -3100,11 +2737,11 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
         zeros = "lr warmup clip seed save_every dropout".split()
         alone, two = (module.Processes(0, world, CPU) for world in (1, 2))
         for name, least in (dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0)).items():
-            module.check_settings(module.Settings(**{name: least}), alone)
+            module.check_settings(module.Settings(**{"n_heads": 1, name: least}), alone)
             with pytest.raises(ValueError, match=name):
                 module.check_settings(module.Settings(**{name: least - 1}), alone)
         module.check_settings(module.Settings(batch_size=6, accumulate=3, seed=2**32 - 1), two)
-        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}):
+        for wrong in ({"batch_size": 5, "accumulate": 3}, {"seed": 2**32}, {"d_model": 30}):
             with pytest.raises(ValueError, match=next(iter(wrong))):
                 module.check_settings(module.Settings(**wrong), two)
 
@@ -3378,7 +3015,8 @@ run()
     @pytest.mark.parametrize("module", SCRIPTS)
     def test_signals_are_noted_and_given_back(self, module):
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+        before = [signal.SIG_IGN, signal.SIG_DFL, signal.SIG_DFL]  # as a shell's background job has them
+        given = list(map(signal.signal, numbers, before))
         signals = module.Signals(module.Processes(0, 2, CPU))
         assert not signals.received()
         for number in numbers * 2:
@@ -3393,8 +3031,7 @@ run()
         signal.raise_signal(signal.SIGTERM)  # a second one would end it at once:
         assert alone.received() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         alone.restore()
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+        list(map(signal.signal, numbers, given))
 
     def test_signals_orphans_leave(self, trainer, tmp_path):
         """Their torchrun, here a process between, is killed after a checkpoint; the same command goes on."""
@@ -3483,25 +3120,22 @@ train_ddp.exit_now(train_ddp.main(tyro.cli(train_ddp.Settings)))
 # -----------------------------------------------------------------------------
 # export.py
 
-EXPORT_FORMATS = {
-    "trace": lambda model, x, folder: export.export_torchscript(model, x, folder / "trace.ts"),
-    "script": lambda model, x, folder: export.export_torchscript(model, x, folder / "script.ts", "script"),
-    "program": lambda model, x, folder: export.export_program(model, x, folder / "program.pt2"),
-    "onnx": lambda model, x, folder: export.export_onnx(model, x, folder / "model.onnx"),
+EXPORTS = {  # the function, the file that it writes, further arguments
+    "export_torchscript": (export.export_torchscript, "trace.ts"),
+    "script": (export.export_torchscript, "script.ts", "script"),
+    "export_program": (export.export_program, "program.pt2"),
+    "export_onnx": (export.export_onnx, "model.onnx"),
 }
-EXPORT_EVERY_WAY = pytest.mark.parametrize(
-    "name",
-    EXPORT_FORMATS,
-    ids=["export_torchscript", "export_torchscript_script", "export_program", "export_onnx"],
-)
 
 
-def exported(name: str, model: nn.Module, example, folder: Path):
-    return export.load_artefact(EXPORT_FORMATS[name](model, example, folder))
+def exported(name, model, example, folder):
+    """The path of what one of EXPORTS wrote."""
+    function, file, *method = EXPORTS[name]
+    return function(model, example, folder / file, *method)
 
 
-def export_tokens(b: int, t: int) -> Tensor:
-    """Ids below 50 with a tail of padding, and (in a batch) a row of nothing but padding."""
+def token_ids(b, t):
+    """(B, T) below 50, with a tail of padding, and (in a batch) a row of padding alone."""
     tokens = torch.randint(1, 50, (b, t))
     tokens[:, max(1, t - t // 4) :] = 0
     tokens[1:2] = 0
@@ -3509,169 +3143,126 @@ def export_tokens(b: int, t: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_export(run, model: nn.Module, tolerance: float = 1e-5) -> None:
+def check_export(path, model, tolerance=1e-5):
     """Equal to the model on sizes that the exporter hasn't seen; 224 is max_len."""
-    model = copy.deepcopy(model).eval()
+    run, model = export.load_artefact(path), copy.deepcopy(model).eval()
     for b, t in ((1, 1), (1, 199), (7, 5), (33, 64), (2, 224)):
-        tokens = export_tokens(b, t)
+        tokens = token_ids(b, t)
         check_close(run(tokens), model(tokens), tolerance, f"{b} x {t}")
 
 
-def export_graph(path: Path) -> tuple[collections.Counter, dict[str, np.ndarray]]:
-    """Kinds of operators and name -> weights of an ONNX file."""
+def read_onnx(path):
+    """An ONNX file's kinds of operators, its weights by name, and its int8 matrices."""
     import onnx
 
     graph = onnx.load(path).graph
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
-    return collections.Counter(node.op_type for node in graph.node), weights
+    int8 = {name: w for name, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
+    return collections.Counter(node.op_type for node in graph.node), weights, int8
 
 
-def int8_matrices(path: Path) -> dict[str, np.ndarray]:
-    weights = export_graph(path)[1]
-    return {n: w.astype(int) for n, w in weights.items() if w.dtype == np.int8 and w.ndim == 2}
-
-
-def export_gated(model: nn.Module, gates: dict[str, Tensor]) -> nn.Module:
-    """A copy in which the inputs of these Linears are multiplied by gates (features,)."""
-    model = copy.deepcopy(model)
-    for name, gate in gates.items():
-        linear = model.get_submodule(name)
-        linear.register_forward_pre_hook(lambda _module, inputs, gate=gate: (inputs[0] * gate,))
-    return model
-
-
-def export_derivative(model: nn.Module, linear: str, n: int, examples: list) -> Tensor:
-    """|dloss/dgate| for a gate of 1 on each head, mean over examples."""
-    expected = torch.zeros(n)
+@torch.enable_grad()
+def derivative(model, linear, n, examples):
+    """|dloss/dgate| for a gate of 1 on each of n heads, mean over examples."""
+    weight = model.get_submodule(linear).weight.detach()
+    model, total = copy.deepcopy(model).eval(), torch.zeros(n)
     for x, label in examples:
-        with torch.enable_grad():
-            gate = torch.ones(n, requires_grad=True)
-            spread = gate.repeat_interleave(model.get_submodule(linear).in_features // n)
-            loss = F.cross_entropy(export_gated(model.eval(), {linear: spread})(x[None]), label[None])
-        expected += torch.autograd.grad(loss, gate)[0].abs() / len(examples)
-    return expected
+        gate = torch.ones(n, requires_grad=True)
+        gated = weight * gate.repeat_interleave(weight.size(1) // n)
+        output = torch.func.functional_call(model, {f"{linear}.weight": gated}, x[None])
+        loss = F.cross_entropy(output, label[None])
+        total += torch.autograd.grad(loss, gate)[0].abs()
+    return total / len(examples)
 
 
 class ExportModule(nn.Module):
     """A function with parameters of its own, as a module."""
 
-    def __init__(self, function, **modules: nn.Module):
+    def __init__(self, function, **parts):
         super().__init__()
         self.function = function
-        self.parts = nn.ModuleDict(modules)
+        self.parts = nn.ModuleDict(parts)
 
-    def forward(self, x: Tensor, y: Tensor | None = None):
+    def forward(self, x, y=None):
         return self.function(self.parts, x) if y is None else self.function(self.parts, x, y)
 
 
-def export_torch_module(name: str) -> nn.Module:
+def torchs_module(name):
     """torch's own modules as people use them, of tokens (B, T)."""
-    parts = {"embedding": nn.Embedding(50, 16), "head": nn.Linear(16, 2)}
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    parts["inner"] = {
+    inner = {
         "bag": nn.EmbeddingBag(50, 16),
         "lstm": nn.LSTM(16, 16, batch_first=True),
         "attention": nn.MultiheadAttention(16, 2, batch_first=True),
-    }.get(name) or nn.TransformerEncoder(layer, 2, enable_nested_tensor="nested" in name)
+        "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        "nested": nn.TransformerEncoder(layer, 2),
+    }[name]
 
-    def forward(m: nn.ModuleDict, tokens: Tensor) -> Tensor:
-        if name == "bag":
-            return m.head(m.inner(tokens))
+    def forward(m, tokens):
         x = m.embedding(tokens)
+        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # of all: NaN in torch
+        if name == "bag":
+            return m.inner(tokens)
         if name == "lstm":
-            return m.head(m.inner(x)[0][:, -1])
-        padding = (tokens == 0) & (torch.arange(tokens.size(1)) > 0)  # all of a row would be NaN in torch
+            return m.inner(x)[0]
         if name == "attention":
-            x = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+            y = m.inner(x, x, x, key_padding_mask=padding, need_weights=False)[0]
         else:
-            x = m.inner(x, src_key_padding_mask=padding)
-        if "all places" not in name:
-            x = x.masked_fill(padding[:, :, None], 0.0)
-        return m.head(x.mean(1))
+            y = m.inner(x, src_key_padding_mask=padding)
+        return y.masked_fill(padding[:, :, None], 0.0)
 
-    return ExportModule(forward, **parts)
-
-
-class ExportAttention(nn.Module):
-    """Has the convention's parts, and does something else between them."""
-
-    def __init__(self, change: str = ""):
-        super().__init__()
-        self.change = change
-        self.n_heads = 2
-        self.qkv_proj = nn.Linear(8, 24, bias=False)
-        self.out_proj = nn.Linear(8, 8).requires_grad_(False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None):
-        x = x * 1.5 if self.change == "scaled" else x
-        mask = None if self.change == "mask ignored" else mask
-        y = export.SelfAttention(self.qkv_proj, self.out_proj, 2)(x, mask)
-        return (y, y) if self.change == "tuple" else y
+    return ExportModule(forward, embedding=nn.Embedding(50, 16), inner=inner)
 
 
 # Reads nothing but the demo's artefacts: python -I has no PYTHONPATH.
 EXPORT_FRESH = """
 import json, sys
 import numpy as np, onnxruntime, torch
-folder, sentences = sys.argv[1], sys.argv[2:]
-def session(name):
-    return onnxruntime.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-metadata = session("original.int8").get_modelmeta().custom_metadata_map
-words, labels = json.loads(metadata["words"]), json.loads(metadata["labels"])
+folder, *sentences = sys.argv[1:]
+file = f"{folder}/original.int8.onnx"
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+words = json.loads(session.get_modelmeta().custom_metadata_map["words"])
 ids = [[words.index(word) for word in sentence.split()] for sentence in sentences]
-length = max(map(len, ids))
-tokens = np.array([row + [0] * (length - len(row)) for row in ids] + [[0] * length])
-names = "original", "original.int8", "original.e8", "original.static", "pruned.int8"
-answers = {name: session(name).run(None, {"tokens": tokens})[0] for name in names}
+tokens = np.array([row + [0] * (9 - len(row)) for row in ids])
+answers = session.run(None, {"tokens": tokens})
 tokens = torch.from_numpy(tokens)
 with torch.no_grad():
-    answers["trace"] = torch.jit.load(f"{folder}/original.trace.ts")(tokens).numpy()
-    answers["script"] = torch.jit.load(f"{folder}/original.script.ts")(tokens).numpy()
-    answers["program"] = torch.export.load(f"{folder}/original.pt2").module()(tokens).numpy()
-print(json.dumps({name: [y.tolist(), [labels[i] for i in y.argmax(1)]] for name, y in answers.items()}))
+    answers.append(torch.jit.load(f"{folder}/original.trace.ts")(tokens))
+    answers.append(torch.export.load(f"{folder}/original.pt2").module()(tokens))
+print(json.dumps([logits.tolist() for logits in answers]))
 """
 
 
 class TestExport:
-    PLACES = {"encoder": "encoder.layers", "own": "layers"}
-    BOTH = pytest.mark.parametrize("which", PLACES)
+    LAYERS = "encoder.layers.0", "encoder.layers.1"
 
     @pytest.fixture(scope="class")
-    def models(self) -> dict[str, nn.Module]:
-        """encoder.py's classifier and the demo's own, with random weights and dropout left on."""
+    def model(self):
+        """encoder.py's classifier, with random weights and dropout left on."""
         torch.manual_seed(1)
         sizes = {"d_model": 24, "n_heads": 3, "n_layers": 2, "d_ff": 32}
         config = encoder.EncoderConfig(50, 224, pool="mean+max", **sizes)
-        own = export.Classifier(50, max_len=224, **sizes)
-        return {"encoder": encoder.EncoderClassifier(config), "own": own}
+        return encoder.EncoderClassifier(config)
 
     @pytest.fixture(scope="class")
-    def onnx_file(self, models, tmp_path_factory) -> Path:
-        """encoder.py's classifier as ONNX."""
+    def onnx_file(self, model, tmp_path_factory):
         path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-        metadata = {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
-        example = torch.randint(0, 50, (2, 9))
-        return export.export_onnx(models["encoder"], example, path, metadata=metadata)
+        metadata = {"labels": ["negative", "positive"], "note": "gut, süß"}
+        return export.export_onnx(model, token_ids(2, 9), path, metadata=metadata)
 
     # ---- formats
-
-    @EXPORT_EVERY_WAY
-    @BOTH
-    def test_exports_equal_the_model_at_other_sizes(self, models, which, name, tmp_path):
-        model = models[which].train()
-        before = torch.get_rng_state()
-        path = EXPORT_FORMATS[name](model, torch.randint(0, 50, (3, 20)), tmp_path)
-        check_export(export.load_artefact(path), model)
+    @pytest.mark.parametrize("name", EXPORTS)
+    def test_exports_equal_the_model_at_other_sizes(self, model, name, tmp_path):
+        path = exported(name, model.train(), token_ids(3, 20), tmp_path)
+        check_export(path, model)
         assert all(module.training for module in model.modules())
-        torch.manual_seed(0)
-        assert torch.equal(before, torch.get_rng_state())
         assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
     def test_attention_for_onnx_is_torchs(self, dtype, tolerance):
         """Masks are booleans or added; a query that may attend to nothing gets 0."""
         q, k, v = (torch.randn(3, 4, t, 8).to(dtype) for t in (5, 7, 7))
-        keys = torch.arange(3)[:, None, None, None] > torch.arange(7)  # (B, 1, 1, Tk), the first row empty
+        keys = torch.arange(3).view(3, 1, 1, 1) > torch.arange(7)  # (B, 1, 1, Tk)
         rows = (torch.rand(5, 7) < 0.5) & (torch.arange(5) > 0)[:, None]
         added = torch.where(rows, torch.arange(7) / 3, -math.inf).to(dtype)
         ours, theirs = export.attention_for_onnx, F.scaled_dot_product_attention
@@ -3684,118 +3275,93 @@ class TestExport:
             y = ours(*shared, *rest, enable_gqa=True)
             check_close(y, theirs(*shared, *rest, enable_gqa=True), tolerance)
 
-    def test_export_onnx_attention_has_torchs_masks(self, tmp_path):
-        """In onnxruntime too, where a row may attend to nothing."""
-        attend = F.scaled_dot_product_attention
-        model = ExportModule(lambda _, x, mask: attend(x, x, x, mask[:, None, :]))
-        run = exported("onnx", model, (torch.randn(3, 4, 8), torch.rand(3, 4) < 0.5), tmp_path)
-        for b, t in ((1, 1), (2, 7), (5, 3)):
-            x, mask = torch.randn(b, t, 8), torch.arange(b)[:, None] > torch.arange(t)
-            check_close(run(x, mask), model(x, mask), 1e-6, f"{b} x {t}")
+    def test_export_onnx_has_torchs_masks_and_two_lengths(self, tmp_path):
+        """Of a row of padding alone, too, where a query may attend to nothing."""
 
-    TORCHS = [  # what the formats make of torch's own modules
-        ("attention", "onnx", "right"),
-        ("attention", "program", "right"),
-        ("encoder", "onnx", "right"),
-        ("encoder", "trace", "right"),
-        ("encoder nested", "program", "right"),
-        ("encoder nested", "trace", "refused"),
-        ("encoder nested, all places", "program", "refused"),
-        ("lstm", "trace", "right"),
-        ("lstm", "program", "refused"),
-        ("bag", "onnx", "right"),
-        ("bag", "program", "refused"),
-    ]
+        def attend(m, x, y):
+            x, keys = m.embedding(x), m.embedding(y)
+            return F.scaled_dot_product_attention(x, keys, keys, (y > 0)[:, None])
 
-    @pytest.mark.parametrize("module,name,verdict", TORCHS)
-    def test_exports_of_torchs_modules_are_right_or_refused(self, module, name, verdict, tmp_path):
-        model = export_torch_module(module)
-        if verdict == "right":
-            check_export(exported(name, model, export_tokens(3, 9), tmp_path), model)
-        else:
+        model = ExportModule(attend, embedding=nn.Embedding(50, 8))
+        example = token_ids(3, 5), token_ids(3, 4)
+        run = export.load_artefact(exported("export_onnx", model, example, tmp_path))
+        for b, q, k in ((1, 1, 1), (2, 7, 3), (5, 3, 9)):
+            x, y = token_ids(b, q), token_ids(b, k)
+            check_close(run(x, y), model(x, y).detach(), 1e-6, f"{b}, {q} x {k}")
+
+    @pytest.mark.parametrize("module,right,refused", [
+        ("attention", "export_program", None),
+        ("encoder", "export_onnx", None),
+        ("nested", "export_program", "export_torchscript"),
+        ("lstm", "export_torchscript", "export_program"),
+        ("bag", "export_onnx", "export_program"),
+    ])  # fmt: skip
+    def test_exports_of_torchs_modules(self, module, right, refused, tmp_path):
+        model, example = torchs_module(module), token_ids(3, 9)
+        if refused:
             with pytest.raises(ValueError, match="ExportModule"):
-                EXPORT_FORMATS[name](model, export_tokens(3, 9), tmp_path)
-            assert not list(tmp_path.iterdir())
+                exported(refused, model, example, tmp_path)
+        assert not list(tmp_path.iterdir())
+        check_export(exported(right, model, example, tmp_path), model)
 
     def test_export_onnx_is_one_file_that_says_what_it_is(self, onnx_file):
         import onnx
         import onnxruntime
 
-        assert [p.name for p in onnx_file.parent.iterdir()] == ["model.onnx"]
+        assert os.listdir(onnx_file.parent) == ["model.onnx"]
         session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
         (tokens,), (output,) = session.get_inputs(), session.get_outputs()
         assert (tokens.name, tokens.shape) == ("tokens", ["batch", "length"])
         assert (output.name, output.shape) == ("output", ["batch", 2])
-        read = session.get_modelmeta().custom_metadata_map
-        read = {name: json.loads(value) for name, value in read.items()}
-        assert read == {"labels": ["negative", "positive"], "max_len": 224, "note": "gut, süß"}
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert json.loads(metadata["labels"]) == ["negative", "positive"]
         onnx.checker.check_model(onnx.load(onnx_file), full_check=True)
         assert str(ROOT).encode() not in onnx_file.read_bytes()  # no paths of this machine
-
-    def test_exports_take_two_lengths(self, tmp_path):
-        model = transformer_tiny(n_layers=1).float()
-        example = torch.randint(3, 11, (3, 5)), torch.randint(3, 11, (3, 5))
-        run = exported("onnx", model, example, tmp_path)
-        for batch, source, target in ((1, 1, 1), (2, 7, 3), (4, 3, 9)):
-            src = torch.randint(3, 11, (batch, source))
-            tgt = torch.randint(3, 11, (batch, target))
-            src[0, source // 2 + 1 :] = 0
-            check_close(run(src, tgt), model(src, tgt).detach(), 1e-5)
 
     def test_exports_take_dynamic_shapes(self, tmp_path):
         model = ExportModule(lambda m, x, y: m.linear(x) * y[:, None], linear=nn.Linear(6, 4))
         batch = torch.export.Dim("n", min=2, max=9)
         shapes = {"x": {0: batch}, "y": {0: batch}}
-        example, other = (torch.randn(3, 6), torch.randn(3)), (torch.randn(9, 6), torch.randn(9))
-        for write, suffix in ((export.export_onnx, "onnx"), (export.export_program, "pt2")):
-            run = export.load_artefact(write(model, example, tmp_path / f"a.{suffix}", shapes))
-            check_close(run(*other), model(*other), 1e-6)
+        x, y = torch.randn(9, 6), torch.randn(9)
+        for write, file in ((export.export_onnx, "a.onnx"), (export.export_program, "a.pt2")):
+            run = export.load_artefact(write(model, (x[:3], y[:3]), tmp_path / file, shapes))
+            check_close(run(x, y), model(x, y), 1e-6)
         with pytest.raises(Exception, match="9"):
             run(torch.ones(10, 6), torch.ones(10))
 
     def test_free_sizes_are_the_batch_and_lengths(self):
-        ids = torch.zeros(3, 5, dtype=torch.long)
-        images = torch.zeros(3, 2, 2, dtype=torch.long)
+        ids, batch = torch.zeros(3, 5).long(), {0: "batch"}
         assert export.free_sizes((torch.tensor(1.0), ids)) == ({}, {0: "batch", 1: "length_1"})
         for other, free in (
-            (ids[:, :4] > 0, {0: "batch", 1: "length_1"}),
-            (torch.zeros(3), {0: "batch"}),
+            (ids[:, :4] > 0, batch | {1: "length_1"}),
+            (torch.zeros(3, 5, 6), batch | {1: "length_1"}),
+            (torch.zeros(3, 6), batch),
+            (torch.zeros(3, 2, 2).long(), batch),
             (torch.zeros(7), {}),
             (torch.zeros(1, 5), {}),
-            (torch.zeros(3, 6), {0: "batch"}),
-            (images, {0: "batch"}),
-            (torch.zeros(3, 5, 6), {0: "batch", 1: "length_1"}),
         ):
-            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free), other.shape
+            assert export.free_sizes((ids, other)) == ({0: "batch", 1: "length"}, free)
 
-    @pytest.mark.parametrize("name", ["trace", "onnx"])
+    @pytest.mark.parametrize("name", ["export_torchscript", "export_onnx"])
     def test_exports_take_what_users_have(self, name, tmp_path):
         """Outputs of -inf, large ones, several; a row beside a batch, a scalar."""
         several = ExportModule(lambda m, x, y: (x + y, x > 0), unused=nn.Linear(1, 1))
         x, row = torch.randn(4, 3), torch.tensor([[0.0, -math.inf, 0.0]])
         for inputs in ((x.clone().requires_grad_(), row), [x, torch.tensor(2.0)]):
-            total, positive = exported(name, several, inputs, tmp_path)(torch.ones(7, 3), inputs[1])
+            run = export.load_artefact(exported(name, several, inputs, tmp_path))
+            total, positive = run(torch.ones(7, 3), inputs[1])
             assert torch.equal(total, 1 + inputs[1].expand(7, 3)) and positive.all()
         large = nn.Linear(512, 300)
         nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        check_close(exported(name, large, x[:2], tmp_path)(x), large(x).detach(), 1e-5)
-
-    def test_a_trace_freezes_a_branch(self, tmp_path):
-        x = torch.tensor([[3.0, -1.0]])
-        assert export.Gate()(x).tolist() == [[6.0, -2.0]]
-        assert exported("trace", export.Gate(), x, tmp_path)(-x).tolist() == [[-6.0, 2.0]]
-        assert exported("script", export.Gate(), x, tmp_path)(-x).tolist() == [[3.0, -1.0]]
-        for name in ("program", "onnx"):
-            with pytest.raises(ValueError, match="torch.export can't capture Gate"):
-                EXPORT_FORMATS[name](export.Gate(), torch.ones(2, 2), tmp_path)
+        run = export.load_artefact(exported(name, large, x[:2], tmp_path))
+        check_close(run(x), large(x).detach(), 1e-5)
 
     # ---- refusals
-
-    @EXPORT_EVERY_WAY
+    @pytest.mark.parametrize("name", EXPORTS)
     def test_exports_refuse_by_name_and_write_nothing(self, name, tmp_path):
-        """What isn't a tensor, changes with each call, or was frozen at a size of the example."""
-        path = EXPORT_FORMATS[name](nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
+        """What isn't a tensor, changes with each call, or is frozen at the example's size."""
+        path = exported(name, nn.Linear(3, 3), torch.zeros(2, 3), tmp_path)
         path.write_bytes(b"an earlier artefact")
         for function in (
             lambda _, x: x if float(x.sum()) > 0 else "no tensor",
@@ -3804,119 +3370,105 @@ class TestExport:
             lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
         ):
             with pytest.raises(ValueError, match="ExportModule") as raised:
-                EXPORT_FORMATS[name](ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
+                exported(name, ExportModule(function), torch.zeros(3, 4).long(), tmp_path)
             assert "\n" not in str(raised.value)
-            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"an earlier artefact"
+            assert list(tmp_path.iterdir()) == [path]
+            assert path.read_bytes() == b"an earlier artefact"
 
-    def test_exports_refuse_bad_arguments(self, tmp_path):
-        linear, x = nn.Linear(3, 1), torch.zeros(2, 3)
-        path, missing = tmp_path / "m", tmp_path / "nowhere.onnx"
+    def test_exports_and_quantization_refuse(self, onnx_file, tmp_path):
+        linear, x, path = nn.Linear(3, 1), torch.zeros(2, 3), tmp_path / "m"
+        static = functools.partial(export.quantize_static, onnx_file, path)
         for words, function, *arguments in (
-            ("method.*trace.*script.*compile", export.export_torchscript, linear, x, path, "compile"),
+            ("method.*compile", export.export_torchscript, linear, x, path, "compile"),
             ("must be tensors.*'Tensor', 'int'", export.export_program, linear, (x, 3), path),
             ("Linear refuses.*shapes", export.export_program, linear, x[:, :2], path),
             ("can't capture Linear.*specialized", export.export_onnx, linear, x[:1], path),
-            ("nowhere", export.quantize_dynamic, missing, path),
-            ("onnx, .pt2 or .ts, got model.pth", export.load_artefact, "model.pth"),
+            ("got model.pth", export.load_artefact, "model.pth"),
+            ("nowhere", export.quantize_dynamic, tmp_path / "nowhere", path),
+            ("can't quantize .*model.onnx", static, []),
+            ("can't quantize .*model.onnx", static, [{"ids": x.long()}]),
+            ("can't quantize .*model.onnx", static, [{"tokens": x}]),
         ):
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
-        with pytest.raises(TypeError, match="JSON"):
-            export.export_onnx(linear, x, path, metadata={"labels": {1, 2}})
-        with pytest.raises(FileNotFoundError):
-            export.load_artefact(missing)
-        for write in (export.export_torchscript, export.export_program, export.export_onnx):
-            with pytest.raises(OSError, match="nowhere"):
-                write(linear, x, tmp_path / "nowhere/m")
         assert not list(tmp_path.iterdir())
+        for name in ("a.onnx", "a.pt2", "a.ts"):
+            for content in (b"", b"PK\x03\x04 and no more"):
+                (tmp_path / name).write_bytes(content)
+                with pytest.raises(ValueError, match=f"{name} is damaged"):
+                    export.load_artefact(tmp_path / name)
+        with pytest.raises(ValueError, match="can't quantize .*a.onnx"):
+            export.quantize_dynamic(tmp_path / "a.onnx", path)
 
-    def test_load_artefact_refuses_what_is_damaged(self, tmp_path):
-        for suffix in (".onnx", ".pt2", ".ts"):
-            for content in (b"", b"no model", b"PK\x03\x04 and no more"):
-                path = tmp_path / f"a{suffix}"
-                path.write_bytes(content)
-                with pytest.raises(ValueError, match=f"a{suffix} is damaged"):
-                    export.load_artefact(path)
+    def test_load_artefact_changes_nothing(self, model, onnx_file, tmp_path):
+        """In the process, from four threads at once."""
+        example, log = token_ids(3, 20), logging.getLogger()
+        paths = [exported(name, model, example, tmp_path) for name in list(EXPORTS)[1:3]]
 
-    def test_load_artefact_changes_nothing_in_the_process(self, models, onnx_file, tmp_path):
-        """From four threads at once, beside an export: modes, stderr and logging stay."""
-        model, example = models["encoder"].train(), torch.randint(0, 50, (3, 20))
-        paths = [EXPORT_FORMATS[name](model, example, tmp_path) for name in ("trace", "program")]
-        root = logging.getLogger()
-
-        def state() -> tuple:
-            logs = root.manager.disable, root.level, root.handlers[:]
-            return sys.stderr, sys.stdout, *logs, warnings.filters[:], torch.get_num_threads()
+        def state():
+            logs = [log.manager.disable, log.level, log.handlers[:], warnings.filters[:]]
+            return [sys.stderr, sys.stdout, torch.get_num_threads(), *logs]
 
         before = state()
-        with ThreadPoolExecutor(5) as pool:
-            writing = pool.submit(export.export_torchscript, model, example, tmp_path / "b.ts")
-            loaded = list(pool.map(export.load_artefact, [*paths, onnx_file] * 4))
-            while not writing.done():
-                assert all(module.training for module in model.modules())
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(export.load_artefact, [onnx_file, *paths] * 4))
         assert state() == before
-        expected = copy.deepcopy(model).eval()(example).detach()
+        expected = model.eval()(example).detach()
         for run in loaded:
             check_close(run(example).detach(), expected, 1e-5)
         with pytest.raises(ValueError):
-            loaded[2](example, example)
-
-    def test_onnxruntime_writes_nothing_at_home(self, onnx_file, tmp_path):
-        code = f"import export, torch; export.load_artefact({str(onnx_file)!r})(torch.ones(2, 3).long())"
-        env = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        env.pop("ORT_DISABLE_TELEMETRY", None)
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, timeout=120)
-        assert not list(tmp_path.iterdir())
+            loaded[0](example, example)
 
     # ---- int8
-
     def test_int8_product_is_off_by_the_rounding(self):
         x, weight = torch.randn(50, 64), torch.randn(20, 64)
         weight[0] *= 100
-        exact = x.double() @ weight.double().T
-        errors = {}
+        exact, errors = x @ weight.T, []
         for bits, per_channel in ((8, True), (7, True), (8, False)):
-            y = export.int8_product(x, weight, bits, per_channel)
-            errors[bits, per_channel] = (y - exact)[:, 1:].norm() / exact[:, 1:].norm()
-        assert errors[8, True] < 0.015 and errors[8, True] < errors[7, True] < 0.03
-        assert errors[8, False] > 10 * errors[8, True]  # small rows drown beside a large one
+            difference = export.int8_product(x, weight, bits, per_channel) - exact
+            errors.append(difference[:, 1:].norm() / exact[:, 1:].norm())
+        assert errors[0] < 0.015 and errors[0] < errors[1] < 0.03
+        assert errors[2] > 10 * errors[0]  # small rows drown beside a large one
         integers = torch.randint(-127, 128, (9, 30)).float()
         integers[:, 0] = 127  # so that the unit of every row is 1
         check_close(export.int8_product(integers, integers), integers @ integers.T, 1e-6)
 
     @pytest.mark.parametrize("bits", [7, 8])
-    def test_quantize_dynamic_rounds_as_by_hand(self, models, onnx_file, bits, tmp_path):
+    @pytest.mark.parametrize("kind", ["dynamic", "static"])
+    def test_quantize_rounds_as_by_hand(self, model, onnx_file, kind, bits, tmp_path):
         """A scale a column, 7 bits unless asked; attention and metadata stay."""
+        given = [onnx_file, tmp_path / "m.onnx"]
+        if kind == "static":
+            sizes = ((99, 1), (99, 5), (33, 64), (9, 224))
+            given.append([{"tokens": token_ids(*size)} for size in sizes])
         wide = {} if bits == 7 else {"reduce_range": False}
-        path = export.quantize_dynamic(onnx_file, tmp_path / "m.onnx", **wide)
-        kinds, weights = export_graph(path)
-        matrices = int8_matrices(path)
-        linears = [m for m in models["encoder"].modules() if isinstance(m, nn.Linear)]
-        unmatched = [m.weight.detach().T.numpy() for m in linears]
-        assert sorted(w.shape for w in matrices.values()) == sorted(w.shape for w in unmatched)
-        for name, w in matrices.items():
+        path = getattr(export, f"quantize_{kind}")(*given, **wide)
+        kinds, weights, int8 = read_onnx(path)
+        linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+        assert len(int8) == len(linears) and kinds["MatMul"] >= 4  # attention stays
+        for name, w in int8.items():
+            w = w.astype(int)
             scale = weights[name.removesuffix("_quantized") + "_scale"]
+            w = w if len(scale) == w.shape[1] else w.T  # Gemm's
             assert scale.shape == (w.shape[1],), name
-            errors = [np.abs(w * scale - m).max() for m in unmatched if m.shape == w.shape]
+            same = [m.detach().T.numpy() for m in linears if m.T.shape == w.shape]
+            errors = [np.abs(w * scale - m).max() for m in same]
             assert min(errors) <= 0.51 * scale.max(), name  # half a unit
-            assert 2 * 255 * np.abs(w).max() <= 32767 or bits == 8, "saturates without VNNI"
-        assert max(np.abs(w).max() for w in matrices.values()) > 2 ** (bits - 1) - 3
-        assert kinds["MatMul"] >= 4 and kinds["MatMulInteger"]  # attention stays
-        run = export.load_artefact(path)
-        assert json.loads(run.metadata["note"]) == "gut, süß"
-        check_export(run, models["encoder"], tolerance=0.05)
+        largest = max(np.abs(w.astype(int)).max() for w in int8.values())
+        assert 2 ** (bits - 1) - 3 < largest <= 2 ** (bits - 1) - 1 + (bits == 7)
+        assert json.loads(export.load_artefact(path).metadata["note"]) == "gut, süß"
+        check_export(path, model, tolerance=0.05 if kind == "dynamic" else 0.15)
 
     def test_quantize_dynamic_shrinks_embeddings(self, tmp_path):
         model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 2))
-        fp32 = export.export_onnx(model, torch.zeros(2, 3, dtype=torch.long), tmp_path / "m.onnx")
+        fp32 = export.export_onnx(model, torch.zeros(2, 3).long(), tmp_path / "m.onnx")
+        path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=True)
         tokens = torch.arange(5000).view(1, -1)
-        for embeddings, n_bytes in ((False, 4), (True, 1)):
-            path = export.quantize_dynamic(fp32, tmp_path / "q.onnx", embeddings=embeddings)
-            check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
-            assert n_bytes < path.stat().st_size / (5000 * 64) < n_bytes + 0.1
+        check_close(export.load_artefact(path)(tokens), model(tokens).detach(), 0.05)
+        assert path.stat().st_size < 0.3 * fp32.stat().st_size
 
     def test_quantize_static_learns_its_ranges(self, tmp_path):
-        """The range of an activation is the calibration's: what lies beyond it is clipped."""
+        """An activation's range is the calibration's: what lies beyond is clipped."""
         torch.manual_seed(3)
         model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 3))
         fp32 = export.export_onnx(model, torch.randn(3, 4), tmp_path / "m.onnx")
@@ -3928,161 +3480,124 @@ class TestExport:
         assert (run(beyond) - model(beyond)).abs().max() > 1  # dynamic quantization follows:
         dynamic = export.load_artefact(export.quantize_dynamic(fp32, tmp_path / "d.onnx"))
         check_close(dynamic(beyond), model(beyond).detach(), 0.05)
-        kinds, weights = export_graph(path)
-        assert kinds["QuantizeLinear"] and not kinds["DynamicQuantizeLinear"]
-        points = {w.dtype.name for n, w in weights.items() if n.endswith("zero_point") and w.size == 1}
-        assert points == {"uint8"}  # activations
-        wide = export.quantize_static(fp32, tmp_path / "w.onnx", [{"input": inside}], reduce_range=False)
-        for file, largest in ((path, (62, 63, 64)), (wide, (127,))):
-            assert max(np.abs(w).max() for w in int8_matrices(file).values()) in largest
-
-    def test_quantize_static_leaves_attention_alone(self, models, onnx_file, tmp_path):
-        feeds = [{"tokens": export_tokens(*size)} for size in ((1, 1), (7, 5), (33, 64), (2, 224)) * 2]
-        path = export.quantize_static(onnx_file, tmp_path / "s.onnx", feeds)
-        check_export(export.load_artefact(path), models["encoder"], tolerance=0.15)
-        linears = sum(isinstance(m, nn.Linear) for m in models["encoder"].modules())
-        assert len(int8_matrices(path)) == linears
-
-    def test_quantization_refuses(self, onnx_file, tmp_path):
-        ids = torch.ones(2, 5, dtype=torch.long)
-        for calibration in ([], [{"ids": ids}], [{"tokens": ids.float()}]):
-            with pytest.raises(ValueError, match="can't quantize .*model.onnx"):
-                export.quantize_static(onnx_file, tmp_path / "m.onnx", calibration)
-        (tmp_path / "garbage").write_bytes(b"no graph at all" * 9)
-        with pytest.raises(ValueError, match="can't quantize .*garbage"):
-            export.quantize_dynamic(tmp_path / "garbage", tmp_path / "m.onnx")
-        assert [p.name for p in tmp_path.iterdir()] == ["garbage"]
 
     def test_to_bfloat16_follows_the_cpu(self, monkeypatch):
         model = nn.Linear(2, 2)
-        for name, has in (("avx2", False), ("avx512_bf16", True), ("amx_bf16", True), ("bf16", True)):
+        for name in ("avx512_bf16", "amx_bf16", "bf16", "avx2"):
             monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
-            assert export.has_bf16() == has, name
-            with contextlib.nullcontext() if has else pytest.raises(ValueError, match="no bf16"):
+            if name != "avx2":
                 assert export.to_bfloat16(model).weight.dtype == torch.bfloat16
-            assert model.weight.dtype == torch.float32
+        with pytest.raises(ValueError, match="no bf16"):
+            export.to_bfloat16(model)
+        assert model.weight.dtype == torch.float32
 
     # ---- pruning
-
     def test_prune_unstructured_zeroes_the_smallest(self):
         """Of Linear and Conv weights, ranked over all layers; in a copy."""
         model = nn.Sequential(nn.Embedding(7, 10), nn.Linear(10, 20), nn.Conv1d(20, 5, 1))
         nn.init.normal_(model[2].weight, std=3.0)
         model[1].requires_grad_(False)
-        old = torch.cat([model[i].weight.flatten() for i in (1, 2)]).clone()
+        before = copy.deepcopy(model.state_dict())
+        ranked = torch.cat([model[i].weight.flatten() for i in (1, 2)]).abs().sort().values
         for amount in (0, 0.25, 0.5, 1):
             pruned = export.prune_unstructured(model, amount)
-            weights = torch.cat([pruned[i].weight.flatten() for i in (1, 2)])
-            threshold = old.abs().sort().values[: round(amount * 300)].max() if amount else 0
-            assert torch.equal(weights, old * (old.abs() > threshold)), amount
-            assert pruned.state_dict().keys() == model.state_dict().keys()
-            assert torch.equal(pruned[0].weight, model[0].weight)
-            assert not pruned[1].weight.requires_grad and pruned[2].weight.requires_grad
-        assert torch.equal(torch.cat([model[i].weight.flatten() for i in (1, 2)]), old)
-        for amount in (-0.1, 1.5):
-            with pytest.raises(ValueError, match=f"amount must be in 0 .. 1, got {amount}"):
-                export.prune_unstructured(model, amount)
-        with pytest.raises(ValueError, match="GELU has no Linear or Conv"):
-            export.prune_unstructured(nn.GELU(), 0.5)
+            threshold = ranked[round(amount * 300) - 1] if amount else 0
+            for name, weight in pruned.state_dict().items():
+                old = before[name]
+                if name in ("1.weight", "2.weight"):
+                    old = old * (old.abs() > threshold)
+                assert torch.equal(weight, old)
+            assert [layer.weight.requires_grad for layer in pruned] == [True, False, True]
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
-    @BOTH
-    @pytest.mark.parametrize("prune", ["prune_heads", "prune_neurons"])
-    @pytest.mark.parametrize("keep", [1, 2, 3])
-    def test_pruned_models_equal_masked_ones(self, models, which, prune, keep):
-        model = models[which].eval()
-        module, writer, reader, width, n = "ffn", "0", "2", 1, 32
-        if prune == "prune_heads":
-            module, writer, reader, width, n = "self_attention", "qkv_proj", "out_proj", 8, 3
-        scores = {f"{self.PLACES[which]}.{i}.{module}": torch.rand(n) for i in range(2)}
-        smaller = getattr(export, prune)(model, scores, keep)
-        gates = {}
-        for name, score in scores.items():
-            gate = (score >= score.sort().values[-keep]).float()
-            gates[f"{name}.{reader}"] = gate.repeat_interleave(width)
-        tokens = export_tokens(5, 40)
-        masked = export_gated(model, gates)(tokens)
-        check_close(smaller(tokens), masked, 1e-6)
-        assert keep == n or (masked - model(tokens)).abs().max() > 1e-4  # the masks do something
-        for name in scores:
-            last = smaller.get_submodule(f"{name}.{reader}")
-            assert last.weight.shape == (24, width * keep) == (last.out_features, last.in_features)
-            first = smaller.get_submodule(f"{name}.{writer}")
-            rows = width * keep * (3 if prune == "prune_heads" else 1)
-            assert first.weight.shape == (rows, 24) == (first.out_features, first.in_features)
-            assert model.get_submodule(f"{name}.{reader}").in_features == width * n, "left whole"
-        for start in (model, smaller):
+    @pytest.mark.parametrize("keep", [2, 3])
+    @pytest.mark.parametrize("prune, reader, width, n, smaller_by", [
+        ("prune_heads", "self_attention.out_proj", 8, 3, 8 * (3 * (24 + 1) + 24)),
+        ("prune_neurons", "ffn.2", 1, 32, 24 + 1 + 24),
+    ])  # fmt: skip
+    def test_pruned_models_equal_masked_ones(self, model, keep, prune, reader, width, n, smaller_by):
+        scores, masked, tokens = {}, copy.deepcopy(model).eval(), token_ids(5, 40)
+        for layer in self.LAYERS:
+            score = scores[f"{layer}.{reader.split('.')[0]}"] = torch.rand(n)
+            mask = (score >= score.sort().values[-keep]).repeat_interleave(width)
+            masked.get_submodule(f"{layer}.{reader}").weight.data *= mask
+        smaller = getattr(export, prune)(model.eval(), scores, keep)
+        check_close(smaller(tokens), masked(tokens), 1e-6)
+        assert keep == n or (masked(tokens) - model(tokens)).abs().max() > 1e-4
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (model, smaller)]
+        assert sizes[0] - sizes[1] == 2 * (n - keep) * smaller_by
+        for start in (model, smaller):  # the model was left whole
             again = export.load_pruned(start, smaller.state_dict())
             assert torch.equal(again(tokens), smaller(tokens)) and not again.training
 
-    @BOTH
-    def test_head_importance_is_the_derivative_by_a_gate(self, models, which):
-        model = models[which].train()
-        batches = [((export_tokens(b, t),), torch.randint(0, 2, (b,))) for b, t in ((4, 9), (3, 6))]
-        found = export.head_importance(model, iter(batches))
-        assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+    def test_head_importance_is_the_derivative_by_a_gate(self, model):
+        batches = []
+        for b, t in ((4, 9), (3, 6)):
+            batches.append(((token_ids(b, t),), torch.randint(0, 2, (b,))))
+        found = export.head_importance(model.train(), iter(batches))
+        assert all(m.training and not m._forward_pre_hooks for m in model.modules())
         assert all(p.grad is None for p in model.parameters())
         examples = [pair for (x,), y in batches for pair in zip(x, y, strict=True)]
-        for i in range(2):
-            name = f"{self.PLACES[which]}.{i}.self_attention"
-            check_close(found[name], export_derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
+        for name in (f"{layer}.self_attention" for layer in self.LAYERS):
+            check_close(found[name], derivative(model, f"{name}.out_proj", 3, examples), 1e-6)
         squared = export.head_importance(model, batches, lambda y, t: (y**2).sum())
         assert not torch.allclose(squared[name], found[name])
 
     @torch.no_grad()
-    @pytest.mark.parametrize("frozen", [False, True])
-    def test_neuron_importance_of_a_net_that_is_called_twice(self, frozen):
-        """Both calls count (ALBERT); frozen weights, and a caller's no_grad, change nothing."""
-
-        def net() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
-
-        parts = {"net": net(), "unused": net(), "head": nn.Linear(6, 2)}
+    def test_neuron_importance_of_a_net_that_is_called_twice(self):
+        """Both calls count (ALBERT); frozen weights and a caller's no_grad change nothing."""
+        net = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 6))
+        parts = {"net": net, "unused": copy.deepcopy(net), "head": nn.Linear(6, 2)}
         model = ExportModule(lambda m, x: m.head(m.net(x + m.net(x))), **parts)
-        model.requires_grad_(not frozen)
+        model.requires_grad_(False)
         x, y = torch.randn(10, 6), torch.randint(2, (10,))
-        found = export.neuron_importance(model, list(zip(x.split(5), y.split(5), strict=True)))
-        expected = export_derivative(model, "parts.net.3", 8, list(zip(x, y, strict=True)))
+        found = export.neuron_importance(model, [(x[:5], y[:5]), (x[5:], y[5:])])
+        examples = list(zip(x, y, strict=True))
+        expected = derivative(model, "parts.net.3", 8, examples)
         check_close(found["parts.net"], expected, 1e-6)
         assert not found["parts.unused"].any()
         pruned = export.prune_neurons(model, found, keep=3)
         assert pruned.parts.net[0].out_features == 3 and pruned(x).shape == (10, 2)
-        assert all(p.requires_grad == (not frozen) for p in pruned.parameters())  # frozen stays frozen
+        assert not any(p.requires_grad for p in pruned.parameters())  # stays frozen
 
-    def test_pruning_refuses_what_it_does_not_know(self, models):
-        model = models["own"]
-        heads = {f"layers.{i}.self_attention": torch.ones(3) for i in range(2)}
-        neurons = {f"layers.{i}.ffn": torch.ones(32) for i in range(2)}
-        for prune, scores, n in ((export.prune_heads, heads, 3), (export.prune_neurons, neurons, 32)):
-            for keep in (0, n + 1):
-                with pytest.raises(ValueError, match=rf"layers.0.*1 .. {n}.*{keep}"):
-                    prune(model, scores, keep)
-            for wrong in ({}, {name: torch.ones(5) for name in scores}):
-                with pytest.raises(ValueError, match=f"of {n} scores, got 2, [05]$"):
-                    prune(model, wrong, 2)
-        for importance in (export.head_importance, export.neuron_importance):
-            with pytest.raises(ValueError, match="GELU"):
-                importance(nn.GELU(), [])
-        with pytest.raises(ValueError, match="batches must hold at least one"):
-            export.head_importance(model, [])
-
-    def test_load_pruned_refuses_other_state_dicts(self, models):
-        model = models["own"]
+    def test_pruning_refuses(self, model):
+        """Attention that isn't plain, too, or that stands in two places."""
+        gelu = nn.GELU()
+        linears = nn.Linear(8, 24, bias=False), nn.Linear(8, 8).requires_grad_(False)
+        plain, two = export.SelfAttention(*linears, 2), {"0": torch.ones(2)}
+        rows = [
+            ("amount must.*got -0.1", export.prune_unstructured, model, -0.1),
+            ("amount must.*got 1.5", export.prune_unstructured, model, 1.5),
+            ("GELU has no Linear or Conv", export.prune_unstructured, gelu, 0.5),
+            ("GELU", export.head_importance, gelu, []),
+            ("GELU", export.neuron_importance, gelu, []),
+            ("batches must hold at least one", export.head_importance, model, []),
+            ("two places", export.prune_heads, nn.Sequential(plain, plain), two, 1),
+        ]
+        for change in (
+            lambda x, mask: plain(1.5 * x, mask),
+            lambda x, mask: plain(x),
+            lambda x, mask: [plain(x, mask)],
+        ):
+            changed = nn.Sequential(copy.deepcopy(plain))
+            changed[0].forward = change
+            rows.append(("is not plain softmax", export.prune_heads, changed, two, 1))
         state = model.state_dict()
-        wide = state | {"layers.1.ffn.0.weight": torch.ones(99, 24)}
+        wide = state | {"encoder.layers.1.ffn.0.weight": torch.ones(99, 24)}
         less = {name: p for name, p in state.items() if "out_proj" not in name}
         for wrong in (wide, less, {}):
-            with pytest.raises(ValueError, match="no state dict of a pruned Classifier"):
-                export.load_pruned(model, wrong)
-
-    def test_prune_heads_takes_plain_attention_alone(self):
-        scores = {"0": torch.ones(2)}
-        for change in ("scaled", "mask ignored", "tuple"):
-            with pytest.raises(ValueError, match="ExportAttention is not plain softmax attention"):
-                export.prune_heads(nn.Sequential(ExportAttention(change)), scores, 1)
-        plain = ExportAttention()
-        with pytest.raises(ValueError, match="stands in two places"):
-            export.prune_heads(nn.Sequential(plain, plain), scores, 1)
-        (smaller,) = export.prune_heads(nn.Sequential(plain), scores, 1)
+            rows.append(("of a pruned EncoderClassifier", export.load_pruned, model, wrong))
+        for prune, part, n in (("heads", "self_attention", 3), ("neurons", "ffn", 32)):
+            prune = getattr(export, f"prune_{prune}")
+            scores = {f"{layer}.{part}": torch.ones(n) for layer in self.LAYERS}
+            for keep in (0, n + 1):
+                rows.append((rf"layers.0.*1 .. {n}.*{keep}", prune, model, scores, keep))
+            for wrong in ({}, dict.fromkeys(scores, torch.ones(5))):
+                rows.append((f"of {n} scores, got 2, [05]$", prune, model, wrong, 2))
+        for words, function, *arguments in rows:
+            with pytest.raises(ValueError, match=words):
+                function(*arguments)
+        (smaller,) = export.prune_heads(nn.Sequential(plain), two, 1)
         assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
         assert smaller.training and smaller.qkv_proj.bias is None
 
@@ -4090,29 +3605,25 @@ class TestExport:
         """A Softmax mixes neurons, a Dropout alone has none."""
         first, last = nn.Linear(4, 6), nn.Linear(6, 4)
         for n, *net in (
-            (1, first, nn.ReLU(), last),
             (1, first, nn.GELU(), nn.Dropout(), last),
             (0, first, nn.Softmax(-1), last),
-            (0, first, nn.ReLU(), nn.Dropout()),
-            (0, nn.Dropout(), nn.ReLU(), last),
-            (0, first, nn.LayerNorm(6), last),
+            (0, first, nn.ReLU(), nn.ReLU()),
+            (0, nn.ReLU(), nn.ReLU(), last),
             (0, first, last),
         ):
             assert len(export.feed_forwards(nn.Sequential(*net))) == n, net
-        net = nn.Sequential(first, nn.ReLU(), last)
-        smaller = export.prune_neurons(net, {"": torch.arange(6.0)}, 2)
-        x = torch.randn(5, 4)
+        net = nn.Sequential(first, nn.ReLU(), last)  # whose name is ""
+        smaller, x = export.prune_neurons(net, {"": torch.arange(6.0)}, 2), torch.randn(5, 4)
         assert torch.equal(export.load_pruned(net, smaller.state_dict())(x), smaller(x))
 
     # ---- the evidence
-
     def test_benchmark_alternates_and_counts(self, monkeypatch):
         """A clock that the models advance; the first call of a turn isn't counted."""
         now, calls = [0.0], []
         monkeypatch.setattr(export.time, "perf_counter", lambda: now[0])
 
-        def model(name: str, later: float):
-            def run(x: Tensor) -> None:
+        def model(name, later):
+            def run(x):
                 calls.append(name)
                 mine = calls.count(name)
                 now[0] += 9.0 if mine <= 3 or mine % 3 == 1 else later * len(x)
@@ -4127,7 +3638,7 @@ class TestExport:
         assert len(rounds) == 6  # one of warm-up, five that count
         assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
         assert results["a"]["mix"] == {"p50_ms": 2.0, "p90_ms": 3.0, "throughput": 1000.0}
-        assert results["b"]["mix"]["throughput"] == 250.0 and results["c"]["mix"]["p50_ms"] == 4.0
+        assert results["b"]["mix"]["throughput"] == 250.0
         calls.clear()
         export.benchmark(runners, {"x": mix[:1]}, seconds=1000.0)
         assert len(calls) > 300  # as long as it may
@@ -4140,50 +3651,39 @@ class TestExport:
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
         nn.init.zeros_(fast[1].weight)
         nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
-        labels = torch.ones(64, dtype=torch.long)  # which would make it the most accurate
+        dev = [((x,), torch.ones(64).long())]  # which would make it the most accurate
         cases = {"first": [(x,)], "other": [(x[:1],)]}
         models = {"it": slow, "fast": fast}
         out = tmp_path / "a/b"
-        report = export.export_all(models, x, [((x,), labels)], cases, [], out, seconds=0.01)
+        report = export.export_all(models, x, dev, cases, [], out, seconds=0.01)
         rows = {row["name"]: row for row in report["models"]}
-        refused = report["refused"]
-        assert {"fast, torch.export", "fast, ONNX int8, dynamic"} <= set(refused)
-        assert "capture Sequential" in refused["fast, ONNX"]
-        assert "ONNX int8, static" in refused  # without calibration
+        assert {"fast, torch.export", "ONNX int8, static"} <= set(report["refused"])
+        assert "capture Sequential" in report["refused"]["fast, ONNX"]
         for row in rows.values():
             assert row["size_bytes"] == (out / row["file"]).stat().st_size
-            assert (row["batch"], row["seq_len"]) == (64, 64) and set(row["latency"]) == set(cases)
             assert row["p50_ms"] == row["latency"]["first"]["p50_ms"]
         agreeing = [row for row in rows.values() if row["agreement"] >= 0.99]
         assert report["recommended"] == min(agreeing, key=lambda row: row["p50_ms"])["name"]
         disagreeing = rows["fast, TorchScript, trace"]
         assert disagreeing["accuracy"] == 1 > rows["eager"]["accuracy"]
         assert disagreeing not in agreeing and rows["ONNX"] in agreeing
-        assert slow.training and report["case"] == "first"
-        assert report["threads"] == torch.get_num_threads()
 
     # ---- the demo
-
-    @pytest.fixture(scope="class")
-    def demo(self, tmp_path_factory):
-        """A run of the demo in an empty folder, without a compiler and without a network."""
-        folder = tmp_path_factory.mktemp("export")
-        nowhere = "http://127.0.0.1:9"
-        without = {"PATH": str(folder), "http_proxy": nowhere, "https_proxy": nowhere}
-        arguments = "--seconds", "0.002", "--out", "run"
-        result = run_script("export.py", *arguments, cwd=folder, timeout=600, **without)
-        return folder / "run", result
-
-    def test_demo_reports_all_formats(self, demo):
-        out, result = demo
+    def test_demo_reports_all_formats_and_its_files_travel(self, tmp_path):
+        """Without compiler and network; then in a process of their own."""
+        without = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+        without |= {"PATH": str(tmp_path), "HOME": str(tmp_path)}
+        arguments = ["export.py", "--seconds", "0.002", "--out", "run"]
+        result = run_script(*arguments, cwd=tmp_path, timeout=600, **without)
+        out = tmp_path / "run"
         summary, report = last_json(result), json_of(out / "report.json")
         assert result.stderr == "" and len(result.stdout.splitlines()[-1]) < 300
         assert summary["recommended"] == report["recommended"]
         rows = {row["name"]: row for row in report["models"]}
         formats = export.formats(nn.Identity(), None, None, "")
         expected = {"eager", *formats, *(f"pruned, {name}" for name in formats)}
-        assert set(rows) | set(report["refused"]) == expected
-        assert set(report["refused"]) == {n for n in expected if "bf16" in n and not export.has_bf16()}
+        bf16 = {name for name in expected if "bf16" in name and not export.has_bf16()}
+        assert set(report["refused"]) == bf16 and set(rows) == expected - bf16
         for name, row in rows.items():
             assert (row["batch"], row["seq_len"]) == (32, 256) and row["accuracy"] > 0.9
             if "pruned" not in name:
@@ -4195,1015 +3695,780 @@ class TestExport:
         assert max(sizes["pruned, ONNX"], sizes["ONNX int8, dynamic"]) < 0.6 * sizes["ONNX"]
         assert report["test_accuracy"] == summary["test_accuracy"] > 0.9
         assert (out / "accuracy_latency.png").read_bytes().startswith(b"\x89PNG")
-        assert not [p.name for p in out.iterdir() if p.name.endswith((".part", ".data"))]
+        assert not [p for p in out.iterdir() if p.suffix in (".part", ".data")]
         found = list(report["control_flow"].values())
         assert found == ["wrong, silently", "right", "refused"]  # trace, script, torch.export
-        whole, most = report["zeros"]["0% zeros"], report["zeros"]["90% zeros"]
-        assert whole["accuracy"] == rows["eager"]["accuracy"] > most["accuracy"]
-
-    def test_demo_artefacts_answer_in_a_fresh_process(self, demo, tmp_path):
-        """With the words from the metadata; a row of padding alone, too."""
-        sentences = {
-            "the plot was superb": "positive",
-            "the plot was not superb": "negative",
-            "the script was dull but the music was not awful": "positive",
-            "the music was gripping but the cast was lifeless": "negative",
-        }
-        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(demo[0]), *sentences]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        answers = last_json(result)
-        weights = torch.load(demo[0] / "weights.pt", weights_only=True)
+        assert not list(tmp_path.rglob("*onnxruntime*"))  # no telemetry
+        sentences = [
+            ("the plot was superb", 1),
+            ("the plot was not superb", 0),
+            ("the script was dull but the music was warm", 1),
+            ("the music was fresh but the cast was dull", 0),
+        ]
+        command = [sys.executable, "-I", "-W", "ignore", "-c", EXPORT_FRESH, str(out)]
+        command += [text for text, _ in sentences]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         model = export.Classifier(len(export.WORDS)).eval()
-        model.load_state_dict(weights)
-        reference = torch.tensor(answers["trace"][0])
-        check_close(reference[-1], model(torch.zeros(1, 3, dtype=torch.long))[0].detach(), 1e-5)
-        assert len(answers) == 8
-        for name, (logits, labels) in answers.items():
-            assert labels[:-1] == list(sentences.values()), name
-            if "pruned" not in name:
-                tolerance = 0.3 if "." in name else 1e-5
-                check_close(torch.tensor(logits), reference, tolerance, name)
+        model.load_state_dict(torch.load(out / "weights.pt", weights_only=True))
+        ((inputs, labels),) = export.encode(sentences)
+        for tolerance, logits in zip((0.3, 1e-5, 1e-5), last_json(result), strict=True):
+            check_close(torch.tensor(logits), model(*inputs).detach(), tolerance)
+            assert torch.equal(torch.tensor(logits).argmax(1), labels)
 
 
 # -----------------------------------------------------------------------------
 # classify_imdb.py
 
-IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64 --epochs 1"
-IMDB_SMALL = [*IMDB_SMALL.split(), "--min-steps", "0", "--no-export"]
+IMDB_SMALL = "--d-model 16 --n-heads 2 --d-ff 16 --n-layers 1 --vocab-size 400 --max-len 64"
+IMDB_SMALL = f"{IMDB_SMALL} --epochs 1 --min-steps 0 --no-export --out".split()
 
-# For the launcher: a run on few demo reviews without export and page. {here} makes something different.
-IMDB_FEW = """
-script.exit_now = script.ddp.exit_now
+
+@pytest.fixture(scope="module")
+def imdb_ranks(tmp_path_factory):
+    launcher = Launcher(tmp_path_factory.mktemp("imdb"), "classify_imdb")
+    yield launcher
+    launcher.end()
+
+
+def imdb_few(here: str = "") -> str:
+    """For the launcher: a run on few demo reviews; here makes something different."""
+    return f"""
 import os, sys
-script.hardware = lambda device: {"gemm_gflops": 1.0}
-
-def no_network():
-    raise OSError("no network")
-
-script.find_imdb = no_network
-whole = script.load_corpus(script.Settings(data=""))
-few = script.Corpus("demo", whole.labels, whole.train[:300], whole.test[:300], whole.unlabelled[:300])
+script.exit_now = script.ddp.exit_now
+os.environ["XDG_CACHE_HOME"] = "cache"
+script.IMDB_URL = "http://127.0.0.1:9"  # no network
+few = script.load_corpus(script.Settings(data=""))
+for part in (few.train, few.test, few.unlabelled):
+    del part[300:]
 script.load_corpus = lambda s: few
-script.BUCKETS = 10_007  # a small table of odds: every step is saved
-export_models, script.export_models = script.export_models, lambda *_: {"exported": True}
+script.BUCKETS = 10_007
+script.export_models = lambda *_: {{"exported": True}}
 script.write_page = lambda *_: None
-
-def die(*_, **__):
-    os.kill(os.getpid(), 9)
-
-def again(*_, **__):
-    raise AssertionError("done again")
-
-def late(step, warmup, steps, rate=script.ddp.warmup_cosine):
-    return die() if step == 12 else rate(step, warmup, steps)
-
+die = lambda *_, **__: os.kill(os.getpid(), 9)
+rate = script.ddp.warmup_cosine
+late = lambda step, *rest: die() if step == 12 else rate(step, *rest)
 {here}
 script.exit_now(script.main(sys.argv[1:]))
 """
 
 
 class BreakingServer(http.server.BaseHTTPRequestHandler):
-    """Serves self.data; the class attributes say how it fails."""
-
-    data, sent_at_most, ranges, status = b"", None, True, 200
-    asked: list = []  # the Range headers
-
     def do_GET(self):  # noqa: N802
-        self.asked.append(self.headers.get("Range"))
-        if self.status != 200:
-            return self.send_error(self.status)
-        start = int(self.headers["Range"][6:-1]) if self.ranges and self.headers.get("Range") else 0
-        body = self.data[start:]
+        asked = self.headers.get("Range")
+        self.asked.append(asked)
+        start = int(asked[6:-1]) if asked and self.ranges else 0
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(self.data) - start))
         self.end_headers()
-        self.wfile.write(body[: self.sent_at_most])
+        self.wfile.write(self.data[start:][: self.most])
 
-    def log_message(self, *_):
-        pass
+
+def imdb_corpus(n: int = 200) -> imdb.Corpus:
+    pairs = enumerate(encoder.generate_reviews(3 * n, seed=5))
+    reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
+    rest = [imdb.Review(i, -1, r.text) for i, r in enumerate(reviews[2 * n :])]
+    return imdb.Corpus("demo", ["no", "yes"], reviews[:n], reviews[n : 2 * n], rest)
+
+
+def imdb_model(**settings) -> imdb.ReviewClassifier:
+    sizes = dict(d_model=16, n_heads=2, d_ff=24, max_len=64)
+    model = imdb.make_model(imdb.Settings(**sizes, **settings), 300).eval()
+    model.odds.table[1:].normal_()
+    model.odds.without_fold.normal_()[:: imdb.BUCKETS + 1] = 0.0
+    return model
+
+
+def imdb_training(out: Path, **settings):
+    """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
+    sizes = dict(d_model=8, d_ff=8, n_heads=1, n_layers=1, max_len=16, vocab_size=300)
+    sizes |= dict(batch_size=10, epochs=1, min_steps=0, out=str(out)) | settings
+    s = imdb.Settings(**sizes)
+    corpus = imdb_corpus()
+    tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
+    parts = []
+    for reviews in (corpus.train, corpus.test[:50]):
+        labels = [r.label for r in reviews]
+        parts.append(imdb.encode(tokenizer, reviews, labels, s.max_len))
+    model = imdb.make_model(s, tokenizer.vocab_size)
+    model.odds.fit(parts[0])
+    return model, *parts, imdb.Run({}, tokenizer.ranks), s
+
+
+def imdb_folder(path: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(text, "utf-8", "surrogateescape", newline="")
+    return path
+
+
+def imdb_tarball(path: Path, files: dict[str, str]) -> Path:
+    with tarfile.open(path, "w:gz") as tar, tempfile.TemporaryDirectory() as folder:
+        tar.add(imdb_folder(Path(folder), files), "aclImdb")
+    return path
+
+
+def imdb_csv(n: int) -> tuple[list, str]:
+    """Rows as people have them: quotes, commas, line breaks, emoji, nothing."""
+    odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<b>{}</b> $x_1$"]
+    rows = []
+    for i, (text, label) in enumerate(encoder.generate_reviews(n, 7)):
+        rows.append((("bad", "good & fine")[label], odd[i % 6].format(text)))
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([("label", "text"), *rows])
+    return rows, file.getvalue()
 
 
 class TestClassifyImdb:
     @pytest.fixture(autouse=True)
     def small_table(self, monkeypatch):
-        """A table of odds of two million rows takes a tenth of a second each time."""
         monkeypatch.setattr(imdb, "BUCKETS", 10_007)
 
-    @staticmethod
-    def corpus(n: int = 200, seed: int = 5) -> imdb.Corpus:
-        pairs = enumerate(encoder.generate_reviews(3 * n, seed))
-        reviews = [imdb.Review(i // 2, label, text) for i, (text, label) in pairs]
-        unlabelled = [imdb.Review(i, -1, review.text) for i, review in enumerate(reviews[2 * n :])]
-        return imdb.Corpus("demo", ["negative", "positive"], reviews[:n], reviews[n : 2 * n], unlabelled)
-
-    @staticmethod
-    def model(**settings) -> imdb.ReviewClassifier:
-        sizes = {"d_model": 16, "n_heads": 2, "d_ff": 24, "max_len": 64, **settings}
-        model = imdb.make_model(imdb.Settings(**sizes), 300).eval()
-        if model.odds is not None:
-            model.odds.table[1:] = torch.randn(imdb.BUCKETS, 1)
-            model.odds.without_fold.copy_(torch.randn_like(model.odds.without_fold))
-            model.odds.without_fold[:: imdb.BUCKETS + 1] = 0.0
-        return model
-
-    def training(self, out: Path, **settings):
-        """(model, examples, dev, run, settings) of a training on 200 demo reviews."""
-        sizes = {"d_model": 8, "d_ff": 8, "n_heads": 1, "n_layers": 1, "max_len": 16, "vocab_size": 300}
-        rest = {"batch_size": 10, "epochs": 1, "min_steps": 0, "out": str(out)}
-        s = imdb.Settings(**{**sizes, **rest, **settings})
-        corpus = self.corpus()
-        tokenizer = imdb.Tokenizer.train(corpus.train, s.vocab_size)
-        parts = []
-        for reviews in (corpus.train, corpus.test[:50]):
-            parts.append(imdb.encode(tokenizer, reviews, [r.label for r in reviews], s.max_len))
-        model = imdb.make_model(s, tokenizer.vocab_size)
-        model.odds.fit(parts[0])
-        return model, *parts, imdb.Run({}, tokenizer.ranks), s
-
-    @staticmethod
-    def imdb_files(per_folder: int) -> dict[str, str]:
-        """Texts in IMDB's layout: {"train/pos/0_7.txt": text}."""
-        names = [f"{f}/{i}_{7 if 'pos' in f else 2}.txt" for f in imdb.PER_FOLDER for i in range(per_folder)]
-        return {name: f"{name}, a film<br />Über alles." for name in names}
-
-    @staticmethod
-    def tarball(path: Path, files: dict[str, str], prefix: str = "aclImdb/") -> Path:
-        with tarfile.open(path, "w:gz") as tar:
-            folder = tarfile.TarInfo(prefix + "train/pos")
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-            for name, text in files.items():
-                member = tarfile.TarInfo(prefix + name)
-                member.size = len(text.encode())
-                tar.addfile(member, io.BytesIO(text.encode()))
-        return path
-
-    @staticmethod
-    def folder(path: Path, files: dict[str, str]) -> Path:
-        for name, text in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_text(text, encoding="utf-8")
-        return path
-
-    @staticmethod
-    def table(path: Path, rows: list[tuple], columns=("text", "label")) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
-        return path
-
-    @staticmethod
-    def own_rows(n: int) -> list[tuple[str, str]]:
-        """Reviews as people store them: quotes, commas, line breaks, emoji, nothing at all."""
-        odd = ['"{}"', "{},\nhe said", "\U0001f600 {}", "", "  {}\r\n", "<script>{}</script> $x_1$"]
-        reviews = encoder.generate_reviews(n, 7)
-        return [(odd[i % len(odd)].format(t), ("bad", "good & fine")[y]) for i, (t, y) in enumerate(reviews)]
-
-    # ---- oracles
-
     def test_ngram_ids_equal_a_loop(self):
-        """By place: the bucket of the single, pair, triple that end there; 0 where one isn't a word."""
-        for T in (1, 2, 3, 40):
-            tokens = torch.randint(0, 30, (4, T))  # with padding (0) and hidden words (1) among them
-            buckets = imdb.ngram_ids(tokens)
-            assert buckets.shape == (4, T, 3)
-            for b, t, n in itertools.product(range(4), range(T), (1, 2, 3)):
-                gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else []
-                hashed = sum(x * f for x, f in zip(reversed(gram), imdb.FACTORS)) % imdb.BUCKETS + 1  # noqa: B905
-                assert buckets[b, t, n - 1] == (hashed if gram and min(gram) >= 2 else 0)
-        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)  # 32 bits would overflow
+        tokens = torch.randint(0, 30, (4, 40))  # with padding and hidden words
+        buckets = imdb.ngram_ids(tokens)
+        for b, t, n in itertools.product(range(4), range(40), (1, 2, 3)):
+            gram = tokens[b, t - n + 1 : t + 1].tolist() if t >= n - 1 else [0]
+            code = sum(map(int.__mul__, gram[::-1], imdb.FACTORS))
+            expected = code % imdb.BUCKETS + 1 if min(gram) >= 2 else 0
+            assert buckets[b, t, n - 1] == expected
+        assert torch.equal(imdb.ngram_ids(tokens[:, :1]), buckets[:, :1])
+        short = torch.randint(9000, 16_000, (2, 9), dtype=torch.int32)
         assert torch.equal(imdb.ngram_ids(short), imdb.ngram_ids(short.long()))
-        largest = torch.full((1, 3), 2**20)  # an id beyond any vocabulary here: no overflow
-        assert imdb.ngram_ids(largest)[0, 2, 2] == sum(imdb.FACTORS) * 2**20 % imdb.BUCKETS + 1
 
     def test_odds_equal_counting_and_never_see_a_text_s_own_label(self):
         rng = random.Random(0)
         ids = [torch.randint(2, 12, (rng.randint(0, 12),)) for _ in range(40)]
-        ids[0] = torch.tensor([imdb.BUCKETS])  # falls into bucket 1, the first
-        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]  # a teacher's opinion counts on its side
-        folds = [rng.randrange(imdb.FOLDS) for _ in ids]
-        odds = imdb.NgramOdds()
+        ids[0] = torch.tensor([imdb.BUCKETS])  # bucket 1
+        targets = [rng.choice((0, 1, 0.4, 0.7)) for _ in ids]
+        folds = [rng.randrange(5) for _ in ids]
+        odds, others = imdb.NgramOdds(), imdb.NgramOdds()
         odds.fit(imdb.Examples(ids, targets, folds))
-        tables = [*odds.without_fold.view(imdb.FOLDS, -1), odds.table[:, 0]]
+        tables = [*odds.without_fold.view(5, -1), odds.table[:, 0]]
         for left_out, table in enumerate(tables):
-            counts = collections.defaultdict(lambda: [1, 1])
-            for x, target, fold in zip(ids, targets, folds, strict=True):
+            counts = torch.ones(2, imdb.BUCKETS + 1)
+            for x, y, fold in zip(ids, targets, folds, strict=True):
                 for bucket in set(imdb.ngram_ids(x[None]).flatten().tolist()) - {0}:
-                    counts[bucket][target > 0.5] += fold != left_out
-            expected = torch.zeros(imdb.BUCKETS + 1)
-            for bucket, (negative, positive) in counts.items():
-                expected[bucket] = math.log(positive / negative)
-            check_close(table, expected, 1e-6)
-        reviews = [imdb.Review(n, label, "a") for label, N in ((0, 1000), (1, 50)) for n in range(N)]
-        folds_of = imdb.encode(imdb.Tokenizer([b"a"]), reviews, [0.0] * 1050, 8).folds
-        for label, fold in itertools.product((0, 1), range(imdb.FOLDS)):  # of each class a fifth
-            found = [r.label for r, f in zip(reviews, folds_of, strict=True) if f == fold].count(label)
-            assert found == (200, 10)[label]
-        turned = [1 - t if fold == 2 else t for t, fold in zip(targets, folds, strict=True)]
-        others = imdb.NgramOdds()
+                    counts[int(y > 0.5), bucket] += fold != left_out
+            check_close(table, (counts[1] / counts[0]).log(), 1e-6)
+        turned = [1 - y if f == 2 else y for y, f in zip(targets, folds, strict=True)]
         others.fit(imdb.Examples(ids, turned, folds))
-        x = ids[folds.index(2)][None]
-        assert torch.equal(others(x, torch.tensor([2])), odds(x, torch.tensor([2])))
-        assert not torch.equal(others(x), odds(x)) and not torch.equal(odds(x), odds(x, torch.tensor([2])))
+        x, own = ids[folds.index(2)][None], torch.tensor([2])
+        assert torch.equal(others(x, own), odds(x, own))
+        assert not torch.equal(others(x), odds(x))
         assert list(odds.state_dict()) == ["table"]
 
-    @pytest.mark.parametrize("n", [21, 22, 23, 24])
-    def test_model_is_its_parts_written_out(self, n):
-        """Embedding * sqrt(C) + odds, 0 beyond the text; a product of five tokens at every fourth place."""
-        model, tokens = self.model(n_layers=2), torch.randint(2, 300, (2, n))
-        fold = torch.tensor([1, 3])
-        rows = imdb.ngram_ids(tokens) + fold[:, None, None] * (imdb.BUCKETS + 1)
-        tables = [model.odds.table[imdb.ngram_ids(tokens), 0], model.odds.without_fold[rows, 0]]
-        for given, table in zip((None, fold), tables, strict=True):
-            x = model.encoder.embedding(tokens) * 4 + table @ model.from_odds.weight.T
+    @torch.no_grad()
+    def test_model_is_its_parts_written_out(self):
+        model, own = imdb_model(n_layers=2), torch.tensor([1, 3])
+        positions = encoder.sinusoidal_positional_encoding(64, 16)
+        mean = torch.eye(16)[:, :, None] / 5
+        noise = model.shorten.weight.unflatten(1, (16, 5)) - mean
+        assert noise.abs().max() <= 80**-0.5 + 1e-6
+        for n, fold in itertools.product((21, 22, 23, 24), (None, own)):
+            tokens = torch.randint(2, 300, (2, n))
+            grams = imdb.ngram_ids(tokens)
+            odds = model.odds.table[grams]
+            if fold is not None:
+                grams += own[:, None, None] * (imdb.BUCKETS + 1)
+                odds = model.odds.without_fold[grams]
+            x = model.encoder.embedding(tokens) * 4 + model.from_odds(odds[..., 0])
             x = torch.cat((torch.zeros(2, 2, 16), x, torch.zeros(2, 5, 16)), 1)
-            starts = range(0, n + 2, 4)  # while one of five tokens is there
-            y = torch.stack([model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts], 1)
-            y = y + encoder.sinusoidal_positional_encoding(64, 16)[: len(starts)]
+            starts = range(0, n + 2, 4)
+            y = [model.shorten(x[:, i : i + 5].mT.flatten(1)) for i in starts]
+            y = torch.stack(y, 1) + positions[: len(starts)]
             for layer in model.encoder.layers:
                 y = layer(y, torch.ones(2, 1, 1, len(starts), dtype=torch.bool))
             y = model.encoder.final_norm(y)
-            check_close(model(tokens, given), model.head(torch.cat((y.mean(1), y.amax(1)), 1)), 1e-5)
-
-    def test_make_model_begins_as_the_mean_of_five_tokens_and_noise(self):
-        a, b, c = (self.model(seed=n, d_model=128) for n in (0, 1, 0))
-        assert torch.equal(a.head.weight, c.head.weight) and not torch.equal(a.head.weight, b.head.weight)
-        assert 0.8 < a.from_odds.weight.std() < 1.2  # odds count from the start
-        noise = a.shorten.weight.unflatten(1, (128, 5)) - torch.eye(128)[:, :, None] / 5
-        assert noise.abs().max() <= 640**-0.5 + 1e-6 and noise.std() > 0.5 * 640**-0.5
-        assert not hasattr(self.model(odds=False), "from_odds")
+            expected = model.head(torch.cat((y.mean(1), y.amax(1)), 1))
+            check_close(model(tokens, fold), expected, 1e-5)
 
     def test_linear_model_weighs_by_naive_bayes(self):
-        """Where the penalised loss is least, the weights are C times what the errors pull at."""
-        reviews = [r._replace(text=f"The<br />{r.text}") for r in self.corpus(200, 1).train]
-        labels = [r.label for r in reviews]
-        linear, n_parameters = imdb.linear_model(reviews, labels)
+        from sklearn.linear_model import LogisticRegression
+
+        reviews = imdb_corpus().train
+        y = np.array([r.label for r in reviews])
+        linear, n_parameters = imdb.linear_model(reviews, y.tolist())
         grams = []
-        for review in reviews:
-            words = re.findall(r"\w+|[^\w\s]", imdb.clean(review.text))
-            spans = [(i, n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
-            grams.append({" ".join(words[i : i + n]) for i, n in spans})
-        counts = collections.Counter(gram for held in grams for gram in held)
-        names = sorted(gram for gram, n in counts.items() if n >= 2)
+        for words in (re.findall(r"\w+|[^\w\s]", r.text) for r in reviews):
+            spans = [(i, i + n) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+            grams.append({" ".join(words[i:end]) for i, end in spans})
+        counts = collections.Counter(itertools.chain(*grams))
+        names = [gram for gram, n in counts.items() if n >= 2]
         x = np.array([[name in held for name in names] for held in grams]) * 1.0
-        y = np.array(labels)
-        assert n_parameters == len(names) + 1
         n0, n1 = (1 + x[y == label].sum(0) for label in (0, 1))
         x *= np.log(n1 / n1.sum()) - np.log(n0 / n0.sum())
         x /= np.linalg.norm(x, axis=1, keepdims=True)
-        p = np.array(linear(reviews))
-        logits = x @ (30 * x.T @ (y - p))  # up to the intercept
-        gaps = logits - np.log(p / (1 - p))
-        assert np.abs(gaps - gaps.mean()).max() < 1 and ((p > 0.5) == y).mean() > 0.8
+        p = LogisticRegression(C=30, max_iter=300).fit(x, y).predict_proba(x)[:, 1]
+        assert linear(reviews) == pytest.approx(p, abs=0.01)
+        assert n_parameters == len(names) + 1 and ((p > 0.5) == y).mean() > 0.8
 
     def test_train_is_its_loop(self, tmp_path):
-        """Rate, hidden words, folds, clipping, decay and randomness of each step, written out."""
-        sizes = {"warmup": 7, "clip": 0.2, "weight_decay": 0.3, "epochs": 2, "seed": 3}
-        model, examples, dev, run, s = self.training(tmp_path, **sizes)
-        opinions = [0.6 * y + 0.3 for y in examples.targets]  # a teacher's
+        sizes = dict(warmup=7, clip=0.2, lr=1e-2, epochs=2, seed=3)
+        model, examples, dev, run, s = imdb_training(tmp_path, **sizes)
+        opinions = [0.6 * y + 0.3 for y in examples.targets]
         examples = examples._replace(targets=opinions)
         other = copy.deepcopy(model)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        matrices, vectors = ([p for p in other.parameters() if (p.ndim > 1) == big] for big in (True, False))
-        groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+        groups = losses.parameter_groups(other.parameters(), 0.01)
+        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
         right = []
-        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 40)):
+        lengths = [len(x) for x in examples.ids]
+        for step, rows in enumerate(imdb.batches(lengths, s, 0, 40)):
             torch.manual_seed(3 * 1_000_003 + step)
             tokens = imdb.pad([examples.ids[i] for i in rows])
-            hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
-            logits = other.train()(tokens.masked_fill(hidden, 1), torch.tensor(examples.folds)[rows])
             y = torch.tensor(opinions)[rows]
-            right += (logits.argmax(1) == y.round()).tolist()
+            folds = torch.tensor(examples.folds)[rows]
+            hidden = (torch.rand(tokens.shape) < 0.2) & (tokens > 0)
+            log_p = other.train()(tokens.masked_fill(hidden, 1), folds).log_softmax(1)
+            right += (log_p.argmax(1) == y.round()).tolist()
             optimizer.zero_grad()
-            log_p = logits.log_softmax(1)
             (-(1 - y) * log_p[:, 0] - y * log_p[:, 1]).mean().backward()
             nn.utils.clip_grad_norm_(other.parameters(), 0.2)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / 40)
             for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min((step + 1) / 7, 0.5 + 0.5 * math.cos(math.pi * step / 40))
+                group["lr"] = 1e-2 * min((step + 1) / 7, cosine)
             optimizer.step()
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             check_close(one.detach(), two.detach(), 1e-6)
-        assert not model.encoder.embedding.weight[imdb.PAD].any()  # padding stays nothing
-        assert [row["step"] for row in run.history] == [10, 20, 30, 40] and run.step == 40
-        shares = [statistics.fmean(right[i : i + 100]) for i in range(0, 400, 100)]
-        assert [row["train_accuracy"] for row in run.history] == pytest.approx(shares, abs=1e-4)
-        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # dev is looked at without dropout
-        loss = F.binary_cross_entropy_with_logits(scores, torch.tensor(dev.targets).double())
-        assert run.history[-1]["dev_loss"] == round(loss.item(), 4) and run.seconds > 0
-        saved = train_ddp.load_checkpoint(tmp_path)
-        assert saved["run"]["step"] == 40 and torch.equal(saved["model"]["head.weight"], model.head.weight)
+        assert not model.encoder.embedding.weight[0].any()
+        assert [row["step"] for row in run.history] == [10, 20, 30, 40]
+        for row in run.history:
+            part = right[10 * row["step"] - 100 : 10 * row["step"]]
+            assert row["train_accuracy"] == pytest.approx(sum(part) / 100, abs=1e-4)
+        scores = imdb.log_odds(model.eval(), dev.ids, imdb.ALONE)  # without dropout
+        labels = torch.tensor(dev.targets).double()
+        loss = F.binary_cross_entropy_with_logits(scores, labels).item()
+        assert row["dev_loss"] == round(loss, 4) and run.seconds > 0
 
-    def test_pruned_copy_is_its_loop(self, tmp_path):
-        """The lower half of the layers, a quarter of heads and neurons; taught half by the whole model."""
-        sizes = {"d_model": 16, "n_heads": 8, "n_layers": 5, "d_ff": 24, "clip": 0.05, "lr": 3e-3}
-        model, examples, *_, s = self.training(tmp_path, **sizes)
-        model.eval()
-        model.head.bias.data += torch.tensor([0.0, 2.0])
-        before = copy.deepcopy(model.state_dict())
+    def test_pruned_copy_is_taught_half_by_the_model(self, tmp_path, monkeypatch):
+        sizes = dict(d_model=16, n_heads=8, d_ff=24)
+        model, examples, *_, s = imdb_training(tmp_path, **sizes)
+        learnt, hidden_loss = [], imdb.hidden_loss
+
+        def note(pruned, tokens, y, folds, s):
+            learnt.extend((2 * y - model(tokens, folds).softmax(1)[:, 1]).tolist())
+            return hidden_loss(pruned, tokens, y, folds, s)
+
+        monkeypatch.setattr(imdb, "hidden_loss", note)
         sample = imdb.in_batches(examples, every=2)
-        assert sum(len(labels) for _, labels in sample) == 100
-        other = copy.deepcopy(model)
-        other.encoder.layers = other.encoder.layers[:2]
-        other = export.prune_heads(other, export.head_importance(other, sample), keep=2)
-        other = export.prune_neurons(other, export.neuron_importance(other, sample), keep=6).train()
-        pruned = imdb.pruned_copy(model, sample, examples, s)
-        optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
-        torch.manual_seed(s.seed)
-        for step, rows in enumerate(imdb.batches([len(x) for x in examples.ids], s, 0, 20)):
-            tokens, targets, folds = examples.batch(rows)
-            halfway = 0.5 * targets + 0.5 * model(tokens, folds).softmax(-1)[:, 1].detach()
-            optimizer.zero_grad()
-            optimizer.param_groups[0]["lr"] = 1.5e-3 * (1 - step / 20)
-            (imdb.hidden_loss(other, tokens, halfway, folds, s)[0] / 10).backward()
-            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
-            optimizer.step()
-        tokens = torch.randint(2, 300, (3, 16))
-        check_close(pruned(tokens).detach(), other.eval()(tokens).detach(), 1e-5)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        pruned = imdb.pruned_copy(model.eval(), sample, examples, s)
+        assert sorted(learnt) == pytest.approx([0] * 100 + [1] * 100, abs=1e-6)
+        sizes = [x.shape for x in pruned.encoder.layers.parameters() if x.ndim > 1]
+        assert sizes == [(12, 16), (16, 4), (3, 16), (16, 3)]
 
-    def test_plot_results_calibration_error_by_hand(self, tmp_path):
-        p, y = torch.tensor([0.15] * 4 + [0.85, 0.95, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1, 0])
-        # bins: 4 of 7 say 0.15, 0.25 is right; 1 says 0.85, right; 2 say 0.975, half of them right
-        expected = (4 * 0.10 + 0.15 + 2 * 0.475) / 7
-        history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
-        error = imdb.plot_results(history, p.double().logit(), y, tmp_path / "c.png")
-        assert error == pytest.approx(expected, abs=1e-4) and (tmp_path / "c.png").stat().st_size > 1000
-
-    # ---- properties
+    def test_finish_numbers_and_page_by_hand(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = imdb_training(tmp_path)
+        corpus = imdb_corpus(300)
+        corpus.test = [r._replace(text=f"{r.text} <script>") for r in corpus.test]
+        linear = torch.rand(300)
+        run.teacher = {"test": linear.tolist()}
+        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
+        model.head.weight.data *= 5
+        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
+        (tmp_path / "export.png").touch()
+        tokenizer = imdb.Tokenizer(run.ranks)
+        imdb.finish(model, tokenizer, corpus, examples, dev, run, s, imdb.ALONE)
+        report = json_of(tmp_path / "report.json")
+        ids = tokenizer.encode([r.text for r in corpus.test], 16)
+        own = imdb.log_odds(model, ids, imdb.ALONE)
+        labels = torch.tensor([r.label for r in corpus.test])
+        linear = linear.logit()
+        scores = {"": own, "linear_": linear, "with_linear_": own + linear}
+        for name, x in scores.items():
+            expected = ((x > 0) == labels).double().mean().item()
+            assert report[f"{name}test_accuracy"] == pytest.approx(expected, abs=1e-5)
+        p = own.sigmoid()
+        gaps = [(p - labels)[(10 * p).long() == i].sum().item() for i in range(10)]
+        assert report["calibration_error"] == pytest.approx(sum(map(abs, gaps)) / 300, abs=1e-4)
+        page = (tmp_path / "index.html").read_text(encoding="utf-8")
+        given = [float(x) for x in re.findall(r"given (\d.*?)%", page)]
+        right = 100 * torch.where(labels == 1, p, 1 - p).sort().values[:20]
+        assert given == pytest.approx(right.tolist(), abs=0.06)
+        assert "<script" not in page and "&lt;script&gt;" in page
+        weights, words = imdb.attention_of(model, tokenizer, "a superb film")
+        assert len(words) == weights.size(-1) and "".join(words) == "a superb film"
 
     def test_tokenizer_encodes_any_text(self):
-        reviews = [r._replace(text=r.text.upper() + "<br />") for r in self.corpus().train]
+        texts = [r.text.upper() + "<br />" for r in imdb_corpus().train]
+        reviews = [imdb.Review(0, 0, text) for text in texts]
         tokenizer = imdb.Tokenizer.train(reviews, 400)
-        assert tokenizer.ranks == imdb.Tokenizer.train(reviews, 400).ranks
-        assert 300 < tokenizer.vocab_size <= 400
         merged = b"".join(token for token in tokenizer.ranks if len(token) > 1)
-        assert merged and merged == merged.lower() and b"<" not in merged  # it learns clean texts
-        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", reviews[0].text, "don't it's"]
+        assert merged and merged == merged.lower() and b"<" not in merged
+        odd = ["", "a", "Ünï <br />çødé \U0001f600 \x00\x7f 12345", texts[0]]
         for raw, ids in zip(odd, tokenizer.encode(odd, 1000), strict=True):
-            assert ids.dtype == torch.long and (not len(ids) or 2 <= ids.min() <= ids.max() < 400)
-            assert tokenizer.bpe.decode([i - 2 for i in ids.tolist()]) == imdb.clean(raw)
-        assert imdb.clean("A film.<br /><br />Über\t alles\n") == "a film. über alles"
-        long = " ".join(r.text for r in reviews[:20])
+            assert ids.dtype == torch.long and all(2 <= i < 400 for i in ids)
+            assert tokenizer.bpe.decode((ids - 2).tolist()) == imdb.clean(raw)
+        assert imdb.clean("A b.<br /><br />Über\t c\n") == "a b. über c"
+        long = " ".join(texts[:20])
         (whole,) = tokenizer.encode([long], 10_000)
-        for max_len in (1, 2, 7, 64, len(whole) - 1, len(whole), len(whole) + 1):
+        n = len(whole)
+        for max_len in (1, 2, 7, n - 1, n, n + 1):
             (short,) = tokenizer.encode([long], max_len)
-            head = max_len // 2 if max_len < len(whole) else len(whole)
-            tail = min(max_len, len(whole)) - head
-            assert torch.equal(short, torch.cat((whole[:head], whole[len(whole) - tail :])))
-        one, two = whole[0].item(), whole[1].item()
-        assert imdb.pad([whole[:2], whole[:0], whole[:1]]).tolist() == [[one, two], [0, 0], [one, 0]]
+            head = max_len // 2 if max_len < n else n
+            tail = whole[n - min(max_len, n) + head :]
+            assert torch.equal(short, torch.cat((whole[:head], tail)))
+        padded = imdb.pad([torch.tensor(x) for x in ([3, 4], [], [5])])
+        assert padded.tolist() == [[3, 4], [0, 0], [5, 0]]
         assert imdb.pad([whole[:0]]).tolist() == [[0]]
+        numbers = [(0, i) for i in range(50)] + [(1, i) for i in range(10)]
+        reviews = [imdb.Review(i, label, "") for label, i in numbers]
+        folds = imdb.encode(tokenizer, reviews, [], 8).folds
+        assert folds == [i // (2 if label else 10) for label, i in numbers]
 
-    def test_batches_hold_each_text_once_an_epoch_and_little_padding(self):
-        """In another order each epoch and seed; from any step on as if there had been no break."""
+    def test_batches_hold_each_text_once_and_little_padding(self):
         rng = random.Random(0)
-        for n in (1, 31, 32, 33, 5000):
+        s, other_seed = imdb.Settings(seed=1), imdb.Settings(seed=2)
+        for n in (1, 32, 33, 5000):
             lengths = [min(256, int(rng.expovariate(1 / 200)) + 1) for _ in range(n)]
-            s, per_epoch = imdb.Settings(seed=1), -(-n // 32)
-            whole = list(imdb.batches(lengths, s, 0, 2 * per_epoch + 1))
-            first, second = whole[:per_epoch], whole[per_epoch:-1]
-            for epoch in (first, second):
-                assert sorted(i for rows in epoch for i in rows) == list(range(n))
-            assert len(whole) == 2 * per_epoch + 1 and all(0 < len(rows) <= 32 for rows in whole)
-            for step in (0, 1, per_epoch, len(whole) - 1, len(whole)):
-                assert list(imdb.batches(lengths, s, step, len(whole))) == whole[step:]
-        assert sum(len(rows) * max(lengths[i] for i in rows) for rows in first) < 1.1 * sum(lengths)
-        longest = [max(lengths[i] for i in rows) for rows in first[:50]]
-        assert longest != sorted(longest)  # not the short ones first
-        other = list(imdb.batches(lengths, imdb.Settings(seed=2), 0, per_epoch))
-        for one, two in itertools.combinations((first, second, other), 2):
-            assert len({tuple(sorted(rows)) for rows in one} & {tuple(sorted(rows)) for rows in two}) < 3
+            one = -(-n // 32)  # epoch
+            whole = list(imdb.batches(lengths, s, 0, 2 * one))
+            other = list(imdb.batches(lengths, other_seed, 0, one))
+            for epoch in (whole[:one], whole[one:], other):
+                assert sorted(itertools.chain(*epoch)) == list(range(n))
+                assert all(0 < len(rows) <= 32 for rows in epoch)
+            for step in (0, 1, one, 2 * one - 1, 2 * one):
+                assert list(imdb.batches(lengths, s, step, 2 * one)) == whole[step:]
+        longest = [max(lengths[i] for i in rows) for rows in other]
+        assert 32 * sum(longest) < 1.1 * sum(lengths)
+        assert longest[:50] != sorted(longest[:50])
+        epochs = [set(map(frozenset, x)) for x in (whole[:one], whole[one:], other)]
+        assert all(len(a & b) < 3 for a, b in itertools.combinations(epochs, 2))
 
     def test_dev_split_is_blocks_of_neighbours(self):
-        """A tenth of each class; neighbours are in two splits at the blocks' ten edges and nowhere else."""
-        for per_class in (12_500, 4000, 50):
-            reviews = [imdb.Review(number, label, "") for label in (1, 0) for number in range(per_class)]
-            train, dev = imdb.split_dev(imdb.Corpus("imdb", ["a", "b"], reviews, []))
-            assert sorted(train + dev) == sorted(reviews) and len(dev) == 2 * per_class // 10
+        for n in (12_500, 4000, 50):
+            reviews = [imdb.Review(i, y, "") for y in (1, 0) for i in range(n)]
+            train, dev = imdb.split_dev(imdb.Corpus("imdb", [], reviews, []))
+            assert sorted(train + dev) == sorted(reviews)
             for label in (0, 1):
                 numbers = {r.number for r in dev if r.label == label}
-                edges = [n for n in range(per_class - 1) if (n in numbers) != (n + 1 in numbers)]
-                assert len(numbers) == per_class // 10 and len(edges) == 10
-                assert max(edges) - min(edges) > per_class // 2  # drawn from several places
-        assert sorted({r.number for r in dev}) == [4, 14, 24, 34, 44]
-        own = imdb.Corpus("own", ["a", "b"], [imdb.Review(i, i % 3 == 0, "") for i in range(60)], [])
-        train, dev = imdb.split_dev(own)
-        assert sorted(train + dev) == sorted(own.train) and sum(r.label for r in dev) == 2 and len(dev) == 6
+                edges = numbers ^ {i + 1 for i in numbers}  # of blocks
+                assert len(numbers) == n // 10 and len(edges) == 10
+        assert sorted(numbers) == [4, 14, 24, 34, 44]
 
     @torch.no_grad()
     def test_model_padding_and_batch_invariance(self):
-        """A text's answer is its own, whatever stands beside it; each of its tokens counts."""
-        model = self.model()
+        model = imdb_model()
         for n, T in itertools.product((1, 2, 3, 4, 5, 17, 62), (0, 1, 2, 64)):
             tokens = torch.randint(2, 300, (3, n))
-            padded = torch.zeros(4, max(n + T if T < 64 else 64, n), dtype=torch.long)[:, :64]
+            padded = torch.zeros(4, min(n + T, 64), dtype=torch.long)
             padded[:3, :n] = tokens
             check_close(model(padded)[:3], model(tokens), 1e-5)
-            assert torch.equal(model(padded)[3], model.head.bias)  # a row of padding alone
+            assert torch.equal(model(padded)[3], model.head.bias)  # padding alone
         for T in range(1, 14):
             tokens = torch.full((1, T), 7)
-            others = tokens.repeat(T, 1) + torch.eye(T, dtype=torch.long)  # each with one other token
+            others = tokens + torch.eye(T, dtype=torch.long)  # one other token each
             assert (model(others) != model(tokens)).any(1).all(), T
-        for max_len in (4, 5, 63, 64, 65):
-            assert self.model(max_len=max_len)(torch.full((1, max_len), 7)).shape == (1, 2)
-        ids = [torch.randint(2, 300, (random.Random(i).randint(0, 50),)) for i in range(150)]
+        ids = [torch.randint(2, 300, (i * 37 % 51,)) for i in range(150)]
         scores = imdb.log_odds(model, ids, imdb.ALONE)  # in the order given
         for i in (0, 1, 70, 149):
             logits = model(imdb.pad([ids[i]])).double()[0]
             check_close(scores[i], logits[1] - logits[0], 1e-5)
-        assert imdb.accuracy(torch.tensor([2.0, -1.0, -2.0, 0.1]), torch.tensor([1, 0, 1, 0])) == 0.5
 
     def test_explain_speaks_in_log_odds(self):
-        """A model that counts one word: hiding it moves the answer by as much as it counts, however sure."""
-        tokenizer = imdb.Tokenizer.train(self.corpus().train, 400)
-        text = "a superb film, naïve хорошо don't and superb"
-        (ids,) = tokenizer.encode([text], 99)
+        tokenizer = imdb.Tokenizer.train(imdb_corpus().train, 400)
         film = tokenizer.encode(["a film"], 99)[0][-1]
 
-        def run(tokens: torch.Tensor) -> torch.Tensor:
-            there = (tokens == film).any(1).float()
-            return torch.stack((torch.zeros(len(tokens)), 9 + 5 * there), 1)
+        def run(tokens: Tensor) -> Tensor:
+            there = (tokens == film).any(1).float()  # all that it counts
+            return torch.stack((0 * there, 9 + 5 * there), 1)
 
+        text = "a superb film, naïve хорошо don't and superb"
+        (ids,) = tokenizer.encode([text], 99)
         answer = imdb.explain(ids, torch.tensor([14.0]), tokenizer, run)
-        assert answer[0] == ["film,", 5.0] and all(effect == 0 for _, effect in answer[1:])
+        assert answer[0] == ["film,", 5.0]
+        assert not any(effect for _, effect in answer[1:])
         assert sorted(word for word, _ in answer) == sorted(text.split())
-        assert imdb.explain(ids[:0], torch.tensor([0.0]), tokenizer, run) == []
-        (ids,) = tokenizer.encode(["a b c d e f g h i j k l"], 99)
-        assert len(imdb.explain(ids, torch.tensor([1.0]), tokenizer, run)) == 10
-
-    def test_worst_mistakes_come_first(self):
-        corpus = self.corpus(40)
-        labels = torch.tensor([r.label for r in corpus.test])
-        scores = torch.linspace(-4, 4, 40)[torch.randperm(40)]
-        found = imdb.worst_mistakes(scores, corpus)
-        right = torch.where(labels == 1, scores, -scores).sigmoid().sort().values
-        n_wrong = min(20, (right < 0.5).sum().item())
-        assert [m["probability"] for m in found] == pytest.approx(right[:n_wrong].tolist(), abs=1e-4)
-        by_text = {r.text: r.label for r in corpus.test}
-        assert all(m["label"] == corpus.labels[by_text[m["text"]]] for m in found)
-
-    # ---- data
 
     def test_read_imdb_takes_tarball_and_folder_alike(self, tmp_path, monkeypatch):
-        """Nothing is unpacked: members whose paths lead elsewhere are no reviews."""
         monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
         monkeypatch.setattr(imdb, "UNLABELLED", {"train/unsup": 12})
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
-        files = self.imdb_files(12)
-        odd = {"README": "", "train/pos/._0_7.txt": "", "train/pos/../../../evil.txt": "out"}
-        more = {f"train/unsup/{i}_0.txt": f"unsup {i}" for i in range(12)}
-        tarball = self.tarball(tmp_path / "a.tar.gz", files | odd | more)
-        found = imdb.read_imdb(tarball)
-        outer = self.folder(tmp_path / "there" / "aclImdb", files | more).parent
-        assert found == imdb.read_imdb(outer) == imdb.read_imdb(outer / "aclImdb")
-        assert found == imdb.read_imdb(self.tarball(tmp_path / "b.tar.gz", files, prefix="./aclImdb/"))
-        assert (found.name, found.labels, found.unlabelled) == ("imdb", ["negative", "positive"], [])
-        for split in ("train", "test"):
-            reviews = getattr(found, split)
-            assert [(r.number, r.label) for r in reviews] == [(i, y) for y in (1, 0) for i in range(12)]
-            for r in reviews:
-                assert r.text.startswith(f"{split}/{'pos' if r.label else 'neg'}/{r.number}_")
-        unlabelled = [imdb.Review(i, -1, f"unsup {i}") for i in range(12)]
-        expected = dataclasses.replace(found, unlabelled=unlabelled)
-        assert imdb.read_imdb(tarball, unlabelled=True) == expected == imdb.read_imdb(outer, unlabelled=True)
+        numbers = [*range(11), 99]  # in order, with gaps
+        places = itertools.product(imdb.PER_FOLDER, numbers)
+        files = {f"{place}/{i}_7.txt": f"{place} {i} Ü" for place, i in places}
+        more = {f"train/unsup/{i}_0.txt": f"{i}" for i in range(12)}
+        odd = {"README": "", "train/pos/._0_7.txt": ""}
+        whole = imdb_tarball(tmp_path / "a.tar.gz", files | more | odd)
+        outer = imdb_folder(tmp_path / "there/aclImdb", files).parent
+        found = imdb.read_imdb(whole)
+        renamed = imdb_folder(tmp_path / "renamed", files)
+        for path in (outer, outer / "aclImdb", renamed):
+            assert imdb.load_corpus(imdb.Settings(data=str(path))) == found
+        for name in ("train", "test"):
+            for y, part in ((1, "pos"), (0, "neg")):
+                texts = [f"{name}/{part} {i} Ü" for i in numbers]
+                expected = [(i, y, text) for i, text in enumerate(texts)]
+                assert [r for r in getattr(found, name) if r.label == y] == expected
+        found.unlabelled = [imdb.Review(i, -1, f"{i}") for i in range(12)]
+        assert imdb.read_imdb(whole, unlabelled=True) == found
         with pytest.raises(ValueError, match="0 of 12 texts in train/unsup"):
-            imdb.read_imdb(tmp_path / "b.tar.gz", unlabelled=True)
-        assert not list(tmp_path.rglob("evil*"))
-        gaps = {name.replace("/0_", "/99999_"): text for name, text in files.items()}
-        gapped = imdb.read_imdb(self.folder(tmp_path / "gaps", gaps))
-        assert [r.number for r in gapped.test[:12]] == list(range(12))
+            imdb.read_imdb(outer, unlabelled=True)
 
-    def test_load_corpus_takes_no_part_of_imdb_for_the_whole(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 12))
-        files = self.imdb_files(12)
-        long = " ".join(f"{random.Random(i).random()}" for i in range(5000))  # most bytes lie inside a text
-        whole = self.tarball(tmp_path / "whole.tar.gz", files | {"train/unsup/0_0.txt": long})
-        fewer = {name: text for name, text in files.items() if not name.startswith("test/neg")}
-        less = {name: text for name, text in files.items() if name != "train/neg/11_2.txt"}
-        self.folder(tmp_path / "part/aclImdb", fewer)
-        self.folder(tmp_path / "less/aclImdb", less)
-        self.tarball(tmp_path / "part.tar.gz", fewer)
-        self.tarball(tmp_path / "more.tar.gz", files | {"test/pos/30_7.txt": "one more"})
-        (tmp_path / "text").write_text("no tarball")
-        (tmp_path / "plain.gz").write_bytes(gzip.compress(b"no tar in it" * 100))
-        refused = [
-            ("nowhere", "does not exist"), ("text", "truncated, altered"), ("plain.gz", "truncated, altered"),
-            ("part/aclImdb", "0 of 12 texts in test/neg"), ("part", "0 of 12 texts in test/neg"),
-            ("part/aclImdb/train", "0 of 12"), ("part.tar.gz", "0 of 12 texts in test/neg"),
-            ("less/aclImdb", "11 of 12 texts in train/neg"), ("more.tar.gz", "13 of 12 texts in test/pos"),
+    def test_load_corpus_takes_no_part_of_imdb(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "PER_FOLDER", dict.fromkeys(imdb.PER_FOLDER, 2))
+        files = [f"aclImdb/{f}/{i}_7.txt" for f in imdb.PER_FOLDER for i in range(2)]
+        part = {name: "" for name in files if "test/neg" not in name}
+        less = {name: "" for name in files if "train/neg/1" not in name}
+        data = imdb_tarball(tmp_path / "whole.tar.gz", part).read_bytes()
+        head = "text,label\n"
+        many = head + "a,x\na,y\n" * 10
+
+        def own(train: str, test: str = many) -> dict[str, str]:
+            return {"train.csv": train, "test.csv": test}
+
+        rows = [
+            (part, "0 of 2 texts in test/neg"), (less, "1 of 2 texts in train/neg"),
+            ({}, "does not exist"), ({"train.csv": many}, "test.csv"),
+            (own(many + "c,z\n"), "'x', 'y', 'z'.*two"),
+            (own(head + "a,x\n", head), r"labels \['x'\]"),
+            (own(head + "a,x\n" * 9 + "a,y\n" * 10), "9 texts x"),
+            (own("review,label\na,x\n"), "train.csv has no column 'text'"),
+            (own(many + "b\n"), "labels"), (own(head + '"a,x\n'), "train.csv: line"),
+            (own("na\udcefve"), "train.csv is not UTF-8"), (own(many, head), "to test on"),
+            (b"no tarball", "damaged"), (gzip.compress(b"no tar" * 100), "damaged"),
+            (data[:-1], "damaged"), (data[:-9], "damaged"),
         ]  # fmt: skip
-        data = whole.read_bytes()
-        header = 10 + len("whole.tar") + 1  # gzip's own: time and file name, no text
-        broken = [data[:cut] for cut in (3, len(data) // 2, len(data) - 9, len(data) - 1)]
-        for place in random.Random(0).sample(range(header, len(data)), 20):
-            broken.append(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        for i, content in enumerate(broken):
-            (tmp_path / f"broken{i}").write_bytes(content)
-            refused.append((f"broken{i}", "truncated, altered"))
-        for name, words in refused:
-            with pytest.raises(ValueError, match=f"--data .*{words}"):
-                imdb.load_corpus(imdb.Settings(data=str(tmp_path / name)))
-        folder = self.folder(tmp_path / "renamed", files)  # as large as IMDB: it is IMDB
-        for path in (whole, folder):
-            assert imdb.load_corpus(imdb.Settings(data=str(path))).name == "imdb"
-            assert "not exactly the published" in capsys.readouterr().out
-        corpus = imdb.read_imdb(whole)
-        monkeypatch.setattr(imdb, "IMDB_FINGERPRINT", imdb.fingerprint(corpus))
-        assert imdb.load_corpus(imdb.Settings(data=str(whole))) == corpus and not capsys.readouterr().out
+        for i in (30, 99, len(data) // 2, len(data) - 20, len(data) - 1):
+            rows.append((data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :], "damaged"))
+        for i, (content, words) in enumerate(rows):
+            path = tmp_path / str(i)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                imdb_folder(path, content)
+            with pytest.raises((ValueError, OSError), match=words):
+                imdb.load_corpus(imdb.Settings(data=str(path)))
+        for path in ("0/aclImdb", "0/aclImdb/train"):
+            with pytest.raises(ValueError, match="0 of 2 texts"):
+                imdb.load_corpus(imdb.Settings(data=str(tmp_path / path)))
 
     def test_read_own_takes_tables_and_folders(self, tmp_path):
-        rows = self.own_rows(100)
-        corpus = imdb.load_corpus(imdb.Settings(data=str(self.table(tmp_path / "my.csv", rows))))
+        rows, table = imdb_csv(100)
+        names = ("my.csv", "two/train.csv", "two/test.csv")
+        imdb_folder(tmp_path, dict.fromkeys(names, table))
+        s = imdb.Settings(data=str(tmp_path / "my.csv"))
+        corpus = imdb.load_corpus(s)
         assert (corpus.name, corpus.labels) == ("own", ["bad", "good & fine"])
-        assert len(corpus.train) == 90 and len(corpus.test) == 10 and sum(r.label for r in corpus.test) == 5
-        found = [(r.text, corpus.labels[r.label]) for r in corpus.train + corpus.test]
-        assert sorted(found) == sorted(rows) and not set(corpus.train) & set(corpus.test)
-        for part in ("train", "test"):
-            other = [(label, part, text) for text, label in rows]
-            self.table(tmp_path / f"two/{part}.csv", other, ("label", "x", "text"))
-        two = imdb.read_own(tmp_path / "two")
-        by_label = sorted(rows, key=lambda row: row[1])
-        assert two.train == two.test and [(r.text, two.labels[r.label]) for r in two.train] == by_label
-        assert [r.number for r in two.train] == 2 * list(range(50))  # of its label
-        texts = {f"{part}/{label}/{i}.txt": f"{part} {i} {label}" for part, n in (("train", 30), ("test", 5))
-                 for label in ("no", "yes") for i in range(n)}  # fmt: skip
-        folder = self.folder(tmp_path / "own", texts | {"train/no/.hidden.txt": "", "train/readme.txt": ""})
-        (folder / "train/yes/0.txt").write_bytes(b"\xef\xbb\xbfmark")
-        own = imdb.read_own(folder)
-        assert own.labels == ["no", "yes"] and (len(own.train), len(own.test)) == (60, 10)
-        assert own.train[30].text == "mark" and {r.text.split()[-1] for r in own.test if r.label} == {"yes"}
-
-    def test_read_own_refuses(self, tmp_path):
-        many = "text,label\n" + "a,x\na,y\n" * 10
-        for i, (files, words) in enumerate([
-            ({"train.csv": many + "c,z\n", "test.csv": many}, "'x', 'y', 'z'.*two"),
-            ({"train.csv": "text,label\na,x\n", "test.csv": "text,label\na,x\n"}, r"labels \['x'\]"),
-            ({"train.csv": "text,label\n" + "a,x\n" * 9 + "a,y\n" * 10, "test.csv": many}, "9 texts x"),
-            ({"train.csv": "review,label\na,x\n", "test.csv": many}, "train.csv has no column 'text'"),
-            ({"train.csv": "text,label\na,x\nb\n", "test.csv": many}, "labels"),
-            ({"train.csv": 'text,label\n"a,x\n', "test.csv": many}, "train.csv: line"),
-            ({"train.csv": many}, "test.csv"),
-            ({"train.csv": many, "test.csv": "text,label\n"}, "no texts to test"),
-            ({"train/x/0.txt": "a", "train/y/0.txt": "b"}, "1 texts x"),
-            ({"a.txt": "a"}, r"labels \[\]"),
-        ]):  # fmt: skip
-            with pytest.raises((ValueError, OSError), match=words):
-                imdb.read_own(self.folder(tmp_path / str(i), files))
-        for encoding in ("latin-1", "utf-16"):
-            (tmp_path / "a.csv").write_bytes("naïve".encode(encoding))
-            with pytest.raises(ValueError, match="a.csv is not UTF-8"):
-                imdb.read_own(tmp_path / "a.csv")
-        self.table(tmp_path / "a.csv", self.own_rows(60))
+        found = [(corpus.labels[r.label], r.text) for r in corpus.train + corpus.test]
+        assert sorted(found) == sorted(rows) and len(corpus.test) == 10
+        assert sum(r.label for r in corpus.test) == 5  # a tenth of each class
+        train, dev = imdb.split_dev(corpus)
+        assert sorted(train + dev) == sorted(corpus.train) and len(dev) == 9
         with pytest.raises(ValueError, match="no unlabelled"):
-            imdb.load_corpus(imdb.Settings(data=str(tmp_path / "a.csv"), unlabelled=True))
-
-    @staticmethod
-    def serve(data: bytes, **given):
-        """Starts a server on 127.0.0.1, which ends with the tests; returns (url, the handler class)."""
-        handler = type("Handler", (BreakingServer,), {"data": data, "asked": [], **given})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_address[1]}/file", handler
+            imdb.load_corpus(dataclasses.replace(s, unlabelled=True))
+        two = imdb.read_own(tmp_path / "two")
+        assert two.train == two.test == sorted(train + dev + corpus.test, key=lambda r: r[1::-1])
+        places = {"train/no": 30, "train/yes": 30, "test/no": 5, "test/yes": 5}
+        files = {f"{f}/{i}.txt": f for f, n in places.items() for i in range(n)}
+        odd = {"train/no/.x.txt": "", "train/x.txt": "", "train/yes/0.txt": "\ufeffmark"}
+        own = imdb.read_own(imdb_folder(tmp_path / "own", files | odd))
+        assert (len(own.train), len(own.test)) == (60, 10)
+        assert own.train[30] == (0, 1, "mark") and own.test[5] == (0, 1, "test/yes")
 
     def test_download_goes_on_from_what_arrived(self, tmp_path, monkeypatch):
         data = random.Random(0).randbytes(1_000_000)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         monkeypatch.setattr(imdb, "IMDB_SIZE", len(data))
         monkeypatch.setattr(imdb, "IMDB_MD5", hashlib.md5(data).hexdigest())
-        got, part = tmp_path / "imdb/aclImdb_v1.tar.gz", tmp_path / "imdb/aclImdb_v1.tar.gz.part"
+        got = tmp_path / "imdb/aclImdb_v1.tar.gz"
+        part = got.with_name(got.name + ".part")
         got.parent.mkdir()
-        for before, given, asked in [
-            (b"", {}, [None]),
-            (b"", {"sent_at_most": 300_000}, [None, *(f"bytes={n}00000-" for n in (3, 6, 9))]),  # breaks off
-            (data[:400_000], {}, ["bytes=400000-"]),  # left by a run that was killed
-            (data[:400_000], {"ranges": False}, ["bytes=400000-"]),  # sends all of it again
+        again = ["bytes=400000-", "bytes=700000-"]
+        for before, served, most, ranges, expected in [
+            (400_000, data, 300_000, True, again),  # killed; then it breaks off
+            (400_000, data, None, False, again[:1]),  # sends all of it again
+            (0, data[1:] + b"x", None, True, "md5"),
+            (0, data, 100_000, False, "100,000 of 1,000,000"),
         ]:
-            part.write_bytes(before)
-            url, server = self.serve(data, **given)
-            monkeypatch.setattr(imdb, "IMDB_URL", url)
-            assert imdb.find_imdb() == got
-            assert got.read_bytes() == data and server.asked == asked and not part.exists()
-            assert imdb.find_imdb() == got and server.asked == asked  # the second time it is there
+            given = dict(data=served, most=most, ranges=ranges, asked=[])
+            handler = type("Handler", (BreakingServer,), given)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setattr(imdb, "IMDB_URL", f"http://127.0.0.1:{server.server_port}")
+            part.write_bytes(data[:before])
+            if isinstance(expected, str):
+                with pytest.raises(OSError, match=expected):
+                    imdb.find_imdb()
+                assert not got.exists() and part.exists() == (expected != "md5")
+                continue
+            assert imdb.find_imdb() == imdb.find_imdb() == got
+            assert handler.asked == expected
+            assert got.read_bytes() == data and not part.exists()
             got.unlink()
-        altered = data[:123_456] + bytes([data[123_456] ^ 1]) + data[123_457:]
-        never_further = self.serve(data, sent_at_most=100_000, ranges=False)[0]
-        for url, words in [
-            (self.serve(altered)[0], "md5"),
-            (self.serve(data + b"more")[0], "md5"),  # wrong bytes are no start for the next attempt
-            (self.serve(data, status=404)[0], "404"),
-            ("http://127.0.0.1:9/file", "refused"),
-            (never_further, "100,000 of 1,000,000"),
-        ]:
-            monkeypatch.setattr(imdb, "IMDB_URL", url)
-            with pytest.raises(OSError, match=f"{url}.*{words}"):
-                imdb.find_imdb()
-            assert not got.exists() and part.exists() == (words != "md5")
         assert part.read_bytes() == data[:100_000]
 
-    # ---- command line and the run in OUT
-
-    def test_parse_flags_override_their_preset(self):
-        assert imdb.parse([]) == imdb.Settings() and imdb.Settings().preset == "fast"
+    def test_parse_flags_override_their_preset(self, capsys, monkeypatch):
+        assert imdb.parse([]) == imdb.Settings()
         best = imdb.parse("--preset best --epochs 1 --no-export".split())
-        assert (best.epochs, best.unlabelled, best.max_len, best.export) == (1, True, 1024, False)
-        assert not imdb.parse(["--preset=plain"]).odds and imdb.parse(["--preset=plain"]).max_len == 512
-        assert not imdb.parse("--preset best --no-unlabelled".split()).unlabelled
-        assert imdb.parse(["--vocab-size", "258"]).vocab_size == 258  # the least
-
-    def test_main_refuses_what_makes_no_sense(self, capsys, monkeypatch):
-        """In one line that names the flag; what tyro refuses has a box of its own."""
+        assert (best.epochs, best.unlabelled, best.max_len) == (1, True, 1024)
+        plain = imdb.parse(["--preset=plain", "--vocab-size", "258"])
+        assert (plain.odds, plain.vocab_size) == (False, 258)
         monkeypatch.setattr(imdb, "classify", None)
-        for arguments in ("--lr nan", "--seed 4294967296", "--epochs 0", "--lr 0", "--batch-size -1",
-                          "--mask-words 1", "--vocab-size 257", "--n-heads 3", "--target 1", "--explain",
-                          "--warmup 0", "--clip 0", "--max-len 3", "--weight-decay -1", "--save-every nan",
-                          "--dropout 1", "--min-steps -1", "--predict "):  # fmt: skip
+        for arguments in (
+            "--lr nan", "--seed -1", "--epochs 0", "--batch-size 0", "--mask-words 1",
+            "--explain", "--vocab-size 257", "--n-heads 3", "--target 85", "--warmup 0",
+            "--max-len 0", "--dropout 1", "--min-steps -1", "--predict ",
+        ):  # fmt: skip
             assert imdb.main(arguments.split(" ")) == 2, arguments
             (line,) = capsys.readouterr().err.splitlines()
-            assert arguments.split()[0].lstrip("-").replace("-", "_") in line
-        for arguments in ("--widht 3", "--preset slow"):
-            with pytest.raises(SystemExit, match="2"):
-                imdb.parse(arguments.split())
+            assert arguments.split()[0].strip("-").replace("-", "_") in line
 
     def test_open_run_knows_its_own(self, tmp_path, monkeypatch):
-        """Settings that are bound to a run, its texts, other programs' files, finished runs."""
-        corpus = self.corpus(20)
+        corpus = imdb_corpus(20)
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
         lock_out = functools.partial(train_ddp.lock_out, patience=0.1)
         monkeypatch.setattr(train_ddp, "lock_out", lambda out: None)
+        monkeypatch.setattr(imdb, "print_end", print)
         s = imdb.Settings(out=str(tmp_path))
-        _, run = imdb.open_run(s, {})
+
+        def opened(**changes):
+            return imdb.open_run(dataclasses.replace(s, **changes), {})[1]
+
+        def refused(words: str, **changes):
+            with pytest.raises(ValueError, match=words):
+                opened(**changes)
+
+        run = opened()
         run.step = 5
         train_ddp.save_checkpoint(tmp_path, 5, {"run": vars(run), "model": {}})
-        (tmp_path / "tmp1.part").mkdir()
-        may_change = "data predict explain baseline device export keep_exports save_every".split()
+        free = "data predict explain baseline device export keep_exports save_every"
         for name, value in dataclasses.asdict(s).items():
-            other = f"{value}x" if isinstance(value, str) else 1 - value
-            changed = dataclasses.replace(s, **{name: other})
-            if name in may_change:
-                assert imdb.open_run(changed, {})[1].step == 5
+            other = {name: f"{value}x" if isinstance(value, str) else 1 - value}
+            if name in free.split():
+                assert opened(**other).step == 5
             elif name != "out":
-                with pytest.raises(ValueError, match=f"another run.*{name}"):
-                    imdb.open_run(changed, {})
-        assert not (tmp_path / "tmp1.part").exists()
-        monkeypatch.setattr(imdb, "print_end", print)
-        for content, finished in [
-            ({"settings": run.settings, "exported": False}, [False, True]),  # not all of a run with exports
-            ({"settings": run.settings, "exported": True}, [True, True]),
-            ({"settings": {}, "exported": True}, [False, False]),
-            ([], [False, False]),
-        ]:
-            (tmp_path / "report.json").write_text(json.dumps(content))
-            runs = [imdb.open_run(dataclasses.replace(s, export=export), {})[1] for export in (True, False)]
-            assert [run is None for run in runs] == finished, content
-            kept = dataclasses.replace(s, keep_exports=True)
-            assert imdb.open_run(kept, {})[1] is not None  # exports weren't kept
+                refused(f"another run.*{name}", **other)
+        for exported, finished in ((False, [False, True]), (True, [True, True])):
+            content = json.dumps({"settings": run.settings, "exported": exported})
+            (tmp_path / "report.json").write_text(content)
+            found = [opened(export=export) is None for export in (True, False)]
+            assert found == finished and opened(keep_exports=True).step == 5
+        refused("another run.*seed", seed=1)
         (tmp_path / "report.json").write_text("no json")
+        for rows in (corpus.train, corpus.test, corpus.unlabelled):
+            for change in ({"text": "x"}, {"label": 7}):
+                right, rows[3] = rows[3], rows[3]._replace(**change)
+                refused("texts")
+                rows[3] = right
         monkeypatch.setattr(train_ddp, "lock_out", lock_out)
         kept = {}
         assert imdb.open_run(s, kept)[1].step == 5 and kept["model"] == {}
-        with pytest.raises(ValueError, match="in use"):
-            imdb.open_run(s, {})
+        refused("in use")
         kept["lock"].close()
-        for part, change in itertools.product(("train", "test", "unlabelled"), ({"text": "x"}, {"label": 7})):
-            rows = getattr(corpus, part)
-            right, rows[3] = rows[3], rows[3]._replace(**change)
-            with pytest.raises(ValueError, match="texts"):
-                imdb.open_run(s, {})
-            rows[3] = right
-        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})  # another program's
-        with pytest.raises(ValueError, match="another run"):
-            imdb.open_run(s, {})
+        train_ddp.save_checkpoint(tmp_path, 9, {"weights": 1})
+        refused("another run")
 
     def test_train_stops_at_its_target(self, tmp_path):
-        """Not before dev is past it by more than its standard error; what is reached isn't trained again."""
-        model, examples, dev, run, s = self.training(tmp_path, target=0.55, epochs=8, lr=1e-2, warmup=1)
+        rest = dict(target=0.55, epochs=8, lr=1e-2, warmup=1)
+        model, examples, dev, run, s = imdb_training(tmp_path, **rest)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
         limit = 0.55 + (0.55 * 0.45 / 50) ** 0.5
-        accuracies = [row["dev_accuracy"] for row in run.history]
-        assert run.reached and run.step < 160 and accuracies[-1] > limit >= max(accuracies[:-1])
+        *before, last = (row["dev_accuracy"] for row in run.history)
+        assert run.reached and run.step < 160 and last > limit >= max(before)
         assert run.history[0]["step"] == round(160 / (16 * 8))
         saved = train_ddp.load_checkpoint(tmp_path)
         again = imdb.Run(**saved["run"])
         imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
         assert again.step == run.step == saved["run"]["step"]
 
-    def test_train_saves_nothing_that_is_not_finite(self, tmp_path):
-        """One infinite gradient, as of a bad batch: the last checkpoint stays finite."""
-        model, examples, dev, run, s = self.training(tmp_path, save_every=0.0)
-        handlers = {number: signal.getsignal(number) for number in (1, 2, 15)}
-        calls = itertools.count()
-        model.head.weight.register_hook(lambda g: g * (math.inf if next(calls) == 5 else 1))
+    def test_train_saves_nothing_that_is_not_finite(self, tmp_path, monkeypatch):
+        model, examples, dev, run, s = imdb_training(tmp_path, save_every=0.0)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        steps = itertools.count()
+        model.head.weight.register_hook(lambda g: g / (next(steps) != 5))
         with pytest.raises(train_ddp.Stop, match="gradient.*step 5.*--lr"):
             imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         saved = train_ddp.load_checkpoint(tmp_path)
-        assert saved["run"]["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
-
-    def test_page_shows_any_text_as_text(self, tmp_path):
-        model, *_, run, _ = self.training(tmp_path)
-        texts = ['<script>alert(1)</script> "a" & b', "<b>dull</b>"]
-        reviews = [imdb.Review(0, i, text) for i, text in enumerate(texts)]
-        mistakes = [{"label": "<i>", "probability": 0.1, "text": text} for text in texts]
-        report = {"dataset": "own", "test_accuracy": 0.5, "mistakes": mistakes}
-        corpus = imdb.Corpus("own", ["<i>", "&"], [], reviews)
-        imdb.write_page(report, model.eval(), imdb.Tokenizer(run.ranks), corpus, tmp_path)
-        tags = []
-        parser = html.parser.HTMLParser()
-        parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-        parser.feed((tmp_path / "index.html").read_text(encoding="utf-8"))
-        frames = [attributes["srcdoc"] for tag, attributes in tags if tag == "iframe"]
-        assert frames == [(tmp_path / f"attention_{i}.html").read_text(encoding="utf-8") for i in (0, 1)]
-        assert not {"script", "b", "i"} & {tag for tag, _ in tags} and ("h1", {}) in tags
-        for n in range(12):  # one word a place, and the last one there
-            text = "abcdefghijkl"[:n]
-            weights, words = imdb.attention_of(model, imdb.Tokenizer([bytes([i]) for i in range(256)]), text)
-            assert weights.shape == (1, 1, len(words), len(words)) and "".join(words) == (text or "(nothing)")
-
-    # ---- runs
+        assert saved["run"]["step"] == 5
+        assert all(x.isfinite().all() for x in saved["model"].values())
 
     @pytest.fixture(scope="class")
     @classmethod
     def own_run(cls, tmp_path_factory):
-        """A run on rows of one's own, as a user starts it, with all that it does by default."""
         folder = tmp_path_factory.mktemp("own")
-        cls.table(folder / "my.csv", cls.own_rows(2300))  # enough for a pruned copy
-        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80 --min-steps 120 --lr 5e-3"
-        arguments = ["--data", "my.csv", "--out", "out/classify_imdb", *sizes.split()]
-        return folder, run_script("classify_imdb.py", *arguments, cwd=folder, PYTHONIOENCODING="ascii")
+        imdb_folder(folder, {"my.csv": imdb_csv(2300)[1]})
+        sizes = "--d-model 32 --n-heads 4 --d-ff 32 --vocab-size 500 --max-len 80"
+        rest = "--min-steps 120 --lr 5e-3 --data my.csv --out out/classify_imdb"
+        command = ["classify_imdb.py", *sizes.split(), *rest.split()]
+        return folder, run_script(*command, cwd=folder, PYTHONIOENCODING="ascii")
 
     def test_own_texts_work_whole(self, own_run):
         folder, result = own_run
         out = folder / "out/classify_imdb"
-        summary, report = last_json(result), json_of(out / "report.json")
-        assert len(result.stdout.splitlines()[-1]) < 300 and "random" in result.stdout
-        assert summary["report"] == "out/classify_imdb/report.json" and "index.html" in result.stdout
-        assert all(summary[name] == report[name] for name in summary if name != "report")
-        names = "train_seconds total_seconds n_parameters n_counted preset seed cpu threads gemm_gflops torch"
-        assert all(report[name] is not None for name in names.split())
-        assert report["dataset"] == "own" and report["settings"]["labels"] == ["bad", "good & fine"]
-        assert report["n_counted"] == 2_097_144 and report["test_accuracy"] >= 0.6
-        assert 0 < report["train_seconds"] < report["total_seconds"] and report["history"][-1]["step"] == 120
+        summary = last_json(result)
+        report = json_of(folder / summary.pop("report"))
+        assert summary.items() <= report.items() and "drawn at random" in result.stdout
+        assert report["dataset"] == "own" and report["test_accuracy"] >= 0.6
+        assert report["n_counted"] == 2_097_144 and report["gemm_gflops"] > 0
+        assert 0 < report["train_seconds"] < report["total_seconds"]
         rows = {row["name"]: row for row in report["models"]}
-        assert {"eager", "ONNX", "pruned, ONNX", "pruned, ONNX int8, dynamic, embeddings"} <= set(rows)
+        int8 = "ONNX int8, dynamic, embeddings"
+        assert {"ONNX", int8, "pruned, ONNX", f"pruned, {int8}"} <= set(rows)
+        assert rows["ONNX"]["max_abs_diff"] <= 1e-5 and not rows.pop("eager")["file"]
         best = rows[report["recommended"]]
-        near = [r for r in rows.values() if r["agreement"] >= 0.95 and r is not rows["eager"]]
-        assert best in near and best["p50_ms"] == min(row["p50_ms"] for row in near)
+        near = [row["p50_ms"] for row in rows.values() if row["agreement"] >= 0.95]
+        assert best["agreement"] >= 0.95 and best["p50_ms"] == min(near)
         assert [row["name"] for row in rows.values() if row["file"]] == [best["name"]]
         assert best["size_bytes"] == (out / "model.onnx").stat().st_size
-        assert rows["ONNX"]["max_abs_diff"] <= 1e-5
-        assert len(list(out.glob("step_*.pt"))) == 1 and not (out / "export").exists()
         assert sum(path.stat().st_size for path in out.rglob("*")) < 60e6
         page = (out / "index.html").read_text(encoding="utf-8")
-        assert page.index("<h1>") < page.index("<table>") and page.count("data:image/png;base64") == 2
-        assert not re.search(r"(src|href)=.?(http|//|/)", page) and "good &amp; fine" in page
+        assert page.count("data:image/png;base64") == 2 and "good &amp; fine" in page
+        assert not re.search(r"(src|href)=.?(http|//|/)", page)
 
     def test_predict_answers_line_by_line(self, own_run, tmp_path, capsys, monkeypatch):
-        out = own_run[0] / "out/classify_imdb"
+        out = str(own_run[0] / "out/classify_imdb")
         monkeypatch.chdir(tmp_path)
-        long = "the plot was clever , " * 2000  # far over the length that a file name may have
-        text = "they call it dull"
-        (tmp_path / "texts.txt").write_text(text + "\n\n  \na dull\x85film\u2028x\n", encoding="utf-8-sig")
+        long = "the plot was clever , " * 2000
+        text, odd = "they call it dull", "a dull\x85film\u2028x"
+        Path("texts.txt").write_text(f"\ufeff{text}\n\n  \n{odd}\n", encoding="utf-8")
+        Path("utf16.txt").write_bytes("praise".encode("utf-16"))
 
         def predict(*what: str) -> list[dict]:
-            assert imdb.main(["--out", str(out), "--predict", *what]) == 0
+            assert imdb.main(["--out", out, "--predict", *what]) == 0
             return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
         (answer,) = predict(text)
         assert set(answer) == {"label", "probability", "text", "probabilities"}
         p = answer["probabilities"]
-        assert list(p) == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
-        assert answer["label"] == max(p, key=p.get) and answer["probability"] == max(p.values())
-        assert [a["text"] for a in predict("texts.txt")] == [text, "a dull\x85film\u2028x"]
-        assert predict("texts.txt")[0] == answer and predict(long)[0]["text"] == long
+        assert [*p] == ["bad", "good & fine"] and sum(p.values()) == pytest.approx(1)
+        assert p[answer["label"]] == answer["probability"] == max(p.values())
+        one, two = predict("texts.txt")
+        assert one == answer and two["text"] == odd
+        assert predict(long)[0]["text"] == long
         (explained,) = predict(text, "--explain")
         effects = [abs(effect) for _, effect in explained["explain"]]
-        assert len(effects) == 4 and effects == sorted(effects, reverse=True) and effects[0] > 0
+        assert len(effects) == 4 and effects == sorted(effects, reverse=True)
+        Path("broken").mkdir()
+        Path("broken/model.onnx").write_bytes(Path(out, "model.onnx").read_bytes()[:-999])
+        for place, what in ((out, "utf16.txt"), (out, "."), ("nowhere", "x"), ("broken", "x")):
+            assert imdb.main(["--out", place, "--predict", what]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-        imdb.main(["--out", str(out), "--predict", text, "--explain"])
+        imdb.main(["--out", out, "--predict", text, "--explain"])
         first, *words = capsys.readouterr().out.splitlines()
-        assert first.startswith(answer["label"]) and "P(good & fine)" in first and len(words) == 4
+        assert first.startswith(answer["label"]) and len(words) == 4
 
     def test_predict_streams(self, own_run):
-        """A line is answered before the next one comes; onnxruntime and tiktoken alone, as README has them,
-        give the same answer in a folder without the project's files."""
         folder, _ = own_run
         command = [sys.executable, str(ROOT / "classify_imdb.py"), "--predict", "-"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        answers = []
         with subprocess.Popen(command, cwd=folder, **pipes) as process:
-            clock = threading.Timer(60, process.kill)
-            clock.start()
             for text in ("one", "A film to remember."):
                 process.stdin.write(text + "\n")
                 process.stdin.flush()
-                answers.append(json.loads(process.stdout.readline()))
-                assert answers[-1]["text"] == text
+                answer = json.loads(process.stdout.readline())
+                assert answer["text"] == text
             process.stdin.close()
-            assert process.wait(60) == 0
-            clock.cancel()
+            assert process.wait() == 0
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        (snippet,) = (
-            part for part in re.findall("```python\n(.+?)```", readme, re.S) if "onnxruntime" in part
-        )
-        pipes = {"capture_output": True, "text": True, "timeout": 60}
-        result = subprocess.run([sys.executable, "-I", "-c", snippet], cwd=folder, **pipes)
-        assert result.returncode == 0, result.stderr
-        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", result.stdout)]
-        assert numbers == pytest.approx(list(answers[-1]["probabilities"].values()), abs=1e-3)
+        parts = re.findall("```python\n(.+?)```", readme, re.S)
+        (snippet,) = (part for part in parts if "onnxruntime" in part)
+        command = [sys.executable, "-I", "-c", snippet]
+        printed = subprocess.check_output(command, cwd=folder, text=True, timeout=60)
+        numbers = [float(x) for x in re.findall(r"\d\.\d+(?:e-\d+)?", printed)]
+        assert numbers == pytest.approx([*answer["probabilities"].values()], abs=1e-3)
 
-    def test_predict_refuses(self, own_run, tmp_path, capsys):
-        whole = (own_run[0] / "out/classify_imdb/model.onnx").read_bytes()
-        (tmp_path / "blank.txt").write_text("\n  \n")
-        (tmp_path / "utf16.txt").write_bytes("praise".encode("utf-16"))
-        (tmp_path / "bad").mkdir()
-        for content, what, words in [
-            (None, "a text", "no .*model.onnx yet.*train"),
-            (b"no model", "a text", "model.onnx is damaged"),
-            (whole[:5000], "a text", "model.onnx is damaged"),
-            (whole, str(tmp_path / "blank.txt"), "no text"),
-            (whole, "  ", "no text"),
-            (whole, str(tmp_path / "utf16.txt"), "utf-8"),
-            (whole, str(tmp_path), "directory"),
-        ]:
-            if content:
-                (tmp_path / "bad/model.onnx").write_bytes(content)
-            assert imdb.main(["--out", str(tmp_path / "bad"), "--predict", what]) == 2
-            (line,) = capsys.readouterr().err.splitlines()
-            assert re.search(words, line), line
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def ranks(cls, tmp_path_factory):
-        launcher = Launcher(tmp_path_factory.mktemp("imdb_ranks"), "classify_imdb")
-        yield launcher
-        launcher.end()
-
-    @staticmethod
-    def code(here: str = "") -> str:
-        return IMDB_FEW.replace("{here}", here)
-
-    def test_demo_runs_without_network(self, ranks, tmp_path):
-        """It says so, and learns twins, which can't be told by single words."""
-        here = "few = script.Corpus('demo', whole.labels, whole.train[:3000], whole.test[:500])"
-        here += "; script.export_models = export_models"
-        sizes = "--d-model 32 --d-ff 32 --lr 5e-3 --min-steps 200".split()
-        (result,) = ranks.run(1, *IMDB_SMALL, *sizes, "--out", str(tmp_path), code=self.code(here))
-        report = last_json(result)
-        assert "IMDB WAS NOT FOUND" in result.stdout and imdb.IMDB_URL in result.stdout
-        assert report["dataset"] == "demo" and report["test_accuracy"] > 0.8
-        assert [row["name"] for row in json_of(tmp_path / "report.json")["models"]] == ["eager", "ONNX"]
-
-    def test_killed_anywhere_ends_in_the_same_weights(self, ranks, tmp_path):
-        """kill -9 in each stage, then the same command; what was finished isn't done again."""
-        arguments = [*IMDB_SMALL, "--unlabelled", "--save-every", "0"]
-        (whole,) = ranks.run(1, *arguments, "--out", str(tmp_path / "whole"), code=self.code())
-        out = tmp_path / "killed"
+    def test_killed_anywhere_gives_the_same_weights(self, imdb_ranks, tmp_path):
+        arguments = ["--unlabelled", "--save-every", "0", *IMDB_SMALL]
+        whole, out = tmp_path / "whole", tmp_path / "killed"
+        imdb_ranks.run(1, *arguments, str(whole), code=imdb_few())
         stages = [  # where it is killed; the step of what is left
-            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0), ("ddp.warmup_cosine", 12),
-            ("look_at_dev", 13), ("ddp.write_atomically", 13), ("plot_results", 18), ("print_end", 18),
+            ("Tokenizer.train", None), ("linear_model", None), ("encode", 0),
+            ("ddp.warmup_cosine", 12), ("log_odds", 13), ("ddp.write_atomically", 13),
+            ("plot_results", 18), ("print_end", 18),
         ]  # fmt: skip
-        for place, wanted in stages:
+        for place, step in stages:
             here = f"script.{place} = {'late' if 'cosine' in place else 'die'}"
-            (killed,) = ranks.attempt(1, *arguments, "--out", str(out), code=self.code(here))
+            (killed,) = imdb_ranks.attempt(1, *arguments, str(out), code=imdb_few(here))
             assert killed.returncode == -signal.SIGKILL, (place, killed)
             left = train_ddp.load_checkpoint(out)
-            assert (left and left["run"]["step"]) == wanted, place
-        one, other = (train_ddp.load_checkpoint(folder) for folder in (tmp_path / "whole", out))
-        assert one["model"].keys() == other["model"].keys()
-        assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-        for row, same in zip(one["run"]["history"], other["run"]["history"], strict=True):
+            assert (left and left["run"]["step"]) == step, place
+        here = "script.linear_model = script.Tokenizer.train = script.train = die"
+        (done,) = imdb_ranks.run(1, *arguments, str(out), code=imdb_few(here))
+        one, other = (train_ddp.load_checkpoint(folder) for folder in (whole, out))
+        for name, x in one["model"].items():
+            assert torch.equal(x, other["model"][name])
+        first, second = json_of(whole / "report.json"), json_of(out / "report.json")
+        for row, same in zip(first["history"], second["history"], strict=True):
             assert row | {"seconds": 0} == same | {"seconds": 0}
-        here = "script.linear_model = script.Tokenizer.train = script.train = again"
-        (done,) = ranks.run(1, *arguments, "--out", str(out), code=self.code(here))
-        first, second = json_of(tmp_path / "whole/report.json"), json_of(out / "report.json")
-        for name in ("test_accuracy", "with_linear_test_accuracy", "linear_test_accuracy", "dev_accuracy"):
-            assert first[name] == second[name]
-        assert "finished" in done.stdout
-        assert last_json(done)["test_accuracy"] == last_json(whole)["test_accuracy"]
+        assert first["with_linear_test_accuracy"] == second["with_linear_test_accuracy"]
+        assert last_json(done)["test_accuracy"] == first["test_accuracy"]
+        assert first["dataset"] == "demo" and "IMDB WAS NOT FOUND" in done.stdout
         assert DEADLINE > second["total_seconds"] > other["run"]["total_seconds"] > 0
 
-    def test_learns_the_same_on_any_number_of_processes(self, ranks, tmp_path):
-        """Also where one is lost on the way, which ends the others, and another number goes on. Without
-        dropout and hidden words; batches of 71, the last one of 2: fewer than there are ranks."""
-        rest = "--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --unlabelled --save-every 0"
-        arguments = [*IMDB_SMALL, *rest.split(), "--clip", "100"]  # none is clipped to the same size
+    def test_same_weights_on_any_number_of_processes(self, imdb_ranks, tmp_path):
+        """Also where one is lost. The last batch has two texts: fewer than ranks."""
+        rest = "--dropout 0 --mask-words 0 --batch-size 71 --lr 1e-4 --clip 0 --unlabelled"
+        arguments = [*rest.split(), "--save-every", "0", *IMDB_SMALL]
         for world in (1, 2):
-            results = ranks.run(world, *arguments, "--out", str(tmp_path / str(world)), code=self.code())
-            assert not any("step" in result.stdout for result in results[1:])  # rank 0 alone speaks
-        arguments += ["--out", str(tmp_path / "3")]
-        code = self.code("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
-        first, second = ranks.attempt(2, *arguments, code=code.replace("step == 12", "step == 5"))
-        assert second.returncode == -signal.SIGKILL and first.returncode == 1, (first, second)
+            imdb_ranks.run(world, *arguments, str(tmp_path / str(world)), code=imdb_few())
+        arguments += [str(tmp_path / "3")]
+        code = imdb_few("if os.environ['RANK'] == '1': script.ddp.warmup_cosine = late")
+        code = code.replace("12 else", "5 else")
+        first, second = imdb_ranks.attempt(2, *arguments, code=code)
+        assert (first.returncode, second.returncode) == (1, -9)
         assert "Traceback" not in first.stderr
-        assert "going on at step 5" in ranks.run(3, *arguments, code=self.code())[0].stdout
+        assert "step 5" in imdb_ranks.run(3, *arguments, code=imdb_few())[0].stdout
         one, *others = (train_ddp.load_checkpoint(tmp_path / name) for name in "123")
         for other in others:
             for name, value in one["model"].items():
                 check_close(other["model"][name], value, 2e-5)
-            for i, moments in one["optimizer"]["state"].items():  # an average of the last gradients
-                check_close(other["optimizer"]["state"][i]["exp_avg"], moments["exp_avg"], 1e-5)
-            for mine, row in zip(other["run"]["history"], one["run"]["history"], strict=True):
-                assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
-                assert mine["train_accuracy"] == row["train_accuracy"]
+            for i, moments in one["optimizer"]["state"].items():
+                average = other["optimizer"]["state"][i]["exp_avg"]
+                check_close(average, moments["exp_avg"], 1e-5)
+            mine, row = other["run"]["history"][-1], one["run"]["history"][-1]
+            assert mine["dev_loss"] == pytest.approx(row["dev_loss"], abs=2e-4)
+            assert mine["train_accuracy"] == row["train_accuracy"]
         assert json_of(tmp_path / "3/report.json")["processes"] == 3
 
     @pytest.mark.parametrize("world, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-    def test_a_signal_stops_all_ranks_at_one_saved_step(self, ranks, tmp_path, world, number):
-        arguments = [*IMDB_SMALL, "--epochs", "500", "--save-every", "0", "--out", str(tmp_path)]
-        ranks.start(world, *arguments, code=self.code())
-        ranks.wait_until(lambda: len(list(tmp_path.glob("step_0000000[5-9]*"))) > 0)
-        ranks.kill([world - 1], number)
-        results = ranks.wait()
+    def test_signals_stop_all_ranks(self, imdb_ranks, tmp_path, world, number):
+        arguments = [*IMDB_SMALL, str(tmp_path), "--epochs", "500", "--save-every", "0"]
+        imdb_ranks.start(world, *arguments, code=imdb_few())
+        imdb_ranks.wait_until(lambda: list(tmp_path.glob("step_0000000[5-9]*")))
+        imdb_ranks.kill([world - 1], number)
+        results = imdb_ranks.wait()
         assert [result.returncode for result in results] == [128 + number] * world, results
         step = train_ddp.load_checkpoint(tmp_path)["run"]["step"]
-        assert f"step {step} of 4500 is saved" in results[0].stderr and "Traceback" not in results[0].stderr
-
-    def test_shuffled_labels_teach_nothing(self, ranks, tmp_path):
-        """The honesty check, with a teacher that learns shuffled labels, too: 1,000 texts, 4 sigma."""
-        parts = "whole.train[:1000], whole.test[:1000], whole.unlabelled"
-        here = f"few = script.Corpus('demo', whole.labels, {parts})"
-        arguments = [*IMDB_SMALL, "--shuffle-labels", "--unlabelled", "--lr", "5e-3", "--out", str(tmp_path)]
-        ranks.run(1, *arguments, code=self.code(here))
-        report = json_of(tmp_path / "report.json")
-        for name in ("test_accuracy", "linear_test_accuracy"):
-            assert abs(report[name] - 0.5) <= 0.065
+        assert f"step {step} of 4500 is saved" in results[0].stderr
 
     def test_classify_gives_unlabelled_texts_their_teacher_s_opinion(self, tmp_path, monkeypatch):
-        """As targets, and in the odds on the side that it takes them for; folds are blocks of neighbours."""
-        corpus, given, labels = self.corpus(), [], []
-        opinions = torch.rand(200, generator=torch.Generator().manual_seed(0)).tolist()
+        corpus, given, learnt = imdb_corpus(), [], []
+        corpus.unlabelled.pop()
+        opinions = torch.rand(199).tolist()
 
-        def linear_model(_, y):
-            labels.append(y)
-            return lambda reviews: opinions if reviews is corpus.unlabelled else [0.5] * len(reviews), 0
+        def linear_model(_, labels):
+            learnt.extend(labels)
+            return lambda part: opinions if len(part) == 199 else [0.5] * 200, 0
 
         monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
-        monkeypatch.setattr(imdb, "train", lambda model, *rest: given.append((model, *rest)))
+        monkeypatch.setattr(imdb, "train", lambda *rest: given.extend(rest))
         monkeypatch.setattr(imdb, "finish", lambda *_: None)
         monkeypatch.setattr(imdb, "linear_model", linear_model)
-        arguments = [*IMDB_SMALL, "--unlabelled", "--shuffle-labels", "--out", str(tmp_path)]
+        arguments = [*IMDB_SMALL, str(tmp_path), "--unlabelled", "--shuffle-labels"]
         assert imdb.main(arguments) == 0
-        ((model, examples, dev, run, *_),) = given
+        model, examples, dev, run, *_ = given
         train_set, dev_set = imdb.split_dev(corpus)
-        shuffled = imdb.learned_labels(train_set, imdb.Settings(shuffle_labels=True))
         true = [r.label for r in train_set]
-        assert labels == [shuffled] and shuffled != true and sorted(shuffled) == sorted(true)
-        assert examples.targets == shuffled + opinions and dev.targets == [r.label for r in dev_set]
-        assert len(examples.ids) == len(examples.folds) == 380 and run.teacher["test"] == [0.5] * 200
-        for part, folds in ((train_set, examples.folds[:180]), (corpus.unlabelled, examples.folds[180:])):
-            by_number = [fold for _, fold in sorted(zip([r.number for r in part], folds, strict=True))]
-            assert by_number == sorted(folds) and set(folds) == set(range(imdb.FOLDS))
+        assert examples.targets == learnt + opinions and run.teacher["test"][0] == 0.5
+        assert dev.targets == [r.label for r in dev_set] and len(examples.ids) == 379
+        assert sorted(learnt) == sorted(true) and sum(np.array(learnt) == true) < 130
         odds = imdb.NgramOdds()
         odds.fit(examples)
         assert torch.equal(model.odds.table, odds.table)
 
-    def test_the_linear_model_s_logit_counts_as_much_as_the_model_s_own(self, tmp_path, monkeypatch):
-        model, examples, dev, run, s = self.training(tmp_path)
-        corpus = self.corpus(300)
-        linear = torch.rand(300, generator=torch.Generator().manual_seed(1))
-        run.teacher = {"test": linear.tolist()}
-        run.history = [{"seconds": 1.0, "train_accuracy": 0.5, "dev_accuracy": 0.25}]
-        with torch.no_grad():
-            model.head.weight.mul_(5)  # an untrained model is never sure
-        monkeypatch.setattr(imdb, "export_models", lambda *_: {"exported": True})
-        imdb.finish(model, imdb.Tokenizer(run.ranks), corpus, examples, dev, run, s, imdb.ALONE)
-        report = json_of(tmp_path / "report.json")
-        ids = imdb.Tokenizer(run.ranks).encode([r.text for r in corpus.test], 16)
-        own = imdb.log_odds(model, ids, imdb.ALONE)
-        labels = torch.tensor([r.label for r in corpus.test]).bool()
-        answers = (own > 0, linear > 0.5, own + linear.logit() > 0)
-        expected = [(answer == labels).double().mean().item() for answer in answers]
-        names = ("test_accuracy", "linear_test_accuracy", "with_linear_test_accuracy")
-        assert [report[name] for name in names] == pytest.approx(expected, abs=1e-5)
-        assert len(set(expected)) == 3 and report["dev_accuracy"] == 0.25 and report["n_parameters"] > 1000
-
-    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch, capsys):
-        corpus = self.corpus(300)
-        turned = [review._replace(label=1 - review.label) for review in corpus.test]
-        monkeypatch.setattr(imdb, "load_corpus", lambda s: corpus)
-        monkeypatch.setattr(imdb, "split_dev", lambda corpus: (corpus.train, turned))
+    def test_baseline_is_trained_and_tested(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(imdb, "load_corpus", lambda s: imdb_corpus(300))
         assert imdb.main(["--baseline", "--out", str(tmp_path / "a/b")]) == 0
         report = json_of(tmp_path / "a/b/baseline.json")
-        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert summary["test_accuracy"] == report["test_accuracy"] > 0.7 and report["gemm_gflops"] > 0
-        assert report["dev_accuracy"] == pytest.approx(1 - report["test_accuracy"])
+        assert report["test_accuracy"] > 0.7 and report["dev_accuracy"] > 0.5
 
-    @pytest.mark.skipif(not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set: IMDB isn't tested")
+    @pytest.mark.skipif(not os.environ.get("IMDB_DATA"), reason="IMDB_DATA is not set")
     def test_real_data_are_the_published_texts(self):
-        assert (imdb.IMDB_SIZE, imdb.IMDB_MD5) == (84_125_825, "7c2ac02c03563afcf9b574c7e56c153a")
-        assert set(imdb.PER_FOLDER.values()) == {12_500} and imdb.UNLABELLED == {"train/unsup": 50_000}
+        assert imdb.UNLABELLED == {"train/unsup": 50_000}
         corpus = imdb.read_imdb(Path(os.environ["IMDB_DATA"]))
-        assert imdb.fingerprint(corpus) == imdb.IMDB_FINGERPRINT
-        for reviews, size in ((corpus.train, 33_132_823), (corpus.test, 32_350_685)):
-            assert len(reviews) == 25_000 and sum(r.label for r in reviews) == 12_500
-            assert sum(len(r.text.encode()) for r in reviews) == size
-        train, dev = imdb.split_dev(corpus)
-        assert (len(train), len(dev)) == (22_500, 2_500)
-        log = json_of(ROOT / "assets/imdb.json")
-        assert log["fast"][0]["settings"]["texts"] == imdb.IMDB_FINGERPRINT
+        texts = "".join(f"{r.label}{r.text}\0" for r in corpus.train + corpus.test)
+        log = json_of(ROOT / "assets/imdb.json")["fast"][0]["settings"]
+        assert hashlib.sha256(texts.encode()).hexdigest() == log["texts"]
 
 
 # -----------------------------------------------------------------------------
@@ -5634,40 +4899,16 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("rows = -alpha[y] * focus", "rows = -alpha[0] * focus", "focal"),
         ("(1 - alpha) * (~positive)", "alpha * (~positive)", "focal"),
         ("F.pairwise_distance(x1, x2, eps=0)", "(x1 - x2).square().sum(1).sqrt()", "extremes"),
-        (
-            "F.pairwise_distance(x1, x2, eps=0)).square()",
-            "F.pairwise_distance(x1, x2, eps=0).square())",
-            "oracle",
-        ),
+        ("(x1, x2, eps=0)).square()", "(x1, x2, eps=0).square())", "oracle"),
         ("F.normalize(a, dim=1)", "(a / a.square().sum(1, keepdim=True).sqrt())", "extremes"),
-        (
-            "similarity(z, z, temperature).masked_fill(itself, -math.inf)  # (2N, 2N)",
-            "similarity(z, z, temperature)",
-            "oracle",
-        ),
+        (".masked_fill(itself, -math.inf)  # (2N, 2N)", "", "oracle"),
         ("(labels[:, None] == labels) & ~itself", "(labels[:, None] == labels)", "oracle"),
-        (
-            "d.masked_fill(~positive, -math.inf).amax(1)",
-            "d.masked_fill(positive, -math.inf).amax(1)",
-            "oracle",
-        ),
-        (
-            "torch.expm1(n * math.log(beta)) / (beta - 1)",
-            "torch.expm1(math.log(beta)) / (beta - 1)",
-            "balanced",
-        ),
+        ("d.masked_fill(~positive, -math.inf)", "d.masked_fill(positive, -math.inf)", "oracle"),
+        ("torch.expm1(n * math.log(beta)) /", "torch.expm1(math.log(beta)) /", "balanced"),
         ("((-s).exp() * losses + s).sum() / 2", "((-s).exp() * losses + 2 * s).sum() / 2", "uncertainty"),
         ("remaining / remaining.mean()", "remaining.mean() / remaining", "gradnorm"),
-        (
-            "torch.distributed.nn.functional.all_gather(x)",
-            "torch.distributed.nn.functional.all_gather(x.detach())",
-            "two_processes",
-        ),
-        (
-            'if p.ndim < 2], "weight_decay": 0.0',
-            'if p.ndim < 2], "weight_decay": weight_decay',
-            "parameter_groups",
-        ),
+        ("nn.functional.all_gather(x)", "nn.functional.all_gather(x.detach())", "two_processes"),
+        ('< 2], "weight_decay": 0.0', '< 2], "weight_decay": weight_decay', "parameter_groups"),
         ("best = max(rates", "best = min(rates", "tune"),
         ('by_metric(evaluate, models[lr], "dev")', 'by_metric(evaluate, models[lr], "test")', "dev_alone"),
         ("limit = t.ppf(1 - 0.025 / n_tests", "limit = 0 * t.ppf(1 - 0.025 / n_tests", "judge"),
@@ -5680,46 +4921,26 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
         ("is_causal=True", "is_causal=False", "torch_layers"),
         ("os.replace(temporary, path)", "path.write_bytes(data)", "write_atomically"),
-        (
-            "[loss / n_tokens, signals.received()], p)",
-            "[loss / n_tokens, 0], p); stopped = signals.received()",
-            "signals_stop",
-        ),
+        ("signals.received()], p)", "0], p); stopped = signals.received()", "signals_stop"),
         ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
         ("p.parent = os.getppid() if", "p.parent = 0 if", "orphans"),
         ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
-        (
-            "broadcast_object_list(answer, group=processes.files)",
-            "broadcast_object_list(answer)",
-            "longer_than",
-        ),
+        ("object_list(answer, group=processes.files)", "object_list(answer)", "longer_than"),
         ('env["TORCHELASTIC_RESTART_COUNT"]', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
         ("warmup = min(warmup, total)", "warmup = warmup", "same_weights"),
         ("grad_sync = micro == s.accumulate - 1", "grad_sync = True", "travel"),
         ("grad_sync = micro == s.accumulate - 1", "grad_sync = micro == 0", "same_weights"),
         ("return loss_sum * (world / n_total)", "return loss_sum / n_total", "same_weights"),
-        (
-            "(targets[whole] != -100).sum().item()",
-            "(targets[whole[p.rank :: p.world]] != -100).sum().item() * p.world",
-            "same_weights or micro_batches",
-        ),
+        ("(targets[whole] !=", "p.world * (targets[whole[p.rank :: p.world]] !=", "same_weights or micro"),
         ("load_optimizer(optimizer, kept.pop", "(lambda *_: 0)(optimizer, kept.pop", "goes_on or kill_9"),
         ('if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:', "if data:", "goes_on"),
-        (
-            "for old in finished_checkpoints(folder)[:-keep]:",
-            'for old in sorted(folder.glob("step_*.pt"))[:-keep]:',
-            "keeps_the_last",
-        ),
+        ("finished_checkpoints(folder)[:-keep]", 'sorted(folder.glob("*.pt"))[:-keep]', "keeps_the_last"),
         ("torch.arange(len(inputs))[p.rank :: p.world]", "torch.arange(len(inputs))", "same_weights"),
-        (
-            'map_location="cpu", weights_only=True',
-            'map_location="cpu", weights_only=False',
-            "run_no_code",
-        ),
+        ('location="cpu", weights_only=True', 'location="cpu", weights_only=False', "run_no_code"),
     ],
     "classify_imdb.py": [
         ("(tokens != PAD).unfold(1, WINDOW, STRIDE).any(-1)", "tokens[:, 2:-2:4] != PAD", "written_out"),
@@ -5727,7 +4948,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("range(first, first + fifth // 10)", "range(block, 5 * fifth, 50)", "dev_split"),
         ('"ab" if response.status == 206 else "wb"', '"ab"', "download"),
         ('{"pos": 1, "neg": 0,', '{"pos": 0, "neg": 1,', "read_imdb"),
-        ("while stream.read(1 << 20):", "while False:", "no_part_of_imdb"),
+        ("gzip.decompress(", "zlib.decompressobj(31).decompress(", "no_part_of_imdb"),
         ("ids[:head] + ids[head - max_len :]", "ids[:max_len]", "tokenizer"),
         ("log_odds(model.eval(), dev.ids, p)", "log_odds(model, dev.ids, p)", "train_is_its"),
         ('ddp.load_optimizer(optimizer, kept.get("optimizer"), p)', "pass", "killed_anywhere"),
@@ -5741,13 +4962,13 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("elsewhere = everywhere - counts", "elsewhere = everywhere - 0 * counts", "odds_equal"),
         ("(before >= SPECIAL)", "(before >= MASK)", "ngram_ids"),
         ("F.pad(tokens, (WINDOW // 2, STRIDE))", "F.pad(tokens, (WINDOW // 2, 2))", "padding_and_batch"),
-        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "begins_as"),
+        ("repeat_interleave(WINDOW, 1) / WINDOW", "repeat_interleave(WINDOW, 1)", "written_out"),
         ("self.encoder.embedding.weight[PAD] = 0.0", "pass", "written_out"),
         ("self.encoder.embedding.padding_idx = PAD", "pass", "train_is_its"),
         ("(targets + said) / 2", "said", "pruned_copy"),
-        ("pruned.encoder.layers[: max(1, s.n_layers // 2)]", "pruned.encoder.layers[1:]", "pruned_copy"),
+        ("keep=max(1, s.n_heads // 4)", "keep=s.n_heads", "pruned_copy"),
         ("ids + fold[:, None, None] *", "ids + 0 * fold[:, None, None] *", "odds_equal"),
-        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "logit_counts"),
+        ("accuracy(scores + linear, labels)", "accuracy(scores.exp() + linear, labels)", "finish"),
         ('run.teacher["unlabelled"], s.max_len', 'run.teacher["test"], s.max_len', "teacher_s_opinion"),
         ("> s.target + error", "> s.target - error", "stops_at"),
         ("(score - log_odds(", "(score + log_odds(", "explain"),
@@ -5761,45 +4982,29 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("whole[micro * p.world + p.rank ::", "whole[micro ::", "same_weights or micro_batches"),
         ("scaler.unscale_(optimizer)  #", "#", "mixed_precision"),
         ("is_causal=True", "is_causal=False", "torch_layers"),
-        (
-            "[loss / n_tokens, signals.received()], p)",
-            "[loss / n_tokens, 0], p); stopped = signals.received()",
-            "signals_stop",
-        ),
+        ("signals.received()], p)", "0], p); stopped = signals.received()", "signals_stop"),
         ('scaler.load_state_dict(run["scaler"])', "pass", "signals_stop"),
         ('run["step"] = step + 1', 'run["step"] = step + 2', "kill_9"),
         ("fcntl.LOCK_EX | fcntl", "fcntl.LOCK_SH | fcntl", "lock_out"),
         ("p.parent = os.getppid() if", "p.parent = 0 if", "orphans"),
         ("isinstance(error, dist.DistError) or gloos", "isinstance(error, RuntimeError)", "traceback"),
         ('check_finite("gradient\'s norm", norm, step)', "pass", "diverges"),
-        (
-            "broadcast_object_list(answer, group=processes.files)",
-            "broadcast_object_list(answer)",
-            "longer_than",
-        ),
+        ("object_list(answer, group=processes.files)", "object_list(answer)", "longer_than"),
         ('env["TORCHELASTIC_RESTART_COUNT"]', '"0"', "meet_again"),
         ('raise ValueError(f"rank {p.rank} was', 'print(f"rank {p.rank} was', "in_one_line"),
         ("warmup = min(warmup, total)", "warmup = warmup", "same_weights"),
         ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(True)", "travel"),
         ("loss * (p.world / n_tokens)", "loss / n_tokens", "same_weights"),
-        (
-            "model.set_requires_gradient_sync(micro == s.accumulate - 1)",
-            "model.set_requires_gradient_sync(micro == 0)",
-            "same_weights",
-        ),
+        ("gradient_sync(micro == s.accumulate - 1)", "gradient_sync(micro == 0)", "same_weights"),
         ("fused=not s.exact", "fused=True", "two_processes_are_bitwise"),
         (".clamp(max=1.0))", "  )", "same_weights"),
         ("        fully_shard(block, mesh=mesh, mp_policy=policy)\n", "", "one_block_at_a_time"),
         ('(path / "manifest.json") == path.suffix[1:]', '(path / "manifest.json")', "newest_checkpoint"),
         ("if sha256_of(path / name) != sha]", "if not sha256_of(path / name)]", "newest_checkpoint"),
-        (
-            'raise pickle.UnpicklingError(f".metadata',
-            'return super().find_class(module, name)\n        raise pickle.UnpicklingError(f".metadata',
-            "run_no_code",
-        ),
+        ("raise pickle.UnpicklingError(", "return super().find_class(module, name) #(", "run_no_code"),
     ],
     "export.py": [
-        ("if sum(m is child for child in places) > 1:", "if False:", "plain_attention"),
+        ("if sum(m is child for child in places) > 1:", "if False:", "pruning_refuses"),
         ("runners[name](*batches[0])  # untimed", "pass  # untimed", "benchmark"),
         ("copy.deepcopy(model).eval()\n    with torch.no", "model.eval()\n    with torch.no", "equal_the"),
         ("(model).eval()\n    with torch.no", "(model)\n    with torch.no", "equal_the_model"),
@@ -5812,7 +5017,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ('"atol": 1e-3 * max(1.0, largest)', '"atol": 1e3', "refuse_by_name"),
         ("[inputs, *other_sizes(inputs)] if free else [inputs]", "[inputs]", "refuse_by_name"),
         ("embeddings=False, reduce_range=True", "embeddings=False, reduce_range=False", "rounds_as_by_hand"),
-        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "learns_its_ranges"),
+        ("Iterable[dict], reduce_range=True", "Iterable[dict], reduce_range=False", "rounds_as_by_hand"),
         ("with LOADING:", "if True:", "changes_nothing"),
         (".view(3, H, -1)[:, kept]", ".view(3, H, -1)[:, : len(kept)]", "pruned_models"),
         ("scores.argsort(descending=True, stable=True)", "scores.argsort(stable=True)", "pruned_models"),
@@ -5820,7 +5025,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("draw.sample(list(runners), len(runners))", "list(runners)", "benchmark"),
         ("while rounds < 6 or", "while rounds < 2 or", "benchmark"),
         ('[row for row in rows if row["agreement"] >= min_agreement]', "rows", "recommends"),
-        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "at_home"),
+        ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "pass", "demo"),
     ],
 }
 

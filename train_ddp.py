@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # Processes: start, agree, leave
@@ -93,8 +92,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     if p.world == 1:
         return p
     one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
-    one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and env.get("GROUP_WORLD_SIZE", "1") != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
@@ -146,9 +144,10 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {n: signal.signal(n, self.note) for n in noted}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+            numbers.append(signal.SIGHUP)
+        self.before = {n: signal.signal(n, self.note) for n in numbers}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)
@@ -315,6 +314,8 @@ def check_finite(what: str, value: float, step: int) -> None:
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
     """From step run["step"] to the last, with checkpoints. Stop after a signal. Seed and step decide batch,
     dropout and learning rate: no generator's, sampler's or scheduler's state needs saving."""
+    from tqdm import tqdm
+
     parallel = wrap(model, p, s.data_parallel)
     autocast = torch.autocast(p.device.type, AMP[s.amp], enabled=s.amp != "off")
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
@@ -491,6 +492,8 @@ def check_settings(s: Settings, p: Processes) -> None:
         below = 2**32 if name == "seed" else math.inf
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"{name} must be in [{least}, {below}), got {value}")
+    if s.d_model % s.n_heads:
+        raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
         raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.data_parallel):  # its threads don't inherit autocast
@@ -552,8 +555,7 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
         run = load_checkpoint(out) or new
         if list(out.glob("step_*/manifest.json")):
             raise ValueError(f"{out} holds a run of train_fsdp.py; give another --out")
-    wrong = differences(run.get("settings", {}), settings)
-    if wrong:
+    if wrong := differences(run.get("settings", {}), settings):
         raise ValueError(f"{out} holds a run of other settings ({wrong}); give another --out")
     kept.update({name: run.pop(name, None) for name in ("model", "optimizer")})
     return run
@@ -574,8 +576,7 @@ def finish(model: GPT, run: dict, s: Settings, p: Processes) -> dict:
 
 
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
-    """Print what ended this process: a sentence where there is advice to give, else a traceback.
-    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    """Print what ended this process: advice where there is some, else a traceback. Returns the exit code."""
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
@@ -603,8 +604,7 @@ def main(s: Settings) -> int:
         text, dev = load_manual(s.max_len)
         digest = hashlib.sha256(text[1].numpy().tobytes()).hexdigest()[:16]
         settings = asdict(s) | {"text": digest, "script": "train_ddp.py"}
-        wrong = differences(on_rank_0(lambda: settings, p), settings)
-        if wrong:
+        if wrong := differences(on_rank_0(lambda: settings, p), settings):
             raise ValueError(f"rank {p.rank} was started with other settings than rank 0: {wrong}")
         kept = {}  # rank 0's own: OUT's lock, and tensors that are sent as tensors later
         run = on_rank_0(partial(open_run, Path(s.out), settings, kept), p)

@@ -40,7 +40,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -50,7 +49,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 # -----------------------------------------------------------------------------
 # Sharding
@@ -188,8 +186,7 @@ def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return p
     one_store = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, for all attempts
-    one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-    if one_store and not one_node and env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+    if one_store and env.get("GROUP_WORLD_SIZE", "1") != "1" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
         needed = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d"
         raise ValueError(f"--max-restarts on several nodes needs a new store a restart: set {needed}")
     limit = timedelta(seconds=timeout)
@@ -234,9 +231,10 @@ class Signals:
     def __init__(self, processes: Processes):
         self.processes = processes
         self.noted = []  # their numbers
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-        noted = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        self.before = {n: signal.signal(n, self.note) for n in noted}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup does
+            numbers.append(signal.SIGHUP)
+        self.before = {n: signal.signal(n, self.note) for n in numbers}
 
     def note(self, number: int, _frame) -> None:
         self.noted.append(number)
@@ -476,6 +474,8 @@ def check_finite(what: str, value: float, step: int) -> None:
 def train(model, optimizer, text: tuple, dev: tuple, run: dict, s: Settings, p: Processes) -> None:
     """From step run["step"] to the last, with checkpoints. Stop after a signal. Seed and step decide batch,
     dropout and learning rate: no generator's, sampler's or scheduler's state needs saving."""
+    from tqdm import tqdm
+
     scaler = torch.amp.GradScaler(p.device.type, enabled=s.amp == "fp16")  # fp16 loses small gradients
     if run["step"]:
         scaler.load_state_dict(run["scaler"])
@@ -649,6 +649,8 @@ def check_settings(s: Settings, p: Processes) -> None:
         below = 2**32 if name == "seed" else math.inf
         if type(value) in (int, float) and not least <= value < below:
             raise ValueError(f"{name} must be in [{least}, {below}), got {value}")
+    if s.d_model % s.n_heads:
+        raise ValueError(f"d_model must be a multiple of n_heads, got {s.d_model} and {s.n_heads}")
     if s.batch_size < p.world * s.accumulate:
         raise ValueError(f"batch_size must be at least processes x accumulate, got {s.batch_size}")
     if s.amp != "off" and (s.dtype != "float32" or s.exact):
@@ -714,6 +716,8 @@ def full_weights(model: nn.Module, p: Processes) -> dict[str, Tensor]:
 
 def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> dict:
     """For rank 0, after the last step: the weights, a table; with report.json the run is finished."""
+    import safetensors.torch
+
     buffer = io.BytesIO()
     torch.save(weights, buffer)
     write_atomically(Path(s.out, "final.pt"), buffer.getvalue())
@@ -733,8 +737,7 @@ def finish(weights: dict[str, Tensor], run: dict, s: Settings, p: Processes) -> 
 
 
 def explain(error: Exception, p: Processes | None, training: bool) -> int:
-    """Print what ended this process: a sentence where there is advice to give, else a traceback.
-    Returns the exit code. Until training begins a ValueError or OSError is wrong input."""
+    """Print what ended this process: advice where there is some, else a traceback. Returns the exit code."""
     message = str(error)
     shared = getattr(error, "shared", False)
     wrong_input = isinstance(error, ValueError | OSError) and not training
