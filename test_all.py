@@ -1628,8 +1628,8 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     gather = losses.gather_batch  # at first without a process group
     expected = losses.nt_xent_loss(*(gather(model(x)) for x in batch))
     wanted = torch.autograd.grad(expected, weights)
-    where = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **where)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
     loss = losses.nt_xent_loss(*(gather(model(x[4 * rank :][:4])) for x in batch))
     check_close(loss, expected, 1e-12)
     found = torch.autograd.grad(loss, weights)
@@ -1711,6 +1711,9 @@ class TestLosses:
             check_close(value, loss(*wide, *targets), 1e-6)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 check_close(loss(*wide, *targets), value, 1e-6)
+        near = [(100 + 1e-4 * x).float() for x in inputs]  # products lose that
+        expected = loss(*(x.double() for x in near), *targets)
+        check_close(loss(*near, *targets).double(), expected, 1e-4)
         for x in inputs:
             x[:3] = 1e4 * x[:3].sign()
             x[3:6] *= 1e-20
@@ -1736,8 +1739,7 @@ class TestLosses:
         for other in (-1, 3, 99):  # the caller's choice, a class's id too
             marked = y.masked_fill(y == 3, other)
             expected = loss(logits[y != 3], y[y != 3])
-            found = loss(logits, marked, ignore_index=other)
-            check_close(found, expected, 1e-12)
+            check_close(loss(logits, marked, ignore_index=other), expected, 1e-12)
         volume = logits[:16].view(2, 8, 5).mT, y[:16].view(2, 8)
         check_close(loss(*volume, reduction="none"), rows[:16].view(2, 8), 1e-12)
         for dtype in (torch.uint8, torch.uint16, torch.int32):
@@ -1820,8 +1822,7 @@ class TestLosses:
         holds = check(loss, 0 * best, best, limits)
         assert holds["limit: same"] is True and holds["limit: other"] is False
         y = torch.arange(12) % 3  # embeddings
-        best = F.one_hot(y, 3).double()
-        loss = functools.partial(losses.batch_hard_triplet_loss, labels=y)
+        best, loss = F.one_hot(y, 3), functools.partial(losses.batch_hard_triplet_loss, labels=y)
         assert all(check(loss, torch.randn(12, 3), best).values())
         collapsed = check(loss, torch.randn(12, 3), 0 * best)
         assert not collapsed["lower bound: about 0 at best"]
@@ -1922,8 +1923,7 @@ class TestLosses:
             gradnorm.log_weights.data = torch.tensor(weights).double().log()
             value = gradnorm(later, w)
             assert value.item() == pytest.approx(total)
-            given = w, gradnorm.log_weights
-            of_w, of_s = torch.autograd.grad(value, given, retain_graph=True)
+            of_w, of_s = torch.autograd.grad(value, (w, gradnorm.log_weights), retain_graph=True)
             assert of_w.tolist() == pytest.approx([3 * weights[0], 4 * weights[1]])
             assert of_s.tolist() == pytest.approx([of_weights, -of_weights])
         with torch.no_grad():  # in validation: the weighted sum alone
