@@ -3354,7 +3354,8 @@ class TestExport:
         large = nn.Linear(512, 300)
         nn.init.normal_(large.weight, 0, 1e7)
         x = torch.randn(5, 512)
-        run = export.load_artefact(exported(name, large, x[:2], tmp_path))
+        example = x[: 2 if "onnx" in name else 1]
+        run = export.load_artefact(exported(name, large, example, tmp_path))
         check_close(run(x), large(x).detach(), 1e-5)
 
     # ---- refusals
