@@ -4258,6 +4258,7 @@ class TestClassifyImdb:
         refused("another run")
 
     def test_train_stops_at_its_target(self, tmp_path):
+        handler = signal.getsignal(signal.SIGINT)
         rest = dict(target=0.6, epochs=8, lr=2e-3, warmup=1)
         model, examples, dev, run, s = imdb_training(tmp_path, **rest)
         imdb.train(model, examples, dev, run, {}, s, imdb.ALONE)
@@ -4269,6 +4270,7 @@ class TestClassifyImdb:
         again = imdb.Run(**saved["run"])
         imdb.train(model, examples, dev, again, saved, s, imdb.ALONE)
         assert again.step == run.step == saved["run"]["step"]
+        assert signal.getsignal(signal.SIGINT) == handler  # Ctrl-C ends what follows
 
     def test_train_saves_nothing_that_is_not_finite(self, tmp_path, monkeypatch):
         model, examples, dev, run, s = imdb_training(tmp_path, save_every=0.0)
