@@ -1013,7 +1013,7 @@ def parse(arguments: list[str]) -> Settings:
     s = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset), description=__doc__)
     least = {"vocab_size": SPECIAL + 256, "max_len": 1, "epochs": 1, "batch_size": 1, "warmup": 1}
     for name, x in vars(s).items():
-        below = 1 if name in ("dropout", "mask_words", "target") else math.inf  # 0.85, not 85
+        below = 1 if name in ("dropout", "mask_words", "target") else 2**32  # 0.85, not 85
         if isinstance(x, int | float) and not least.get(name, 0) <= x < below:
             raise ValueError(f"{name} must be in [{least.get(name, 0)}, {below}), got {x}")
     if not s.predict and (s.explain or "--predict" in arguments):

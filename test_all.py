@@ -4205,8 +4205,8 @@ class TestClassifyImdb:
         monkeypatch.setattr(imdb, "classify", None)
         for arguments in (
             "--lr nan", "--seed -1", "--epochs 0", "--batch-size 0", "--mask-words 1",
-            "--explain", "--vocab-size 257", "--n-heads 3", "--target 85", "--warmup 0",
-            "--max-len 0", "--dropout 1", "--min-steps -1", "--predict ",
+            "--explain", "--vocab-size 257", "--n-heads 3", "--target 85", "--seed 4294967296",
+            "--max-len 0", "--dropout 1", "--min-steps -1", "--warmup 0", "--predict ",
         ):  # fmt: skip
             assert imdb.main(arguments.split(" ")) == 2, arguments
             (line,) = capsys.readouterr().err.splitlines()
