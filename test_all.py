@@ -1643,7 +1643,7 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     losses_refuse("x", "2 to 3", gather, torch.ones(2 + rank, 3))
     Path(folder, f"rank {rank}").touch()
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends the long way
+    os._exit(0)  # gloo may abort a process that ends the long way
 
 
 class TestLosses:
