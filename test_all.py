@@ -1643,7 +1643,7 @@ def losses_gather_worker(rank: int, folder: str) -> None:
     losses_refuse("x", "2 to 3", gather, torch.ones(2 + rank, 3))
     Path(folder, f"rank {rank}").touch()
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort a process that ends the long way
+    os._exit(0)  # gloo may abort a process that ends the long way
 
 
 class TestLosses:
@@ -1932,7 +1932,7 @@ class TestLosses:
     def test_gradnorm_of_losses_that_reached_0_and_of_several_weights(self):
         for n in (1, 2):
             gradnorm, w = losses.GradNorm(n), torch.ones(n, requires_grad=True)
-            gradnorm(2 * w, w)
+            gradnorm(0.5 * w, w)
             for later in (torch.zeros(n), -torch.ones(n), torch.arange(n)):
                 total = gradnorm(later * w, w)
                 gradient = torch.autograd.grad(total, gradnorm.log_weights)[0]
@@ -1940,7 +1940,7 @@ class TestLosses:
             copied = losses.GradNorm(n)
             copied.load_state_dict(gradnorm.state_dict())
             copied(3 * w, w)
-            assert copied.first_losses.tolist() == [2.0] * n
+            assert copied.first_losses.tolist() == [0.5] * n
         a, b = (torch.ones(1).double().requires_grad_() for _ in range(2))
         tasks = torch.cat((3 * a + 4 * b, 10 * a))  # norms 5 and 10
         for shared in ([a, b], iter([b, a])):
