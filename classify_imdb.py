@@ -1,6 +1,6 @@
 """Sentiment of movie reviews: encoder.py's Transformer trained from scratch on IMDB, and used.
 
-91.26 ± 0.21% of IMDB's test reviews right (3 seeds; 93 s on two cores of an AMD EPYC, torch 2.13.0); with
+91.26 ± 0.21% of IMDB's test reviews right (3 seeds; 92 s on two cores of an AMD EPYC, torch 2.13.0); with
 the unlabelled reviews 92.21 ± 0.14% after 13 to 21 minutes on one core of a Xeon. A linear model: 91.87%.
 Words do most of it: without attention it is still 90.8%, without the odds of n-grams 88.1%.
 
@@ -827,7 +827,7 @@ def attention_of(model: nn.Module, tokenizer: Tokenizer, text: str) -> tuple[Ten
 # ---- export: this model in export.py's formats; --predict uses one of them
 
 ALONE = ddp.Processes(rank=0, world=1, device=torch.device("cpu"))
-TUNING = 500  # steps at most that the pruned copy is fine-tuned for
+TUNING = 400  # steps at most that the pruned copy is fine-tuned for
 
 
 def in_batches(examples: Examples, every: int = 1) -> list[tuple[tuple, Tensor]]:
