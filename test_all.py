@@ -105,7 +105,8 @@ def run_script(
     name: str, *arguments: str, cwd: Path, folder: Path = ROOT, timeout: float = 240, **environment
 ):
     """`python FOLDER/name arguments` in cwd; no data set is known there but what the arguments give."""
-    env = {k: v for k, v in os.environ.items() if k not in ("IMDB_DATA", "MULTI30K_DATA")}
+    unset = ("IMDB_DATA", "MULTI30K_DATA", "ORT_DISABLE_TELEMETRY")  # the last by importing export
+    env = {k: v for k, v in os.environ.items() if k not in unset}
     env |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")} | environment
     command = [sys.executable, str(folder / name), *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
