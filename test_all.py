@@ -2964,8 +2964,7 @@ run()
         """Of one process or of all, in a step or in a save (each step saves): bitwise the same end."""
         arguments = "--steps 24 --keep 2 --dropout 0.1 --save-every"
         trainer.run(world, tmp_path / "whole", f"{arguments} 0")
-        out, rng, kills = tmp_path / "killed", random.Random(KILL_SEED), 0
-        print(f"KILL_SEED={KILL_SEED}")
+        out, rng, kills = tmp_path / f"killed_{KILL_SEED}", random.Random(KILL_SEED), 0
         in_a_save = """
 replace, left = os.replace, [SAVES]
 def die(*arguments):
@@ -2979,7 +2978,8 @@ run()
             before = newest_step(out)
             trainer.start(world, out, f"{arguments} 1", code=code)
             if attempt % 2 == 0:
-                trainer.wait_until(lambda before=before: newest_step(out) != before)
+                done = out / "report.json"  # a last step saved before needs no other save
+                trainer.wait_until(lambda b=before, d=done: newest_step(out) != b or d.exists())
                 time.sleep(rng.random() * 0.1)
                 with contextlib.suppress(ProcessLookupError):
                     trainer.kill(range(world) if attempt % 4 else [world - 1])
