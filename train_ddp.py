@@ -533,6 +533,8 @@ def lock_out(out: Path, patience: float = 10.0):
     for _ in range(round(patience * 10)):
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
+                shutil.rmtree(left)
             return file
         time.sleep(0.1)
     raise ValueError(f"--out {out} is in use by another run")
@@ -549,8 +551,6 @@ def open_run(out: Path, settings: dict, kept: dict) -> dict:
     if run is None:
         out.mkdir(parents=True, exist_ok=True)
         kept["lock"] = lock_out(out)
-        for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
-            shutil.rmtree(left)
         new = {"settings": settings, "step": 0, "tokens": 0, "train_seconds": 0.0, "losses": [], "log": []}
         run = load_checkpoint(out) or new
         if list(out.glob("step_*/manifest.json")):

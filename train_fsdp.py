@@ -675,6 +675,8 @@ def lock_out(out: Path, patience: float = 10.0):
     for _ in range(round(patience * 10)):
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
+                shutil.rmtree(left)
             return file
         time.sleep(0.1)
     raise ValueError(f"--out {out} is in use by another run")
@@ -691,7 +693,7 @@ def open_run(out: Path, settings: dict, kept: list) -> tuple[Path | None, dict]:
     if run is None:
         out.mkdir(parents=True, exist_ok=True)
         kept.append(lock_out(out))
-        for left in [*out.glob("step_*.part"), *out.glob("tmp*.part")]:  # of a killed process
+        for left in out.glob("step_*.part"):  # of a killed process
             shutil.rmtree(left)
         if list(out.glob("step_*.pt")):
             raise ValueError(f"{out} holds a run of train_ddp.py; give another --out")

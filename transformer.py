@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -589,6 +590,8 @@ def lock_out(out: Path, patience: float = 10.0):
     for _ in range(round(patience * 10)):
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in out.glob("tmp*.part"):  # of a process that was killed while it wrote
+                shutil.rmtree(left)
             return file
         time.sleep(0.1)
     raise ValueError(f"--out {out} is in use by another run")
