@@ -2887,40 +2887,6 @@ run()
         check_ends(1, tmp_path / "last", "--steps 1 --warmup 0 --lr 1e30 --clip 0", "--lr")
         assert not saved(tmp_path / "last")
 
-    def test_explain_leaves_a_user_s_error_its_traceback(self, trainer, tmp_path):
-        """The rank that has it shows it; the others end too. Alone there is nobody to lose."""
-        alone = "def fails(*_): raise RuntimeError('gloo/transport/tcp')\nscript.train = fails"
-        shape = "script.Block.forward = lambda self, x: x[..., :-1]"
-        loss = "if RANK == 1: script.F.cross_entropy = lambda *_, **k: torch.zeros(2) @ torch.zeros(3)"
-        for code, world, guilty in ((alone, 1, [0]), (shape, 2, [0, 1]), (loss, 2, [1])):
-            results = trainer.attempt(world, tmp_path, "--timeout 20", code=code + "\nrun()")
-            for rank, result in enumerate(results):
-                assert result.returncode == 1, results
-                assert ("\nRuntimeError" in result.stderr) == (rank in guilty), results
-                assert (f"rank {rank} can't reach" in result.stderr) == (rank not in guilty), results
-
-    def test_explain_a_lost_process(self, trainer, tmp_path):
-        """One that is killed, one that halts, one that never comes."""
-        for number, timeout in ((signal.SIGKILL, 60), (signal.SIGSTOP, 3)):
-            code = f"""
-check = script.check_finite
-def ends(what, value, step):
-    if step == 5 and RANK == 1:  # while the others go on to the next gradients
-        os.kill(os.getpid(), {int(number)})
-    check(what, value, step)
-script.check_finite = ends
-run()
-"""
-            trainer.start(3, tmp_path, f"--steps 5000 --eval-every 3 --timeout {timeout}", code=code)
-            trainer.wait_until(lambda: all("can't reach" in trainer.out(rank, "err") for rank in (0, 2)))
-            trainer.kill([1])  # in case it is only halted
-            results = trainer.wait()
-            assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
-            assert not any("Traceback" in r.stderr for r in results)
-        trainer.start(2, tmp_path / "b", "--timeout 2", of_rank={1: None})
-        (result,) = trainer.wait(60)
-        assert result.returncode == 1 and "rank 0 can't reach the other processes" in result.stderr
-
     def test_on_rank_0_may_take_longer_than_the_timeout(self, trainer, tmp_path):
         """A slow disk kills no job: neither while rank 0 saves nor while another one writes its slices."""
         code = """
@@ -2991,6 +2957,42 @@ run()
         assert "from_step=" in trainer.run(world, out, f"{arguments} 1")[0].stdout
         assert distance_of_weights(out, tmp_path / "whole") == 0
         assert not list(out.glob("*.part")) and len(saved(out)) == 2
+
+
+class TestTrainingProcesses:
+    def test_explain_leaves_a_user_s_error_its_traceback(self, trainer, tmp_path):
+        """The rank that has it shows it; the others end too. Alone there is nobody to lose."""
+        alone = "def fails(*_): raise RuntimeError('gloo/transport/tcp')\nscript.train = fails"
+        shape = "script.Block.forward = lambda self, x: x[..., :-1]"
+        loss = "if RANK == 1: script.F.cross_entropy = lambda *_, **k: torch.zeros(2) @ torch.zeros(3)"
+        for code, world, guilty in ((alone, 1, [0]), (shape, 2, [0, 1]), (loss, 2, [1])):
+            results = trainer.attempt(world, tmp_path, "--timeout 20", code=code + "\nrun()")
+            for rank, result in enumerate(results):
+                assert result.returncode == 1, results
+                assert ("\nRuntimeError" in result.stderr) == (rank in guilty), results
+                assert (f"rank {rank} can't reach" in result.stderr) == (rank not in guilty), results
+
+    def test_explain_a_lost_process(self, trainer, tmp_path):
+        """One that is killed, one that halts, one that never comes."""
+        for number, timeout in ((signal.SIGKILL, 60), (signal.SIGSTOP, 3)):
+            code = f"""
+check = script.check_finite
+def ends(what, value, step):
+    if step == 5 and RANK == 1:  # while the others go on to the next gradients
+        os.kill(os.getpid(), {int(number)})
+    check(what, value, step)
+script.check_finite = ends
+run()
+"""
+            trainer.start(3, tmp_path, f"--steps 5000 --eval-every 3 --timeout {timeout}", code=code)
+            trainer.wait_until(lambda: all("can't reach" in trainer.out(rank, "err") for rank in (0, 2)))
+            trainer.kill([1])  # in case it is only halted
+            results = trainer.wait()
+            assert [r.returncode for r in results] == [1, -signal.SIGKILL, 1], results
+            assert not any("Traceback" in r.stderr for r in results)
+        trainer.start(2, tmp_path / "b", "--timeout 2", of_rank={1: None})
+        (result,) = trainer.wait(60)
+        assert result.returncode == 1 and "rank 0 can't reach the other processes" in result.stderr
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_signals_stop_all_ranks_at_one_step(self, trainer, world, tmp_path):
@@ -4883,11 +4885,7 @@ MUTANTS = {  # file -> (what stands there, what would stand there, tests for pyt
         ("lengths.gather(1, parent) + ~was_finished", "lengths.gather(1, parent) + 1", "equal_lists"),
         ("((5 + lengths.to(log_probs)) / 6)", "(lengths.to(log_probs))", "full_width"),
         ("tgt = F.pad(targets[:, :-1], (1, 0), value=model.config.bos_id)", "tgt = targets", "batch_loss"),
-        (
-            'io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")',
-            "data.decode().splitlines()",
-            "lines_of",
-        ),
+        ('encoding="utf-8-sig")', 'encoding="utf-8-sig").read().splitlines()', "lines_of"),
         ("rows, parse_math=False)", "rows)", "ones_own"),
         ('optimizer.load_state_dict(state["optimizer"])', "pass", "kill_9"),
         ("if not norm.isfinite():", "if False:", "kill_9"),
