@@ -2696,10 +2696,10 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
             (newest / name).write_bytes(data[:-1] if damage == "truncated" else data)
             if damage == "missing":
                 (newest / name).unlink()
-            for said in (f"{newest} is damaged ({name} missing or altered)\n", ""):
+            for n_lines in (1, 0):
                 path, manifest = train_fsdp.newest_checkpoint(out)
                 assert path == before and manifest["step"] == 10
-                assert capsys.readouterr().err == said
+                assert len(capsys.readouterr().err.splitlines()) == n_lines
             (before / ".metadata").write_bytes(b"")
             assert train_fsdp.newest_checkpoint(out) == (None, None)
             capsys.readouterr()
