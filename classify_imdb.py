@@ -644,6 +644,9 @@ def find_imdb() -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    _lock = ddp.lock_out(path.parent, patience=3600.0)  # until we return: of two first runs one downloads
+    if path.exists():
+        return path
     part = path.with_name(path.name + ".part")
     part.touch()
     have = -1
@@ -653,8 +656,7 @@ def find_imdb() -> Path:
         request = urllib.request.Request(IMDB_URL, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(request, timeout=20) as response:
-                # 206: the server goes on from there. Others send all of it again.
-                with open(part, "ab" if response.status == 206 else "wb") as file:
+                with open(part, "ab" if response.status == 206 else "wb") as file:  # 206: the rest alone
                     with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
                         shutil.copyfileobj(response, rest)
         except (OSError, http.client.HTTPException) as error:  # no network, no file, broken off
@@ -1009,7 +1011,7 @@ def parse(arguments: list[str]) -> Settings:
     first.add_argument("--preset", default="fast")
     preset = first.parse_known_args(arguments)[0].preset
     s = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset), description=__doc__)
-    least = {"vocab_size": SPECIAL + 256, "max_len": 1, "epochs": 1, "batch_size": 1, "warmup": 1}
+    least = dict.fromkeys("max_len d_model d_ff epochs batch_size warmup".split(), 1) | {"vocab_size": 258}
     for name, x in vars(s).items():
         below = 1 if name in ("dropout", "mask_words", "target") else 2**32  # 0.85, not 85
         if isinstance(x, int | float) and not least.get(name, 0) <= x < below:

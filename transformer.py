@@ -35,9 +35,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # -----------------------------------------------------------------------------
 # The model. B batch, T length (Ts source, Tt target), C = d_model, H heads, D = C // H
@@ -61,7 +60,7 @@ class TransformerConfig:
     eos_id: int = 2
 
     def __post_init__(self):
-        if self.d_model % self.n_heads:
+        if self.n_heads < 1 or self.d_model % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} must divide d_model={self.d_model}")
         special = {self.pad_id, self.bos_id, self.eos_id}
         if len(special) < 3 or min(special) < 0 or max(special) >= self.vocab_size:
@@ -219,8 +218,6 @@ class Transformer(nn.Module):
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor, start: int = 0) -> Tensor:
         """tokens (B, T) at positions start .. start + T - 1 -> (B, T, C)."""
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"tokens must be (B, T) int32 or int64, got {tokens.dtype}")
         end = start + tokens.shape[1]
         if end > self.config.max_len:
             raise ValueError(f"{end} tokens are more than max_len={self.config.max_len}")
@@ -241,7 +238,7 @@ class Transformer(nn.Module):
         Padding of tgt needs no mask: no real token looks to its right."""
         expected = (tgt.shape[0], 1, 1, memory.shape[1])
         if memory_mask.dtype != torch.bool or memory_mask.shape != expected:
-            raise ValueError(f"memory_mask must be boolean {expected}, tgt's batch")
+            raise ValueError(f"memory_mask must be boolean {expected}")
         start = cache["length"] if cache else 0
         pasts = cache["layers"] if cache else [None] * len(self.decoder)
         x = self.embed(self.tgt_embedding, tgt, start)  # (B, Tt, C)
@@ -271,8 +268,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing: float = 0.1) -> Tensor:
     """Cross-entropy against 1 - smoothing on the target, smoothing spread over V (section 5.4).
-    logits (B, T, V), targets (B, T) int64. The mean over real tokens, in float32 at least; padding
-    counts for nothing, whatever the logits are there."""
+    logits (B, T, V), targets (B, T) int64. The mean over real tokens, in float32 at least; logits at
+    padding count for nothing."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing must be in [0, 1), got {smoothing}")
     real = targets != pad_id  # (B, T); NaN at padding mustn't even meet a gradient of 0
@@ -283,7 +280,7 @@ def label_smoothed_loss(logits: Tensor, targets: Tensor, pad_id: int, smoothing:
 def noam_lr(step: int, d_model: int, warmup: int) -> float:
     """The paper's learning rate (eq. 3), from step 1: up in a line, then down with 1 / sqrt(step).
     Adam's first steps rest on few gradients but are as long as any other, which post-norm layers
-    don't survive. A wider layer sums more weights that move at once, hence 1 / sqrt(d_model)."""
+    don't survive. A wider layer sums more moving weights, hence 1 / sqrt(d_model)."""
     return d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -293,8 +290,7 @@ def noam_lr(step: int, d_model: int, warmup: int) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """No dropout, no gradients inside; every submodule's mode is put back after. (Modes are the
-    model's: don't search it in one thread while another one trains it.)"""
+    """Inside: no dropout, no gradients. Then all modes as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -389,7 +385,7 @@ class Settings:
     lr_scale: float = 0.4  # times noam_lr
     smoothing: float = 0.1  # label smoothing (section 5.4)
     weight_decay: float = 0.01  # of matrices
-    clip: float = 1.0  # gradients are scaled down to this norm
+    clip: float = 1.0  # gradients' largest norm; 0: none
     average: int = 2  # final weights: mean of the last epochs' ends (section 6.1)
     save_every: int = 100  # steps between checkpoints; 0: epochs alone
     beam_size: int = 4  # hypotheses kept
@@ -580,8 +576,7 @@ def load(path: Path) -> dict:
 
 
 def lock_out(out: Path, patience: float = 10.0):
-    """Hold out for this run: keep what is returned. The lock dies with the process. ValueError if
-    another run has it."""
+    """Hold out while this process lives: keep what is returned. ValueError if another run has it."""
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
@@ -615,7 +610,7 @@ def use_bf16(amp: str, device: torch.device) -> bool:
 
 def token_batches(lengths: list[int], batch_tokens: int, seed: str) -> list[list[int]]:
     """Indices of sentences of similar length: number x longest <= batch_tokens, but one at least.
-    Every index occurs once. The seed decides which equally long ones meet, and the order."""
+    The seed decides which equally long ones meet, and the order."""
     rng = random.Random(seed)
     order = list(range(len(lengths)))
     rng.shuffle(order)
@@ -665,10 +660,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
     bf16 = use_bf16(s.amp, device)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # biases and norms don't decay
-    groups = [
-        {"params": matrices, "weight_decay": s.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-9, fused=True)
     if "model" in state:
         model.load_state_dict(state["model"])
@@ -689,14 +681,13 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
         loss = batch_loss(model, [pairs[j] for j in batches[i]], s.smoothing, bf16)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), s.clip or math.inf)
         if not norm.isfinite():  # the step would spoil all weights
             raise FloatingPointError(f"step {step + 1}: loss {loss.item()}, gradient's norm {norm}")
         optimizer.step()
         state["seconds"] += time.perf_counter() - start
         if (step + 1) % 50 == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}, {state['seconds']:.0f} s", flush=True)
-
         if i == n_batches - 1:  # the end of an epoch
             n_averaged = epoch + 1 - max(0, s.epochs - s.average)  # epochs, with this one
             if n_averaged > 0:
@@ -706,7 +697,7 @@ def train(s: Settings, model: Transformer, pairs: list, dev: list, state: dict) 
             held_out = dev_loss(model, dev, s.batch_tokens, bf16)
             print(f"epoch {epoch + 1} of {s.epochs}: dev loss {held_out:.4f}", flush=True)
             if not math.isfinite(held_out):
-                raise FloatingPointError(f"the loss on the dev set is {held_out}")
+                raise FloatingPointError(f"the dev loss is {held_out}")
             state["history"].append({"epoch": epoch + 1, "loss": loss.item(), "dev_loss": held_out})
         if i == n_batches - 1 or s.save_every and (step + 1) % s.save_every == 0:
             state |= {"step": step + 1, "average": average}
@@ -823,10 +814,18 @@ def translate_command(s: Settings) -> None:
         print(json.dumps({"source": text} | row, ensure_ascii=False))
 
 
+def check_settings(s: Settings) -> None:
+    """ValueError for a number out of range."""
+    least = {"vocab_size": 259, "seed": 0, "average": 0, "save_every": 0}
+    for name, value in asdict(s).items():
+        low = least.get(name, 0 if type(value) is float else 1)
+        below = {"seed": 2**43, "dropout": 1, "smoothing": 1}.get(name, math.inf)
+        if type(value) in (int, float) and not low <= value < below:
+            raise ValueError(f"{name} must be in [{low}, {below}), got {value}")
+
+
 def prepare(s: Settings) -> tuple:
     """Corpus, tokenizer, ids of train and dev pairs, state to train from, the lock on s.out."""
-    if not 0 <= s.seed < 2**43:  # times 1,000,003 it must fit into 64 bits
-        raise ValueError(f"--seed must be in 0 .. 2^43 - 1, got {s.seed}")
     path = Path(s.out, "checkpoint.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = None
@@ -860,16 +859,17 @@ def main(s: Settings) -> None:
     start = time.perf_counter()
     out = Path(s.out)
     try:  # until the first step, what a user can mend is told in one line
+        check_settings(s)
         if s.translate is not None:
             return translate_command(s)
         corpus, tokenizer, train_ids, dev_ids, state, lock = prepare(s)  # hold the lock's name
         names = "max_len d_model n_heads n_layers d_ff dropout norm_first tied".split()
         config = TransformerConfig(tokenizer.vocab_size, **{name: getattr(s, name) for name in names})
+        torch.manual_seed(s.seed)
+        model = Transformer(config).to(pick_device(s.device))
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
-    torch.manual_seed(s.seed)
-    model = Transformer(config).to(pick_device(s.device))
     report = {"dataset": corpus.name, "n_parameters": sum(p.numel() for p in model.parameters())}
     report["precision"] = "bf16" if use_bf16(s.amp, model.positions.device) else "float32"
     report |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -879,10 +879,10 @@ def main(s: Settings) -> None:
     try:
         train(s, model, train_ids, dev_ids, state)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except (FloatingPointError, OSError) as error:  # OSError: a full disk
-        sys.exit(f"{error}; the last checkpoint is good. Smaller --lr-scale, another --out?")
+        sys.exit(f"{error}; the last checkpoint is good. Smaller --lr-scale? Another --out?")
     weights = {"model": model.state_dict(), "config": asdict(config)}
     save(out / "model.pt", weights | {"vocabulary": tokenizer.vocabulary})
     report |= {"steps": state["step"], "train_seconds": round(state["seconds"], 1)}
