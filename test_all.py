@@ -2703,7 +2703,8 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
             assert train_fsdp.newest_checkpoint(out) == (None, None)
             capsys.readouterr()
         part = shutil.copytree(saved(sharded)[0], out / "step_00000005.part")
-        assert train_fsdp.publish(part, {}, 1).exists()  # damaged ones don't count
+        # Damaged ones don't count.
+        assert train_fsdp.publish(part, {}, 1).exists()
         part = shutil.copytree(saved(sharded)[0], part)
         (part / "__1_0.distcp").unlink()
         with pytest.raises(OSError, match="__1_0.distcp"):  # on another machine's disk
@@ -3600,7 +3601,8 @@ class TestExport:
                 function(*arguments)
         plain.register_forward_hook(lambda m, _, y: F.dropout(y, 0.5, m.training))
         (smaller,) = export.prune_heads(nn.Sequential(plain), two, 1)
-        assert smaller.training and [p.requires_grad for p in smaller.parameters()] == [True, False, False]
+        assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
+        assert smaller.training
 
     def test_feed_forwards_are_linear_elementwise_linear(self):
         """A Softmax mixes neurons, a Dropout alone has none."""
@@ -3648,7 +3650,7 @@ class TestExport:
         """The fastest that agrees, whatever the labels are."""
         x = torch.randn(64, 64)
         slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
-        slow[2].bias.data = torch.tensor([5.0, 1.0])  # its answer is 0, but for dropout
+        slow[2].bias.data = torch.tensor([5.0, 1.0])  # 0, but for dropout
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
         nn.init.zeros_(fast[1].weight)
         nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
@@ -4236,7 +4238,7 @@ class TestClassifyImdb:
         for name, value in dataclasses.asdict(s).items():
             other = {name: f"{value}x" if isinstance(value, str) else 1 - value}
             if name in free.split():
-                assert opened(**other).begun < run.begun - 9e5  # in seconds
+                assert opened(**other).begun < run.begun - 9e5
             elif name != "out":
                 refused(f"another run.*{name}", **other)
         for exported, finished in ((False, [False, True]), (True, [True, True])):
