@@ -2702,8 +2702,9 @@ torch.save(whole, s.out + f"/{{p.rank}}.pt")
             (before / ".metadata").write_bytes(b"")
             assert train_fsdp.newest_checkpoint(out) == (None, None)
             capsys.readouterr()
-        part = shutil.copytree(saved(sharded)[0], tmp_path / "step_00000005.part")
-        assert train_fsdp.publish(part, {}, 3).exists()
+        part = shutil.copytree(saved(sharded)[0], out / "step_00000005.part")
+        # Damaged ones don't count.
+        assert train_fsdp.publish(part, {}, 1).exists()
         part = shutil.copytree(saved(sharded)[0], part)
         (part / "__1_0.distcp").unlink()
         with pytest.raises(OSError, match="__1_0.distcp"):  # on another machine's disk
@@ -3598,9 +3599,10 @@ class TestExport:
         for words, function, *arguments in rows:
             with pytest.raises(ValueError, match=words):
                 function(*arguments)
+        plain.register_forward_hook(lambda m, _, y: F.dropout(y, 0.5, m.training))
         (smaller,) = export.prune_heads(nn.Sequential(plain), two, 1)
         assert [p.requires_grad for p in smaller.parameters()] == [True, False, False]
-        assert smaller.training and smaller.qkv_proj.bias is None
+        assert smaller.training
 
     def test_feed_forwards_are_linear_elementwise_linear(self):
         """A Softmax mixes neurons, a Dropout alone has none."""
@@ -3648,7 +3650,7 @@ class TestExport:
         """The fastest that agrees, whatever the labels are."""
         x = torch.randn(64, 64)
         slow = nn.Sequential(nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 2), nn.Dropout(0.5))
-        nn.init.constant_(slow[2].bias[:1], 5.0)  # its answer is mostly 0
+        slow[2].bias.data = torch.tensor([5.0, 1.0])  # 0, but for dropout
         fast = nn.Sequential(export.Gate(), nn.Linear(64, 2))
         nn.init.zeros_(fast[1].weight)
         nn.init.constant_(fast[1].bias[1:], 5.0)  # its answer is always 1
@@ -4230,13 +4232,13 @@ class TestClassifyImdb:
                 opened(**changes)
 
         run = opened()
-        run.step = 5
+        run.step, run.total_seconds = 5, 1e6
         train_ddp.save_checkpoint(tmp_path, 5, {"run": vars(run), "model": {}})
         free = "data predict explain baseline device export keep_exports save_every"
         for name, value in dataclasses.asdict(s).items():
             other = {name: f"{value}x" if isinstance(value, str) else 1 - value}
             if name in free.split():
-                assert opened(**other).step == 5
+                assert opened(**other).begun < run.begun - 9e5
             elif name != "out":
                 refused(f"another run.*{name}", **other)
         for exported, finished in ((False, [False, True]), (True, [True, True])):
