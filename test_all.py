@@ -2630,7 +2630,7 @@ for recompute in (False, True):
         assert list(tmp_path.iterdir()) == [path]
 
     def test_load_optimizer_after_a_change_of_device(self):
-        """An unfused AdamW's state goes into a fused one, and back; at first it may be empty, as in fp16."""
+        """An unfused AdamW's state goes into a fused one, and back; at first it may be empty."""
         weights, alone = [], train_ddp.Processes(0, 1, CPU)
         for kinds in itertools.product((False, True), repeat=2):
             torch.manual_seed(0)
@@ -2653,7 +2653,7 @@ for recompute in (False, True):
 
     @pytest.mark.filterwarnings("ignore")  # "torch.distributed is disabled": so it is meant
     def test_load_tensors_on_any_number_of_ranks(self, sharded, fsdp, tmp_path):
-        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and by one without a group: weights, moments, step counts."""
+        """Saved on 2, loaded on 1, 2, 4, 2 x 2 and without a group: weights, moments, step counts."""
         path, model = saved(sharded)[-1], train_fsdp.GPT(18, 2, 2, 21)
         tensors = train_fsdp.state_tensors(model, train_fsdp.make_optimizer(model, fsdp.settings()))
         train_fsdp.load_tensors(path, tensors)
