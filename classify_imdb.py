@@ -67,7 +67,7 @@ class Settings:
     preset: Literal["plain", "fast", "best"] = "fast"  # plain: tokens alone; best: unlabelled reviews too
     out: str = "out/classify_imdb"  # model, checkpoint, report and page go here
     seed: int = 0  # same seed, same machine, same threads: same weights
-    predict: str = ""  # classify a text, a file's or (for -) stdin's lines; no training
+    predict: str = ""  # classify a text, or the lines of a file that exists or (for -) of stdin
     explain: bool = False  # with --predict: also the words that carried the answer
     baseline: bool = False  # train and test the linear model instead
     shuffle_labels: bool = False  # honesty check: the test must give 50%
@@ -87,7 +87,7 @@ class Settings:
     min_steps: int = 300  # at least so many; few texts are passed over more often
     batch_size: int = 32  # texts a step, of similar length
     lr: float = 1e-3  # AdamW's peak learning rate, then a cosine to 0
-    warmup: int = 100  # steps from 0 to the peak
+    warmup: int = 100  # steps of a linear rise, until it meets the cosine
     clip: float = 1.0  # largest norm of the gradient; 0: none
     save_every: float = 30.0  # seconds between checkpoints; 0: one after each step
     export: bool = True  # afterwards compare export.py's formats; --no-export: ONNX alone
@@ -126,16 +126,16 @@ class Corpus:
 def read_imdb(path: Path, unlabelled: bool = False) -> Corpus:
     """The reviews by folder and number. ValueError unless all are there.
     Nothing is unpacked, so no path in a tarball can escape."""
-    expected = PER_FOLDER | (UNLABELLED if unlabelled else {})
-    found: dict[str, dict[int, str]] = {folder: {} for folder in expected}
+    sizes = PER_FOLDER | (UNLABELLED if unlabelled else {})
+    found: dict[str, dict[int, str]] = {folder: {} for folder in sizes}
     for name, read in imdb_files(path):
         match = re.fullmatch(r"(?:.*/)?((?:train|test)/(?:pos|neg|unsup))/(\d+)_\d+\.txt", name)
         if match and match[1] in found:
             found[match[1]][int(match[2])] = read().decode(errors="replace")
     parts = {"train": [], "test": [], "unlabelled": []}
     for folder, texts in found.items():
-        if len(texts) != expected[folder]:
-            raise ValueError(f"--data {path} has {len(texts):,} of {expected[folder]:,} texts in {folder}")
+        if len(texts) != sizes[folder]:
+            raise ValueError(f"--data {path}: {len(texts)} of {sizes[folder]} NUMBER_STARS.txt in {folder}")
         split, kind = folder.split("/")
         label = {"pos": 1, "neg": 0, "unsup": -1}[kind]
         part = parts["unlabelled" if label < 0 else split]
@@ -147,7 +147,7 @@ def split_dev(corpus: Corpus) -> tuple[list[Review], list[Review]]:
     """(train, dev): dev is a tenth of each class, five blocks of consecutive numbers.
 
     Neighbours are often about the same film. A random tenth would share its films with the training set
-    and flatter by a point or more; the test has other films. Of your own texts it is a random tenth.
+    and reward learning their names; the test has others. Of your own texts it is a random tenth.
     """
     if corpus.name == "own":
         return hold_out(corpus.train, seed=1)
@@ -373,7 +373,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0  # of training
     total_seconds: float = 0.0  # of all, up to the last checkpoint
-    begun: float = 0.0  # when, by this clock, had it had no breaks
+    begun: float = 0.0  # by perf_counter, as if it had never stopped
     right: int = 0  # training texts answered right since the last look at dev
     seen: int = 0
     history: list[dict] = field(default_factory=list)  # a row a look at dev
@@ -461,7 +461,7 @@ def train(model: nn.Module, examples: Examples, dev: Examples, run: Run, kept: d
 
 
 def hidden_loss(model, tokens: Tensor, targets: Tensor, folds: Tensor, s: Settings) -> tuple[Tensor, int]:
-    """(sum of the losses () of a batch with hidden words, how many answers are right)."""
+    """(the loss () summed over a batch with hidden words, how many answers are right)."""
     hidden = (torch.rand(tokens.shape) < s.mask_words).to(tokens.device) & (tokens != PAD)
     logits = model(tokens.masked_fill(hidden, MASK), folds)  # (B, K)
     loss = F.cross_entropy(logits, torch.stack((1 - targets, targets), -1), reduction="sum")
@@ -619,10 +619,10 @@ def load_corpus(s: Settings) -> Corpus:
         return Corpus("demo", ["negative", "positive"], reviews[:8000], reviews[8000:10_000], unlabelled)
     if not path.exists():
         raise ValueError(f"--data {path} does not exist")
-    # A tarball is IMDB or a part of it, as is a folder below aclImdb, or as large as IMDB.
+    # IMDB, whole or not: any file but .csv; a folder in or around aclImdb, or as large as IMDB.
     sizes = {folder: len(list((path / folder).glob("*"))) for folder in PER_FOLDER}
     named = "aclImdb" in path.resolve().parts or (path / "aclImdb").is_dir()
-    if not (named or sizes == PER_FOLDER or (path.is_file() and path.suffix.lower() != ".csv")):
+    if path.suffix.lower() == ".csv" or not (named or sizes == PER_FOLDER or path.is_file()):
         if s.unlabelled:
             raise ValueError(f"--data {path} has no unlabelled texts: leave out --preset best")
         return read_own(path)
@@ -699,7 +699,7 @@ def read_own(path: Path) -> Corpus:
         parts = {part: read_rows(path / (part + ending)) for part in ("train", "test")}
     names = sorted({label for rows in parts.values() for label, _ in rows})
     if len(names) != 2 or "" in names:
-        raise ValueError(f"--data {path} has the labels {names[:9]}; needed are two, see read_own")
+        raise ValueError(f"--data {path} has the labels {names[:9]} ('': too few or many fields), not two")
     reviews = {"train": [], "test": []}
     for part, rows in parts.items():
         for label, name in enumerate(names):
@@ -721,7 +721,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
     csv.field_size_limit(2**31 - 1)  # texts may be long
     rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""), restval="", strict=True)
     try:
-        return [(row["label"], row["text"]) for row in rows]
+        return [("" if None in row else row["label"], row["text"]) for row in rows]  # None: too many
     except csv.Error as error:
         raise ValueError(f"{path}: line {rows.line_num}: {error}") from None
     except KeyError as error:
@@ -832,7 +832,7 @@ TUNING = 400  # steps at most that the pruned copy is fine-tuned for
 
 
 def in_batches(examples: Examples, every: int = 1) -> list[tuple[tuple, Tensor]]:
-    """As export.py takes them: ((tokens (B, T),), labels (B,)), by length; of each so many texts one."""
+    """As export.py takes them: ((tokens (B, T),), labels (B,)), by length; one text of every so many."""
     rows = sorted(range(0, len(examples.ids), every), key=lambda i: len(examples.ids[i]))
     parts = [examples.batch(rows[i : i + 50]) for i in range(0, len(rows), 50)]
     return [((tokens,), targets.round().long()) for tokens, targets, _ in parts]
@@ -931,7 +931,7 @@ def predict(s: Settings) -> None:
 
 def explain(ids: Tensor, score: Tensor, tokenizer: Tokenizer, run: Callable) -> list[list]:
     """The ten words that matter most: [word, how far the log-odds of class 1 fall without it].
-    Words that say the same twice hide each other. A sure answer's probability would hardly move."""
+    Words that say the same twice hide each other. (A sure answer's probability would hardly move.)"""
     pieces = [tokenizer.bpe.decode_single_token_bytes(i - SPECIAL) for i in ids.tolist()]
     starts = [i for i, piece in enumerate(pieces) if i == 0 or piece.startswith(b" ")]
     spans = list(zip(starts, [*starts[1:], len(pieces)], strict=True)) if pieces else []
@@ -1016,7 +1016,7 @@ def parse(arguments: list[str]) -> Settings:
         below = 1 if name in ("dropout", "mask_words", "target") else 2**32  # 0.85, not 85
         if isinstance(x, int | float) and not least.get(name, 0) <= x < below:
             raise ValueError(f"{name} must be in [{least.get(name, 0)}, {below}), got {x}")
-    if not s.predict and (s.explain or "--predict" in arguments):
+    if not s.predict and (s.explain or any(x.startswith("--predict") for x in arguments)):
         raise ValueError("--predict needs a text, a file, or - for stdin; --explain needs --predict")
     make_model(s, vocab_size=SPECIAL + 256)  # refuses sizes that don't fit
     return s
@@ -1037,7 +1037,7 @@ def main(arguments: list[str]) -> int:
             classify(s, p, kept)
         return 0
     except KeyboardInterrupt:  # outside of training, which saves first
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted" + "; the same command goes on" * (p is not None), file=sys.stderr)
         return 130
     except Exception as error:
         return ddp.explain(error, p, "training" in kept)

@@ -200,8 +200,8 @@ class Encoder(nn.Module):
             raise ValueError(f"tokens may be max_len={self.max_len} long at most, got {tokens.size(1)}")
         if mask is None:
             mask = tokens != self.pad_id
-        if mask.shape != tokens.shape:  # (B, 1) would broadcast
-            raise ValueError(f"mask must be (B, T) = {list(tokens.shape)}, got {list(mask.shape)}")
+        if mask.shape != tokens.shape or mask.dtype != torch.bool:  # (B, 1) would broadcast
+            raise ValueError(f"mask must be bool {list(tokens.shape)}, got {mask.dtype} {list(mask.shape)}")
         x = self.embedding(tokens) * self.scale + self.positions[: tokens.size(1)]
         return self.dropout(x), mask[:, None, None, :]
 
@@ -240,7 +240,7 @@ def pool_tokens(x: Tensor, mask: Tensor, pool: str) -> Tensor:
     if pool == "mean":
         return mean
     largest = x.masked_fill(padding, -math.inf).amax(1).masked_fill(padding.all(1), 0.0)  # (B, C)
-    return largest if pool == "max" else torch.cat((mean, largest), dim=-1)
+    return {"max": largest, "mean+max": torch.cat((mean, largest), dim=-1)}[pool]
 
 
 class EncoderClassifier(nn.Module):
@@ -351,7 +351,7 @@ def accuracy(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
 
 @torch.no_grad()
 def plot_twins(model: EncoderClassifier, twins: list[str], tokens: Tensor, path: Path) -> None:
-    """Twins side by side: where the head looks that gives "not" the most weight from the adjective."""
+    """Twins side by side: where the head looks whose adjective looks at "not" most."""
     from matplotlib.figure import Figure
 
     positive = model(tokens).softmax(-1)[:, 1]
