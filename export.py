@@ -6,7 +6,7 @@ Demo, one thread, pruned int8: 4.0 times eager PyTorch's speed with VNNI, 3.1 wi
     python export.py --threads 2    # every setting is a flag; --help lists them
 
 Jacob et al., arXiv:1712.05877 (int8); Michel et al., "Are Sixteen Heads Really Better than One?",
-arXiv:1905.10650 (importance of heads); Molchanov et al., arXiv:1906.10771 (the same, of neurons).
+arXiv:1905.10650 (importance of heads); Molchanov et al., arXiv:1906.10771 (neurons; they square).
 Shapes: B batch, T tokens, C = d_model, H heads, D width of a head, N examples, K classes.
 """
 
@@ -73,7 +73,7 @@ def prepare(model: nn.Module, example_inputs) -> tuple[nn.Module, tuple[Tensor, 
     inputs = example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)
     if not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"example_inputs must be tensors, got {[type(x).__name__ for x in inputs]}")
-    inputs = tuple(x.detach().clone() for x in inputs)  # .pt2 holds them, of a view the whole tensor
+    inputs = tuple(x.detach().clone() for x in inputs)  # .pt2 stores them, of a view its base
     model = copy.deepcopy(model).eval()
     with torch.no_grad(), refusing(f"{type(model).__name__} refuses its example_inputs"):
         model(*inputs)
@@ -130,12 +130,12 @@ def write_checked(path, suffix: str, save: Callable, model, inputs: tuple, free=
         run = load_artefact(beside)
         for trial in [inputs, *other_sizes(inputs)] if free else [inputs]:
             try:
-                expected = tensors_in(model(*trial))
+                expected = model(*trial)
             except Exception:
                 continue
             sizes = [list(x.shape) for x in trial]
             with refusing(f"the {suffix} of {type(model).__name__} is wrong for inputs {sizes}"):
-                for output, wanted in zip(tensors_in(run(*trial)), expected, strict=True):
+                for output, wanted in zip(tensors_in(run(*trial)), tensors_in(expected), strict=True):
                     largest = wanted.double().nan_to_num(0, 0, 0).abs().max().item()
                     tolerance = {"rtol": 0.0, "atol": 1e-3 * max(1.0, largest)}
                     torch.testing.assert_close(output, wanted, **tolerance, equal_nan=True)
@@ -147,7 +147,7 @@ def tensors_in(output) -> list[Tensor]:
     """A model's output as a list: one tensor, or those of a tuple, list or dict."""
     if isinstance(output, Tensor):
         return [output]
-    parts = output.values() if isinstance(output, dict) else output
+    parts = output.values() if isinstance(output, dict) else output or ()
     return [x for part in parts for x in tensors_in(part)]
 
 
@@ -186,7 +186,7 @@ def export_program(model: nn.Module, example_inputs, path, dynamic_shapes=None) 
     """A torch.export program (.pt2), as fast as eager PyTorch. As export_torchscript, but:
 
     It is whole or refused: an `if` on a tensor's value is an error; torch.where is the way out.
-    dynamic_shapes: as torch.export's; None: batch and length are free (an LSTM's can't, and is refused).
+    dynamic_shapes: as torch.export's; None: batch and integers' T are free (an LSTM's T is refused).
     """
     model, inputs = prepare(model, example_inputs)
     save = partial(torch.export.save, capture(model, inputs, dynamic_shapes))
@@ -224,8 +224,8 @@ def attention_for_onnx(
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     scores = (query * scale) @ key.mT  # (..., Tq, Tk)
-    if is_causal:  # top-left, as torch's
-        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if is_causal:  # top-left
+        attn_mask = torch.ones_like(scores).bool().tril() & (True if attn_mask is None else attn_mask)
     if attn_mask is None:
         return scores.softmax(-1) @ value
     if attn_mask.dtype == torch.bool:
@@ -264,7 +264,7 @@ def export_onnx(model: nn.Module, example_inputs, path, dynamic_shapes=None, met
 def onnx_runner(data: bytes) -> Callable[..., Tensor]:
     """The bytes of an ONNX file as a function of tensors on the CPU.
 
-    Without onnxruntime's one kernel for sum and norm: it takes five times as long as the two.
+    Sum and norm stay two kernels: onnxruntime's fused one takes five times as long.
     """
     import onnxruntime
 
@@ -593,7 +593,7 @@ def export_all(models, example, dev, cases, calibration, out, metadata=None, cas
     models: name -> classifier; the first is the original, pruned ones follow. dev: a list of (tuple of
     inputs, labels), no test set. cases: as benchmark takes them; case: the one that counts for you, by
     default the first. Recommended is the fastest there of those that answer as the original does on
-    min_agreement (0 .. 1) of dev. only: names of formats, in place of all.
+    min_agreement (0 .. 1) of dev. only: names of formats; int8 needs "ONNX".
     Returns {"models": rows, "refused": name -> why, "recommended", ...}.
     """
     out = Path(out)
@@ -603,7 +603,7 @@ def export_all(models, example, dev, cases, calibration, out, metadata=None, cas
     files = {"eager": out / "weights.pt"}
     runners = {"eager": original}
     refused = {}
-    print("\nwritten, once each equals its model at three sizes:")
+    print("\nwritten; all but int8 equal their models:")
     for i, (label, model) in enumerate(models.items()):
         for name, write in formats(model, example, calibration, str(out / label), metadata).items():
             if only and name not in only:

@@ -167,7 +167,7 @@ def pick_device(name: str) -> torch.device:
 def start_processes(device: str = "auto", timeout: float = 120.0) -> Processes:
     """Join the processes that torchrun started (it sets RANK, WORLD_SIZE, ...), or be the only one.
     timeout: seconds that a wait for another process may take, here and in every step.
-    ValueError for a device that isn't there, a DistError if not all processes arrive."""
+    ValueError for a GPU that isn't there, a DistError if not all processes arrive."""
     env = os.environ
     p = Processes(0, 1, pick_device(device))
     local_rank = 0
@@ -410,7 +410,7 @@ class Settings:
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
     n_layers: int = 2  # blocks; each is a unit that is gathered and dropped as one
-    dropout: float = 0.0  # fraction of features dropped
+    dropout: float = 0.0  # fraction of features dropped, others on other numbers of processes
     lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak; then a cosine down to 0
     clip: float = 1.0  # largest norm of the whole gradient; 0: none

@@ -363,12 +363,12 @@ def beam_search(
 
 @dataclass
 class Settings:
-    preset: Literal["numbers", "multi30k"] = "numbers"  # generated numbers, or German to English
+    preset: Literal["numbers", "multi30k"] = "numbers"  # generated numbers or German to English
     data: str = ""  # multi30k's folder; else MULTI30K_DATA, else a download
     translate: str | None = None  # this, by the saved model; - reads stdin's lines
     out: str = "out/transformer"  # checkpoint, model, picture, report.json
     seed: int = 0  # same seed and threads, same weights
-    device: str = "auto"  # auto (cuda, then cpu), cuda, cpu or mps
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda or cpu
     amp: Literal["auto", "bf16", "off"] = "auto"  # auto: bf16 where the hardware has it
     vocab_size: int = 600  # at most: 3 special, 256 bytes, merges
     max_len: int = 32  # tokens of a sentence, with EOS
@@ -501,7 +501,7 @@ def multi30k_corpus(folder: str) -> Corpus:
         if folder and len(german) != n_pairs:
             corpus = "own"
         elif hashlib.sha256("\n".join(german + english).encode()).hexdigest() != sha256:
-            raise ValueError(f"{part}.de or {part}.en was altered: its sha256 is another one")
+            raise ValueError(f"{part}.de or {part}.en was altered, or is your own: drop a line")
         parts.append(list(zip(german, english, strict=True)))
     return Corpus(corpus, *parts)
 
@@ -784,7 +784,7 @@ def cross_attention_weights(model: Transformer, src: Tensor, tgt: Tensor) -> Ten
 
 
 def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Path) -> None:
-    """Picture: where the model looked (columns) when it found each token (rows)."""
+    """Where the model looked (columns) when it found each token (rows)."""
     from matplotlib.figure import Figure
 
     src = pad([tokenizer.encode(text, model.config.max_len)], model)  # (1, Ts)
@@ -803,7 +803,7 @@ def plot_alignment(model: Transformer, tokenizer: Tokenizer, text: str, path: Pa
 
 
 def translate_command(s: Settings) -> None:
-    """Prints one JSON object a line: the source and its row of translate."""
+    """Prints a JSON object a line: the source and its row of translate."""
     saved = load(Path(s.out, "model.pt"))  # FileNotFoundError: train first
     model = Transformer(TransformerConfig(**saved["config"])).to(pick_device(s.device))
     model.load_state_dict(saved["model"])
