@@ -86,7 +86,7 @@ def deadline():
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
-    """The same random state for every test; one thread: two crawl where a core is busy."""
+    """The same random state for each test; one thread: two crawl on a busy core."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -2184,7 +2184,7 @@ class Launcher:
         self.process.wait(20)
 
 
-# 150 rows to learn, so that an epoch ends within a run, and 3 to look at: fewer than ranks. code = WHOLE
+# 150 rows to learn: an epoch ends within a run; and 3 to look at: fewer than ranks. code = WHOLE
 # takes all, as a user's run does.
 PREPARE = """
 import functools, train_fsdp
@@ -2459,7 +2459,7 @@ class TestTraining:
         assert json_of(tmp_path / "2/report.json")["dev_loss"] == pytest.approx(loss, rel=1e-5)
 
     def test_train_float32_and_mixed_precision(self, trainer, tmp_path):
-        """bf16 and scaled fp16 stay near float32, which clipping scaled gradients would spoil."""
+        """bf16 and scaled fp16 stay near float32; clipping scaled gradients wouldn't."""
         trainer.run(1, tmp_path / "off", "--clip 0.3")
         for amp in ("bf16", "fp16"):
             trainer.run(2, tmp_path / amp, f"--clip 0.3 --amp {amp}")
