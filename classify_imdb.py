@@ -660,7 +660,7 @@ def find_imdb() -> Path:
                     with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
                         shutil.copyfileobj(response, rest)
         except (OSError, http.client.HTTPException) as error:  # no network, no file, broken off
-            problem = error
+            problem = str(error)  # not the error: its traceback would keep the lock
     have = part.stat().st_size
     if have < IMDB_SIZE:
         raise OSError(f"{IMDB_URL}: {problem} after {have:,} of {IMDB_SIZE:,} bytes")
