@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     Returns the output (..., Tq, Dv) and the weights (..., Tq, Tk) before dropout. Pass
     dropout_p=0 in evaluation. ValueError for a mask that isn't boolean.
     """
-    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (..., Tq, Tk); no overflow in float16
+    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (..., Tq, Tk); float16 overflows later so
     if mask is None and not causal:
         weights = scores.softmax(dim=-1)
     else:
@@ -194,10 +194,10 @@ def blocks(q, k, mask: Tensor | None, causal: bool, size: int):
 def fused_attention(q, k, v, mask: Tensor | None = None, causal: bool = False, dropout_p: float = 0.0):
     """4. The same by torch's kernel, with this file's masks: the one to use. Arguments as in 2.
 
-    On a CPU it needs 4-D inputs, D = Dv and no dropout; otherwise torch holds all scores.
+    On a CPU it needs 4-D inputs, D = Dv, no dropout, no 3-D mask; else torch holds all scores.
     """
-    # The kernel's own triangle skips the future, but is aligned top-left: ours where Tq = Tk,
-    # which a trace would take for granted ever after.
+    # The kernel's own triangle skips the future, but is aligned top-left: as ours is where Tq = Tk.
+    # A trace would take that for granted ever after.
     if mask is None and not (causal and (torch.jit.is_tracing() or q.size(-2) != k.size(-2))):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal)
     allowed = allowed_pairs(q, k, mask, causal)
@@ -448,8 +448,8 @@ WAYS = {
 
 def agreement() -> dict[str, float]:
     """Largest difference of each way from the loop, over output and gradients."""
-    inputs = [torch.randn(2, 200, d, dtype=torch.float64, requires_grad=True) for d in (8, 8, 5)]
-    mask = padding_mask(torch.tensor([0, 180]), 200)[:, 0]  # the first: no key
+    inputs = [torch.randn(2, 1, 200, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    mask = padding_mask(torch.tensor([0, 180]), 200)  # the first: no key
     found = {}
     for name, attention in {"loop": attention_loop, **WAYS}.items():
         output = attention(*inputs, mask, True)

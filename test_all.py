@@ -71,10 +71,7 @@ DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """A test that takes longer than DEADLINE fails, and its traceback says where it waited.
-
-    The alarm isn't cleared afterwards, so that it also ends a shared preparation of the next test.
-    """
+    """A test that takes longer fails where it waits. Never cleared: preparations end, too."""
 
     def end(*_):
         raise TimeoutError(f"no end after {DEADLINE} s (TEST_SECONDS sets this limit)")
@@ -2287,8 +2284,7 @@ def loss_of(model: nn.Module, rows: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def by_hand(module, s, n_steps: int = 0) -> tuple[Tensor, list[float]]:
-    """The same training as a plain loop over whole batches: the weights, and the steps' losses with the
-    held-out loss at the end. n_steps: only the first ones, of all rows."""
+    """As a plain loop: the weights, the steps' losses and the held-out one. n_steps: of all rows."""
     (inputs, targets), dev = manual(module) if n_steps else few_rows(module)
     torch.manual_seed(s.seed)
     model = module.GPT(s.d_model, s.n_heads, s.n_layers, s.max_len).to(getattr(torch, s.dtype))
@@ -2477,6 +2473,7 @@ def noted(self, tokens):
 script.GPT.forward = noted
 torch.manual_seed = lambda number: seeds.append(number) or seed(number)
 script.main(tyro.cli(script.Settings))
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 print(json.dumps([seen[:12], [n for n in seeds if n > 2**32]]))  # not generate's seed, nor the model's
 """
         arguments = f"--steps 4 --accumulate 3 --seed {2**32 - 1}"
@@ -2532,7 +2529,7 @@ run()
             assert report["held"] == held
 
     def test_shard_gathers_one_block_at_a_time(self, fsdp, tmp_path):
-        """A block that computes is whole, all others are in slices; the whole model is never made."""
+        """A block that computes is whole, the others sliced; the whole model is never made."""
         code = """
 from torch.distributed.tensor import DTensor, Shard
 largest, randn = [], torch.randn
@@ -2564,6 +2561,9 @@ model(tokens).sum().backward()
 grads = [w.grad.to_local() for w in model.parameters()]
 assert dtypes == {torch.bfloat16} and {g.dtype for g in grads} == {torch.float32}
 assert any((g != g.bfloat16()).any() for g in grads), "averaged in float32"
+rows = torch.randint(256, (128, 8), generator=torch.Generator().manual_seed(0))
+loss = script.F.cross_entropy(reference(rows).flatten(0, 1), rows.flatten()).item()
+assert abs(script.evaluate(model, (rows, rows), p) - loss) < 1e-3
 
 for recompute in (False, True):
     s.recompute, calls = recompute, []
@@ -2775,7 +2775,7 @@ print(script.sum_over_ranks([1.0], p))
                 assert result.stdout == "[3.0]\n"
 
     def test_main_refuses_the_out_of_another_run(self, trainer, tmp_path):
-        """Other settings, another version's checkpoint, the other script's run; what may change may."""
+        """Other settings, another version's checkpoint, the other script's run."""
         out, own = tmp_path / "a", trainer.module
         (other,) = {"train_ddp", "train_fsdp"} - {own}
 
@@ -3053,7 +3053,7 @@ run()
         assert "from_step=5" in trainer.run(1, tmp_path, "--save-every 5")[0].stdout
 
     def test_lock_out_one_run_at_a_time(self, trainer, tmp_path):
-        """A second start on the same OUT waits a while, then says so; the first one's work stays."""
+        """A second start on one OUT waits, then says so; the first one's work stays."""
         lock = trainer.script.lock_out(tmp_path)
         code = "lock = script.lock_out\nscript.lock_out = lambda out: lock(out, patience=0.5)\nrun()"
         results = trainer.attempt(2, tmp_path, "--steps 4", code=code)
@@ -5102,7 +5102,7 @@ NOT_DRAWN = re.compile(r"main|demo|plot|print|show|say|compare|Settings")  # fun
 
 
 def changed(node: ast.AST) -> ast.AST | None:
-    """A copy of node with one operator or constant swapped, or without its not; None where there is none."""
+    """A copy of node with an operator or constant swapped, or without its not; else None."""
     node = copy.deepcopy(node)
     if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
         node.ops[0] = SWAPS[type(node.ops[0])]()

@@ -1,8 +1,8 @@
 """Data-parallel training that gives the same weights on any number of processes, and survives being killed.
 
 A byte-level GPT learns Python's own manual, 465,000 bytes that every Python has (PSF License): 33 s on two
-cores of an AMD EPYC (torch 2.13.0). Two processes make 1.84 times the tokens a second of one. On the CPU
-the final weights after 40 kill -9 at random moments were bit for bit those of undisturbed runs.
+cores of an AMD EPYC (torch 2.13.0). Two processes make 1.84 times the tokens a second of one (batch
+64). On the CPU, 40 kill -9 at random moments left the final weights bit for bit those of undisturbed runs.
 
     python train_ddp.py                        # one process; --data-parallel: nn.DataParallel, see wrap
     torchrun --nproc_per_node=8 train_ddp.py   # DDP: gloo on CPU, nccl on GPU (which nobody has run yet)
@@ -233,7 +233,7 @@ class Settings:
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
     n_layers: int = 2  # blocks
-    dropout: float = 0.0  # fraction of features dropped, others on other numbers of processes
+    dropout: float = 0.0  # fraction of features dropped; which ones depends on the number of processes
     lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak; then a cosine down to 0
     clip: float = 1.0  # largest norm of the whole gradient; 0: none

@@ -1,7 +1,7 @@
 """Sharded training (FSDP2): each process keeps 1/N of weights, gradients and optimizer state; same numbers.
 
 train_ddp.py's byte-level GPT on Python's manual (PSF License), as if it were too large for a device.
-101 million parameters, peak RSS of a rank of 4 (torch 2.13.0, CPU): 2512 MiB with DDP, 1302 with this.
+101 million parameters, peak RSS of a rank of 4 (torch 2.13.0, Intel Xeon): 2512 MiB with DDP, 1302 with this.
 
     python train_fsdp.py  # one process, the same code
     torchrun --nproc_per_node=8 train_fsdp.py  # FSDP: gloo on CPU, nccl on GPU (not run yet)
@@ -14,7 +14,7 @@ an --out that all of them see. Lost processes and elastic runs: as in train_ddp.
 
 Which one? Training with AdamW in float32 takes 16 bytes a weight, activations aside.
 - DDP where that fits on one device: least traffic (twice the weights a step).
-- FSDP2 where it doesn't: 16/N bytes a weight, and one block whole. Three times the weights a step.
+- FSDP2 where it doesn't: 16/N bytes a weight, embeddings and a block whole. Three times the weights a step.
 - HSDP on several machines: slices within one, where links are fast; gradients travel between them.
 - CPUOffloadPolicy where 16/N is too much: slices and AdamW live in the host's memory.
 
@@ -58,7 +58,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def make_mesh(replicate: int, device: torch.device, timeout: float) -> DeviceMesh:
     """All ranks in a row, (shard,); or (replicate, shard), where neighbouring ranks share a replica.
-    Of groups with our limit: those that init_device_mesh makes would wait for 30 minutes."""
+    The groups are made here, with our timeout; init_device_mesh's would wait for 30 minutes."""
     if replicate == 1:
         return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
     ranks = torch.arange(dist.get_world_size()).view(replicate, -1)  # a row: a replica
@@ -86,7 +86,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, amp: str = "off", compile: bool = 
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill the weights, sharded or whole, as GPT-2: values depend on seed and parameter's name alone.
     Each rank draws a whole parameter, on CPU, keeps its slice and goes on. reset_parameters on slices
-    would fill all with the same values; with a seed each, other numbers of ranks would differ."""
+    on CPUs would fill all with the same values; with a seed each, other numbers of ranks would differ."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2:  # what is added to the residual stream 2 n_layers times starts smaller
             deep = name.endswith(("out_proj.weight", "ffn.2.weight"))
@@ -405,12 +405,12 @@ def dcp_errors(path: Path):
 class Settings:
     steps: int = 700  # optimizer steps in all
     batch_size: int = 16  # sequences a step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches a process takes for a step: less memory
+    accumulate: int = 1  # micro-batches for a step: smaller activations, whole gradients
     max_len: int = 128  # tokens (here bytes) the model looks back
     d_model: int = 128  # width
     n_heads: int = 4  # heads of attention; divides d_model
     n_layers: int = 2  # blocks; each is a unit that is gathered and dropped as one
-    dropout: float = 0.0  # fraction of features dropped, others on other numbers of processes
+    dropout: float = 0.0  # fraction of features dropped; which ones depends on the number of processes
     lr: float = 6e-3  # peak learning rate of AdamW
     warmup: int = 50  # steps up to the peak; then a cosine down to 0
     clip: float = 1.0  # largest norm of the whole gradient; 0: none
@@ -559,7 +559,7 @@ def evaluate(model: nn.Module, text: tuple[Tensor, Tensor], p: Processes) -> flo
         taking_part = rows if len(rows) else chunk[:1]  # every rank has slices: none may miss a forward
         logits = model(inputs[taking_part].to(p.device)).flatten(0, 1)  # (B T, V)
         y = targets[taking_part].to(p.device).flatten()
-        loss = F.cross_entropy(logits.to(model.norm.weight.dtype), y, reduction="sum")
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float)), y, reduction="sum")
         losses.append(loss * (len(rows) > 0))  # a borrowed row counts 0
     model.reshard()  # the root waits for a backward that doesn't come
     model.train()
