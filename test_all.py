@@ -65,7 +65,6 @@ ROOT = Path(__file__).resolve().parent
 
 # -----------------------------------------------------------------------------
 # What the tests share
-
 DEADLINE = int(os.environ.get("TEST_SECONDS", 300))
 
 
@@ -2837,7 +2836,7 @@ print(script.sum_over_ranks([1.0], p))
         targets = few_rows(train_ddp)[0][1]
         learnt = targets[rows_of_steps(4, len(targets), trainer.settings())]
         assert report["tokens"] == (learnt != -100).sum() and rows[-1]["gradient_norm"] > 0
-        assert report["tokens_per_second"] == round(report["tokens"] / report["train_seconds"])
+        assert report["tokens_per_second"] == round(report["tokens"] / report["train_seconds"]) > 9
         (out / "final.pt").unlink()
         trainer.run(1, out, "--steps 4")
         assert torch.equal(final_weights(out), weights)
@@ -3367,7 +3366,8 @@ class TestExport:
         path.write_bytes(b"an earlier artefact")
         for function in (
             lambda _, x: x if float(x.sum()) > 0 else "no tensor",
-            lambda _, x: (x + torch.rand(4), None),
+            lambda _, x: x + torch.rand(4),
+            lambda _, x: (x + torch.rand(x.shape), None),
             lambda _, x: sum(x[:, i] for i in range(x.size(1))),
             lambda _, x: x.reshape(3, 4) if len(x) == 3 else x[:, :1] * 5,
         ):
