@@ -644,30 +644,30 @@ def find_imdb() -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    _lock = ddp.lock_out(path.parent, patience=3600.0)  # until we return: of two first runs one downloads
-    if path.exists():
-        return path
-    part = path.with_name(path.name + ".part")
-    part.touch()
-    have = -1
-    while have < part.stat().st_size < IMDB_SIZE:  # an attempt that brings nothing is the last one
+    with ddp.lock_out(path.parent, patience=3600.0):  # of two first runs one downloads
+        if path.exists():
+            return path
+        part = path.with_name(path.name + ".part")
+        part.touch()
+        have = -1
+        while have < part.stat().st_size < IMDB_SIZE:  # an attempt that brings nothing is the last one
+            have = part.stat().st_size
+            problem = "the connection broke off"
+            request = urllib.request.Request(IMDB_URL, headers={"Range": f"bytes={have}-"} if have else {})
+            try:
+                with urllib.request.urlopen(request, timeout=20) as response:
+                    with open(part, "ab" if response.status == 206 else "wb") as file:  # 206: the rest alone
+                        with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
+                            shutil.copyfileobj(response, rest)
+            except (OSError, http.client.HTTPException) as error:  # no network, no file, broken off
+                problem = error
         have = part.stat().st_size
-        problem = "the connection broke off"
-        request = urllib.request.Request(IMDB_URL, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=20) as response:
-                with open(part, "ab" if response.status == 206 else "wb") as file:  # 206: the rest alone
-                    with tqdm.wrapattr(file, "write", IMDB_SIZE, initial=file.tell()) as rest:
-                        shutil.copyfileobj(response, rest)
-        except (OSError, http.client.HTTPException) as error:  # no network, no file, broken off
-            problem = str(error)  # not the error: its traceback would keep the lock
-    have = part.stat().st_size
-    if have < IMDB_SIZE:
-        raise OSError(f"{IMDB_URL}: {problem} after {have:,} of {IMDB_SIZE:,} bytes")
-    if hashlib.md5(part.read_bytes()).hexdigest() != IMDB_MD5:
-        part.unlink()
-        raise OSError(f"{IMDB_URL}: what arrived had another md5 and was thrown away")
-    os.replace(part, path)
+        if have < IMDB_SIZE:
+            raise OSError(f"{IMDB_URL}: {problem} after {have:,} of {IMDB_SIZE:,} bytes")
+        if hashlib.md5(part.read_bytes()).hexdigest() != IMDB_MD5:
+            part.unlink()
+            raise OSError(f"{IMDB_URL}: what arrived had another md5 and was thrown away")
+        os.replace(part, path)
     return path
 
 

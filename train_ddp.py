@@ -525,11 +525,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, p: Processes) 
 
 def lock_out(out: Path, patience: float = 10.0):
     """Hold out while this process lives: keep what is returned. ValueError if another run has it."""
+    file = open(out / "lock", "w")
     try:
         import fcntl
     except ModuleNotFoundError:  # Windows has none: no lock
-        return None
-    file = open(out / "lock", "w")
+        return file
     for _ in range(round(patience * 10)):
         with suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
