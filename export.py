@@ -1,6 +1,6 @@
 """From a trained module to the fastest correct model: formats, int8, pruning, and the evidence.
 
-Demo, one thread, pruned int8: 4.0 times eager PyTorch's speed with VNNI, 3.1 without, 0.27 of its size.
+Demo, one thread of an AMD EPYC, pruned int8: 2.9 times eager PyTorch's speed, 0.27 of its size.
 
     python export.py                # demo: trains a small classifier, exports it every way, compares
     python export.py --threads 2    # every setting is a flag; --help lists them
