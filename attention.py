@@ -104,7 +104,7 @@ def scaled_dot_product_attention(
     Returns the output (..., Tq, Dv) and the weights (..., Tq, Tk) before dropout. Pass
     dropout_p=0 in evaluation. ValueError for a mask that isn't boolean.
     """
-    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (..., Tq, Tk); float16 overflows later so
+    scores = (q * q.size(-1) ** -0.5) @ k.mT  # (..., Tq, Tk); scaled first for float16
     if mask is None and not causal:
         weights = scores.softmax(dim=-1)
     else:

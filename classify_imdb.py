@@ -645,7 +645,7 @@ def find_imdb() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with ddp.lock_out(path.parent, patience=3600.0):  # of two first runs one downloads
-        if path.exists():
+        if path.exists():  # it came meanwhile
             return path
         part = path.with_name(path.name + ".part")
         part.touch()
@@ -1011,7 +1011,7 @@ def parse(arguments: list[str]) -> Settings:
     first.add_argument("--preset", default="fast")
     preset = first.parse_known_args(arguments)[0].preset
     s = tyro.cli(Settings, args=arguments, default=PRESETS.get(preset), description=__doc__)
-    least = dict.fromkeys("max_len d_model d_ff epochs batch_size warmup".split(), 1) | {"vocab_size": 258}
+    least = {"vocab_size": SPECIAL + 256, "max_len": 1, "epochs": 1, "batch_size": 1, "warmup": 1}
     for name, x in vars(s).items():
         below = 1 if name in ("dropout", "mask_words", "target") else 2**32  # 0.85, not 85
         if isinstance(x, int | float) and not least.get(name, 0) <= x < below:

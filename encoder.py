@@ -47,7 +47,7 @@ class EncoderConfig:
     pool: str = "mean"  # "mean", "max", "mean+max" or "first": how T vectors become one
 
     def __post_init__(self):
-        if self.n_heads < 1 or self.d_model % self.n_heads:
+        if min(self.n_heads, self.d_model) < 1 or self.d_model % self.n_heads:
             raise ValueError(f"n_heads must divide d_model={self.d_model}, got {self.n_heads}")
         if self.activation not in ("relu", "gelu"):
             raise ValueError(f'activation must be "relu" or "gelu", got "{self.activation}"')

@@ -6,7 +6,7 @@ Demo, one thread of an AMD EPYC, pruned int8: 2.9 times eager PyTorch's speed, 0
     python export.py --threads 2    # every setting is a flag; --help lists them
 
 Jacob et al., arXiv:1712.05877 (int8); Michel et al., "Are Sixteen Heads Really Better than One?",
-arXiv:1905.10650 (importance of heads); Molchanov et al., arXiv:1906.10771 (neurons; they square).
+arXiv:1905.10650 (importance of heads); Molchanov et al., arXiv:1906.10771 (neurons; squared there).
 Shapes: B batch, T tokens, C = d_model, H heads, D width of a head, N examples, K classes.
 """
 
@@ -603,7 +603,7 @@ def export_all(models, example, dev, cases, calibration, out, metadata=None, cas
     files = {"eager": out / "weights.pt"}
     runners = {"eager": original}
     refused = {}
-    print("\nwritten; all but int8 equal their models:")
+    print("\nwritten; all but int8 compared with their models:")
     for i, (label, model) in enumerate(models.items()):
         for name, write in formats(model, example, calibration, str(out / label), metadata).items():
             if only and name not in only:
